@@ -1,0 +1,96 @@
+"""Where every byte of an artifact's weight files goes, known before the first one is written."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from quantize8.checkpoint.base import DTYPES
+from quantize8.checkpoint.safetensors import INDEX_NAME, SINGLE_NAME
+from quantize8.errors import OutputError
+
+DEFAULT_SHARD_SIZE = "5GB"  # transformers' and the hub's default
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class OutTensor:
+    """A tensor to be written: dtype by its safetensors name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+@dataclass
+class Shard:
+    """One weight file: its header, and the place of each tensor from the start of the file."""
+
+    file: str
+    tensors: list[OutTensor]
+    header: bytes = b""
+    offsets: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+
+
+def plan_shards(groups: Iterable[list[OutTensor]], max_shard_size: str) -> list[Shard]:
+    """Fill files in order up to `max_shard_size`; the tensors of a group (one module's) stay together."""
+    limit, size = parse_size(max_shard_size), 0
+    files: list[list[OutTensor]] = [[]]
+    for group in groups:
+        nbytes = sum(tensor.nbytes for tensor in group)
+        if files[-1] and size + nbytes > limit:
+            files.append([])
+            size = 0
+        files[-1] += group
+        size += nbytes
+    count = len(files)
+    names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)] if count > 1 else [SINGLE_NAME]
+    return [_place(Shard(name, tensors)) for name, tensors in zip(names, files, strict=True)]
+
+
+def index(shards: list[Shard]) -> dict[str, bytes]:
+    """The index of several files, as transformers writes it: {file name: content}; nothing for a single file."""
+    if len(shards) == 1:
+        return {}
+    weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
+    value = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return {INDEX_NAME: json.dumps(value, indent=2).encode() + b"\n"}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 5GB (10^9) or 512MiB (2^20)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", text.strip().upper())
+    if match is None or match[2] not in _UNITS or float(match[1]) * _UNITS[match[2]] < 1:
+        raise OutputError(f"max-shard-size {text!r}: not a size; write for example 5GB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _place(shard: Shard) -> Shard:
+    """Order as the safetensors library does: wide dtypes first, so that all are aligned, then by name."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for the format
+    shard.tensors.sort(key=lambda tensor: (-DTYPES[tensor.dtype].itemsize, tensor.name))
+    position = 0
+    for tensor in shard.tensors:
+        end = position + tensor.nbytes
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [position, end]}
+        shard.offsets[tensor.name] = position
+        position = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    shard.header = len(text).to_bytes(8, "little") + text
+    shard.offsets = {name: offset + len(shard.header) for name, offset in shard.offsets.items()}
+    return shard

@@ -1,0 +1,126 @@
+"""quantize8.json: what an artifact holds, where it came from, and a digest of every byte. Written last.
+
+The manifest depends on the source, the recipe and the version of quantize8 alone, so that two conversions of the same
+source give the same bytes, whatever the machine, the worker count or the order of work. Digests are BLAKE3.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+
+from quantize8.errors import ArtifactError
+from quantize8.ops.reference import ColumnStats
+
+MANIFEST_NAME = "quantize8.json"
+FORMAT_VERSION = 1
+_WORST_COLUMNS = 8  # as many as fit a line of a report
+_DIGEST = "manifest_blake3"
+
+
+@dataclass
+class Quantized:
+    """What quantizing did to one weight [N, K]."""
+
+    source_dtype: str
+    source_blake3: str  # of the values as read, row-major
+    relative_error: float  # ||w - dequantized||_F / ||w||_F
+    absmax_range: tuple[float, float]  # over rows
+    outliers: int  # weights beyond 6 standard deviations of their row
+    worst_columns: list[tuple[int, int, float]]  # input column, its outliers, its largest |w|; most outliers first
+    transposed: bool = False  # stored [in, out] in the source (GPT-2's Conv1D)
+
+
+@dataclass
+class TensorRecord:
+    """One tensor of the artifact."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    blake3: str
+    quantized: Quantized | None = None
+
+
+@dataclass
+class Manifest:
+    """The whole content of quantize8.json."""
+
+    version: str  # of quantize8
+    format: str
+    source: dict[str, str]
+    recipe: dict[str, Any]
+    source_bytes: int  # of its weights
+    tensors: dict[str, TensorRecord] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)  # Linear weights that are not int8 -> why
+    headers: dict[str, str] = field(default_factory=dict)  # weight file -> digest of its header
+    files: dict[str, str] = field(default_factory=dict)  # every other file -> digest
+
+    def to_bytes(self) -> bytes:
+        """The file's content, which ends with a digest of the rest."""
+        value: dict[str, Any] = {"format_version": FORMAT_VERSION, **asdict(self)}
+        for record in value["tensors"].values():
+            if record["quantized"] is None:
+                del record["quantized"]
+        value["tensors"] = dict(sorted(value["tensors"].items()))
+        value[_DIGEST] = _digest_of(value)
+        return json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"
+
+
+def digest(data: bytes | memoryview) -> str:
+    """BLAKE3 of some bytes, in hexadecimal."""
+    return str(blake3(data).hexdigest())
+
+
+def summarize(stats: ColumnStats, absmax: Any, source_dtype: str, source_blake3: str, transposed: bool) -> Quantized:
+    """What the manifest says of a weight whose statistics are complete; figures rounded to what they mean."""
+    square, error = float(stats.sum_square.sum()), float(stats.sum_error.sum())
+    order = np.lexsort((np.arange(len(stats.absmax)), -stats.absmax, -stats.outliers))[:_WORST_COLUMNS]
+    return Quantized(
+        source_dtype=source_dtype,
+        source_blake3=source_blake3,
+        relative_error=round((error / square) ** 0.5, 8) if square else 0.0,
+        absmax_range=(float(absmax.min(initial=np.inf)), float(absmax.max(initial=0))) if len(absmax) else (0.0, 0.0),
+        outliers=int(stats.outliers.sum()),
+        worst_columns=[(int(k), int(stats.outliers[k]), float(stats.absmax[k])) for k in order],
+        transposed=transposed,
+    )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an artifact, checked against its own digest."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise ArtifactError(f"{folder}: no {MANIFEST_NAME}, so not a finished artifact; convert the source again")
+    try:
+        value = json.loads(path.read_bytes())
+        if value.pop("format_version") != FORMAT_VERSION:
+            raise ArtifactError(f"{path}: written by another version of quantize8; use that version, or convert again")
+        if value.pop(_DIGEST) != _digest_of({"format_version": FORMAT_VERSION, **value}):
+            raise ArtifactError(f"{path}: does not match its own digest; it was changed after it was written")
+        tensors = {name: _record(entry) for name, entry in value.pop("tensors").items()}
+        return Manifest(**value, tensors=tensors)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ArtifactError(f"{path}: not readable as a manifest ({error}); convert the source again") from None
+
+
+def _record(entry: dict[str, Any]) -> TensorRecord:
+    quantized = entry.pop("quantized", None)
+    if quantized is not None:
+        quantized = Quantized(
+            **{
+                **quantized,
+                "absmax_range": tuple(quantized["absmax_range"]),
+                "worst_columns": [tuple(column) for column in quantized["worst_columns"]],
+            }
+        )
+    return TensorRecord(**{**entry, "shape": tuple(entry["shape"])}, quantized=quantized)
+
+
+def _digest_of(value: dict[str, Any]) -> str:
+    return digest(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())

@@ -1,0 +1,55 @@
+"""Reading checkpoints: a hub id, a folder, or one file, in safetensors, torch's .bin, or GGUF."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quantize8.checkpoint.base import Checkpoint, TensorInfo, contained, read_config
+from quantize8.checkpoint.gguf import GgufCheckpoint
+from quantize8.checkpoint.hub import download
+from quantize8.checkpoint.safetensors import SafetensorsCheckpoint, open_safetensors
+from quantize8.checkpoint.torch_bin import TorchCheckpoint, open_torch
+from quantize8.errors import SourceError
+
+__all__ = ["Checkpoint", "TensorInfo", "locate", "open_checkpoint"]
+
+
+def open_checkpoint(source: str, *, revision: str | None = None, token: str | None = None) -> Checkpoint:
+    """Open a model by folder, file or hub id; headers are read and checked, values are not.
+
+    Raises SourceError, in one line, where the source is missing, incomplete, damaged or unsafe.
+    """
+    path, identity = locate(source, revision=revision, token=token)
+    name = identity["id"].rpartition("/")[2]
+    if path.is_file():
+        return _open_file(path, identity, name.removesuffix(path.suffix))
+    ggufs = sorted(path.glob("*.gguf"))
+    if not (path / "config.json").is_file() and len(ggufs) == 1:
+        return GgufCheckpoint(contained(ggufs[0], path), identity, name)
+    read_config(path)
+    checkpoint = open_safetensors(path, identity, name) or open_torch(path, identity, name)
+    if checkpoint is None:
+        raise SourceError(f"{path}: has a config.json but no weights (*.safetensors or pytorch_model.bin); fetch them")
+    return checkpoint
+
+
+def locate(source: str, *, revision: str | None = None, token: str | None = None) -> tuple[Path, dict[str, str]]:
+    """Where a source lies on this machine, downloaded if need be, and what to call it in the manifest."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path, {"id": path.resolve().name}
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or not source.strip():
+        raise SourceError(f"{source}: no such folder or file; name a folder, a file, or a hub id like org/model")
+    folder, commit = download(source, revision, token)
+    return folder, {"id": source, "revision": commit}
+
+
+def _open_file(path: Path, identity: dict[str, str], name: str) -> Checkpoint:
+    if path.suffix == ".gguf":
+        return GgufCheckpoint(path, identity, name)
+    read_config(path.parent)
+    if path.suffix == ".safetensors":
+        return SafetensorsCheckpoint(path.parent, [path.name], identity, name)
+    if path.suffix == ".bin":
+        return TorchCheckpoint(path.parent, [path.name], identity, name)
+    raise SourceError(f"{path}: not a checkpoint file; name a .safetensors, .bin or .gguf file, or a folder")

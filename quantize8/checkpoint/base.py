@@ -1,0 +1,134 @@
+"""What every source of weights offers: names, shapes and dtypes at once, values a block of rows at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import ml_dtypes
+import numpy as np
+
+from quantize8.errors import SourceError
+from quantize8.ops.reference import Array
+
+# safetensors' names of dtypes, as NumPy knows them
+DTYPES: dict[str, np.dtype[Any]] = {
+    name: np.dtype(kind)
+    for name, kind in {
+        "F64": np.float64,
+        "F32": np.float32,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+        "I64": np.int64,
+        "I32": np.int32,
+        "I16": np.int16,
+        "I8": np.int8,
+        "U64": np.uint64,
+        "U32": np.uint32,
+        "U16": np.uint16,
+        "U8": np.uint8,
+        "BOOL": np.bool_,
+    }.items()
+}
+QUANTIZABLE = ("F16", "BF16", "F32")
+FLOATING = ("F64", *QUANTIZABLE)
+CONFIG_NAME = "config.json"
+
+# Small files that a model folder needs beside its weights, and that tell nothing about how they are stored.
+COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "[0-9]_*/*.json")
+_NOT_COMPANIONS = (CONFIG_NAME, "*.index.json", "quantize8.json")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A stored tensor: dtype by its safetensors name, shape, and the file (relative to the model) that holds it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+@dataclass
+class Checkpoint(ABC):
+    """A model's weights and small files. `tensors` is in the order of storage; nothing else is read until asked."""
+
+    folder: Path
+    name: str  # of the model: the last part of its hub id, or its folder or file name
+    identity: dict[str, str]  # what the manifest says of the source: id, and revision where there is one
+    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+
+    @abstractmethod
+    def rows(self, name: str, start: int, stop: int) -> Array:
+        """Rows start..stop along the first dimension, contiguous, in the dtype of `tensors[name]`.
+
+        A tensor without dimensions is one row. Safe to call from several threads.
+        """
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's config.json."""
+        return read_config(self.folder)
+
+    def write_companions(self, folder: Path) -> None:
+        """Put the tokenizer and the other small files into `folder`, unchanged."""
+        for path in companions(self.folder):
+            target = folder / path.relative_to(self.folder)
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(path.read_bytes())
+
+    def blocks(self, name: str, block_bytes: int, multiple: int = 1) -> Iterator[Array]:
+        """All rows of a tensor in order, in blocks of about `block_bytes`, a multiple of `multiple` rows each."""
+        info = self.tensors[name]
+        count = info.shape[0] if info.shape else 1
+        step = max(1, block_bytes * count // max(1, info.nbytes) // multiple) * multiple
+        for start in range(0, count, step):
+            yield self.rows(name, start, min(start + step, count))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder, as a dictionary."""
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise SourceError(f"{folder}: not a model folder, it has no {CONFIG_NAME}; name a folder, file or hub id")
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path}: not readable as JSON ({error}); fetch the file again") from None
+    if not isinstance(value, dict):
+        raise SourceError(f"{path}: holds no JSON object; fetch the file again")
+    return cast("dict[str, Any]", value)
+
+
+def companions(folder: Path) -> list[Path]:
+    """Small files of a model folder that belong to it whatever its weights' format, sorted."""
+    found = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
+    kept = (path for path in found if not any(path.match(pattern) for pattern in _NOT_COMPANIONS))
+    return sorted(contained(path, folder) for path in kept)
+
+
+def contained(path: Path, folder: Path) -> Path:
+    """The same path, if its content lies in `folder` (or in the hub cache that `folder` is a snapshot of)."""
+    root = folder.resolve()
+    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(path.resolve().is_relative_to(allowed) for allowed in roots):
+        raise SourceError(f"{path}: points outside its model folder, and is not read; remove the link or the entry")
+    return path

@@ -1,0 +1,124 @@
+"""GGUF files of the Llama and Qwen families, read with llama.cpp's own package and named as transformers names them.
+
+llama.cpp stores Llama's query and key rows interleaved for its rotary embedding; `rows` undoes that. Blocks are
+dequantized as they are read, to float16 (or bfloat16 where the file holds that).
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from quantize8.checkpoint.base import DTYPES, Checkpoint, TensorInfo
+from quantize8.errors import SourceError
+from quantize8.ops.reference import Array
+
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_PERMUTED = {"llama"}  # the architectures whose q and k rows llama.cpp interleaves
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+
+class GgufCheckpoint(Checkpoint):
+    """One GGUF file. Its config and tokenizer are made by transformers from the file's own metadata."""
+
+    def __init__(self, path: Path, identity: dict[str, str], name: str) -> None:
+        super().__init__(path.parent, name, identity)
+        self.path = path
+        try:
+            from gguf import GGUFReader
+
+            reader = GGUFReader(path)
+            architecture = str(reader.fields["general.architecture"].contents())
+            heads = {
+                "attn_q": reader.fields.get(f"{architecture}.attention.head_count"),
+                "attn_k": reader.fields.get(f"{architecture}.attention.head_count_kv"),
+            }
+            self._heads = {kind: int(field.contents()) for kind, field in heads.items() if field is not None}
+        except (ValueError, KeyError, IndexError, OSError, TypeError, OverflowError, MemoryError) as error:
+            raise SourceError(f"{path}: not a whole GGUF file ({error}); fetch it again") from None
+        if architecture not in _ARCHITECTURES:
+            known = ", ".join(_ARCHITECTURES)
+            raise SourceError(f"{path}: architecture {architecture!r} is not read from GGUF (only {known}); use safetensors")
+        self.architecture = architecture
+        self._stored = {self._hf_name(tensor.name): tensor for tensor in reader.tensors}
+        kinds = {tensor.tensor_type.name for tensor in reader.tensors}
+        self.dtype = "BF16" if "BF16" in kinds else "F16"
+        for hf_name, tensor in self._stored.items():
+            shape = tuple(int(size) for size in reversed(tensor.shape))
+            self.tensors[hf_name] = TensorInfo(hf_name, self.dtype, shape, path.name)
+
+    def rows(self, name: str, start: int, stop: int) -> Array:
+        """See `Checkpoint.rows`."""
+        from gguf import GGMLQuantizationType, dequantize
+
+        tensor = self._stored[name]
+        order = self._row_order(name)
+        stored = tensor.data[start:stop] if order is None else tensor.data[order[start:stop]]
+        if tensor.tensor_type == GGMLQuantizationType.BF16:  # stored as bytes
+            return np.ascontiguousarray(stored).view(ml_dtypes.bfloat16)
+        values = dequantize(stored, tensor.tensor_type)
+        return np.ascontiguousarray(values.astype(DTYPES[self.dtype]))
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(self.folder, gguf_file=self.path.name).to_dict()
+        except (ValueError, KeyError, OSError) as error:
+            raise SourceError(f"{self.path}: transformers cannot read its settings ({error})") from None
+        config["architectures"] = [_ARCHITECTURES[self.architecture]]
+        config["dtype"] = {"F16": "float16", "BF16": "bfloat16"}[self.dtype]
+        config["tie_word_embeddings"] = "lm_head.weight" not in self.tensors
+        return {key: value for key, value in config.items() if not key.startswith("_")}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json as transformers derives it from the file's metadata."""
+        return dict(self._config)
+
+    def write_companions(self, folder: Path) -> None:
+        """Write the tokenizer that transformers builds from the file's metadata."""
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(self.folder, gguf_file=self.path.name).save_pretrained(folder)
+
+    def _hf_name(self, name: str) -> str:
+        if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
+            layer, kind, end = match.groups()
+            if kind in _LAYER:
+                return f"model.layers.{layer}.{_LAYER[kind]}.{end}"
+        elif match := re.fullmatch(r"(\w+)\.weight", name):
+            if match[1] in _TOP:
+                return f"{_TOP[match[1]]}.weight"
+            if match[1] == "rope_freqs":
+                raise SourceError(
+                    f"{self.path}: its rotary scaling (rope_freqs) cannot be told exactly from GGUF; use safetensors"
+                )
+        raise SourceError(f"{self.path}: tensor {name} is unknown for {self.architecture}; use a safetensors checkpoint")
+
+    def _row_order(self, name: str) -> Array | None:
+        """Where each row of a Llama query or key weight stands in the file; None where rows are in place."""
+        kind = {"q_proj": "attn_q", "k_proj": "attn_k"}.get(name.split(".")[-2])
+        if self.architecture not in _PERMUTED or kind is None:
+            return None
+        count = self.tensors[name].shape[0]
+        return np.arange(count).reshape(self._heads[kind], -1, 2).swapaxes(1, 2).ravel()

@@ -1,0 +1,109 @@
+"""Safetensors folders, one file or many with an index. The library judges each header; bytes are read by position."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from quantize8.checkpoint.base import DTYPES, Checkpoint, TensorInfo, contained, read_json
+from quantize8.errors import SourceError
+from quantize8.ops.reference import Array
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+
+class _Place(NamedTuple):
+    descriptor: int
+    offset: int  # of the tensor's first byte, from the start of the file
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """A folder of safetensors files. Headers are read and checked on opening, all of them."""
+
+    def __init__(self, folder: Path, files: list[str], identity: dict[str, str], name: str) -> None:
+        super().__init__(folder, name, identity)
+        self._places: dict[str, _Place] = {}
+        self._descriptors: list[int] = []
+        for file in files:
+            self._add(file)
+
+    def rows(self, name: str, start: int, stop: int) -> Array:
+        """See `Checkpoint.rows`."""
+        info, place = self.tensors[name], self._places[name]
+        values = np.empty((stop - start, *info.shape[1:]), DTYPES[info.dtype])
+        row_bytes = info.nbytes // (info.shape[0] if info.shape else 1) if info.nbytes else 0
+        target, position = memoryview(values).cast("B") if values.nbytes else b"", place.offset + start * row_bytes
+        done = 0
+        while done < values.nbytes:
+            count = os.preadv(place.descriptor, [target[done:]], position + done)
+            if count == 0:
+                raise SourceError(f"{self.folder / info.file}: {name} ends early; the file changed while it was read")
+            done += count
+        return values if info.shape else values.reshape(())
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_descriptors", []):
+            os.close(descriptor)
+
+    def _add(self, file: str) -> None:
+        path = self.folder / file
+        header, data_start = read_header(path)
+        self._descriptors.append(os.open(path, os.O_RDONLY))
+        for name, entry in header.items():
+            if name in self.tensors:
+                raise SourceError(f"{path}: {name} is also in {self.tensors[name].file}; keep one of the two files")
+            if entry["dtype"] not in DTYPES:
+                raise SourceError(f"{path}: {name} has dtype {entry['dtype']}, which quantize8 cannot read")
+            self.tensors[name] = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), file)
+            self._places[name] = _Place(self._descriptors[-1], data_start + entry["data_offsets"][0])
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Entries of a safetensors file in order of storage, and where its data begins; checked by the library."""
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise SourceError(f"{path}: missing; the checkpoint is incomplete, fetch it again") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SourceError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
+    header.pop("__metadata__", None)
+    return dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"])), 8 + length
+
+
+def open_safetensors(folder: Path, identity: dict[str, str], name: str) -> SafetensorsCheckpoint | None:
+    """The folder's safetensors: those of its index, else model.safetensors, else all; None where it has none."""
+    index = folder / INDEX_NAME
+    if index.is_file():
+        weight_map = read_weight_map(index)
+        checkpoint = SafetensorsCheckpoint(folder, sorted(set(weight_map.values())), identity, name)
+        for tensor, file in weight_map.items():
+            if tensor not in checkpoint.tensors or checkpoint.tensors[tensor].file != file:
+                raise SourceError(f"{index}: says {tensor} is in {file}, but it is not; fetch both again")
+        return checkpoint
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    files = [SINGLE_NAME] if SINGLE_NAME in files else files
+    for file in files:
+        contained(folder / file, folder)
+    return SafetensorsCheckpoint(folder, files, identity, name) if files else None
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """An index's map from tensor to file, each file checked to be a plain name inside the folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceError(f"{index}: has no weight_map; fetch it again")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise SourceError(f"{index}: {tensor} points at {file!r}, outside the model folder; it is not read")
+        contained(index.parent / file, index.parent)
+    return weight_map

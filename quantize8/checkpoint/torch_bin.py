@@ -1,0 +1,107 @@
+"""Torch checkpoints (pytorch_model.bin), mapped into memory and unpickled with weights_only: no code ever runs."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+
+from quantize8.checkpoint.base import Checkpoint, TensorInfo
+from quantize8.checkpoint.safetensors import read_weight_map
+from quantize8.errors import SourceError
+from quantize8.ops.reference import Array
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX_NAME = "pytorch_model.bin.index.json"
+SINGLE_NAME = "pytorch_model.bin"
+
+
+class TorchCheckpoint(Checkpoint):
+    """One or many .bin files. A tensor that shares its storage with an earlier one (tied weights) is left out."""
+
+    def __init__(self, folder: Path, files: list[str], identity: dict[str, str], name: str) -> None:
+        super().__init__(folder, name, identity)
+        self._values: dict[str, Tensor] = {}
+        tied = self.config.get("tie_word_embeddings", True)  # transformers' default
+        seen: set[tuple[Any, ...]] = set()
+        for file in files:
+            for tensor, value in _load(folder / file).items():
+                place = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride())
+                if tied and place in seen:
+                    continue
+                seen.add(place)
+                self.tensors[tensor] = TensorInfo(tensor, _dtype_name(value, folder / file), tuple(value.shape), file)
+                self._values[tensor] = value
+
+    def rows(self, name: str, start: int, stop: int) -> Array:
+        """See `Checkpoint.rows`."""
+        value = self._values[name]
+        return _to_numpy(value[start:stop] if value.dim() else value)
+
+
+def open_torch(folder: Path, identity: dict[str, str], name: str) -> TorchCheckpoint | None:
+    """The folder's .bin files: those of the index, else pytorch_model.bin; None where it has none."""
+    if (folder / INDEX_NAME).is_file():
+        files = sorted(set(read_weight_map(folder / INDEX_NAME).values()))
+        return TorchCheckpoint(folder, files, identity, name)
+    return TorchCheckpoint(folder, [SINGLE_NAME], identity, name) if (folder / SINGLE_NAME).is_file() else None
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    import torch
+
+    if not path.is_file():
+        raise SourceError(f"{path}: missing; the checkpoint is incomplete, fetch it again")
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            state = torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
+    except pickle.UnpicklingError:
+        raise SourceError(f"{path}: holds objects or code besides tensors, and is not opened; use safetensors") from None
+    except (RuntimeError, OSError, ValueError, EOFError, KeyError, AssertionError) as error:
+        raise SourceError(f"{path}: not a whole torch file ({_first_line(error)}); fetch it again") from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise SourceError(f"{path}: is not a plain dictionary of tensors; save the model's state_dict()")
+    return {str(name): value for name, value in state.items()}
+
+
+def _dtype_name(value: Tensor, path: Path) -> str:
+    import torch
+
+    names = {
+        torch.float64: "F64",
+        torch.float32: "F32",
+        torch.float16: "F16",
+        torch.bfloat16: "BF16",
+        torch.int64: "I64",
+        torch.int32: "I32",
+        torch.int16: "I16",
+        torch.int8: "I8",
+        torch.uint8: "U8",
+        torch.bool: "BOOL",
+    }
+    if value.dtype not in names:
+        raise SourceError(f"{path}: a tensor has dtype {value.dtype}, which quantize8 cannot read")
+    return names[value.dtype]
+
+
+def _to_numpy(value: Tensor) -> Array:
+    import torch
+
+    value = value.contiguous()
+    if value.dtype == torch.bfloat16:
+        return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    array: Array = np.asarray(value.numpy())
+    return array
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,0 +1,153 @@
+"""Which tensors of a checkpoint are the weights of Linear layers, by the architecture's own code in transformers.
+
+The model is built without storage (torch's meta device), so that embeddings, routers and norms are told from Linear
+layers by their type, and the layers that transformers itself would leave alone are known. The common decoder
+families name their layers alike; for them the names are enough, and neither torch nor transformers is imported (a
+test holds the two answers equal). An architecture that transformers does not know is judged by names and shapes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantize8.checkpoint import TensorInfo
+from quantize8.errors import SourceError
+
+LINEAR, CONV1D = "Linear", "Conv1D"  # Conv1D is GPT-2's Linear, with its weight stored [in, out]
+
+_NAMES_SUFFICE = frozenset(
+    {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM"}
+)
+_DECODER_LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj")
+_NOT_LINEAR = re.compile(r"embed|wte|wpe|norm|ln_|position|token_type|shared|relative_attention|router|gate$|head$")
+
+
+@dataclass
+class Structure:
+    """The Linear-like modules of a model.
+
+    linears: module name in the checkpoint -> LINEAR or CONV1D, for each whose weight may become int8.
+    kept: the same, for those that transformers' 8-bit loading leaves alone -> why.
+    output_head: which of `kept` is the output head and has a weight of its own (not tied), if there is one.
+    model_names: module name in the checkpoint -> in the model, where they differ.
+    absent: Linear modules of the model (by the model's names) that have no weight of their own in the checkpoint.
+    """
+
+    linears: dict[str, str]
+    kept: dict[str, str] = field(default_factory=dict)
+    output_head: str | None = None
+    model_names: dict[str, str] = field(default_factory=dict)
+    absent: list[str] = field(default_factory=list)
+
+    def skip_list(self, quantized: set[str]) -> list[str]:
+        """Every Linear module of the model that is not in `quantized`, by the names a loader of the model sees."""
+        in_float = (set(self.linears) | set(self.kept)) - quantized
+        return sorted({*(self.model_names.get(name, name) for name in in_float), *self.absent})
+
+
+def read_structure(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Structure:
+    """Tell the Linear weights among the tensors of a checkpoint with this config.json."""
+    weights = [name.removesuffix(".weight") for name, info in tensors.items() if _is_matrix(info)]
+    architecture = (config.get("architectures") or [None])[0]
+    if architecture in _NAMES_SUFFICE:
+        linears = {name: LINEAR for name in weights if _DECODER_LINEAR.fullmatch(name)}
+        kept = {"lm_head": "output head"}
+        untied = "lm_head" in weights and not config.get("tie_word_embeddings", False)
+        return Structure(linears, kept, "lm_head" if untied else None)
+    known = _from_transformers(config, architecture, weights)
+    return known or Structure({name: LINEAR for name in weights if not _NOT_LINEAR.search(name.rpartition(".")[2])})
+
+
+def is_skipped(module: str, patterns: list[str]) -> bool:
+    """Whether transformers leaves a module alone for these entries of llm_int8_skip_modules.
+
+    Its rule (`should_convert_module`): an entry is a regular expression for a dotted prefix, or a plain suffix.
+    """
+    return any(re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", module) or module.endswith(entry) for entry in patterns)
+
+
+def _is_matrix(info: TensorInfo) -> bool:
+    return info.name.endswith(".weight") and len(info.shape) == 2
+
+
+def _from_transformers(config: Mapping[str, Any], architecture: str | None, weights: list[str]) -> Structure | None:
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    model = build_meta_model(config, architecture)
+    if model is None:
+        return None
+    modules = _linear_modules(model)
+    to_model = _names_in_model(model, weights)
+    fixed = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or [])]
+    head = model.get_output_embeddings()
+    tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
+    structure = Structure({})
+    for name in weights:
+        in_model = to_model[name]
+        if in_model not in modules:
+            continue  # an embedding, a router, fused experts, or a tensor the model does not know
+        if in_model != name:
+            structure.model_names[name] = in_model
+        if not is_skipped(in_model, fixed):
+            structure.linears[name] = modules[in_model]
+            continue
+        is_head = head is not None and model.get_submodule(in_model) is head
+        structure.kept[name] = "output head" if is_head else "kept in floating point by transformers"
+        if is_head and in_model not in tied:
+            structure.output_head = name
+    present = {to_model[name] for name in weights}
+    structure.absent = sorted(name for name in modules if name not in present)
+    return structure
+
+
+def build_meta_model(config: Mapping[str, Any], architecture: str | None) -> Any:
+    """The transformers model of a config.json, without storage; None where transformers does not know it."""
+    import torch
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING or config.get("auto_map"):
+        return None
+    try:
+        settings = CONFIG_MAPPING[model_type].from_dict(
+            {key: value for key, value in config.items() if key != "quantization_config"}
+        )
+        with torch.device("meta"):
+            if isinstance(kind := getattr(transformers, architecture or "", None), type):
+                return kind._from_config(settings)
+            return transformers.AutoModel.from_config(settings)
+    except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise SourceError(f"config.json: transformers cannot build {architecture or model_type} from it ({reason})") from None
+
+
+def _linear_modules(model: Any) -> dict[str, str]:
+    """Modules that transformers' 8-bit loading replaces, by its own test: exactly nn.Linear, or Conv1D."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return {
+        name: CONV1D if isinstance(module, Conv1D) else LINEAR
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear or isinstance(module, Conv1D)
+    }
+
+
+def _names_in_model(model: Any, weights: list[str]) -> dict[str, str]:
+    """Each weight's module name as transformers renames it on loading (prefixes added or dropped, old names)."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+    names = {}
+    for name in weights:
+        key, _ = rename_source_key(f"{name}.weight", renamings, converters, model.base_model_prefix, state)
+        names[name] = key.removesuffix(".weight")
+    return names

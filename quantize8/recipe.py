@@ -1,0 +1,73 @@
+"""Recipes: which modules become int8, and at what threshold. A recipe is a small TOML file, shipped or your own."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from quantize8.errors import RecipeError
+from quantize8.resources import resource_dir
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DEFAULT_RECIPE = "llm-int8"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to quantize. The keys of a recipe file are these fields, without the name."""
+
+    name: str
+    threshold: float  # outlier threshold on |x|; 0 turns the decomposition off
+    output_head: bool = False  # quantize the output head too, unless it is tied
+    skip: tuple[str, ...] = ()  # globs of module names that stay as they are
+
+    def skips(self, module: str) -> bool:
+        """Whether the recipe names this module as one to leave alone."""
+        return any(fnmatchcase(module, pattern) for pattern in self.skip)
+
+    def as_json(self) -> dict[str, Any]:
+        """The recipe as the manifest records it."""
+        return {**asdict(self), "skip": list(self.skip)}
+
+
+def load_recipe(name: str, threshold: float | None = None) -> Recipe:
+    """A shipped recipe by name, or one from a TOML file; `threshold`, where given, replaces the recipe's."""
+    path = Path(name)
+    if path.suffix != ".toml":
+        path = resource_dir("configs") / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(shipped.stem for shipped in resource_dir("configs").glob("*.toml")))
+        raise RecipeError(f"recipe {name}: not found; name one of {known}, or a .toml file")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not valid TOML ({error})") from None
+    if threshold is not None:
+        values["threshold"] = threshold
+    return _checked(values, path)
+
+
+def _checked(values: dict[str, Any], path: Path) -> Recipe:
+    known = [field.name for field in fields(Recipe) if field.name != "name"]
+    for key in values:
+        if key not in known:
+            raise RecipeError(f"{path}: unknown key {key!r}; a recipe may hold {', '.join(known)}")
+    threshold = values.get("threshold")
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float):
+        raise RecipeError(f"{path}: threshold must be a number, such as 6.0")
+    if not (math.isfinite(threshold) and threshold >= 0):
+        raise RecipeError(f"{path}: threshold {threshold} must be 0 (no decomposition) or a positive number")
+    head, skip = values.get("output_head", False), values.get("skip", [])
+    if not isinstance(head, bool):
+        raise RecipeError(f"{path}: output_head must be true or false")
+    if not isinstance(skip, list) or not all(isinstance(pattern, str) for pattern in skip):
+        raise RecipeError(f"{path}: skip must be a list of module names, such as ['model.layers.0.*']")
+    return Recipe(path.stem, float(threshold), head, tuple(skip))
