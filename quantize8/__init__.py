@@ -1,3 +1,64 @@
 """quantize8: an int8 quantizer and converter for LLM checkpoints, built on LLM.int8()."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quantize8.convert import convert
+    from quantize8.errors import (
+        ArtifactError,
+        DependencyError,
+        OutputError,
+        Quantize8Error,
+        RecipeError,
+        SourceError,
+        WeightError,
+    )
+    from quantize8.inspect import inspect
+    from quantize8.model.linear import Int8Linear
+    from quantize8.model.loading import load
+    from quantize8.ops.reference import Int8Weight
+    from quantize8.run import run
+    from quantize8.verify import verify
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "ArtifactError",
+    "DependencyError",
+    "Int8Linear",
+    "Int8Weight",
+    "OutputError",
+    "Quantize8Error",
+    "RecipeError",
+    "SourceError",
+    "WeightError",
+    "convert",
+    "inspect",
+    "load",
+    "run",
+    "verify",
+]
+
+_HOMES = {
+    "Int8Linear": "model.linear",
+    "Int8Weight": "ops.reference",
+    "convert": "convert",
+    "inspect": "inspect",
+    "load": "model.loading",
+    "run": "run",
+    "verify": "verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `import quantize8` loads neither torch nor numba."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -29,7 +29,7 @@ from quantize8.checkpoint.base import CONFIG_NAME, DTYPES, FLOATING, QUANTIZABLE
 from quantize8.errors import DependencyError, OutputError, SourceError, WeightError
 from quantize8.model.structure import CONV1D, Structure, is_skipped, read_structure
 from quantize8.ops import cpu
-from quantize8.ops.reference import FLOAT16_MAX, STATS_TILE_ROWS, Array, ColumnStats
+from quantize8.ops.reference import FLOAT16_MAX, STATS_TILE_ROWS, Array, ColumnStats, as_bytes
 from quantize8.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 
 _BLOCK_BYTES = 4 * 2**20  # read at a time: several fit a core's share of the last-level cache
@@ -50,12 +50,12 @@ class Plan:
     shards: list[Shard]
 
     @property
-    def output_bytes(self) -> int:
+    def outputas_bytes(self) -> int:
         """Bytes of the weight files."""
         return sum(shard.nbytes for shard in self.shards)
 
     @property
-    def source_bytes(self) -> int:
+    def sourceas_bytes(self) -> int:
         """Bytes of the source's tensors."""
         return sum(info.nbytes for info in self.checkpoint.tensors.values())
 
@@ -124,7 +124,9 @@ def convert(
         try:
             manifest = _write(plan, folder, workers or min(os.cpu_count() or 1, _MAX_WORKERS), progress)
         except OSError as error:
-            raise OutputError(f"{target}: writing failed ({error.strerror or error}); make room and run again") from None
+            raise OutputError(
+                f"{target}: writing failed ({error.strerror or error}); make room and run again"
+            ) from None
     errors = {name: record.quantized for name, record in manifest.tensors.items() if record.quantized}
     return Conversion(target, plan, time.perf_counter() - start, manifest, errors)
 
@@ -209,11 +211,11 @@ def _write(plan: Plan, folder: Path, workers: int, progress: Progress | None) ->
         write_file(folder / name, data)
     others = (path for path in sorted(folder.rglob("*")) if path.is_file())
     manifest.files = {
-        path.relative_to(folder).as_posix(): digest(path.read_bytes())
+        path.relative_to(folder).as_posix(): digest(path.readas_bytes())
         for path in others
         if path.name not in manifest.headers
     }
-    write_file(folder / MANIFEST_NAME, manifest.to_bytes())
+    write_file(folder / MANIFEST_NAME, manifest.toas_bytes())
     return manifest
 
 
@@ -250,7 +252,9 @@ class _Writer:
         for shard in plan.shards:
             self._descriptors.append(create(folder / shard.file, shard.header, shard.nbytes))
             for tensor in shard.tensors:
-                self._places[tensor.name] = _Place(self._descriptors[-1], shard.offsets[tensor.name], shard.file, tensor)
+                self._places[tensor.name] = _Place(
+                    self._descriptors[-1], shard.offsets[tensor.name], shard.file, tensor
+                )
 
     def close(self) -> None:
         """Have the disk hold all weight files, and close them."""
@@ -267,7 +271,7 @@ class _Writer:
         for block in self._plan.checkpoint.blocks(info.name, _BLOCK_BYTES):
             if info.dtype in FLOATING:
                 _check_finite(block, info, 0 if info.shape == () else position * info.shape[0] // max(1, info.nbytes))
-            content.update(_bytes(block))
+            content.update(as_bytes(block))
             self._put(info.name, block, position)
             position += block.nbytes
             self._advance(block.nbytes)
@@ -278,17 +282,17 @@ class _Writer:
         transposed = self._plan.modules[module] == CONV1D
         weight, scale, layout = (tensor.name for tensor in bitsandbytes.module_tensors(module, (0, 0)))
         stats = ColumnStats.empty(info.shape[0] if transposed else info.shape[1])
-        source, content, absmax = blake3(), blake3(), []
-        position = 0
+        source, content, position = blake3(), blake3(), 0
+        absmax: list[Array] = []
         size = info.nbytes if transposed else _BLOCK_BYTES
         for block in self._plan.checkpoint.blocks(info.name, size, multiple=STATS_TILE_ROWS):
-            source.update(_bytes(block))
+            source.update(as_bytes(block))
             values = np.ascontiguousarray(block.T) if transposed else block
             codes, peaks = cpu.quantize_rowwise(values, stats)
             if not np.isfinite(peaks).all():
-                raise _unfit(values, peaks, info, sum(map(len, absmax)))
+                raise _unfit(values, peaks, info, sum(len(done) for done in absmax))
             absmax.append(peaks)
-            content.update(_bytes(codes))
+            content.update(as_bytes(codes))
             self._put(weight, codes, position)
             position += codes.nbytes
             self._advance(block.nbytes)
@@ -299,13 +303,13 @@ class _Writer:
         record.quantized = summarize(stats, scales, info.dtype, source.hexdigest(), transposed)
         return {
             weight: record,
-            scale: self._record(scale, digest(_bytes(scales))),
-            layout: self._record(layout, digest(_bytes(row_major))),
+            scale: self._record(scale, digest(as_bytes(scales))),
+            layout: self._record(layout, digest(as_bytes(row_major))),
         }
 
     def _put(self, name: str, values: Array, position: int) -> None:
         place = self._places[name]
-        write_at(place.descriptor, _bytes(values), place.offset + position)
+        write_at(place.descriptor, as_bytes(values), place.offset + position)
 
     def _record(self, name: str, content: str) -> TensorRecord:
         place = self._places[name]
@@ -315,10 +319,6 @@ class _Writer:
         self._done += nbytes  # a lost update between threads only makes the progress bar late
         if self._progress is not None:
             self._progress(self._done, self._plan.source_bytes)
-
-
-def _bytes(values: Array) -> memoryview:
-    return memoryview(values.reshape(-1).view(np.uint8))
 
 
 def _check_finite(block: Array, info: TensorInfo, first_row: int) -> None:

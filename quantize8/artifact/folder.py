@@ -36,7 +36,9 @@ def check_disk(out: Path, nbytes: int) -> None:
     existing = next(parent for parent in out.absolute().parents if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < nbytes + _SLACK:
-        raise OutputError(f"{out}: needs {nbytes + _SLACK:,} bytes, the disk has {free:,} free; make room, or use --out")
+        raise OutputError(
+            f"{out}: needs {nbytes + _SLACK:,} bytes, the disk has {free:,} free; make room, or use --out"
+        )
 
 
 @contextlib.contextmanager

@@ -56,7 +56,9 @@ class GgufCheckpoint(Checkpoint):
             raise SourceError(f"{path}: not a whole GGUF file ({error}); fetch it again") from None
         if architecture not in _ARCHITECTURES:
             known = ", ".join(_ARCHITECTURES)
-            raise SourceError(f"{path}: architecture {architecture!r} is not read from GGUF (only {known}); use safetensors")
+            raise SourceError(
+                f"{path}: architecture {architecture!r} is not read from GGUF (only {known}); use safetensors"
+            )
         self.architecture = architecture
         self._stored = {self._hf_name(tensor.name): tensor for tensor in reader.tensors}
         kinds = {tensor.tensor_type.name for tensor in reader.tensors}
@@ -95,11 +97,16 @@ class GgufCheckpoint(Checkpoint):
         """config.json as transformers derives it from the file's metadata."""
         return dict(self._config)
 
-    def write_companions(self, folder: Path) -> None:
-        """Write the tokenizer that transformers builds from the file's metadata."""
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer as transformers derives it from the file's metadata."""
         from transformers import AutoTokenizer
 
-        AutoTokenizer.from_pretrained(self.folder, gguf_file=self.path.name).save_pretrained(folder)
+        return AutoTokenizer.from_pretrained(self.folder, gguf_file=self.path.name)
+
+    def write_companions(self, folder: Path) -> None:
+        """Write the tokenizer's files."""
+        self.tokenizer.save_pretrained(folder)
 
     def _hf_name(self, name: str) -> str:
         if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
@@ -113,7 +120,9 @@ class GgufCheckpoint(Checkpoint):
                 raise SourceError(
                     f"{self.path}: its rotary scaling (rope_freqs) cannot be told exactly from GGUF; use safetensors"
                 )
-        raise SourceError(f"{self.path}: tensor {name} is unknown for {self.architecture}; use a safetensors checkpoint")
+        raise SourceError(
+            f"{self.path}: tensor {name} is unknown for {self.architecture}; use a safetensors checkpoint"
+        )
 
     def _row_order(self, name: str) -> Array | None:
         """Where each row of a Llama query or key weight stands in the file; None where rows are in place."""
@@ -121,4 +130,5 @@ class GgufCheckpoint(Checkpoint):
         if self.architecture not in _PERMUTED or kind is None:
             return None
         count = self.tensors[name].shape[0]
-        return np.arange(count).reshape(self._heads[kind], -1, 2).swapaxes(1, 2).ravel()
+        order: Array = np.arange(count).reshape(self._heads[kind], -1, 2).swapaxes(1, 2).ravel()
+        return order

@@ -38,14 +38,18 @@ def download(repo_id: str, revision: str | None, token: str | None) -> tuple[Pat
     except GatedRepoError:
         raise SourceError(f"{repo_id}: gated; ask for access on its page, then run `hf auth login`") from None
     except RevisionNotFoundError:
-        raise SourceError(f"{repo_id}: has no revision {revision!r}; leave --revision out, or name one it has") from None
+        raise SourceError(
+            f"{repo_id}: has no revision {revision!r}; leave --revision out, or name one it has"
+        ) from None
     except (RepositoryNotFoundError, HFValidationError):
         raise SourceError(
             f"{repo_id}: no such folder here and no such model on the hub; "
             "check the spelling, or run `hf auth login` if it is private"
         ) from None
     except LocalEntryNotFoundError:
-        raise SourceError(f"{repo_id}: the hub cannot be reached and the model is not in the cache; try again") from None
+        raise SourceError(
+            f"{repo_id}: the hub cannot be reached and the model is not in the cache; try again"
+        ) from None
     except (HfHubHTTPError, OSError) as error:
         raise SourceError(f"{repo_id}: download failed ({_first_line(error)}); run it again to go on") from None
 

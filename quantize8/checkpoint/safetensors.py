@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from quantize8.checkpoint.base import DTYPES, Checkpoint, TensorInfo, contained, read_json
 from quantize8.errors import SourceError
-from quantize8.ops.reference import Array
+from quantize8.ops.reference import Array, as_bytes
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -38,7 +38,7 @@ class SafetensorsCheckpoint(Checkpoint):
         info, place = self.tensors[name], self._places[name]
         values = np.empty((stop - start, *info.shape[1:]), DTYPES[info.dtype])
         row_bytes = info.nbytes // (info.shape[0] if info.shape else 1) if info.nbytes else 0
-        target, position = memoryview(values).cast("B") if values.nbytes else b"", place.offset + start * row_bytes
+        target, position = as_bytes(values), place.offset + start * row_bytes
         done = 0
         while done < values.nbytes:
             count = os.preadv(place.descriptor, [target[done:]], position + done)

@@ -65,7 +65,9 @@ def _load(path: Path) -> dict[str, Tensor]:
                 raise
             state = torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
     except pickle.UnpicklingError:
-        raise SourceError(f"{path}: holds objects or code besides tensors, and is not opened; use safetensors") from None
+        raise SourceError(
+            f"{path}: holds objects or code besides tensors, and is not opened; use safetensors"
+        ) from None
     except (RuntimeError, OSError, ValueError, EOFError, KeyError, AssertionError) as error:
         raise SourceError(f"{path}: not a whole torch file ({_first_line(error)}); fetch it again") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):

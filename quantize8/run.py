@@ -1,0 +1,170 @@
+"""Generate text as a quick check of a model, and compare it with the checkpoint it was made from. Greedy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from quantize8.errors import DependencyError, SourceError
+from quantize8.model.loading import load, quiet
+from quantize8.ops.reference import OutlierMode
+
+DEFAULT_PROMPT = "The capital of France is"
+DEFAULT_NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One greedy continuation and how fast it came."""
+
+    model: str
+    text: str  # the continuation, without the prompt
+    tokens: list[int]
+    prompt_tokens: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float  # 0 where a single token was generated
+    weight_bytes: int  # parameters and buffers
+    peak_rss_bytes: int  # of this process so far
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A generation beside its source's for the same prompt."""
+
+    generation: Generation
+    source: Generation
+    first_difference: int | None  # index of the first token where they part; None where they agree
+
+
+def run(
+    model: str,
+    prompt: str = DEFAULT_PROMPT,
+    *,
+    max_new_tokens: int = DEFAULT_NEW_TOKENS,
+    compare: str | None = None,
+    device: str = "auto",
+    mode: OutlierMode = "dynamic",
+    chat: bool = False,
+    on_text: Callable[[str], None] | None = None,
+) -> Generation | Comparison:
+    """Continue a prompt greedily with an artifact or a plain checkpoint.
+
+    Args: model and compare, folders, GGUF files or hub ids; device, auto, cpu or cuda; chat, put the prompt through
+    the model's chat template; on_text, called with pieces of the continuation of `model` as they come.
+    Raises: SourceError where a model cannot be opened or does not generate text.
+    """
+    first = generate(model, *open_for_text(model, device, mode), prompt, max_new_tokens, chat, on_text)
+    if compare is None:
+        return first
+    second = generate(compare, *open_for_text(compare, device, mode), prompt, max_new_tokens, chat)
+    return compared(first, second)
+
+
+def open_for_text(model: str, device: str, mode: OutlierMode = "dynamic") -> tuple[Any, Any]:
+    """Load a model that can generate: (model, tokenizer)."""
+    loaded, tokenizer = load(model, place(device), mode=mode)
+    if tokenizer is None:
+        raise SourceError(f"{model}: has no tokenizer, so no text can be given to it")
+    if not loaded.can_generate():
+        raise SourceError(f"{model}: is a {type(loaded).__name__}, which does not generate text")
+    return loaded, tokenizer
+
+
+def place(device: str) -> str:
+    """The device_map for a --device."""
+    import torch
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise DependencyError(f"device {device}: unknown; use auto, cpu or cuda")
+    if device == "cuda":
+        problem = "this version computes on the CPU only" if torch.cuda.is_available() else "torch sees no GPU here"
+        raise DependencyError(f"device cuda: {problem}; use --device cpu")
+    return "cpu"
+
+
+def generate(
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int,
+    chat: bool = False,
+    on_text: Callable[[str], None] | None = None,
+) -> Generation:
+    """One greedy continuation by a loaded model, timed."""
+    import psutil
+    import torch
+    from transformers import TextStreamer
+
+    class Timed(TextStreamer):  # type: ignore[misc]
+        """Notes when each token came, the prompt first."""
+
+        def put(self, value: Any) -> None:
+            times.append(time.perf_counter())
+            super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if on_text is not None:
+                on_text(text)
+
+    if max_new_tokens < 1:
+        raise SourceError(f"max-new-tokens {max_new_tokens}: must be 1 or more")
+    ids = _encode(tokenizer, prompt, chat)
+    times: list[float] = []
+    with quiet(), torch.inference_mode():
+        output = model.generate(
+            ids.to(model.device),
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=tokenizer.eos_token_id,
+            streamer=Timed(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        )
+    tokens = output[0, ids.shape[1] :].tolist()
+    prompted, first, last = times[0], times[1], times[len(tokens)]
+    tensors = [*model.parameters(), *model.buffers()]
+    return Generation(
+        model=name,
+        text=tokenizer.decode(tokens, skip_special_tokens=True),
+        tokens=tokens,
+        prompt_tokens=ids.shape[1],
+        prefill_tokens_per_s=ids.shape[1] / (first - prompted),
+        decode_tokens_per_s=(len(tokens) - 1) / (last - first) if len(tokens) > 1 else 0.0,
+        weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        peak_rss_bytes=_peak_rss(psutil.Process()),
+    )
+
+
+def compared(generation: Generation, source: Generation) -> Comparison:
+    """Where two continuations of the same prompt part."""
+    pairs = zip(generation.tokens, source.tokens, strict=False)
+    part = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
+    if part is None and len(generation.tokens) != len(source.tokens):
+        part = min(len(generation.tokens), len(source.tokens))
+    return Comparison(generation, source, part)
+
+
+def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
+    if not chat:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    elif tokenizer.chat_template is None:
+        raise SourceError("chat: the model has no chat template; leave --chat out")
+    else:
+        message = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    if not ids.numel():
+        raise SourceError("prompt: is empty; give some text")
+    return ids
+
+
+def _peak_rss(process: Any) -> int:
+    try:
+        import resource
+    except ImportError:
+        return int(process.memory_info().rss)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
