@@ -50,12 +50,12 @@ class Plan:
     shards: list[Shard]
 
     @property
-    def outputas_bytes(self) -> int:
+    def output_bytes(self) -> int:
         """Bytes of the weight files."""
         return sum(shard.nbytes for shard in self.shards)
 
     @property
-    def sourceas_bytes(self) -> int:
+    def source_bytes(self) -> int:
         """Bytes of the source's tensors."""
         return sum(info.nbytes for info in self.checkpoint.tensors.values())
 
@@ -211,11 +211,11 @@ def _write(plan: Plan, folder: Path, workers: int, progress: Progress | None) ->
         write_file(folder / name, data)
     others = (path for path in sorted(folder.rglob("*")) if path.is_file())
     manifest.files = {
-        path.relative_to(folder).as_posix(): digest(path.readas_bytes())
+        path.relative_to(folder).as_posix(): digest(path.read_bytes())
         for path in others
         if path.name not in manifest.headers
     }
-    write_file(folder / MANIFEST_NAME, manifest.toas_bytes())
+    write_file(folder / MANIFEST_NAME, manifest.to_bytes())
     return manifest
 
 
