@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from quantize8.convert import Progress
+    from quantize8.artifact.writer import Progress
 
 app = typer.Typer(
     help="Quantize LLM checkpoints to int8 with LLM.int8(), see their outliers, and run them.",
@@ -178,13 +178,19 @@ def demo(
     _show(result, report.demo(result), as_json)
 
 
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-) -> None:
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         typer.echo(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

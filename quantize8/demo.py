@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantize8.artifact.writer import Progress
 from quantize8.checkpoint import open_checkpoint
-from quantize8.convert import Conversion, Progress, convert
+from quantize8.convert import Conversion, convert
 from quantize8.evaluate import Perplexity, perplexity
 from quantize8.inspect import DEFAULT_TOKENS, ActivationReport, activations, read_text
 from quantize8.ops.reference import DEFAULT_THRESHOLD

@@ -21,8 +21,8 @@ from quantize8.artifact.bitsandbytes import SCALE, is_int8
 from quantize8.artifact.manifest import MANIFEST_NAME, read_manifest, summarize
 from quantize8.checkpoint import Checkpoint, open_checkpoint
 from quantize8.checkpoint.base import QUANTIZABLE
+from quantize8.checkpoint.structure import CONV1D, read_structure
 from quantize8.errors import SourceError
-from quantize8.model.structure import CONV1D, read_structure
 from quantize8.ops import cpu
 from quantize8.ops.reference import DEFAULT_THRESHOLD, STATS_TILE_ROWS, Array, ColumnStats, dequantize
 

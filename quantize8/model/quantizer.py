@@ -13,8 +13,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from quantize8.checkpoint.structure import CONV1D, linear_kinds
 from quantize8.model.linear import Int8Linear
-from quantize8.model.structure import CONV1D, linear_kinds
 from quantize8.ops.reference import DEFAULT_THRESHOLD, OutlierMode
 
 METHOD = "quantize8"

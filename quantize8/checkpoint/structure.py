@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from quantize8.checkpoint import TensorInfo
+from quantize8.checkpoint.base import TensorInfo
 from quantize8.errors import SourceError
 
 LINEAR, CONV1D = "Linear", "Conv1D"  # Conv1D is GPT-2's Linear, with its weight stored [in, out]
