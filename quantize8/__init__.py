@@ -6,7 +6,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quantize8.convert import convert
     from quantize8.errors import (
         ArtifactError,
         DependencyError,
@@ -16,12 +15,13 @@ if TYPE_CHECKING:
         SourceError,
         WeightError,
     )
-    from quantize8.inspect import inspect
     from quantize8.model.linear import Int8Linear
     from quantize8.model.loading import load
+    from quantize8.operations.convert import convert
+    from quantize8.operations.inspect import inspect
+    from quantize8.operations.run import run
+    from quantize8.operations.verify import verify
     from quantize8.ops.reference import Int8Weight
-    from quantize8.run import run
-    from quantize8.verify import verify
 
 __version__ = "0.1.0"
 
@@ -45,11 +45,11 @@ __all__ = [
 _HOMES = {
     "Int8Linear": "model.linear",
     "Int8Weight": "ops.reference",
-    "convert": "convert",
-    "inspect": "inspect",
+    "convert": "operations.convert",
+    "inspect": "operations.inspect",
     "load": "model.loading",
-    "run": "run",
-    "verify": "verify",
+    "run": "operations.run",
+    "verify": "operations.verify",
 }
 
 
@@ -57,7 +57,9 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that `import quantize8` loads neither torch nor numba."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

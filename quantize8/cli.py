@@ -63,7 +63,7 @@ def convert(
 ) -> None:
     """Write an int8 artifact that transformers and bitsandbytes open as it is."""
     from quantize8 import report
-    from quantize8.convert import convert as operation
+    from quantize8.operations.convert import convert as operation
 
     with _progress("converting") as progress:
         result = operation(
@@ -98,8 +98,8 @@ def inspect(
 ) -> None:
     """Show outlier statistics of weights, or with --text of activations."""
     from quantize8 import report
-    from quantize8.inspect import ActivationReport
-    from quantize8.inspect import inspect as operation
+    from quantize8.operations.inspect import ActivationReport
+    from quantize8.operations.inspect import inspect as operation
 
     result = operation(
         model, text=text, threshold=threshold, layer=layer, tokens=tokens, revision=revision, token=token
@@ -122,8 +122,8 @@ def run(
 ) -> None:
     """Continue a text greedily, as a quick check; then say how fast."""
     from quantize8 import report
-    from quantize8.run import Comparison
-    from quantize8.run import run as operation
+    from quantize8.operations.run import Comparison
+    from quantize8.operations.run import run as operation
 
     write = None if as_json else _stream
     result = operation(
@@ -148,7 +148,7 @@ def verify(
 ) -> None:
     """Check every byte of an artifact against its manifest."""
     from quantize8 import report
-    from quantize8.verify import verify as operation
+    from quantize8.operations.verify import verify as operation
 
     result = operation(artifact)
     _show(result, report.verification(result), as_json)
@@ -158,7 +158,7 @@ def verify(
 def env(as_json: _Json = False) -> None:
     """Show versions and devices, and what is missing with the command that mends it."""
     from quantize8 import report
-    from quantize8.environment import environment
+    from quantize8.operations.environment import environment
 
     result = environment()
     _show(result, report.environment(result), as_json)

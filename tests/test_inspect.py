@@ -1,0 +1,171 @@
+"""Inspecting: figures on a real model and text agree with an independent count, emergent features with planted ones."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from making import llama
+from safetensors.torch import load_file
+
+from quantize8 import SourceError, convert, inspect, load
+from quantize8.demo import TEXT
+from quantize8.operations.inspect import activations, emergent_features
+from quantize8.ops import reference
+
+
+@pytest.fixture(scope="module")
+def smollm2_report(smollm2):
+    return inspect(str(smollm2), text=TEXT)
+
+
+def of(report, kind):
+    return [entry for entry in report.linears if entry.module.endswith(kind)]
+
+
+def test_feature_247_is_the_emergent_one_of_smollm2(smollm2_report):
+    """Known beforehand from hooks written without this code, on the same text and its first 1024 tokens."""
+    assert smollm2_report.tokens == 1024 and smollm2_report.layer_inputs == 60
+    assert [feature.column for feature in smollm2_report.emergent] == [247]
+    assert smollm2_report.emergent[0].max == pytest.approx(11.7, abs=0.05)
+    over = [entry for entry in of(smollm2_report, "q_proj") if 247 in entry.columns]
+    assert {int(entry.module.split(".")[2]) for entry in over} == {9, 10, *range(12, 25)}
+
+
+def test_figures_of_smollm2_agree_with_those_known_beforehand(smollm2_report):
+    linears = smollm2_report.linears
+    assert len(linears) == 211 and sum(bool(entry.columns) for entry in linears) == 100
+    share = sum(len(entry.columns) for entry in linears) / sum(entry.in_features for entry in linears)
+    assert share == pytest.approx(0.0299, abs=0.0001)
+    for kind, hit, most, peak in (("q_proj", 20, 2, 11.7), ("gate_proj", 2, 2, 25.9), ("down_proj", 28, 839, 2338)):
+        entries = of(smollm2_report, kind)
+        assert sum(bool(entry.columns) for entry in entries) == hit
+        assert max(len(entry.columns) for entry in entries) == most
+        assert max(entry.max for entry in entries) == pytest.approx(peak, rel=5e-3)
+    assert sum(bool(entry.columns) for entry in of(smollm2_report, "o_proj")) == 7
+
+
+def test_the_artifact_shows_the_same_emergent_feature(smollm2_int8):
+    report = inspect(str(smollm2_int8), text=TEXT, layer="*.q_proj")
+    assert [feature.column for feature in report.emergent] == [247]
+    assert len(report.linears) == 30
+
+
+def test_each_figure_equals_a_count_by_hand(tmp_path):
+    model, _ = load(llama(tmp_path / "source", dtype=torch.float32))
+    layer = model.model.layers[1].mlp.down_proj
+    seen = []
+    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0].abs().numpy()))
+    ids = torch.arange(30)
+    threshold = 0.05
+    report = activations(model, ids, threshold, "*.1.mlp.down_proj")
+    hook.remove()
+    (entry,) = report.linears
+    assert entry.module == "model.layers.1.mlp.down_proj" and entry.in_features == 48
+    assert entry.columns == np.flatnonzero((seen[0] >= threshold).any(0)).tolist() != []
+    assert entry.max == seen[0].max() and entry.max_column == seen[0].max(0).argmax()
+    assert entry.positions == pytest.approx((seen[0] >= threshold).any(1).mean())
+
+
+def planted(width: int, features: dict[int, tuple[int, float]], layers: int = 20):
+    """Layer inputs in which each feature is over the threshold in so many layers, at such a share of positions."""
+    inputs = []
+    for layer in range(layers):
+        share, peak = np.zeros(width), np.ones(width)
+        for column, (count, positions) in features.items():
+            if layer < count:
+                share[column], peak[column] = positions, 20 + column
+        inputs.append((share, peak))
+    return inputs
+
+
+def test_emergence_needs_both_a_quarter_of_the_layers_and_six_percent_of_the_positions():
+    inputs = planted(32, {3: (5, 0.24), 7: (4, 1.0), 11: (20, 0.06), 13: (20, 0.05), 17: (5, 0.23)})
+    found = emergent_features(inputs)
+    assert [feature.column for feature in found] == [3, 11]  # 7: 20% of layers; 13: 5%; 17: 5.75% on average
+    assert found[0].layers == 0.25 and found[0].positions == pytest.approx(0.06) and found[0].max == 23
+
+
+def test_no_layer_inputs_have_no_features():
+    assert emergent_features([]) == []
+
+
+def test_hidden_states_of_an_encoder_are_recognized(minilm):
+    report = inspect(str(minilm), text=TEXT, tokens=128)
+    assert report.layer_inputs == 12  # attention and feed-forward of six layers
+    assert len(report.linears) == 37
+
+
+def test_conv1d_inputs_are_seen(mgm):
+    model, _ = load(mgm)
+    report = activations(model, torch.arange(5, 25), 6.0)
+    assert report.layer_inputs == 16 and len(report.linears) == 33
+
+
+def test_weight_figures_equal_the_reference(tmp_path):
+    source = llama(tmp_path / "source")
+    (report,) = inspect(str(source), layer="model.layers.0.self_attn.k_proj")
+    weight = load_file(source / "model.safetensors")["model.layers.0.self_attn.k_proj.weight"].float().numpy()
+    codes, absmax = reference.quantize_rowwise(weight)
+    stats = reference.column_stats(weight, codes, absmax)
+    assert (report.dtype, report.shape) == ("F16", weight.shape)
+    assert report.absmax == np.abs(weight).max()
+    assert report.rms == pytest.approx(np.sqrt((weight**2).mean()), rel=1e-5)
+    assert report.outliers == stats.outliers.sum()
+    error = np.linalg.norm(weight - reference.dequantize(codes, absmax)) / np.linalg.norm(weight)
+    assert report.relative_error == pytest.approx(error, rel=1e-4)
+
+
+def test_an_artifact_is_reported_like_its_source(tmp_path):
+    source = llama(tmp_path / "source")
+    convert(str(source), tmp_path / "out")
+    ours, theirs = inspect(str(tmp_path / "out"), layer="model.*"), inspect(str(source), layer="model.*")
+    assert [entry.module for entry in theirs if entry.module in {e.module for e in ours}] != []
+    by_name = {entry.module: entry for entry in theirs}
+    for entry in ours:
+        source_entry = by_name[entry.module]
+        assert entry.dtype == "I8" and entry.relative_error == source_entry.relative_error
+        assert entry.rms == pytest.approx(source_entry.rms, rel=0.01)
+
+
+def test_an_int8_folder_without_a_manifest_has_no_known_error(tmp_path):
+    convert(str(llama(tmp_path / "source")), tmp_path / "out")
+    (tmp_path / "out" / "quantize8.json").unlink()
+    assert {entry.relative_error for entry in inspect(str(tmp_path / "out"))} == {None}
+
+
+def test_gpt2_weights_are_reported_as_linear_ones(mgm):
+    reports = {entry.module: entry for entry in inspect(str(mgm))}
+    assert reports["transformer.h.0.attn.c_attn"].shape == (768, 256)  # stored [256, 768]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer": "nothing*"}, "no Linear layer is called"),
+        ({"text": "missing.txt"}, "cannot be read as text"),
+        ({"text": TEXT, "threshold": 0.0}, "must be positive"),
+        ({"text": TEXT}, "has no tokenizer"),
+    ],
+)
+def test_what_cannot_be_inspected_is_said_in_one_line(options, message, tmp_path):
+    source = llama(tmp_path / "source")
+    for path in source.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(SourceError, match=message):
+        inspect(str(source), **options)
+
+
+def test_empty_and_binary_texts_are_refused(tmp_path, smollm2):
+    for content, message in ((b"  \n", "is empty"), (b"\xff\xfe\x00", "not UTF-8")):
+        (tmp_path / "text").write_bytes(content)
+        with pytest.raises(SourceError, match=message):
+            inspect(str(smollm2), text=tmp_path / "text")
+
+
+def test_another_quantization_is_not_read_as_weights(tmp_path):
+    source = llama(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text()) | {"quantization_config": {"quant_method": "awq"}}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError, match="is quantized in a way"):
+        inspect(str(source))

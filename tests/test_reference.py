@@ -1,0 +1,170 @@
+"""The definition against numbers worked by hand, and against the formulas of the paper."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from quantize8.ops import reference
+from quantize8.ops.reference import ColumnStats, Int8Weight
+
+
+def weight_of(values, **fields):
+    return Int8Weight(*reference.quantize_rowwise(np.asarray(values, np.float16)), **fields)
+
+
+def test_codes_round_half_to_even():
+    row = np.array([[127, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5]], np.float16)
+    codes, absmax = reference.quantize_rowwise(row)
+    assert codes.tolist() == [[127, 0, 2, 2, 0, -2, -2]]
+    assert absmax.tolist() == [127.0]
+
+
+def test_zero_row_has_zero_codes_and_absmax():
+    codes, absmax = reference.quantize_rowwise(np.zeros((2, 5), np.float32))
+    assert not codes.any() and not absmax.any()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
+def test_weights_are_rounded_to_float16_first(dtype):
+    values = np.array([[1.0, 2.0**-26, 0.33333334]], np.float32).astype(dtype)
+    codes, absmax = reference.quantize_rowwise(values)
+    half = np.asarray(values.astype(np.float32), np.float16).astype(np.float32)
+    assert half[0, 1] == 0  # below half of float16's smallest
+    assert absmax[0] == half.max()
+    assert codes.tolist() == np.rint(half * np.float32(127)).astype(int).tolist()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 65520.0])
+def test_rows_that_int8_cannot_hold_are_told_by_absmax(bad):
+    codes, absmax = reference.quantize_rowwise(np.array([[1, bad, 2], [1, 2, 3]], np.float32))
+    assert not np.isfinite(absmax[0]) and absmax[1] == 3
+    assert not codes[0].any() and codes[1].any()
+
+
+def test_largest_float16_is_held():
+    codes, absmax = reference.quantize_rowwise(np.array([[65504.0, -65519.0]], np.float32))  # 65519 rounds down
+    assert absmax.tolist() == [65504.0] and codes.tolist() == [[127, -127]]
+
+
+def test_error_of_a_code_is_at_most_half_a_step():
+    weight = np.random.default_rng(0).standard_t(2, (64, 257)).astype(np.float16)
+    codes, absmax = reference.quantize_rowwise(weight)
+    error = np.abs(weight.astype(np.float64) - reference.dequantize(codes, absmax))
+    assert (error <= absmax[:, None] / 254 * (1 + 1e-5)).all()
+    assert np.abs(codes).max() == 127  # the row's peak takes the last code; -128 never appears
+
+
+def test_column_stats_equal_plain_sums():
+    rng = np.random.default_rng(1)
+    weight = rng.normal(size=(200, 100)).astype(np.float16)
+    weight[17, 5] = 40  # an outlier of its row
+    codes, absmax = reference.quantize_rowwise(weight)
+    stats = reference.column_stats(weight, codes, absmax)
+    exact = weight.astype(np.float64)
+    np.testing.assert_allclose(stats.sum_square, (exact**2).sum(0), rtol=1e-5)
+    error = exact - reference.dequantize(codes, absmax)
+    np.testing.assert_allclose(stats.sum_error, (error**2).sum(0), rtol=1e-5)
+    np.testing.assert_array_equal(stats.absmax, np.abs(exact).max(0))
+    assert stats.outliers[5] == 1 and stats.rows == 200
+
+
+def test_column_stats_in_parts_equal_the_whole():
+    weight = np.random.default_rng(2).normal(size=(150, 7)).astype(np.float32)
+    codes, absmax = reference.quantize_rowwise(weight)
+    whole = reference.column_stats(weight, codes, absmax)
+    parts = ColumnStats.empty(7)
+    for start in (0, 64, 128):
+        part = slice(start, start + 64)
+        reference.column_stats(weight[part], codes[part], absmax[part], parts)
+    for field in ("absmax", "sum_square", "sum_error", "outliers", "rows"):
+        np.testing.assert_array_equal(getattr(whole, field), getattr(parts, field))
+
+
+def test_outlier_elements_count_as_zero_for_scale_and_codes():
+    x = np.array([[1.0, -6.0, 2.0, 5.999]], np.float32)
+    codes, scale, outliers = reference.quantize_activations(x, 6.0)
+    assert outliers.tolist() == [[False, True, False, False]]
+    assert scale[0] == np.float32(5.999) / np.float32(127)
+    assert codes[0, 1] == 0 and codes[0, 3] == 127
+
+
+def test_threshold_zero_turns_detection_off():
+    codes, scale, outliers = reference.quantize_activations(np.array([[100.0, 1.0]], np.float32), 0.0)
+    assert not outliers.any() and codes.tolist() == [[127, 1]]
+
+
+def test_fixed_columns_are_left_out_whatever_their_size():
+    x = np.array([[100.0, 0.1, 50.0]], np.float32)
+    codes, scale, outliers = reference.quantize_activations(x, 6.0, columns=np.array([0, 1]))
+    assert outliers.tolist() == [[True, True, False]]
+    assert codes.tolist() == [[0, 0, 127]]
+
+
+def test_int8_matmul_is_exact_at_the_extremes():
+    k = 4096
+    a = np.full((2, k), 127, np.int8)
+    b = np.full((3, k), -127, np.int8)
+    b[0, 0] = 126
+    product = reference.int8_matmul(a, b)
+    assert product.dtype == np.int32
+    assert product[0].tolist() == [-127 * 127 * (k - 1) + 127 * 126, -127 * 127 * k, -127 * 127 * k]
+
+
+def test_dynamic_mode_takes_the_whole_column_and_elementwise_only_the_elements():
+    rng = np.random.default_rng(3)
+    weight = weight_of(rng.normal(size=(5, 8)))
+    x = rng.normal(size=(4, 8)).astype(np.float32)
+    x[1, 2] = 9.0
+    dequantized = reference.dequantize(weight.codes, weight.absmax).astype(np.float64)
+    codes, scale, _ = reference.quantize_activations(x, 6.0)
+    int8 = (codes * scale[:, None].astype(np.float64)) @ dequantized.T
+    for mode, tokens in (("dynamic", range(4)), ("elementwise", [1])):
+        expected = int8.copy()
+        for m in tokens:
+            expected[m] += (x[m, 2].astype(np.float64) - codes[m, 2] * scale[m].astype(np.float64)) * dequantized[:, 2]
+        product = reference.mixed_matmul(x, weight, None, 6.0, mode)
+        np.testing.assert_allclose(product, expected, rtol=1e-6)
+
+
+def test_elementwise_mode_does_not_see_its_neighbours():
+    rng = np.random.default_rng(4)
+    weight = weight_of(rng.normal(size=(6, 16)))
+    x = rng.normal(size=(20, 16)).astype(np.float32)
+    x[3, 5] = 30.0
+    together = reference.mixed_matmul(x, weight, None, 6.0, "elementwise")
+    alone = np.concatenate([reference.mixed_matmul(row[None], weight, None, 6.0, "elementwise") for row in x])
+    np.testing.assert_array_equal(together, alone)
+    dynamic = reference.mixed_matmul(x, weight, None, 6.0, "dynamic")
+    assert (dynamic[0] != reference.mixed_matmul(x[:1], weight, None, 6.0, "dynamic")[0]).any()
+
+
+def test_static_columns_are_exact_in_activation_and_weight():
+    rng = np.random.default_rng(5)
+    values = rng.normal(size=(7, 12)).astype(np.float16)
+    columns = np.array([1, 4], np.int32)
+    weight = weight_of(values, outlier_columns=columns, outlier_weight=values[:, columns])
+    x = np.zeros((3, 12), np.float32)
+    x[:, columns] = rng.normal(size=(3, 2)) * 50
+    product = reference.mixed_matmul(x, weight, None, 6.0, "static")
+    np.testing.assert_allclose(product, x.astype(np.float64) @ values.astype(np.float64).T, rtol=1e-12)
+
+
+def test_nan_and_infinity_in_a_token_stay_visible_and_in_their_row():
+    weight = weight_of(np.random.default_rng(6).normal(size=(3, 4)))
+    x = np.ones((20, 4), np.float32)
+    x[2, 1], x[5, 0] = np.nan, np.inf
+    with np.errstate(invalid="ignore"):
+        product = reference.mixed_matmul(x, weight, None, 0.0)
+    assert np.isnan(product[2]).all() and not np.isfinite(product[5]).any()
+    assert np.isfinite(np.delete(product, [2, 5], axis=0)).all()
+
+
+def test_linear_takes_16_bit_activations_up_to_sixteen_tokens():
+    rng = np.random.default_rng(7)
+    weight, bias = weight_of(rng.normal(size=(5, 9))), rng.normal(size=5).astype(np.float32)
+    x = rng.normal(size=(17, 9)).astype(np.float32)
+    dequantized = reference.dequantize(weight.codes, weight.absmax).astype(np.float64)
+    np.testing.assert_allclose(reference.linear(x[:16], weight, bias, 6.0), x[:16] @ dequantized.T + bias, rtol=1e-6)
+    np.testing.assert_array_equal(
+        reference.linear(x, weight, bias, 6.0), reference.mixed_matmul(x, weight, bias, 6.0, "dynamic")
+    )
