@@ -60,7 +60,7 @@ def test_minilm_in_float32(minilm, tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 def test_small_llama_of_each_dtype_in_several_files(dtype, tied, tmp_path):
     source = llama(tmp_path / "source", dtype=dtype, shards=2, tied=tied)
-    convert(str(source), tmp_path / "out", max_shard_size="20kB")
+    convert(str(source), tmp_path / "out", max_shard_size="10kB")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
     assert_same_as_transformers(source, tmp_path / "out", AutoModelForCausalLM)
 
@@ -120,6 +120,11 @@ def test_threshold_is_stored_as_a_json_float(tmp_path):
 
 def test_other_quantizations_are_not_taken_for_int8():
     assert is_int8({"quantization_config": quantization_config(6, [])})
-    for entry in ({"quant_method": "gptq", "bits": 8}, {"quant_method": "bitsandbytes", "load_in_4bit": True}, None, []):
+    for entry in (
+        {"quant_method": "gptq", "bits": 8},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        None,
+        [],
+    ):
         assert not is_int8({"quantization_config": entry})
     assert not is_int8({})

@@ -96,8 +96,16 @@ def test_errors_are_one_line_on_stderr_and_exit_code_1(quantize8, tmp_path):
 
 def test_help_starts_fast_and_imports_neither_torch_nor_numba():
     """Under 0.3 s; the median of several starts, for other work may share the machine."""
-    script = "import sys; sys.argv = ['quantize8', '--help']\nfrom quantize8.cli import main\ntry: main()\nexcept SystemExit: pass\n"
-    script += "assert not {'torch', 'transformers', 'numba', 'numpy'} & set(sys.modules)"
+    script = """
+import sys
+sys.argv = ["quantize8", "--help"]
+from quantize8.cli import main
+try:
+    main()
+except SystemExit:
+    pass
+assert not {"torch", "transformers", "numba", "numpy"} & set(sys.modules)
+"""
     times = []
     for _ in range(7):
         start = time.perf_counter()

@@ -82,8 +82,9 @@ def planted(width: int, features: dict[int, tuple[int, float]], layers: int = 20
 def test_emergence_needs_both_a_quarter_of_the_layers_and_six_percent_of_the_positions():
     inputs = planted(32, {3: (5, 0.24), 7: (4, 1.0), 11: (20, 0.06), 13: (20, 0.05), 17: (5, 0.23)})
     found = emergent_features(inputs)
-    assert [feature.column for feature in found] == [3, 11]  # 7: 20% of layers; 13: 5%; 17: 5.75% on average
-    assert found[0].layers == 0.25 and found[0].positions == pytest.approx(0.06) and found[0].max == 23
+    assert sorted(feature.column for feature in found) == [3, 11]  # 7: 20% of layers; 13: 5%; 17: 5.75% on average
+    three = next(feature for feature in found if feature.column == 3)
+    assert three.layers == 0.25 and three.positions == pytest.approx(0.06) and three.max == 23
 
 
 def test_no_layer_inputs_have_no_features():

@@ -9,7 +9,9 @@ from quantize8.artifact.layout import OutTensor, index, parse_size, plan_shards
 
 
 def groups(*sizes):
-    return [[OutTensor(f"t{i}.weight", "I8", (size,)), OutTensor(f"t{i}.SCB", "F32", (1,))] for i, size in enumerate(sizes)]
+    return [
+        [OutTensor(f"t{i}.weight", "I8", (size,)), OutTensor(f"t{i}.SCB", "F32", (1,))] for i, size in enumerate(sizes)
+    ]
 
 
 def test_a_modules_tensors_stay_in_one_file():
@@ -20,7 +22,7 @@ def test_a_modules_tensors_stay_in_one_file():
         ["t2.SCB", "t2.weight"],
         ["t3.SCB", "t3.weight"],  # larger than a file may be: alone
     ]
-    assert [shard.file for shard in shards][0] == "model-00001-of-00004.safetensors"
+    assert next(shard.file for shard in shards) == "model-00001-of-00004.safetensors"
 
 
 def test_offsets_tile_the_file_and_are_aligned():

@@ -89,13 +89,13 @@ def test_outlier_elements_count_as_zero_for_scale_and_codes():
 
 
 def test_threshold_zero_turns_detection_off():
-    codes, scale, outliers = reference.quantize_activations(np.array([[100.0, 1.0]], np.float32), 0.0)
+    codes, _scale, outliers = reference.quantize_activations(np.array([[100.0, 1.0]], np.float32), 0.0)
     assert not outliers.any() and codes.tolist() == [[127, 1]]
 
 
 def test_fixed_columns_are_left_out_whatever_their_size():
     x = np.array([[100.0, 0.1, 50.0]], np.float32)
-    codes, scale, outliers = reference.quantize_activations(x, 6.0, columns=np.array([0, 1]))
+    codes, _scale, outliers = reference.quantize_activations(x, 6.0, columns=np.array([0, 1]))
     assert outliers.tolist() == [[True, True, False]]
     assert codes.tolist() == [[0, 0, 127]]
 

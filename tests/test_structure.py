@@ -29,7 +29,7 @@ def meta(config):
         model = getattr(transformers, config["architectures"][0])._from_config(
             transformers.AutoConfig.for_model(**config)
         )
-    tied = {name for name in getattr(model, "all_tied_weights_keys", {})}
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
     state = model.state_dict()
     return model, {
         name: TensorInfo(name, "F16", tuple(value.shape), "f") for name, value in state.items() if name not in tied

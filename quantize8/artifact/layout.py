@@ -13,6 +13,8 @@ from quantize8.checkpoint.safetensors import INDEX_NAME, SINGLE_NAME
 from quantize8.errors import OutputError
 
 DEFAULT_SHARD_SIZE = "5GB"  # transformers' and the hub's default
+_ORDER = ("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16")  # then the dtypes of one byte,
+_BYTES = ("F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")  # as the library orders them: all stay aligned
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -80,9 +82,9 @@ def parse_size(text: str) -> int:
 
 
 def _place(shard: Shard) -> Shard:
-    """Order as the safetensors library does: wide dtypes first, so that all are aligned, then by name."""
+    """Order as the safetensors library does: by dtype, wide ones first, then by name."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for the format
-    shard.tensors.sort(key=lambda tensor: (-DTYPES[tensor.dtype].itemsize, tensor.name))
+    shard.tensors.sort(key=lambda tensor: ((*_ORDER, *_BYTES).index(tensor.dtype), tensor.name))
     position = 0
     for tensor in shard.tensors:
         end = position + tensor.nbytes

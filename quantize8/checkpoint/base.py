@@ -121,8 +121,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def companions(folder: Path) -> list[Path]:
     """Small files of a model folder that belong to it whatever its weights' format, sorted."""
     found = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
-    kept = (path for path in found if not any(path.match(pattern) for pattern in _NOT_COMPANIONS))
-    return sorted(contained(path, folder) for path in kept)
+    taken = {path for pattern in _NOT_COMPANIONS for path in folder.glob(pattern)}
+    return sorted(contained(path, folder) for path in found - taken)
 
 
 def contained(path: Path, folder: Path) -> Path:

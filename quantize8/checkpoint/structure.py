@@ -57,8 +57,7 @@ def read_structure(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo])
         kept = {"lm_head": "output head"}
         untied = "lm_head" in weights and not config.get("tie_word_embeddings", False)
         return Structure(linears, kept, "lm_head" if untied else None)
-    known = _from_transformers(config, architecture, weights)
-    return known or Structure({name: LINEAR for name in weights if not _NOT_LINEAR.search(name.rpartition(".")[2])})
+    return _from_transformers(config, architecture, weights) or _by_names(weights)
 
 
 def is_skipped(module: str, patterns: list[str]) -> bool:
@@ -67,6 +66,12 @@ def is_skipped(module: str, patterns: list[str]) -> bool:
     Its rule (`should_convert_module`): an entry is a regular expression for a dotted prefix, or a plain suffix.
     """
     return any(re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", module) or module.endswith(entry) for entry in patterns)
+
+
+def _by_names(weights: list[str]) -> Structure:
+    doubtful = [name for name in weights if _NOT_LINEAR.search(name.rpartition(".")[2])]
+    linears = {name: LINEAR for name in weights if name not in doubtful}
+    return Structure(linears, dict.fromkeys(doubtful, "by its name an embedding, a router or a head"))
 
 
 def _is_matrix(info: TensorInfo) -> bool:

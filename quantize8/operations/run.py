@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from quantize8.errors import DependencyError, SourceError
@@ -94,7 +95,6 @@ def generate(
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
     """One greedy continuation by a loaded model, timed."""
-    import psutil
     import torch
     from transformers import TextStreamer
 
@@ -136,7 +136,7 @@ def generate(
         prefill_tokens_per_s=ids.shape[1] / (first - prompted),
         decode_tokens_per_s=(len(tokens) - 1) / (last - first) if len(tokens) > 1 else 0.0,
         weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
-        peak_rss_bytes=_peak_rss(psutil.Process()),
+        peak_rss_bytes=peak_rss(),
     )
 
 
@@ -162,9 +162,12 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
     return ids
 
 
-def _peak_rss(process: Any) -> int:
-    try:
-        import resource
-    except ImportError:
-        return int(process.memory_info().rss)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_rss() -> int:
+    """The most memory this process has held, in bytes; what it holds now where the system keeps no peak."""
+    try:  # getrusage would also count the process that started this one
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)
