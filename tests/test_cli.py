@@ -76,7 +76,7 @@ def test_env_names_versions_and_remedies(quantize8, monkeypatch):
     assert code == 0 and "torch" in text and __version__ in text
     monkeypatch.setattr("quantize8.operations.environment._version", lambda _: None)
     text = quantize8("env")[1]
-    assert "pip install torch" in text and "pip install 'quantize8[cuda13]'" in text
+    assert "pip install torch" in text and "open artifacts without quantize8: pip install bitsandbytes" in text
 
 
 def test_version_help_and_usage_errors(quantize8):

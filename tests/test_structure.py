@@ -77,6 +77,7 @@ def test_embeddings_routers_and_fused_experts_are_not_linear_weights():
     assert set(found.linears) == {
         f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(2) for name in "qkvo"
     }
+    assert len(found.experts) == 12 and not set(found.experts) & set(found.skip_list(set(found.linears)))
 
 
 def test_encoder_decoder_with_shared_embeddings():

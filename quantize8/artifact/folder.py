@@ -26,7 +26,7 @@ def check_output(out: Path, overwrite: bool, source: Path) -> None:
         return
     if not overwrite:
         raise OutputError(f"{out}: exists; remove it, pass --overwrite, or name another folder with --out")
-    replaceable = out.is_dir() and ((out / MANIFEST_NAME).is_file() or not any(out.iterdir()))
+    replaceable = out.is_dir() and not out.is_symlink() and ((out / MANIFEST_NAME).is_file() or not any(out.iterdir()))
     if not replaceable:
         raise OutputError(f"{out}: is not an artifact of quantize8, and is not overwritten; remove it yourself")
 
@@ -95,6 +95,8 @@ def _replace(folder: Path, out: Path, overwrite: bool) -> None:
     try:
         folder.rename(out)
     except OSError:
+        if old is not None:
+            old.rename(out)
         raise OutputError(f"{out}: appeared while converting; remove it, or name another folder with --out") from None
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)

@@ -76,7 +76,8 @@ def _choose(
     structure: Structure, recipe: Recipe, tensors: dict[str, TensorInfo]
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Modules that become int8, and the Linear weights that do not with the reason."""
-    modules, kept = dict(structure.linears), dict(structure.kept)
+    modules = dict(structure.linears)
+    kept = structure.kept | dict.fromkeys(structure.experts, "experts, which this format cannot hold in int8")
     if recipe.output_head and structure.output_head is not None:
         modules[structure.output_head] = LINEAR
         del kept[structure.output_head]

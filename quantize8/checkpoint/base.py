@@ -104,7 +104,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise SourceError(f"{folder}: not a model folder, it has no {CONFIG_NAME}; name a folder, file or hub id")
-    return read_json(path)
+    return read_json(contained(path, folder))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class Structure:
     output_head: which of `kept` is the output head and has a weight of its own (not tied), if there is one.
     model_names: module name in the checkpoint -> in the model, where they differ.
     absent: Linear modules of the model (by the model's names) that have no weight of their own in the checkpoint.
+    experts: matrices that transformers joins into one tensor of experts, which is no Linear module.
     """
 
     linears: dict[str, str]
@@ -41,6 +42,7 @@ class Structure:
     output_head: str | None = None
     model_names: dict[str, str] = field(default_factory=dict)
     absent: list[str] = field(default_factory=list)
+    experts: list[str] = field(default_factory=list)
 
     def skip_list(self, quantized: set[str]) -> list[str]:
         """Every Linear module of the model that is not in `quantized`, by the names a loader of the model sees."""
@@ -85,11 +87,11 @@ def _from_transformers(config: Mapping[str, Any], architecture: str | None, weig
     if model is None:
         return None
     modules = linear_kinds(model)
-    to_model = _names_in_model(model, weights)
+    to_model, experts = _names_in_model(model, weights)
     fixed = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or [])]
     head = model.get_output_embeddings()
     tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
-    structure = Structure({})
+    structure = Structure({}, experts=experts)
     for name in weights:
         in_model = to_model[name]
         if in_model not in modules:
@@ -144,8 +146,8 @@ def linear_kinds(model: Any) -> dict[str, str]:
     }
 
 
-def _names_in_model(model: Any, weights: list[str]) -> dict[str, str]:
-    """Each weight's module name as transformers renames it on loading (prefixes added or dropped, old names)."""
+def _names_in_model(model: Any, weights: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Each weight's module name as transformers renames it on loading, and the weights that it joins with others."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -153,8 +155,10 @@ def _names_in_model(model: Any, weights: list[str]) -> dict[str, str]:
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     state = model.state_dict()
-    names = {}
+    names, joined = {}, []
     for name in weights:
-        key, _ = rename_source_key(f"{name}.weight", renamings, converters, model.base_model_prefix, state)
+        key, converter = rename_source_key(f"{name}.weight", renamings, converters, model.base_model_prefix, state)
         names[name] = key.removesuffix(".weight")
-    return names
+        if converter is not None:
+            joined.append(name)
+    return names, joined

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from quantize8.checkpoint.base import Checkpoint, TensorInfo
+from quantize8.checkpoint.base import Checkpoint, TensorInfo, contained
 from quantize8.checkpoint.safetensors import read_weight_map
 from quantize8.errors import SourceError
 from quantize8.ops.reference import Array
@@ -30,7 +30,7 @@ class TorchCheckpoint(Checkpoint):
         tied = self.config.get("tie_word_embeddings", True)  # transformers' default
         seen: set[tuple[Any, ...]] = set()
         for file in files:
-            for tensor, value in _load(folder / file).items():
+            for tensor, value in _load(contained(folder / file, folder)).items():
                 place = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride())
                 if tied and place in seen:
                     continue

@@ -43,7 +43,7 @@ class Int8Linear(nn.Linear):
 
     @classmethod
     def from_float(cls, linear: nn.Linear, threshold: float = DEFAULT_THRESHOLD) -> Int8Linear:
-        """Quantize a layer on the CPU; raises WeightError where a row holds NaN, infinity or |w| > 65504."""
+        """Quantize a layer on the CPU; raises WeightError where a row holds NaN, infinity or a |w| beyond float16."""
         weight = linear.weight.detach().cpu()
         if weight.dtype != torch.float32:
             weight = weight.to(torch.float32)  # exact
@@ -51,7 +51,7 @@ class Int8Linear(nn.Linear):
         if not np.isfinite(absmax).all():
             row = int(np.argmin(np.isfinite(absmax)))
             raise WeightError(
-                f"weight row {row} holds NaN, infinity or |w| > 65504, and cannot be int8; keep it in float"
+                f"weight row {row} holds NaN, infinity or a |w| beyond float16, and cannot be int8; keep it in float"
             )
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, threshold)
         layer.weight.data, layer.SCB.data = torch.from_numpy(codes), torch.from_numpy(absmax)

@@ -33,8 +33,10 @@ def load(
     "auto" for the stored one, except that float16 is computed in float32 on a CPU, which holds the same numbers and is
     faster there; mode and threshold of the outlier correction, threshold None for the stored one.
     Returns: the model in eval mode; its tokenizer, None where the folder has none.
-    Raises: SourceError where the folder is missing or holds another quantization.
+    Raises: SourceError where the folder is missing, holds another quantization, or needs code of its own to run.
     """
+    if mode == "static":
+        raise SourceError(f"{path}: holds no calibrated outlier columns for mode static; use dynamic or elementwise")
     folder, identity = locate(str(path), revision=revision, token=token)
     with quiet():
         if gguf := _gguf_file(folder):
@@ -43,7 +45,9 @@ def load(
         config = read_config(folder)
         settings = _model_config(folder, config, mode, threshold)
         numbers = _dtype(dtype, config, device_map)
-        model = _model_class(config).from_pretrained(folder, config=settings, dtype=numbers, device_map=device_map)
+        model = _model_class(config).from_pretrained(
+            folder, config=settings, dtype=numbers, device_map=device_map, trust_remote_code=False
+        )
         return model.eval(), _tokenizer(folder)
 
 
@@ -67,7 +71,7 @@ def _model_config(folder: Path, config: dict[str, Any], mode: OutlierMode, thres
     from transformers import AutoConfig
 
     try:
-        settings = AutoConfig.from_pretrained(folder)
+        settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise SourceError(f"{folder}: transformers cannot run this architecture ({reason})") from None
@@ -131,7 +135,7 @@ def _tokenizer(folder: Path) -> Any:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, ImportError) as error:
         raise DependencyError(f"{folder}: its tokenizer does not load ({str(error).splitlines()[0]})") from None
 

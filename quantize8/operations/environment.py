@@ -14,7 +14,6 @@ from quantize8 import __version__
 _PACKAGES = ("torch", "transformers", "numpy", "numba", "safetensors", "huggingface_hub", "gguf", "accelerate")
 _OPTIONAL = {
     "bitsandbytes": ("open artifacts without quantize8", "pip install bitsandbytes"),
-    "cupy": ("compute on an NVIDIA GPU", "pip install 'quantize8[cuda13]'"),
 }
 _CUPY_PACKAGES = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
 

@@ -100,6 +100,8 @@ def inspect(
     module names to report.
     Raises: SourceError where the model or the text cannot be read, or no module has such a name.
     """
+    if not threshold > 0:
+        raise SourceError(f"threshold {threshold:g}: must be positive, for an outlier is what reaches it")
     if text is not None:
         return _inspect_text(model, Path(text), threshold, layer, tokens, revision, token)
     checkpoint = open_checkpoint(model, revision=revision, token=token)
@@ -150,8 +152,6 @@ def _inspect_text(
 ) -> ActivationReport:
     from quantize8.model.loading import load, quiet
 
-    if not threshold > 0:
-        raise SourceError(f"threshold {threshold:g}: must be positive, for an outlier is what reaches it")
     content = read_text(path)
     loaded, tokenizer = load(model, "cpu", revision=revision, token=token)
     if tokenizer is None:

@@ -48,24 +48,30 @@ def run(
     device: str = "auto",
     mode: OutlierMode = "dynamic",
     chat: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation | Comparison:
     """Continue a prompt greedily with an artifact or a plain checkpoint.
 
-    Args: model and compare, folders, GGUF files or hub ids; device, auto, cpu or cuda; chat, put the prompt through
-    the model's chat template; on_text, called with pieces of the continuation of `model` as they come.
+    Args: model and compare, folders, GGUF files or hub ids; device, auto or cpu; chat, put the prompt through the
+    model's chat template; revision, of `model` on the hub; on_text, called with pieces of the continuation.
     Raises: SourceError where a model cannot be opened or does not generate text.
     """
-    first = generate(model, *open_for_text(model, device, mode), prompt, max_new_tokens, chat, on_text)
+    opened = open_for_text(model, device, mode, revision, token)
+    first = generate(model, *opened, prompt, max_new_tokens, chat, on_text)
     if compare is None:
         return first
-    second = generate(compare, *open_for_text(compare, device, mode), prompt, max_new_tokens, chat)
+    opened = open_for_text(compare, device, mode, token=token)
+    second = generate(compare, *opened, prompt, max_new_tokens, chat)
     return compared(first, second)
 
 
-def open_for_text(model: str, device: str, mode: OutlierMode = "dynamic") -> tuple[Any, Any]:
+def open_for_text(
+    model: str, device: str, mode: OutlierMode = "dynamic", revision: str | None = None, token: str | None = None
+) -> tuple[Any, Any]:
     """Load a model that can generate: (model, tokenizer)."""
-    loaded, tokenizer = load(model, place(device), mode=mode)
+    loaded, tokenizer = load(model, place(device), mode=mode, revision=revision, token=token)
     if tokenizer is None:
         raise SourceError(f"{model}: has no tokenizer, so no text can be given to it")
     if not loaded.can_generate():

@@ -23,6 +23,7 @@ from quantize8.ops.reference import (
     ColumnStats,
     Int8Weight,
     OutlierMode,
+    fixed_columns,
 )
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def mixed_matmul(
     """`reference.mixed_matmul` on torch tensors: x [M, K] -> [M, N] in x's dtype, summed in float32."""
     import torch
 
-    fixed = weight.outlier_columns if mode == "static" else None
+    fixed = fixed_columns(weight, mode)
     codes, scale, outliers = quantize_activations(x, threshold, fixed)
     product = torch._int_mm(codes, weight.codes.t()).to(torch.float32)
     product.mul_(scale[:, None]).mul_(weight.absmax / INT8_MAX)

@@ -69,7 +69,7 @@ def quantize_rowwise(weight: Array) -> tuple[Array, Array]:
 
     Args: weight, float16, bfloat16 or float32 [N, K].
     Returns: codes int8 [N, K] in [-127, 127], absmax float32 [N]. A zero row has absmax 0 and codes 0. A row with
-    NaN, infinity, or |w| > 65504 has a non-finite absmax and codes 0: the caller decides what to do with it.
+    NaN, infinity, or a |w| beyond float16 has a non-finite absmax and codes 0: the caller decides what to do with it.
     """
     values = to_float16(weight).astype(np.float32)
     absmax = np.abs(values).max(axis=1, initial=0.0)
@@ -139,9 +139,10 @@ def mixed_matmul(
     Args: x [M, K]; bias [N] or None; threshold, 0 for plain int8. mode "dynamic": a column with one outlier element is
     corrected for every token (LLM.int8() as published). "elementwise": only the outlier elements are corrected, so a
     token does not depend on its neighbours. "static": the columns stored with the weight are exact, no others.
+    Raises ValueError for mode "static" where the weight has no stored columns.
     Returns: float64 [M, N], exact but for float64's own rounding.
     """
-    codes, scale, outliers = quantize_activations(x, threshold, weight.outlier_columns if mode == "static" else None)
+    codes, scale, outliers = quantize_activations(x, threshold, fixed_columns(weight, mode))
     columns = np.flatnonzero(outliers.any(axis=0))
     residual = x.astype(np.float64) - codes * scale[:, None].astype(np.float64)
     if mode == "elementwise":
@@ -163,6 +164,15 @@ def linear(x: Array, weight: Int8Weight, bias: Array | None, threshold: float, m
     if len(x) <= DECODE_TOKENS:
         return weight_only_matmul(x, weight, bias)
     return mixed_matmul(x, weight, bias, threshold, mode)
+
+
+def fixed_columns(weight: Int8Weight, mode: OutlierMode) -> Any:
+    """The outlier columns of a mode that knows them beforehand; None where the activations decide."""
+    if mode != "static":
+        return None
+    if weight.outlier_columns is None:
+        raise ValueError("mode static needs a weight with stored outlier columns")
+    return weight.outlier_columns
 
 
 def to_float16(weight: Array) -> Array:
