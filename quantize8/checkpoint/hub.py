@@ -18,7 +18,6 @@ def download(repo_id: str, revision: str | None, token: str | None) -> tuple[Pat
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -26,9 +25,9 @@ def download(repo_id: str, revision: str | None, token: str | None) -> tuple[Pat
     try:
         try:
             info = HfApi(token=token).model_info(repo_id, revision=revision)
-        except (OfflineModeIsEnabled, OSError) as error:
-            if isinstance(error, HfHubHTTPError):
-                raise
+        except (HfHubHTTPError, HFValidationError):
+            raise
+        except Exception:  # offline, or no connection: the HTTP library's errors share no base class with the hub's
             folder = snapshot_download(repo_id, revision=revision, local_files_only=True)
             return Path(folder), Path(folder).name
         needed = needed_files([sibling.rfilename for sibling in info.siblings or []])
@@ -50,7 +49,9 @@ def download(repo_id: str, revision: str | None, token: str | None) -> tuple[Pat
         raise SourceError(
             f"{repo_id}: the hub cannot be reached and the model is not in the cache; try again"
         ) from None
-    except (HfHubHTTPError, OSError) as error:
+    except SourceError:
+        raise
+    except Exception as error:  # as above
         raise SourceError(f"{repo_id}: download failed ({_first_line(error)}); run it again to go on") from None
 
 
