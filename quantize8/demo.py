@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from quantize8.artifact.writer import Progress
-from quantize8.checkpoint import open_checkpoint
 from quantize8.operations.convert import Conversion, convert
 from quantize8.operations.evaluate import Perplexity, perplexity
 from quantize8.operations.inspect import DEFAULT_TOKENS, ActivationReport, activations, read_text
@@ -47,7 +46,7 @@ def demo(
     say = on_step or (lambda _: None)
     source = find_model()
     target = Path(out or f"{MODEL}-int8")
-    say(f"convert {open_checkpoint(source).name} -> {target}")
+    say(f"convert {MODEL} -> {target}")
     conversion = convert(source, target, overwrite=True, progress=progress)
     say("open the source")
     original, tokenizer = open_for_text(source, "cpu")

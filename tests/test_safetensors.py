@@ -1,6 +1,8 @@
 """Reading safetensors: values equal the library's own, and a file or index that lies is refused by name."""
 
+import errno
 import json
+import os
 import struct
 
 import numpy as np
@@ -119,6 +121,17 @@ def test_a_file_cut_while_it_is_read(tmp_path):
     with (tmp_path / "model.safetensors").open("r+b") as file:
         file.truncate(2000)
     with pytest.raises(SourceError, match="x ends early"):
+        checkpoint.rows("x", 0, 1000)
+
+
+def test_a_disk_that_cannot_read(tmp_path, monkeypatch):
+    checkpoint = open_checkpoint(str(folder_of(tmp_path, {"x": torch.ones(1000)})))
+
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(SourceError, match="x cannot be read"):
         checkpoint.rows("x", 0, 1000)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from quantize8.artifact import bitsandbytes
 from quantize8.artifact.layout import DEFAULT_SHARD_SIZE, OutTensor, Shard, plan_shards
 from quantize8.checkpoint import Checkpoint, TensorInfo
-from quantize8.checkpoint.base import DTYPES, FLOATING, QUANTIZABLE
+from quantize8.checkpoint.base import FLOATING, QUANTIZABLE
 from quantize8.checkpoint.structure import CONV1D, LINEAR, Structure, is_skipped, read_structure
 from quantize8.errors import SourceError
 from quantize8.recipe import Recipe
@@ -37,21 +38,16 @@ class Plan:
     @property
     def int8_weights(self) -> int:
         """How many weights become int8."""
-        return sum(self.checkpoint.tensors[f"{name}.weight"].nbytes // self._width(name) for name in self.modules)
+        return sum(math.prod(self.checkpoint.tensors[f"{name}.weight"].shape) for name in self.modules)
 
     @property
     def weights(self) -> int:
         """How many floating-point numbers the source holds."""
-        tensors = self.checkpoint.tensors.values()
-        return sum(info.nbytes // DTYPES[info.dtype].itemsize for info in tensors if info.dtype in FLOATING)
+        return sum(math.prod(info.shape) for info in self.checkpoint.tensors.values() if info.dtype in FLOATING)
 
     def module_of(self, info: TensorInfo) -> str | None:
         """The module that a source tensor is the weight of, if it becomes int8."""
-        module = info.name.removesuffix(".weight")
-        return module if module != info.name and module in self.modules else None
-
-    def _width(self, module: str) -> int:
-        return DTYPES[self.checkpoint.tensors[f"{module}.weight"].dtype].itemsize
+        return _module_of(info, self.modules)
 
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, max_shard_size: str = DEFAULT_SHARD_SIZE) -> Plan:
@@ -82,17 +78,7 @@ def _choose(
         modules[structure.output_head] = LINEAR
         del kept[structure.output_head]
     for name in list(modules):
-        info = tensors[f"{name}.weight"]
-        reason = (
-            f"recipe {recipe.name}"
-            if recipe.skips(name)
-            else f"dtype {info.dtype}"
-            if info.dtype not in QUANTIZABLE
-            else "empty"
-            if 0 in info.shape
-            else None
-        )
-        if reason:
+        if reason := _reason_to_keep(name, tensors[f"{name}.weight"], recipe):
             kept[name] = reason
             del modules[name]
     while True:  # an entry of the skip list also matches names that end with it; what it matches must be float as well
@@ -105,9 +91,22 @@ def _choose(
             del modules[name]
 
 
-def _output(info: TensorInfo, modules: dict[str, str]) -> list[OutTensor]:
+def _reason_to_keep(module: str, info: TensorInfo, recipe: Recipe) -> str | None:
+    if recipe.skips(module):
+        return f"recipe {recipe.name}"
+    if info.dtype not in QUANTIZABLE:
+        return f"dtype {info.dtype}"
+    return "empty" if 0 in info.shape else None
+
+
+def _module_of(info: TensorInfo, modules: dict[str, str]) -> str | None:
     module = info.name.removesuffix(".weight")
-    if module == info.name or module not in modules:
+    return module if module != info.name and module in modules else None
+
+
+def _output(info: TensorInfo, modules: dict[str, str]) -> list[OutTensor]:
+    module = _module_of(info, modules)
+    if module is None:
         return [OutTensor(info.name, info.dtype, info.shape)]
     rows, columns = info.shape if modules[module] != CONV1D else info.shape[::-1]
     return bitsandbytes.module_tensors(module, (rows, columns))

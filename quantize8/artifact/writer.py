@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -41,18 +42,27 @@ class Writer:
         self._plan, self._progress, self._done = plan, progress, 0
         self._places: dict[str, _Place] = {}
         self._descriptors: list[int] = []
-        for shard in plan.shards:
-            self._descriptors.append(create(folder / shard.file, shard.header, shard.nbytes))
-            for tensor in shard.tensors:
-                self._places[tensor.name] = _Place(
-                    self._descriptors[-1], shard.offsets[tensor.name], shard.file, tensor
-                )
 
-    def close(self) -> None:
-        """Have the disk hold all weight files, and close them."""
+        with contextlib.ExitStack() as files:
+            for shard in plan.shards:
+                descriptor = create(folder / shard.file, shard.header, shard.nbytes)
+                files.callback(os.close, descriptor)
+                self._descriptors.append(descriptor)
+                for tensor in shard.tensors:
+                    place = _Place(descriptor, shard.offsets[tensor.name], shard.file, tensor)
+                    self._places[tensor.name] = place
+            self._files = files.pop_all()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def flush(self) -> None:
+        """Have the disk hold all weight files before going on."""
         for descriptor in self._descriptors:
             os.fsync(descriptor)
-            os.close(descriptor)
 
     def write(self, info: TensorInfo) -> dict[str, TensorRecord]:
         """Read a source tensor, write what becomes of it, and say what was written."""

@@ -41,7 +41,11 @@ class SafetensorsCheckpoint(Checkpoint):
         target, position = as_bytes(values), place.offset + start * row_bytes
         done = 0
         while done < values.nbytes:
-            count = os.preadv(place.descriptor, [target[done:]], position + done)
+            try:
+                count = os.preadv(place.descriptor, [target[done:]], position + done)
+            except OSError as error:
+                where = f"{self.folder / info.file}: {name}"
+                raise SourceError(f"{where} cannot be read ({error.strerror}); look at the disk") from None
             if count == 0:
                 raise SourceError(f"{self.folder / info.file}: {name} ends early; the file changed while it was read")
             done += count

@@ -80,9 +80,8 @@ def convert(
         try:
             manifest = _write(plan, folder, workers or min(os.cpu_count() or 1, _MAX_WORKERS), progress)
         except OSError as error:
-            raise OutputError(
-                f"{target}: writing failed ({error.strerror or error}); make room and run again"
-            ) from None
+            where = f" at {error.filename}" if error.filename else ""
+            raise OutputError(f"{target}: not written ({error.strerror}{where}); mend that and run again") from None
     errors = {name: record.quantized for name, record in manifest.tensors.items() if record.quantized}
     return Conversion(target, plan, time.perf_counter() - start, manifest, errors)
 
@@ -93,12 +92,10 @@ def _write(plan: Plan, folder: Path, workers: int, progress: Progress | None) ->
     manifest = Manifest(
         __version__, bitsandbytes.NAME, checkpoint.identity, plan.recipe.as_json(), plan.source_bytes, kept=plan.kept
     )
-    writer = Writer(plan, folder, progress)
-    try:
+    with Writer(plan, folder, progress) as writer:
         for record in _in_threads(writer.write, list(checkpoint.tensors.values()), workers):
             manifest.tensors.update(record)
-    finally:
-        writer.close()
+        writer.flush()
     manifest.headers = {shard.file: digest(shard.header) for shard in plan.shards}
     checkpoint.write_companions(folder)
     config = {
