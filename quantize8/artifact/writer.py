@@ -42,7 +42,6 @@ class Writer:
         self._plan, self._progress, self._done = plan, progress, 0
         self._places: dict[str, _Place] = {}
         self._descriptors: list[int] = []
-
         with contextlib.ExitStack() as files:
             for shard in plan.shards:
                 descriptor = create(folder / shard.file, shard.header, shard.nbytes)

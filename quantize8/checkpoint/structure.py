@@ -63,11 +63,12 @@ def read_structure(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo])
 
 
 def is_skipped(module: str, patterns: list[str]) -> bool:
-    """Whether transformers leaves a module alone for these entries of llm_int8_skip_modules.
+    """Whether some transformers 5 leaves a module alone for these entries of llm_int8_skip_modules.
 
-    Its rule (`should_convert_module`): an entry is a regular expression for a dotted prefix, or a plain suffix.
+    Its rule (`should_convert_module`): an entry is a regular expression for a prefix, or a plain suffix. Later
+    releases ask the prefix to end at a dot; what the earlier ones would also match counts here.
     """
-    return any(re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", module) or module.endswith(entry) for entry in patterns)
+    return any(re.match(entry, module) or module.endswith(entry) for entry in patterns)
 
 
 def _by_names(weights: list[str]) -> Structure:
