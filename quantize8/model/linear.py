@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantize8.errors import WeightError
+from quantize8.errors import DependencyError, WeightError
 from quantize8.ops import cpu
 from quantize8.ops.reference import DEFAULT_THRESHOLD, INT8_MAX, Int8Weight, OutlierMode
 
@@ -61,6 +61,8 @@ class Int8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype."""
+        if x.device.type != "cpu":
+            raise DependencyError(f"Int8Linear computes on the CPU only, not on {x.device}; load with device_map='cpu'")
         flat = x.reshape(-1, self.in_features)
         product: Tensor = _Product.apply(flat, self.weight, self.SCB, self.bias, self.threshold, self.mode)
         return product.view(*x.shape[:-1], self.out_features)
