@@ -6,6 +6,8 @@ import statistics
 import subprocess
 import sys
 import time
+from enum import Enum
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,18 @@ def test_version_help_and_usage_errors(quantize8):
     for command in ("convert", "inspect", "run", "verify", "env", "demo"):
         assert command in text and quantize8(command, "--help")[0] == 0
     assert quantize8("convert")[0] == 2 and quantize8("convert", "x", "--nonsense")[0] == 2
+
+
+def test_defaults_are_the_operations_own():
+    """Written again in cli.py, so that --help need not import what they come from."""
+    from quantize8.operations import convert, inspect, run
+
+    for command, operation in ((cli.convert, convert.convert), (cli.inspect, inspect.inspect), (cli.run, run.run)):
+        theirs = signature(operation).parameters
+        for name, parameter in signature(command).parameters.items():
+            if name in theirs:
+                default = parameter.default.value if isinstance(parameter.default, Enum) else parameter.default
+                assert default == theirs[name].default, f"{command.__name__} {name}"
 
 
 def test_errors_are_one_line_on_stderr_and_exit_code_1(quantize8, tmp_path):

@@ -29,9 +29,10 @@ def load(
 ) -> tuple[Any, Any]:
     """Load an artifact (or any int8 bitsandbytes folder, or a plain checkpoint): (transformers model, tokenizer).
 
-    Args: path, a folder, GGUF file or hub id; device_map, as transformers takes it, but int8 layers compute on the CPU only; dtype of the floating-point part,
-    "auto" for the stored one, except that float16 is computed in float32 on a CPU, which holds the same numbers and is
-    faster there; mode and threshold of the outlier correction, threshold None for the stored one.
+    Args: path, a folder, GGUF file or hub id; device_map, as transformers takes it, but "auto" puts int8 layers on the
+    CPU, where they compute in this version; dtype of the floating-point part, "auto" for the stored one, except that
+    float16 is computed in float32 on a CPU, which holds the same numbers and is faster there; mode and threshold of
+    the outlier correction, threshold None for the stored one.
     Returns: the model in eval mode; its tokenizer, None where the folder has none.
     Raises: SourceError where the folder is missing, holds another quantization, or needs code of its own to run.
     """
@@ -44,7 +45,7 @@ def load(
         folder = folder.parent if folder.is_file() else folder
         config = read_config(folder)
         if is_int8(config) and device_map == "auto":
-            device_map = "cpu"  # where Int8Linear computes in this version
+            device_map = "cpu"
         settings = _model_config(folder, config, mode, threshold)
         numbers = _dtype(dtype, config, device_map)
         model = _model_class(config).from_pretrained(
