@@ -1,5 +1,9 @@
 """The CPU kernels equal the reference: bit for bit where it defines integers and scales, else up to output rounding."""
 
+import os
+import subprocess
+import sys
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -147,6 +151,22 @@ def test_linear_equals_the_reference_up_to_rounding(tokens, exact, mode, dtype):
     for row in range(rows):
         if np.abs(expected[:, row]).max(initial=0) < 60000:
             assert_within_rounding(product[:, row], expected[:, row])
+
+
+def test_two_threads_may_decode_at_once():
+    """In a process of its own, on Numba's simplest thread pool, which is not safe by itself."""
+    script = """
+import torch
+from concurrent.futures import ThreadPoolExecutor
+from quantize8.ops import cpu
+from quantize8.ops.reference import Int8Weight
+weight = Int8Weight(torch.ones(512, 512, dtype=torch.int8), torch.full((512,), 127.0))
+work = lambda _: cpu.weight_only_matmul(torch.ones(3, 512), weight, None).eq(512).all().item()
+with ThreadPoolExecutor(4) as pool:
+    assert all(pool.map(work, range(400)))
+"""
+    environment = os.environ | {"NUMBA_THREADING_LAYER": "workqueue"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment, capture_output=True)
 
 
 def test_plain_int8_without_decomposition():

@@ -7,6 +7,7 @@ Every result that `reference` defines as an integer or a scale is equal to it, b
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -37,6 +38,7 @@ _KINDS = {
 }
 _FLOAT16_MAX_BITS = int(np.float32(FLOAT16_MAX).view(np.uint32))
 _FLOAT16_NORMAL_BITS = int(np.float32(2.0**-14).view(np.uint32))  # below it float16 is evenly spaced by 2^-24
+_PARALLEL = threading.Lock()  # Numba's fallback thread pool aborts the process when two threads enter it
 _REBIAS = np.float32(2.0**112)  # float16 exponents are biased by 15, float32's by 127
 
 
@@ -119,7 +121,8 @@ def weight_only_matmul(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Te
         tokens[:, columns] = 0
     product = torch.empty(len(x), len(weight.codes))
     scale = weight.absmax / INT8_MAX
-    _weight_only(tokens.numpy(), weight.codes.numpy(), scale.numpy(), product.numpy())
+    with _PARALLEL:
+        _weight_only(tokens.numpy(), weight.codes.numpy(), scale.numpy(), product.numpy())
     if exact is not None:
         product.addmm_(exact, weight.outlier_weight.float().t())
     return (product if bias is None else product.add_(bias)).to(x.dtype)
