@@ -169,6 +169,20 @@ with ThreadPoolExecutor(4) as pool:
     subprocess.run([sys.executable, "-c", script], check=True, env=environment, capture_output=True)
 
 
+def test_kernels_compile_where_nothing_can_be_cached():
+    script = """
+import numba.core.caching as caching
+for kind in vars(caching).values():
+    if isinstance(kind, type) and hasattr(kind, "_locator_classes"):
+        kind._locator_classes = []
+import numpy as np
+from quantize8.ops import cpu
+codes, absmax = cpu.quantize_rowwise(np.array([[1, -2]], np.float16))
+assert codes.tolist() == [[64, -127]] and absmax.tolist() == [2]
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
 def test_plain_int8_without_decomposition():
     ours, theirs = int8_weight(12, 40)
     x = activations(33, 40, torch.float32)

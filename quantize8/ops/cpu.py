@@ -8,6 +8,7 @@ Every result that `reference` defines as an integer or a scale is equal to it, b
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -149,7 +150,19 @@ def _float_columns(weight: Int8Weight, columns: Tensor) -> Tensor:
     return values
 
 
-@njit(nogil=True, cache=True)
+def _compiled(**options: Any) -> Callable[[Any], Any]:
+    """Compile on first use, and keep the result for other processes where there is a folder to keep it in."""
+
+    def decorate(function: Any) -> Any:
+        try:
+            return njit(cache=True, **options)(function)
+        except RuntimeError:  # neither the package's folder nor the user's cache can be written
+            return njit(**options)(function)
+
+    return decorate
+
+
+@_compiled(nogil=True)
 def _quantize_rows(
     weight: Any,
     kind: int,
@@ -164,6 +177,8 @@ def _quantize_rows(
     rows, columns = weight.shape
     source_bits, half_bits = np.empty(columns, np.uint32), np.empty(columns, np.uint32)
     source, half = source_bits.view(np.float32), half_bits.view(np.float32)
+    peak_bits = np.empty(1, np.uint32)
+    peak_value = peak_bits.view(np.float32)
     squares = np.zeros(columns, np.float32)
     errors = np.zeros(columns, np.float32)
     counts = np.zeros(columns, np.int32)
@@ -178,28 +193,25 @@ def _quantize_rows(
             absmax[n] = np.inf
             half[:] = 0  # the row cannot be quantized; no float may turn into an integer that has no room for it
         else:
-            half_peak = np.float32(0)
-            for k in range(columns):
-                if half_bits[k] & np.uint32(0x7FFFFFFF) == peak:
-                    half_peak = abs(half[k])
-                    break
-            absmax[n] = half_peak
-            if half_peak > 0:
-                inverse = np.float32(1) / half_peak * np.float32(INT8_MAX)
+            peak_bits[0] = peak
+            absmax[n] = peak_value[0]
+            if peak > 0:
+                inverse = np.float32(1) / absmax[n] * np.float32(INT8_MAX)
         scale = absmax[n] / np.float32(INT8_MAX)
         energy = np.int64(0)
         for k in range(columns):
             code = np.int8(np.rint(half[k] * inverse))
             codes[n, k] = code
             energy += np.int32(code) * np.int32(code)
-        limit = OUTLIER_SIGMAS * OUTLIER_SIGMAS * energy
+        # q^2 K > 36 sum q^2, with the division once a row: q^2 is an integer, so rounding down changes nothing
+        limit = np.int32(OUTLIER_SIGMAS * OUTLIER_SIGMAS * energy // columns)
         for k in range(columns):
             value = source[k]
-            code = codes[n, k]
+            code = np.int32(codes[n, k])
             error = value - np.float32(code) * scale
             squares[k] += value * value
             errors[k] += error * error
-            counts[k] += np.int64(np.int32(code) * np.int32(code)) * columns > limit
+            counts[k] += np.int32(code * code > limit)
             peaks[k] = max(peaks[k], abs(value))
         if (n + 1) % STATS_TILE_ROWS == 0 or n + 1 == rows:
             for k in range(columns):
@@ -212,7 +224,7 @@ def _quantize_rows(
             counts[:] = 0
 
 
-@njit(nogil=True, cache=True)
+@_compiled(nogil=True)
 def _unpack(row: Any, kind: int, source: Any, half: Any) -> None:
     """Float32 bits of a row [K]: of its stored values, and of those rounded to float16 (half to even)."""
     sign, magnitude = np.uint32(0x80000000), np.uint32(0x7FFFFFFF)
@@ -241,7 +253,7 @@ def _unpack(row: Any, kind: int, source: Any, half: Any) -> None:
         half[k] |= source[k] & sign
 
 
-@njit(nogil=True, cache=True, parallel=True, fastmath={"reassoc", "contract"})
+@_compiled(nogil=True, parallel=True, fastmath={"reassoc", "contract"})
 def _weight_only(x: Any, codes: Any, scale: Any, product: Any) -> None:
     """product[m, n] = scale[n] sum_k x[m, k] codes[n, k]: each row of codes is read once, for all tokens."""
     tokens, columns = x.shape
