@@ -16,8 +16,9 @@ from quantize8.operations.environment import Environment
 from quantize8.operations.inspect import EMERGENT_LAYERS, EMERGENT_POSITIONS, ActivationReport, Feature, WeightReport
 from quantize8.operations.run import Comparison, Generation
 from quantize8.operations.verify import Verification
+from quantize8.ops.reference import OUTLIER_SIGMAS
 
-_SHOWN_COLUMNS = 6  # of the worst, in a line of a table
+_SHOWN_COLUMNS = 3  # of the worst: a line of a table fits 80 characters for most models
 
 
 def as_json(value: Any) -> Any:
@@ -57,30 +58,34 @@ def conversion(result: Conversion) -> RenderableType:
 def weights(reports: list[WeightReport]) -> RenderableType:
     """Statistics of each Linear weight."""
     table = _table(
-        ("module", "left"), ("dtype", "left"), ("shape", "right"), ("max |w|", "right"), ("rms", "right"),
-        (">6 sigma", "right"), ("int8 error", "right"), ("worst columns (outliers)", "left"),
+        ("module", "left"), ("dtype", "left"), ("shape", "right"), ("max |w|", "right"), ("outliers", "right"),
+        ("error", "right"), (_list("in columns"), "left"), one_line=True,
     )  # fmt: skip
     for report in reports:
         worst = ", ".join(f"{k} ({n})" for k, n, _ in report.worst_columns[:_SHOWN_COLUMNS] if n)
         error = "" if report.relative_error is None else f"{report.relative_error:.4f}"
         shape = f"{report.shape[0]}x{report.shape[1]}"
-        cells = (f"{report.absmax:.3g}", f"{report.rms:.3g}", f"{report.outliers:,}", error, worst)
-        table.add_row(report.module, report.dtype, shape, *cells)
-    return table
+        table.add_row(
+            report.module, report.dtype, shape, f"{report.absmax:.3g}", f"{report.outliers:,}", error, _list(worst)
+        )
+    note = f"outliers: weights beyond {OUTLIER_SIGMAS} rms of their row, and the columns that hold most of them"
+    return Group(table, Text(), Text(f"{note}; error: of int8, relative"))
 
 
 def activations(report: ActivationReport) -> RenderableType:
     """Outliers in each Linear's input, and the emergent features."""
     table = _table(
-        ("module", "left"), ("outlier columns", "right"), ("max |x|", "right"), ("at column", "right"),
-        ("positions", "right"), ("columns", "left"),
+        ("module", "left"), ("outliers", "right"), ("max |x|", "right"), ("column", "right"),
+        ("positions", "right"), (_list("in columns"), "left"), one_line=True,
     )  # fmt: skip
     for entry in report.linears:
         shown = ", ".join(map(str, entry.columns[:_SHOWN_COLUMNS])) + (
             " ..." if len(entry.columns) > _SHOWN_COLUMNS else ""
         )
         count = f"{len(entry.columns)} of {entry.in_features}"
-        table.add_row(entry.module, count, f"{entry.max:.1f}", str(entry.max_column), f"{entry.positions:.1%}", shown)
+        table.add_row(
+            entry.module, count, f"{entry.max:.1f}", str(entry.max_column), f"{entry.positions:.1%}", _list(shown)
+        )
     return Group(table, Text(), Text(_emergent(report)))
 
 
@@ -192,8 +197,14 @@ def _speed(result: Generation) -> str:
     )
 
 
-def _table(*columns: tuple[str, Any]) -> Table:
+def _list(text: str) -> Text:
+    """A cell whose end a narrow terminal cuts off, so that a row stays one line."""
+    return Text(text, no_wrap=True, overflow="ellipsis")
+
+
+def _table(*columns: tuple[Any, Any], one_line: bool = False) -> Table:
     table = Table(box=None, pad_edge=False, show_header=any(title for title, _ in columns))
     for title, side in columns:
-        table.add_column(title, justify=side, overflow="fold")
+        table.add_column(title, justify=side, overflow="fold", no_wrap=one_line)
+    table.columns[-1].no_wrap = False
     return table
