@@ -272,6 +272,17 @@ def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
     assert list(place.iterdir()) == []
 
 
+def test_damaged_folders_do_not_run(tmp_path, capsys):
+    source = llama(tmp_path / "source", shards=2)
+    second = source / "model-00002-of-00002.safetensors"
+    second.write_bytes(second.read_bytes()[:-1])
+    for message in ("not a whole safetensors file", "missing"):
+        assert quantize8("run", source) == 1
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1 and message in line
+        second.unlink(missing_ok=True)
+
+
 def test_code_that_a_model_brings_is_never_run(tmp_path, monkeypatch, capsys):
     """Its own config class: transformers would ask, and run it on a yes."""
     source = llama(tmp_path / "source")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from making import llama
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from quantize8 import SourceError, convert, inspect, load
+from quantize8 import ArtifactError, SourceError, convert, inspect, load
 from quantize8.demo import TEXT
 from quantize8.operations.inspect import activations, emergent_features
 from quantize8.ops import reference
@@ -162,6 +162,43 @@ def test_empty_and_binary_texts_are_refused(tmp_path, smollm2):
         (tmp_path / "text").write_bytes(content)
         with pytest.raises(SourceError, match=message):
             inspect(str(smollm2), text=tmp_path / "text")
+
+
+def test_scales_that_do_not_fit_their_weight_are_refused(tmp_path):
+    convert(str(llama(tmp_path / "source")), tmp_path / "out")
+    path, name = tmp_path / "out" / "model.safetensors", "model.layers.0.mlp.up_proj.SCB"
+    state = load_file(path)
+    for bad in (state[name][:5], state[name].half(), state[name][:, None]):
+        save_file(state | {name: bad.clone()}, path)
+        with pytest.raises(ArtifactError, match=r"up_proj is not int8 \[N, K\] with float32 SCB"):
+            inspect(str(tmp_path / "out"))
+    del state[name.replace("SCB", "weight")]
+    save_file(state, path)
+    with pytest.raises(ArtifactError, match="lacks its weight or its SCB"):
+        inspect(str(tmp_path / "out"))
+
+
+def test_experts_are_reported_one_by_one(tmp_path):
+    def edit(state) -> None:
+        for name in ("w1", "w2", "w3"):
+            state[f"model.layers.0.block_sparse_moe.experts.0.{name}.weight"] = torch.ones(8, 8)
+
+    source = llama(tmp_path / "source", edit=edit)
+    config = json.loads((source / "config.json").read_text())
+    config |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 2}
+    (source / "config.json").write_text(json.dumps(config))
+    assert len(inspect(str(source), layer="*.experts.0.w*")) == 3
+
+
+def test_an_encoder_decoder_is_not_run_on_a_text(tmp_path, minilm):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 40000}
+    T5ForConditionalGeneration(T5Config(**sizes)).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((minilm / name).read_bytes())
+    with pytest.raises(SourceError, match="is an encoder-decoder"):
+        inspect(str(tmp_path), text=TEXT)
 
 
 def test_another_quantization_is_not_read_as_weights(tmp_path):

@@ -136,6 +136,17 @@ def test_a_record_with_another_dtype_is_found(artifact):
         verify(artifact)
 
 
+def test_a_record_that_calls_another_tensor_quantized_is_found(artifact):
+    def mark(manifest: Manifest) -> None:
+        manifest.tensors["model.norm.weight"].quantized = manifest.tensors[
+            "model.layers.0.mlp.up_proj.weight"
+        ].quantized
+
+    forge(artifact, mark)
+    with pytest.raises(ArtifactError, match="lacks its weight or its SCB"):
+        verify(artifact)
+
+
 def test_a_threshold_unlike_the_recipes_is_found(artifact):
     forge(artifact, lambda manifest: manifest.recipe.update(threshold=3.0))
     with pytest.raises(ArtifactError, match="not what the recipe"):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from quantize8.artifact.layout import OutTensor
+from quantize8.checkpoint import TensorInfo
+from quantize8.errors import ArtifactError
 
 NAME = "bitsandbytes"
 SCALE = "SCB"  # absmax of each row, float32 [N]: bitsandbytes stores it undivided
@@ -31,6 +34,15 @@ def quantization_config(threshold: float, skip_modules: list[str]) -> dict[str, 
         "llm_int8_has_fp16_weight": False,
         "llm_int8_enable_fp32_cpu_offload": False,  # stored as true, int8 weights would load as plain Linear ones
     }
+
+
+def check_module(tensors: Mapping[str, TensorInfo], module: str, where: object) -> None:
+    """Raise ArtifactError unless a module's weight is int8 [N, K] and its scales are float32 [N]."""
+    weight, scale = tensors.get(f"{module}.weight"), tensors.get(f"{module}.{SCALE}")
+    if weight is None or scale is None:
+        raise ArtifactError(f"{where}: {module} lacks its weight or its {SCALE}; copy or convert the artifact again")
+    if (weight.dtype, len(weight.shape), scale.dtype, scale.shape) != ("I8", 2, "F32", weight.shape[:1]):
+        raise ArtifactError(f"{where}: {module} is not int8 [N, K] with float32 {SCALE} [N]; convert the source again")
 
 
 def is_int8(config: dict[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from quantize8.artifact.bitsandbytes import is_int8
-from quantize8.checkpoint import locate
+from quantize8.checkpoint import locate, open_checkpoint
 from quantize8.checkpoint.base import read_config
 from quantize8.checkpoint.gguf import GgufCheckpoint
 from quantize8.errors import DependencyError, SourceError
@@ -46,6 +46,7 @@ def load(
         config = read_config(folder)
         if is_int8(config) and device_map == "auto":
             device_map = "cpu"
+        open_checkpoint(str(folder))  # what is missing, cut or lying is told in one line, before transformers meets it
         settings = _model_config(folder, config, mode, threshold)
         numbers = _dtype(dtype, config, device_map)
         model = _model_class(config).from_pretrained(

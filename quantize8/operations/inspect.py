@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quantize8.artifact.bitsandbytes import SCALE, is_int8
+from quantize8.artifact.bitsandbytes import SCALE, check_module, is_int8
 from quantize8.artifact.manifest import MANIFEST_NAME, read_manifest, summarize
 from quantize8.checkpoint import Checkpoint, open_checkpoint
 from quantize8.checkpoint.base import QUANTIZABLE
@@ -156,6 +156,8 @@ def _inspect_text(
     loaded, tokenizer = load(model, "cpu", revision=revision, token=token)
     if tokenizer is None:
         raise SourceError(f"{model}: has no tokenizer, so no text can be given to it")
+    if loaded.config.is_encoder_decoder:
+        raise SourceError(f"{model}: is an encoder-decoder, which is not inspected with a text; leave --text out")
     limit = min(tokens, getattr(loaded.config, "max_position_embeddings", None) or tokens)
     with quiet():
         ids = tokenizer(content, return_tensors="pt", truncation=True, max_length=limit)["input_ids"][0]
@@ -179,7 +181,7 @@ def read_text(path: Path) -> str:
 def _float_modules(checkpoint: Checkpoint) -> dict[str, bool]:
     """Linear weights of a plain checkpoint -> whether they are stored [in, out]."""
     structure = read_structure(checkpoint.config, checkpoint.tensors)
-    modules = {**structure.linears, **dict.fromkeys(structure.kept, "")}
+    modules = structure.linears | dict.fromkeys([*structure.kept, *structure.experts], "")
     return {name: kind == CONV1D for name, kind in modules.items() if _quantizable(checkpoint, name)}
 
 
@@ -189,8 +191,10 @@ def _quantizable(checkpoint: Checkpoint, module: str) -> bool:
 
 
 def _int8_modules(checkpoint: Checkpoint) -> dict[str, bool]:
-    names = (name.removesuffix(f".{SCALE}") for name in checkpoint.tensors if name.endswith(f".{SCALE}"))
-    return {name: False for name in names if f"{name}.weight" in checkpoint.tensors}
+    names = [name.removesuffix(f".{SCALE}") for name in checkpoint.tensors if name.endswith(f".{SCALE}")]
+    for name in names:
+        check_module(checkpoint.tensors, name, checkpoint.folder)
+    return dict.fromkeys(names, False)
 
 
 def _known_errors(folder: Path) -> dict[str, float]:
@@ -264,8 +268,9 @@ class _Recorder:
         for hook in self._hooks:
             hook.remove()
 
-    def _note_norm(self, _module: Any, _inputs: Any, output: Tensor) -> None:
-        self._norms.append(_NormOutput(output))
+    def _note_norm(self, _module: Any, _inputs: Any, output: Any) -> None:
+        if hasattr(output, "data_ptr"):  # a tensor: some norms return a residual beside it, and are not recognized
+            self._norms.append(_NormOutput(output))
 
     def _noter(self, name: str, counts: bool) -> Any:
         def note(_module: Any, inputs: tuple[Tensor, ...]) -> None:

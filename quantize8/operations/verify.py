@@ -91,8 +91,9 @@ def _check_tensor(checkpoint: SafetensorsCheckpoint, name: str, record: TensorRe
     content, where = blake3(), f"{checkpoint.folder / info.file}: {name}"
     absmax = None
     if record.quantized is not None:
-        scale = name.removesuffix("weight") + bitsandbytes.SCALE
-        absmax = checkpoint.rows(scale, 0, info.shape[0])
+        module = name.removesuffix(".weight")
+        bitsandbytes.check_module(checkpoint.tensors, module, checkpoint.folder / info.file)
+        absmax = checkpoint.rows(f"{module}.{bitsandbytes.SCALE}", 0, info.shape[0])
         if not (np.isfinite(absmax).all() and (absmax >= 0).all()):
             raise ArtifactError(f"{where}: a scale is negative, NaN or infinite; convert the source again")
     row = 0
