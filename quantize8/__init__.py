@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from quantize8.errors import (
         ArtifactError,
         DependencyError,
+        DeviceWarning,
         OutputError,
         Quantize8Error,
         RecipeError,
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArtifactError",
     "DependencyError",
+    "DeviceWarning",
     "Int8Linear",
     "Int8Weight",
     "OutputError",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from contextlib import contextmanager
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,7 +53,7 @@ def convert(
         float | None, typer.Option(help="Outlier threshold, 0 for none.  [default: the recipe's]")
     ] = None,
     recipe: Annotated[str, typer.Option(help="llm-int8, int8, int8-all, or a .toml file.")] = "llm-int8",
-    device: Annotated[str, typer.Option(help="auto or cpu (cuda is refused in this version).")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     workers: Annotated[int | None, typer.Option(help="Threads.  [default: one a processor]")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
@@ -115,7 +116,7 @@ def run(
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The capital of France is",
     max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 64,
     compare: Annotated[str | None, typer.Option(help="Source checkpoint to run beside.")] = None,
-    device: Annotated[str, typer.Option(help="auto or cpu (cuda is refused in this version).")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     mode: Annotated[OutlierMode, typer.Option(help="What is corrected for outliers.")] = OutlierMode.dynamic,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
     revision: _Revision = None,
@@ -199,11 +200,16 @@ def _root(
 
 def main() -> None:
     """Entry point: run a command; an error that a user can mend becomes one line and exit code 1."""
+    warnings.showwarning = _show_warning
     try:
         app()
     except Quantize8Error as error:
         typer.echo("error: " + " ".join(str(error).split()), err=True)
         sys.exit(1)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    typer.echo("warning: " + " ".join(str(message).split()), err=True)
 
 
 def _show(result: Any, rendered: RenderableType, as_json: bool) -> None:

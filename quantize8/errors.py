@@ -7,6 +7,8 @@ Quantize8Error
 ├── OutputError      the output folder cannot be made, or must not be replaced
 ├── ArtifactError    an artifact is damaged, or breaks a promise of its format
 └── DependencyError  a package or device that this command needs is missing
+
+DeviceWarning        a GPU is there but cannot be used, so the CPU is; printed, and nothing stops
 """
 
 
@@ -36,3 +38,12 @@ class ArtifactError(Quantize8Error):
 
 class DependencyError(Quantize8Error):
     """A package or device that this command needs is missing."""
+
+
+class DeviceWarning(UserWarning):
+    """A GPU is there but cannot be used, so the CPU is."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, cut to one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

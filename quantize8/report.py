@@ -116,6 +116,7 @@ def environment(result: Environment) -> RenderableType:
     table.add_row("python", f"{result.python} on {result.system}")
     table.add_row("cpu", f"{result.processors} processors, {result.cpu}, {size(result.memory_bytes)} memory")
     table.add_row("gpu", ", ".join(result.gpus) or "none that torch sees")
+    table.add_row("kernels", result.kernels)
     for name, version in result.versions.items():
         table.add_row(name, version or "not installed")
     return Group(table, *(Text(f"{problem}: {remedy}") for problem, remedy in result.advice.items()))

@@ -81,6 +81,13 @@ def test_env_names_versions_and_remedies(quantize8, monkeypatch):
     assert "pip install torch" in text and "open artifacts without quantize8: pip install bitsandbytes" in text
 
 
+def test_env_says_what_a_gpu_needs(quantize8, monkeypatch):
+    monkeypatch.setattr("quantize8.operations.environment._version", lambda name: None if "cupy" in name else "1.0")
+    assert "cupy: not installed, needed to compute on a GPU: pip install 'quantize8[cuda1" in quantize8("env")[1]
+    monkeypatch.setattr("quantize8.ops.choice.problem", lambda: None)
+    assert "right results on GPU 0" in quantize8("env")[1]
+
+
 def test_version_help_and_usage_errors(quantize8):
     assert quantize8("--version")[1].strip() == __version__
     code, text, _ = quantize8("--help")

@@ -56,7 +56,7 @@ def test_the_file_is_what_the_safetensors_library_would_write(tmp_path):
 def test_blocks_do_not_show_in_the_result(tmp_path, monkeypatch):
     source = llama(tmp_path / "source", hidden=160)
     convert(str(source), tmp_path / "whole")
-    monkeypatch.setattr("quantize8.artifact.writer._BLOCK_BYTES", 1)  # 64 rows, or one, at a time
+    monkeypatch.setattr("quantize8.checkpoint.base.BLOCK_BYTES", 1)  # 64 rows, or one, at a time
     convert(str(source), tmp_path / "blocks", workers=3)
     assert digests(tmp_path / "whole") == digests(tmp_path / "blocks")
 

@@ -80,7 +80,7 @@ def test_statistics_do_not_depend_on_the_blocks():
 
 
 def activations(tokens: int, features: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """Normal values, two outlier columns, an exact hit of the threshold, a zero row, ties."""
+    """Normal values, two outlier columns, an exact hit of the threshold, a zero row, ties, a tiny row."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(tokens, features)).astype(np.float32)
     x[:, features // 3] *= 20
@@ -89,6 +89,8 @@ def activations(tokens: int, features: int, dtype: torch.dtype, seed: int = 0) -
         x[0, 0] = -6.0
         x[1] = 0
         x[2] = rng.integers(-11, 12, features) / 2
+    if tokens > 4:
+        x[3] *= 1e-38  # too small for an inverse in float32
     return torch.from_numpy(x).to(dtype)
 
 

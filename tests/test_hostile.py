@@ -78,7 +78,7 @@ def test_nan_in_a_tensor_that_is_copied(refused, tmp_path):
 
 
 def test_the_row_is_counted_over_all_blocks(refused, tmp_path, monkeypatch):
-    monkeypatch.setattr("quantize8.artifact.writer._BLOCK_BYTES", 1)
+    monkeypatch.setattr("quantize8.checkpoint.base.BLOCK_BYTES", 1)
     name = "model.embed_tokens.weight"
     source = llama(tmp_path / "source", edit=with_value(float("nan"), name, 61))
     assert f"{name} row 61" in refused(source)

@@ -93,6 +93,12 @@ def test_threshold_zero_turns_detection_off():
     assert not outliers.any() and codes.tolist() == [[127, 1]]
 
 
+def test_a_token_too_small_for_a_scale_gets_codes_of_zero():
+    """127 / 1e-38 is beyond float32; this once cast infinity to int8."""
+    codes, scale, _ = reference.quantize_activations(np.array([[1e-38, -1e-39], [1.0, 0.5]], np.float32), 6.0)
+    assert codes.tolist() == [[0, 0], [127, 64]] and 0 < scale[0] < 1e-38
+
+
 def test_fixed_columns_are_left_out_whatever_their_size():
     x = np.array([[100.0, 0.1, 50.0]], np.float32)
     codes, _scale, outliers = reference.quantize_activations(x, 6.0, columns=np.array([0, 1]))

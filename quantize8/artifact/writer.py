@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from blake3 import blake3
@@ -23,9 +23,27 @@ from quantize8.errors import WeightError
 from quantize8.ops import cpu
 from quantize8.ops.reference import FLOAT16_MAX, STATS_TILE_ROWS, Array, ColumnStats, as_bytes
 
-_BLOCK_BYTES = 4 * 2**20  # read at a time: several fit a core's share of the last-level cache
-
 Progress = Callable[[int, int], None]  # bytes of source done, bytes in all
+
+
+class WeightQuantizer(Protocol):
+    """What turns the rows of a weight into int8; one serves one thread at a time."""
+
+    block_bytes: int | None  # of weight that it takes at a time; None: any
+
+    def quantize(self, blocks: Iterator[Array], stats: ColumnStats) -> Iterator[tuple[Array, Array, Array]]:
+        """(block, codes, absmax) of each block [n, K]; `stats` are the whole weight's once all have come."""
+
+
+class CpuQuantizer:
+    """The WeightQuantizer that needs no GPU."""
+
+    block_bytes = None
+
+    def quantize(self, blocks: Iterator[Array], stats: ColumnStats) -> Iterator[tuple[Array, Array, Array]]:
+        """One fused pass over each block."""
+        for block in blocks:
+            yield (block, *cpu.quantize_rowwise(block, stats))
 
 
 class _Place(NamedTuple):
@@ -63,12 +81,12 @@ class Writer:
         for descriptor in self._descriptors:
             os.fsync(descriptor)
 
-    def write(self, info: TensorInfo) -> dict[str, TensorRecord]:
+    def write(self, info: TensorInfo, quantizer: WeightQuantizer) -> dict[str, TensorRecord]:
         """Read a source tensor, write what becomes of it, and say what was written."""
         if module := self._plan.module_of(info):
-            return self._quantize(info, module)
+            return self._quantize(info, module, quantizer)
         position, content = 0, blake3()
-        for block in self._plan.checkpoint.blocks(info.name, _BLOCK_BYTES):
+        for block in self._plan.checkpoint.blocks(info.name):
             if info.dtype in FLOATING:
                 _check_finite(block, info, 0 if info.shape == () else position * info.shape[0] // max(1, info.nbytes))
             content.update(as_bytes(block))
@@ -77,25 +95,28 @@ class Writer:
             self._advance(block.nbytes)
         return {info.name: self._record(info.name, content.hexdigest())}
 
-    def _quantize(self, info: TensorInfo, module: str) -> dict[str, TensorRecord]:
+    def _quantize(self, info: TensorInfo, module: str, quantizer: WeightQuantizer) -> dict[str, TensorRecord]:
         """Quantize a weight block by block; GPT-2's Conv1D, stored [in, out], is turned over whole."""
         transposed = self._plan.modules[module] == CONV1D
         weight, scale, layout = (tensor.name for tensor in bitsandbytes.module_tensors(module, (0, 0)))
         stats = ColumnStats.empty(info.shape[0] if transposed else info.shape[1])
         source, content, position = blake3(), blake3(), 0
         absmax: list[Array] = []
-        size = info.nbytes if transposed else _BLOCK_BYTES
-        for block in self._plan.checkpoint.blocks(info.name, size, multiple=STATS_TILE_ROWS):
-            source.update(as_bytes(block))
-            values = np.ascontiguousarray(block.T) if transposed else block
-            codes, peaks = cpu.quantize_rowwise(values, stats)
+
+        def rows() -> Iterator[Array]:
+            size = info.nbytes if transposed else quantizer.block_bytes
+            for block in self._plan.checkpoint.blocks(info.name, size, multiple=STATS_TILE_ROWS):
+                source.update(as_bytes(block))
+                yield np.ascontiguousarray(block.T) if transposed else block
+
+        for values, codes, peaks in quantizer.quantize(rows(), stats):
             if not np.isfinite(peaks).all():
                 raise _unfit(values, peaks, info, sum(len(done) for done in absmax))
             absmax.append(peaks)
             content.update(as_bytes(codes))
             self._put(weight, codes, position)
             position += codes.nbytes
-            self._advance(block.nbytes)
+            self._advance(values.nbytes)
         scales, row_major = np.concatenate(absmax), np.zeros((), np.uint8)
         self._put(scale, scales, 0)
         self._put(layout, row_major, 0)

@@ -38,6 +38,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
         "BOOL": np.bool_,
     }.items()
 }
+BLOCK_BYTES = 4 * 2**20  # read at a time: several fit a core's share of the last-level cache
+READERS = 2  # threads that check or measure tensors side by side: one reads while one computes
 QUANTIZABLE = ("F16", "BF16", "F32")
 FLOATING = ("F64", *QUANTIZABLE)
 CONFIG_NAME = "config.json"
@@ -90,11 +92,11 @@ class Checkpoint(ABC):
             target.parent.mkdir(exist_ok=True)
             target.write_bytes(path.read_bytes())
 
-    def blocks(self, name: str, block_bytes: int, multiple: int = 1) -> Iterator[Array]:
-        """All rows of a tensor in order, in blocks of about `block_bytes`, a multiple of `multiple` rows each."""
+    def blocks(self, name: str, block_bytes: int | None = None, multiple: int = 1) -> Iterator[Array]:
+        """All rows of a tensor in order, in blocks of about so many bytes, a multiple of `multiple` rows each."""
         info = self.tensors[name]
         count = info.shape[0] if info.shape else 1
-        step = max(1, block_bytes * count // max(1, info.nbytes) // multiple) * multiple
+        step = max(1, (block_bytes or BLOCK_BYTES) * count // max(1, info.nbytes) // multiple) * multiple
         for start in range(0, count, step):
             yield self.rows(name, start, min(start + step, count))
 

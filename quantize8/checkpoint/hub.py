@@ -7,7 +7,7 @@ from pathlib import Path
 
 from quantize8.checkpoint import safetensors, torch_bin
 from quantize8.checkpoint.base import COMPANIONS, CONFIG_NAME
-from quantize8.errors import SourceError
+from quantize8.errors import SourceError, first_line
 
 
 def download(repo_id: str, revision: str | None, token: str | None) -> tuple[Path, str]:
@@ -52,7 +52,7 @@ def download(repo_id: str, revision: str | None, token: str | None) -> tuple[Pat
     except SourceError:
         raise
     except Exception as error:  # as above
-        raise SourceError(f"{repo_id}: download failed ({_first_line(error)}); run it again to go on") from None
+        raise SourceError(f"{repo_id}: download failed ({first_line(error)}); run it again to go on") from None
 
 
 def needed_files(names: list[str]) -> list[str]:
@@ -66,7 +66,3 @@ def needed_files(names: list[str]) -> list[str]:
         return []
     small = [name for name in names if any(fnmatch(name, pattern) for pattern in (CONFIG_NAME, *COMPANIONS))]
     return sorted({*weights, *(name for name in small if name in top or fnmatch(name, COMPANIONS[-1]))})
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantize8.checkpoint.base import TensorInfo
-from quantize8.errors import SourceError
+from quantize8.errors import SourceError, first_line
 
 LINEAR, CONV1D = "Linear", "Conv1D"  # Conv1D is GPT-2's Linear, with its weight stored [in, out]
 
@@ -129,9 +129,8 @@ def build_meta_model(config: Mapping[str, Any], architecture: str | None) -> Any
                 return kind._from_config(settings)
             return transformers.AutoModel.from_config(settings)
     except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError, RuntimeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise SourceError(
-            f"config.json: transformers cannot build {architecture or model_type} from it ({reason})"
+            f"config.json: transformers cannot build {architecture or model_type} from it ({first_line(error)})"
         ) from None
 
 

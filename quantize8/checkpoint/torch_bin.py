@@ -12,7 +12,7 @@ import numpy as np
 
 from quantize8.checkpoint.base import Checkpoint, TensorInfo, contained
 from quantize8.checkpoint.safetensors import read_weight_map
-from quantize8.errors import SourceError
+from quantize8.errors import SourceError, first_line
 from quantize8.ops.reference import Array
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _load(path: Path) -> dict[str, Tensor]:
             f"{path}: holds objects or code besides tensors, and is not opened; use safetensors"
         ) from None
     except (RuntimeError, OSError, ValueError, EOFError, KeyError, AssertionError) as error:
-        raise SourceError(f"{path}: not a whole torch file ({_first_line(error)}); fetch it again") from None
+        raise SourceError(f"{path}: not a whole torch file ({first_line(error)}); fetch it again") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise SourceError(f"{path}: is not a plain dictionary of tensors; save the model's state_dict()")
     return {str(name): value for name, value in state.items()}
@@ -106,7 +106,3 @@ def _to_numpy(value: Tensor) -> Array:
         return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     array: Array = np.asarray(value.numpy())
     return array
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantize8.errors import DependencyError, WeightError
-from quantize8.ops import cpu
-from quantize8.ops.reference import DEFAULT_THRESHOLD, INT8_MAX, Int8Weight, OutlierMode
+from quantize8.errors import WeightError
+from quantize8.ops.library import linear
+from quantize8.ops.reference import DEFAULT_THRESHOLD, INT8_MAX, OutlierMode
 
 
 class Int8Linear(nn.Linear):
@@ -42,29 +41,25 @@ class Int8Linear(nn.Linear):
         self.register_buffer("weight_format", torch.zeros((), dtype=torch.uint8, device=device))
 
     @classmethod
-    def from_float(cls, linear: nn.Linear, threshold: float = DEFAULT_THRESHOLD) -> Int8Linear:
-        """Quantize a layer on the CPU; raises WeightError where a row holds NaN, infinity or a |w| beyond float16."""
-        weight = linear.weight.detach().cpu()
-        if weight.dtype != torch.float32:
-            weight = weight.to(torch.float32)  # exact
-        codes, absmax = cpu.quantize_rowwise(weight.contiguous().numpy())
-        if not np.isfinite(absmax).all():
-            row = int(np.argmin(np.isfinite(absmax)))
+    def from_float(cls, source: nn.Linear, threshold: float = DEFAULT_THRESHOLD) -> Int8Linear:
+        """Quantize a layer where it is; raises WeightError where a row holds NaN, infinity or a |w| beyond float16."""
+        codes, absmax = _quantize(source.weight.detach())
+        if not absmax.isfinite().all():
+            row = int(absmax.isfinite().int().argmin())
             raise WeightError(
                 f"weight row {row} holds NaN, infinity or a |w| beyond float16, and cannot be int8; keep it in float"
             )
-        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, threshold)
-        layer.weight.data, layer.SCB.data = torch.from_numpy(codes), torch.from_numpy(absmax)
-        if linear.bias is not None:
-            layer.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+        layer = cls(source.in_features, source.out_features, source.bias is not None, threshold)
+        layer.weight.data, layer.SCB.data = codes, absmax
+        layer.weight_format = layer.weight_format.to(codes.device)
+        if source.bias is not None:
+            layer.bias = nn.Parameter(source.bias.detach().clone(), requires_grad=False)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N] in x's dtype."""
-        if x.device.type != "cpu":
-            raise DependencyError(f"Int8Linear computes on the CPU only, not on {x.device}; load with device_map='cpu'")
+        """x [..., K] -> [..., N] in x's dtype; on a GPU, launches that wait for nothing."""
         flat = x.reshape(-1, self.in_features)
-        product: Tensor = _Product.apply(flat, self.weight, self.SCB, self.bias, self.threshold, self.mode)
+        product: Tensor = linear(flat, self.weight, self.SCB, self.bias, self.threshold, self.mode)
         return product.view(*x.shape[:-1], self.out_features)
 
     def dequantize(self) -> Tensor:
@@ -84,18 +79,15 @@ class Int8Linear(nn.Linear):
         return self
 
 
-class _Product(torch.autograd.Function):
-    """The int8 product, with the gradient of its input; scales and codes are constants to it."""
+def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and absmax of a weight [N, K], on its device."""
+    if weight.is_cuda:
+        from quantize8.ops import gpu
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float, mode: OutlierMode
-    ) -> Tensor:
-        ctx.save_for_backward(codes, absmax)
-        return cpu.linear(x, Int8Weight(codes, absmax), bias, threshold, mode)
+        return gpu.quantize_rowwise(weight)
+    from quantize8.ops import cpu
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        codes, absmax = ctx.saved_tensors
-        gradient = gradients[0].float() * (absmax / INT8_MAX)
-        return (gradient @ codes.float()).to(gradients[0].dtype), None, None, None, None, None
+    if weight.dtype != torch.float32:
+        weight = weight.to(torch.float32)  # exact
+    codes, absmax = cpu.quantize_rowwise(weight.contiguous().numpy())
+    return torch.from_numpy(codes), torch.from_numpy(absmax)

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from quantize8.artifact.bitsandbytes import is_int8
-from quantize8.checkpoint import locate, open_checkpoint
-from quantize8.checkpoint.base import read_config
+from quantize8.checkpoint import open_checkpoint
 from quantize8.checkpoint.gguf import GgufCheckpoint
-from quantize8.errors import DependencyError, SourceError
+from quantize8.errors import DependencyError, SourceError, first_line
+from quantize8.ops.choice import resolve
 from quantize8.ops.reference import DEFAULT_THRESHOLD, OutlierMode
 
 
@@ -29,8 +29,8 @@ def load(
 ) -> tuple[Any, Any]:
     """Load an artifact (or any int8 bitsandbytes folder, or a plain checkpoint): (transformers model, tokenizer).
 
-    Args: path, a folder, GGUF file or hub id; device_map, as transformers takes it, but "auto" puts int8 layers on the
-    CPU, where they compute in this version; dtype of the floating-point part, "auto" for the stored one, except that
+    Args: path, a folder, GGUF file or hub id; device_map, as transformers takes it, but "auto" keeps int8 layers on the
+    CPU where no GPU can run their kernels; dtype of the floating-point part, "auto" for the stored one, except that
     float16 is computed in float32 on a CPU, which holds the same numbers and is faster there; mode and threshold of
     the outlier correction, threshold None for the stored one.
     Returns: the model in eval mode; its tokenizer, None where the folder has none.
@@ -38,15 +38,14 @@ def load(
     """
     if mode == "static":
         raise SourceError(f"{path}: holds no calibrated outlier columns for mode static; use dynamic or elementwise")
-    folder, identity = locate(str(path), revision=revision, token=token)
     with quiet():
-        if gguf := _gguf_file(folder):
-            return _load_gguf(GgufCheckpoint(gguf, identity, gguf.stem), device_map, dtype)
-        folder = folder.parent if folder.is_file() else folder
-        config = read_config(folder)
-        if is_int8(config) and device_map == "auto":
-            device_map = "cpu"
-        open_checkpoint(str(folder))  # what is missing, cut or lying is told in one line, before transformers meets it
+        # opening tells what is missing, cut or lying in one line, before transformers meets it
+        checkpoint = open_checkpoint(str(path), revision=revision, token=token)
+        if isinstance(checkpoint, GgufCheckpoint):
+            return _load_gguf(checkpoint, device_map, dtype)
+        folder, config = checkpoint.folder, checkpoint.config
+        if is_int8(config) and device_map in ("auto", "cuda"):
+            device_map = device_map if resolve(device_map) == "cuda" else "cpu"
         settings = _model_config(folder, config, mode, threshold)
         numbers = _dtype(dtype, config, device_map)
         model = _model_class(config).from_pretrained(
@@ -77,8 +76,7 @@ def _model_config(folder: Path, config: dict[str, Any], mode: OutlierMode, thres
     try:
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ValueError as error:
-        reason = str(error).splitlines()[0]
-        raise SourceError(f"{folder}: transformers cannot run this architecture ({reason})") from None
+        raise SourceError(f"{folder}: transformers cannot run this architecture ({first_line(error)})") from None
     stored = config.get("quantization_config")
     if is_int8(config):
         from quantize8.model.quantizer import METHOD
@@ -141,11 +139,4 @@ def _tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, ImportError) as error:
-        raise DependencyError(f"{folder}: its tokenizer does not load ({str(error).splitlines()[0]})") from None
-
-
-def _gguf_file(path: Path) -> Path | None:
-    if path.is_file():
-        return path if path.suffix == ".gguf" else None
-    files = sorted(path.glob("*.gguf"))
-    return files[0] if len(files) == 1 and not (path / "config.json").is_file() else None
+        raise DependencyError(f"{folder}: its tokenizer does not load ({first_line(error)})") from None

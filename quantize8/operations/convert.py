@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 
 from quantize8 import __version__
 from quantize8.artifact import bitsandbytes
@@ -21,10 +22,11 @@ from quantize8.artifact.folder import check_disk, check_output, staged, write_fi
 from quantize8.artifact.layout import DEFAULT_SHARD_SIZE, index
 from quantize8.artifact.manifest import MANIFEST_NAME, Manifest, Quantized, TensorRecord, digest
 from quantize8.artifact.plan import Plan, make_plan
-from quantize8.artifact.writer import Progress, Writer
+from quantize8.artifact.writer import CpuQuantizer, Progress, WeightQuantizer, Writer
 from quantize8.checkpoint import TensorInfo, open_checkpoint
 from quantize8.checkpoint.base import CONFIG_NAME
-from quantize8.errors import DependencyError, OutputError
+from quantize8.errors import OutputError
+from quantize8.ops.choice import resolve
 from quantize8.recipe import DEFAULT_RECIPE, load_recipe
 
 _MAX_WORKERS = 8  # beyond this many threads the disk is the limit
@@ -59,15 +61,15 @@ def convert(
     """Write an int8 artifact of a checkpoint in the bitsandbytes format.
 
     Args: source, a hub id, folder or file; out, the new folder (default: `<name>-int8` in the current one); threshold,
-    in place of the recipe's; recipe, a shipped name or a .toml file; device, auto or cpu; workers, threads that read,
+    in place of the recipe's; recipe, a shipped name or a .toml file; device, auto, cpu or cuda (auto: a GPU that
+    kernels can use, else the CPU); workers, threads that read,
     quantize and write side by side (default: one a processor); progress, called with bytes of source done and in all.
-    Raises: SourceError, WeightError, RecipeError or OutputError; then no output folder is left.
+    Raises: SourceError, WeightError, RecipeError, OutputError or DependencyError; then no output folder is left.
     """
-    if device not in ("auto", "cpu"):
-        raise DependencyError(f"device {device}: this version converts on the CPU only; use --device cpu")
     if workers is not None and workers < 1:
         raise OutputError(f"workers {workers}: must be 1 or more")
     start = time.perf_counter()
+    quantizers = _quantizers(resolve(device), workers)
     chosen = load_recipe(recipe, threshold)
     checkpoint = open_checkpoint(source, revision=revision, token=token)
     target = Path(out) if out is not None else Path(f"{checkpoint.name}-int8")
@@ -78,7 +80,7 @@ def convert(
     check_disk(target, plan.output_bytes)
     with staged(target, overwrite) as folder:
         try:
-            manifest = _write(plan, folder, workers or min(os.cpu_count() or 1, _MAX_WORKERS), progress)
+            manifest = _write(plan, folder, quantizers, progress)
         except OSError as error:
             where = f" at {error.filename}" if error.filename else ""
             raise OutputError(f"{target}: not written ({error.strerror}{where}); mend that and run again") from None
@@ -86,14 +88,14 @@ def convert(
     return Conversion(target, plan, time.perf_counter() - start, manifest, errors)
 
 
-def _write(plan: Plan, folder: Path, workers: int, progress: Progress | None) -> Manifest:
+def _write(plan: Plan, folder: Path, quantizers: list[WeightQuantizer], progress: Progress | None) -> Manifest:
     """Fill an empty folder with the artifact; returns its manifest, which is written last."""
     checkpoint = plan.checkpoint
     manifest = Manifest(
         __version__, bitsandbytes.NAME, checkpoint.identity, plan.recipe.as_json(), plan.source_bytes, kept=plan.kept
     )
     with Writer(plan, folder, progress) as writer:
-        for record in _in_threads(writer.write, list(checkpoint.tensors.values()), workers):
+        for record in _in_threads(writer.write, list(checkpoint.tensors.values()), quantizers):
             manifest.tensors.update(record)
         writer.flush()
     manifest.headers = {shard.file: digest(shard.header) for shard in plan.shards}
@@ -114,12 +116,38 @@ def _write(plan: Plan, folder: Path, workers: int, progress: Progress | None) ->
     return manifest
 
 
+def _quantizers(device: str, workers: int | None) -> list[WeightQuantizer]:
+    """One for each worker; several GPUs get at least one each."""
+    count = workers or min(os.cpu_count() or 1, _MAX_WORKERS)
+    if device == "cpu":
+        return [CpuQuantizer() for _ in range(count)]
+    import torch
+
+    from quantize8.ops.stream import GpuQuantizer
+
+    gpus = torch.cuda.device_count()
+    return [GpuQuantizer(torch.device("cuda", i % gpus)) for i in range(max(count, gpus))]
+
+
 def _in_threads(
-    work: Callable[[TensorInfo], dict[str, TensorRecord]], items: list[TensorInfo], workers: int
+    work: Callable[[TensorInfo, WeightQuantizer], dict[str, TensorRecord]],
+    items: list[TensorInfo],
+    quantizers: list[WeightQuantizer],
 ) -> list[dict[str, TensorRecord]]:
-    """Results of `work` on each item; the first failure stops the rest and is raised."""
-    with ThreadPoolExecutor(workers) as pool:
-        futures: list[Future[dict[str, TensorRecord]]] = [pool.submit(work, item) for item in items]
+    """Results of `work` on each item, as many at once as there are quantizers; the first failure stops the rest."""
+    free: SimpleQueue[WeightQuantizer] = SimpleQueue()
+    for quantizer in quantizers:
+        free.put(quantizer)
+
+    def with_one(item: TensorInfo) -> dict[str, TensorRecord]:
+        quantizer = free.get()
+        try:
+            return work(item, quantizer)
+        finally:
+            free.put(quantizer)
+
+    with ThreadPoolExecutor(len(quantizers)) as pool:
+        futures: list[Future[dict[str, TensorRecord]]] = [pool.submit(with_one, item) for item in items]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import psutil
 
 from quantize8 import __version__
+from quantize8.ops import choice, nvrtc
 
 _PACKAGES = ("torch", "transformers", "numpy", "numba", "safetensors", "huggingface_hub", "gguf", "accelerate")
 _OPTIONAL = {
@@ -28,6 +29,7 @@ class Environment:
     processors: int
     memory_bytes: int
     gpus: list[str]
+    kernels: str  # whether the CUDA kernels give right results here, or why they cannot be used
     versions: dict[str, str | None] = field(default_factory=dict)
     advice: dict[str, str] = field(default_factory=dict)
 
@@ -43,6 +45,8 @@ def environment() -> Environment:
         if versions[name] is None
     }
     advice |= {f"{name}: not installed": f"pip install {name}" for name in _PACKAGES if versions[name] is None}
+    if versions["cupy"] is None and versions["torch"]:
+        advice["cupy: not installed, needed to compute on a GPU"] = nvrtc.advice()
     cpu, gpus = _devices() if versions["torch"] else ("unknown", [])
     return Environment(
         python=platform.python_version(),
@@ -51,6 +55,7 @@ def environment() -> Environment:
         processors=os.cpu_count() or 1,
         memory_bytes=psutil.virtual_memory().total,
         gpus=gpus,
+        kernels=_kernels() if versions["torch"] else "torch is not installed",
         versions=versions,
         advice=advice,
     )
@@ -61,6 +66,11 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _kernels() -> str:
+    reason = choice.problem()
+    return "right results on GPU 0" if reason is None else reason.removeprefix("device cuda: ")
 
 
 def _devices() -> tuple[str, list[str]]:

@@ -20,7 +20,7 @@ import numpy as np
 from quantize8.artifact.bitsandbytes import SCALE, check_module, is_int8
 from quantize8.artifact.manifest import MANIFEST_NAME, read_manifest, summarize
 from quantize8.checkpoint import Checkpoint, open_checkpoint
-from quantize8.checkpoint.base import QUANTIZABLE
+from quantize8.checkpoint.base import QUANTIZABLE, READERS
 from quantize8.checkpoint.structure import CONV1D, read_structure
 from quantize8.errors import SourceError
 from quantize8.ops import cpu
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 EMERGENT_LAYERS = 0.25  # share of layer inputs, and
 EMERGENT_POSITIONS = 0.06  # share of positions (averaged over all layer inputs): the paper's criteria
 DEFAULT_TOKENS = 1024
-_BLOCK_BYTES = 4 * 2**20
-_WORKERS = 2
 _RECENT_NORMS = 8  # norm outputs kept to recognize what a Linear reads; a block applies fewer in a row
 
 
@@ -112,7 +110,7 @@ def inspect(
     errors = _known_errors(checkpoint.folder) if int8 else {}
     modules = _int8_modules(checkpoint) if int8 else _float_modules(checkpoint)
     chosen = _matching(list(modules), layer, model)
-    with ThreadPoolExecutor(_WORKERS) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(lambda name: _weight_report(checkpoint, name, modules[name], errors.get(name)), chosen))
 
 
@@ -216,7 +214,7 @@ def _weight_report(checkpoint: Checkpoint, module: str, transposed: bool, error:
     rows, columns = info.shape[::-1] if transposed else info.shape
     scales = checkpoint.rows(f"{module}.{SCALE}", 0, rows) if info.dtype == "I8" else None
     stats, absmax = ColumnStats.empty(columns), []
-    size = info.nbytes if transposed else _BLOCK_BYTES
+    size = info.nbytes if transposed else None
     for block in checkpoint.blocks(info.name, size, multiple=STATS_TILE_ROWS):
         values = np.ascontiguousarray(block.T) if transposed else block
         if scales is not None:

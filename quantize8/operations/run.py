@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize8.errors import DependencyError, SourceError
+from quantize8.errors import SourceError
 from quantize8.model.loading import load, quiet
+from quantize8.ops.choice import resolve
 from quantize8.ops.reference import OutlierMode
 
 DEFAULT_PROMPT = "The capital of France is"
@@ -54,7 +55,7 @@ def run(
 ) -> Generation | Comparison:
     """Continue a prompt greedily with an artifact or a plain checkpoint.
 
-    Args: model and compare, folders, GGUF files or hub ids; device, auto or cpu; chat, put the prompt through the
+    Args: model and compare, folders, GGUF files or hub ids; device, auto, cpu or cuda; chat, put the prompt through the
     model's chat template; revision, of `model` on the hub; on_text, called with pieces of the continuation.
     Raises: SourceError where a model cannot be opened or does not generate text.
     """
@@ -71,24 +72,14 @@ def open_for_text(
     model: str, device: str, mode: OutlierMode = "dynamic", revision: str | None = None, token: str | None = None
 ) -> tuple[Any, Any]:
     """Load a model that can generate: (model, tokenizer)."""
-    loaded, tokenizer = load(model, place(device), mode=mode, revision=revision, token=token)
+    loaded, tokenizer = load(
+        model, "cpu" if resolve(device) == "cpu" else "auto", mode=mode, revision=revision, token=token
+    )
     if tokenizer is None:
         raise SourceError(f"{model}: has no tokenizer, so no text can be given to it")
     if not loaded.can_generate():
         raise SourceError(f"{model}: is a {type(loaded).__name__}, which does not generate text")
     return loaded, tokenizer
-
-
-def place(device: str) -> str:
-    """The device_map for a --device."""
-    import torch
-
-    if device not in ("auto", "cpu", "cuda"):
-        raise DependencyError(f"device {device}: unknown; use auto, cpu or cuda")
-    if device == "cuda":
-        problem = "this version computes on the CPU only" if torch.cuda.is_available() else "torch sees no GPU here"
-        raise DependencyError(f"device cuda: {problem}; use --device cpu")
-    return "cpu"
 
 
 def generate(
@@ -117,11 +108,11 @@ def generate(
 
     if max_new_tokens < 1:
         raise SourceError(f"max-new-tokens {max_new_tokens}: must be 1 or more")
-    ids = _encode(tokenizer, prompt, chat)
+    ids = _encode(tokenizer, prompt, chat).to(model.device)
     times: list[float] = []
     with quiet(), torch.inference_mode():
         output = model.generate(
-            ids.to(model.device),
+            ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             do_sample=False,

@@ -11,13 +11,10 @@ from blake3 import blake3
 
 from quantize8.artifact import bitsandbytes
 from quantize8.artifact.manifest import MANIFEST_NAME, Manifest, TensorRecord, digest, read_manifest
-from quantize8.checkpoint.base import CONFIG_NAME, read_config
+from quantize8.checkpoint.base import CONFIG_NAME, READERS, read_config
 from quantize8.checkpoint.safetensors import SafetensorsCheckpoint, open_safetensors
 from quantize8.errors import ArtifactError, SourceError
 from quantize8.ops.reference import INT8_MAX, as_bytes
-
-_BLOCK_BYTES = 4 * 2**20
-_WORKERS = 2
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ def verify(artifact: str | Path) -> Verification:
         raise ArtifactError(str(error)) from None
     if not isinstance(checkpoint, SafetensorsCheckpoint) or set(checkpoint.tensors) != set(manifest.tensors):
         raise ArtifactError(f"{folder}: its weight files do not hold the tensors that {MANIFEST_NAME} lists")
-    with ThreadPoolExecutor(_WORKERS) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         nbytes += sum(pool.map(lambda item: _check_tensor(checkpoint, *item), manifest.tensors.items()))
     expected = manifest.recipe.get("threshold")
     entry = config.get("quantization_config", {})
@@ -97,7 +94,7 @@ def _check_tensor(checkpoint: SafetensorsCheckpoint, name: str, record: TensorRe
         if not (np.isfinite(absmax).all() and (absmax >= 0).all()):
             raise ArtifactError(f"{where}: a scale is negative, NaN or infinite; convert the source again")
     row = 0
-    for block in checkpoint.blocks(name, _BLOCK_BYTES):
+    for block in checkpoint.blocks(name):
         content.update(as_bytes(block))
         if absmax is not None:
             zero_rows = absmax[row : row + len(block)] == 0

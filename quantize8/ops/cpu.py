@@ -84,7 +84,7 @@ def quantize_activations(
         values.masked_fill_(outliers, 0)
     absmax = values.abs().amax(1) if values.numel() else values.new_zeros(len(values))
     inverse = absmax.reciprocal() * INT8_MAX
-    usable = (absmax > 0) & absmax.isfinite()
+    usable = absmax.isfinite() & inverse.isfinite()
     values.mul_(inverse.where(usable, 0)[:, None]).round_()
     if not usable.all():
         values.masked_fill_(~usable[:, None], 0)

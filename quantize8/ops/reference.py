@@ -190,10 +190,13 @@ def scale_of(absmax: Array) -> Array:
 def _codes(values: Array, absmax: Array) -> Array:
     """Codes of values float32 [R, K], by bitsandbytes' order: the reciprocal, times 127, times the value.
 
-    Each step rounds to float32. 127 / absmax in one step, or w / absmax * 127, differs in some 1e-5 of codes.
+    Each step rounds to float32. 127 / absmax in one step, or w / absmax * 127, differs in some 1e-5 of codes. A row
+    whose absmax is 0, not finite, or so small (below 4e-37) that the inverse is not, gets codes 0.
     """
-    usable = (absmax > 0) & np.isfinite(absmax)
-    inverse = np.divide(np.float32(1), absmax, out=np.zeros_like(absmax), where=usable) * np.float32(INT8_MAX)
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.float32(1) / absmax * np.float32(INT8_MAX)
+    usable = np.isfinite(absmax) & np.isfinite(inverse)
+    inverse = np.where(usable, inverse, np.float32(0))
     finite = np.where(usable[:, None], values, np.float32(0))
     codes: Array = np.rint(finite * inverse[:, None]).astype(np.int8)
     return codes

@@ -1,0 +1,83 @@
+// Activations to int8 with one scale a token, and the list of outlier columns, in one launch and without the host.
+//
+// Equal to quantize_activations of quantize8/ops/reference.py: an element with |x| >= threshold gets code 0, stays out
+// of its token's absmax, and puts its column on the list. Columns are marked in a bit mask, where order does not matter;
+// the block that ends last turns the mask into an ascending list, so the list is the same on every run.
+#include "quantize8.cuh"
+
+constexpr int WARPS = THREADS / 32;
+
+// grid (tokens), THREADS threads. mask [ceil(columns / 32) + 1], zero beforehand; its last word counts blocks. mask
+// null: nothing is an outlier. outliers [columns] and count [1] receive the list.
+extern "C" __global__ void __launch_bounds__(THREADS)
+quantize_activations(const FLOAT* __restrict__ x, int8_t* __restrict__ codes, float* __restrict__ scale, uint32_t* mask,
+                     int* outliers, int* count, float threshold, int columns) {
+  __shared__ uint32_t peaks[WARPS];
+  __shared__ bool is_last;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int64_t token = blockIdx.x;
+  const FLOAT* source = x + token * columns;
+
+  uint32_t peak = 0;
+#pragma unroll 2
+  for (int k = threadIdx.x * VECTOR; k < columns; k += THREADS * VECTOR) {
+    float v[VECTOR];
+    uint32_t marks = 0;
+    load_vector(source + k, columns - k, v);
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) {
+      const bool outlier = mask && fabsf(v[i]) >= threshold;  // not NaN, which spoils its token instead
+      marks |= (uint32_t)outlier << i;
+      peak = outlier ? peak : max(peak, magnitude(v[i]));
+    }
+    if (marks) atomicOr(&mask[k >> 5], marks << (k & 31));
+  }
+  peak = warp_max(peak);
+  if (lane == 0) peaks[warp] = peak;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < WARPS; ++i) peak = max(peak, peaks[i]);
+  const float inverse = inverse_of(peak);
+  if (threadIdx.x == 0) scale[token] = scale_of(__uint_as_float(peak));
+#pragma unroll 2
+  for (int k = threadIdx.x * VECTOR; k < columns; k += THREADS * VECTOR) {
+    float v[VECTOR];
+    int8_t q[VECTOR];
+    load_vector(source + k, columns - k, v);
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) q[i] = mask && fabsf(v[i]) >= threshold ? (int8_t)0 : code_of(v[i], inverse);
+    store_codes(codes + token * columns + k, columns - k, q);
+  }
+
+  if (!mask) return;
+  const int words = (columns + 31) / 32;
+  if (threadIdx.x == 0) {
+    __threadfence();  // this block's marks come before its count
+    is_last = atomicAdd(&mask[words], 1u) + 1 == gridDim.x;
+  }
+  __syncthreads();
+  if (!is_last) return;
+  __threadfence();
+  int listed = 0;
+  for (int first = 0; first < words; first += THREADS) {
+    const int word = first + threadIdx.x;
+    uint32_t bits = word < words ? __ldcg(&mask[word]) : 0;
+    const int own = __popc(bits);
+    int up_to_here = own;  // in this warp
+#pragma unroll
+    for (int d = 1; d < 32; d <<= 1) {
+      const int before = __shfl_up_sync(ALL_LANES, up_to_here, d);
+      if (lane >= d) up_to_here += before;
+    }
+    __syncthreads();  // peaks are free again
+    if (lane == 31) peaks[warp] = up_to_here;
+    __syncthreads();
+    int place = listed + up_to_here - own;
+    for (int i = 0; i < WARPS; ++i) {
+      if (i < warp) place += peaks[i];
+      listed += peaks[i];
+    }
+    for (; bits; bits &= bits - 1) outliers[place++] = word * 32 + __ffs((int)bits) - 1;
+  }
+  if (threadIdx.x == 0) *count = listed;
+}

@@ -1,0 +1,197 @@
+"""The GPU path: the verbs of `reference` on CUDA tensors, by the kernels in `cuda/`.
+
+Launches only: no function here reads a result back, so all of them can be captured in a CUDA graph, and a linear layer
+is two launches at prefill (activations with their outlier list; product with everything else) and one at decode.
+Arguments are torch tensors on one GPU. DependencyError where kernels cannot run on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantize8.ops import kernels
+from quantize8.ops.device import gpu_of
+from quantize8.ops.kernels import CHUNK, TENSOR_CORES, WARP, Capability, ceil_div
+from quantize8.ops.reference import DECODE_TOKENS, STATS_TILE_ROWS, ColumnStats, Int8Weight, OutlierMode
+
+_ROWS_OF_A_BLOCK = 16  # of quantize_rowwise without statistics; with them it is a tile, whose sums one block makes
+_LIBRARY_TOKENS = 24  # the least M, a multiple of 8 over 16, that torch._int_mm takes everywhere
+_LIBRARY_MULTIPLE = 8  # of K and N, as it demands
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Quantized activations [M, K] on a GPU; the list's length stays there too."""
+
+    codes: Tensor  # int8 [M, K]
+    scale: Tensor  # float32 [M]
+    outliers: Tensor | None  # int32 [K], of which the first `count` are the outlier columns, ascending
+    count: Tensor | None  # int32 [1]
+
+
+@dataclass
+class DeviceStats:
+    """`reference.ColumnStats` on a GPU, where counts are int32 [K]."""
+
+    absmax: Tensor
+    sum_square: Tensor
+    sum_error: Tensor
+    outliers: Tensor
+    rows: int = 0
+
+    @classmethod
+    def empty(cls, columns: int, device: torch.device) -> DeviceStats:
+        """Statistics of no rows."""
+
+        def zeros(dtype: torch.dtype) -> Tensor:
+            return torch.zeros(columns, dtype=dtype, device=device)
+
+        return cls(zeros(torch.float32), zeros(torch.float64), zeros(torch.float64), zeros(torch.int32))
+
+    def read_into(self, stats: ColumnStats) -> None:
+        """Wait for the GPU, and put the statistics in the place of a NumPy one's."""
+        stats.absmax, stats.sum_square, stats.sum_error = (
+            values.cpu().numpy() for values in (self.absmax, self.sum_square, self.sum_error)
+        )
+        stats.outliers, stats.rows = self.outliers.cpu().numpy().astype(np.int64), self.rows
+
+
+def quantize_rowwise(weight: Tensor, stats: DeviceStats | None = None) -> tuple[Tensor, Tensor]:
+    """`reference.quantize_rowwise`, and `reference.column_stats` added to `stats` in the same pass.
+
+    Args: weight, float16, bfloat16 or float32 [N, K]; stats, to add to (rows so far a multiple of 64).
+    Returns: codes int8 [N, K], absmax float32 [N], non-finite where a row cannot be quantized.
+    """
+    weight = _dense(weight)
+    rows, columns = weight.shape
+    codes = weight.new_empty(weight.shape, dtype=torch.int8)
+    if not weight.numel():
+        return codes, weight.new_zeros(rows, dtype=torch.float32)
+    absmax = weight.new_empty(rows, dtype=torch.float32)
+    gpu = gpu_of(weight.device.index)
+    kernel = kernels.quantize_rowwise(kernels.number_of(weight), columns, stats is not None)
+    sizes = (rows, columns, kernels.rows_at_once(columns))
+    if stats is None:
+        grid = (ceil_div(rows, _ROWS_OF_A_BLOCK), 1)
+        gpu.launch(kernel, grid, [weight, codes, absmax, None, None, None, None, *sizes, _ROWS_OF_A_BLOCK])
+        return codes, absmax
+    tiles = ceil_div(rows, STATS_TILE_ROWS)
+    square, error = weight.new_empty((2, tiles, columns), dtype=torch.float32)
+    columnwise = (square, error, stats.absmax, stats.outliers)
+    gpu.launch(kernel, (tiles, 1), [weight, codes, absmax, *columnwise, *sizes, STATS_TILE_ROWS])
+    adding = kernels.add_tiles()
+    grid = (ceil_div(columns, adding.threads), 1)
+    gpu.launch(adding, grid, [square, error, stats.sum_square, stats.sum_error, tiles, columns])
+    stats.rows += rows
+    return codes, absmax
+
+
+def dequantize(codes: Tensor, absmax: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`reference.dequantize`, rounded to a dtype: the weight [N, K]."""
+    weight = codes.new_empty(codes.shape, dtype=dtype)
+    if weight.numel():
+        kernel = kernels.dequantize(kernels.number_of(weight))
+        gpu_of(codes.device.index).launch(kernel, (len(codes), 1), [codes.contiguous(), absmax, weight, codes.shape[1]])
+    return weight
+
+
+def quantize_activations(x: Tensor, threshold: float) -> Activations:
+    """`reference.quantize_activations` of x [M, K], with the outlier columns as a list."""
+    x = _dense(x)
+    tokens, columns = x.shape
+    codes = x.new_empty(x.shape, dtype=torch.int8)
+    scale = x.new_empty(tokens, dtype=torch.float32)
+    mask = outliers = count = None
+    if threshold > 0:
+        mask = x.new_zeros(ceil_div(columns, 32) + 1, dtype=torch.int32)
+        outliers, count = x.new_empty(columns, dtype=torch.int32), x.new_empty(1, dtype=torch.int32)
+    kernel = kernels.quantize_activations(kernels.number_of(x), columns)
+    arguments = [x, codes, scale, mask, outliers, count, float(threshold), columns]
+    if tokens:
+        gpu_of(x.device.index).launch(kernel, (tokens, 1), arguments)
+    return Activations(codes, scale, outliers, count)
+
+
+def mixed_matmul(
+    x: Tensor, weight: Int8Weight, bias: Tensor | None, threshold: float, mode: OutlierMode = "dynamic"
+) -> Tensor:
+    """`reference.mixed_matmul`, modes dynamic and elementwise: x [M, K] -> [M, N] in x's dtype, summed in float32."""
+    if mode == "static":
+        raise ValueError("mode static needs a weight with stored outlier columns, which kernels do not take yet")
+    x = _dense(x)
+    (tokens, columns), rows = x.shape, len(weight.codes)
+    y = x.new_empty((tokens, rows))
+    if not y.numel():
+        return y
+    gpu = gpu_of(x.device.index)
+    quantized = quantize_activations(x, threshold)
+    elements_from = float(threshold) if mode == "elementwise" else 0.0
+    operands = [quantized.codes, quantized.scale, weight.codes, weight.absmax, _like(bias, x)]
+    rest = [x, quantized.outliers, quantized.count, elements_from, y, tokens, rows, columns]
+    if _on_tensor_cores(x, columns, gpu.capability):
+        tile = kernels.choose_tile(gpu.capability, gpu.processors, tokens, rows)
+        kernel = kernels.mixed(kernels.number_of(x), tile)
+        gpu.launch(kernel, tile.blocks(tokens, rows), [*operands, *rest])
+    else:
+        sums = _library_matmul(quantized.codes, weight.codes)
+        kernel = kernels.mixed_epilogue(kernels.number_of(x))
+        grid = (tokens * ceil_div(rows, kernel.threads), 1)
+        gpu.launch(kernel, grid, [sums, *operands, *rest, sums.shape[1]])
+    return y
+
+
+def weight_only_matmul(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
+    """`reference.weight_only_matmul`: x [M, K], M <= 16 -> [M, N] in x's dtype, summed in float32."""
+    x = _dense(x)
+    (tokens, columns), rows = x.shape, len(weight.codes)
+    y = x.new_empty((tokens, rows))
+    if not y.numel():
+        return y
+    gpu, number = gpu_of(x.device.index), kernels.number_of(x)
+    if _on_tensor_cores(x, columns, gpu.capability):
+        kernel, rows_of_a_block = kernels.weight_only(number, tokens), 16
+    else:
+        kernel = kernels.weight_only_any(number, columns)
+        rows_of_a_block = kernel.threads // WARP
+    arguments = [x, weight.codes, weight.absmax, _like(bias, x), y, tokens, rows, columns]
+    gpu.launch(kernel, (ceil_div(rows, rows_of_a_block), 1), arguments)
+    return y
+
+
+def linear(
+    x: Tensor, weight: Int8Weight, bias: Tensor | None, threshold: float, mode: OutlierMode = "dynamic"
+) -> Tensor:
+    """`reference.linear`: x [M, K] -> [M, N] in x's dtype."""
+    if len(x) <= DECODE_TOKENS:
+        return weight_only_matmul(x, weight, bias)
+    return mixed_matmul(x, weight, bias, threshold, mode)
+
+
+def _on_tensor_cores(x: Tensor, columns: int, capability: Capability) -> bool:
+    """Whether the fast kernels take this: 16-bit numbers, rows of whole 16-byte chunks, and a GPU that has them."""
+    return capability >= TENSOR_CORES and x.element_size() == 2 and columns % CHUNK == 0
+
+
+def _library_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Int32 [M, N or more] of a int8 [M, K] and b int8 [N, K], with zeros up to shapes that the library takes."""
+    rows = max(_LIBRARY_TOKENS, ceil_div(len(a), _LIBRARY_MULTIPLE) * _LIBRARY_MULTIPLE) - len(a)
+    columns, depth = (-size % _LIBRARY_MULTIPLE for size in b.shape)
+    if rows or depth:
+        a = torch.nn.functional.pad(a, (0, depth, 0, rows))
+    if columns or depth:
+        b = torch.nn.functional.pad(b, (0, depth, 0, columns))
+    return torch._int_mm(a, b.t())
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Row-major and starting at a multiple of 16 bytes, as vector loads need; a copy only where it is not."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % CHUNK else x
+
+
+def _like(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if bias is None else bias.to(x.dtype)

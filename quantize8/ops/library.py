@@ -1,0 +1,61 @@
+"""`torch.ops.quantize8.linear`: the linear layer as an operator of torch, on whichever device its tensors are.
+
+As an operator it has a shape function, so torch.compile and torch.export see through it, and a gradient, so adapters
+train over it. Importing this module registers it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantize8.ops.reference import INT8_MAX, Int8Weight, OutlierMode
+
+_LIBRARY = torch.library.Library("quantize8", "DEF")
+_LIBRARY.define(
+    "linear(Tensor x, Tensor codes, Tensor absmax, Tensor? bias, float threshold, str mode) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def _on_cpu(
+    x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float, mode: OutlierMode
+) -> Tensor:
+    from quantize8.ops import cpu
+
+    return cpu.linear(x, Int8Weight(codes, absmax), bias, threshold, mode)
+
+
+def _on_gpu(
+    x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float, mode: OutlierMode
+) -> Tensor:
+    from quantize8.ops import gpu
+
+    return gpu.linear(x, Int8Weight(codes, absmax), bias, threshold, mode)
+
+
+_LIBRARY.impl("linear", _on_cpu, "CPU")
+_LIBRARY.impl("linear", _on_gpu, "CUDA")
+
+
+@torch.library.register_fake("quantize8::linear", lib=_LIBRARY)
+def _shape(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float, mode: str) -> Tensor:
+    return x.new_empty((x.shape[0], codes.shape[0]))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1], inputs[2])
+
+
+def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Of x: through the dequantized weight, whose codes are exact in any float; codes and scales are constants."""
+    codes, absmax = ctx.saved_tensors
+    scaled = gradient.float() * (absmax / INT8_MAX)
+    numbers = gradient.dtype if gradient.is_cuda else torch.float32  # a CPU is no faster in 16-bit
+    return (scaled.to(numbers) @ codes.to(numbers)).to(gradient.dtype), None, None, None, None, None
+
+
+torch.library.register_autograd("quantize8::linear", _gradient, setup_context=_keep, lib=_LIBRARY)
+linear = torch.ops.quantize8.linear.default

@@ -1,0 +1,54 @@
+"""The linear layer as an operator of torch: shapes, gradients, and nothing that torch.compile cannot see through."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from quantize8 import Int8Linear
+from quantize8.ops.library import linear
+
+
+def layer(out_features: int = 12, in_features: int = 32, bias: bool = True) -> Int8Linear:
+    torch.manual_seed(0)
+    return Int8Linear.from_float(nn.Linear(in_features, out_features, bias))
+
+
+def arguments(tokens: int, dtype=torch.float32, bias: bool = True, gradient: bool = False):
+    made = layer(bias=bias)
+    x = torch.randn(tokens, 32).to(dtype)
+    x[0, 5] = 30
+    shift = made.bias.to(dtype) if bias else None
+    return x.requires_grad_(gradient), made.weight.data, made.SCB.data, shift, 6.0, "dynamic"
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_operator_keeps_the_rules_of_torch(tokens, gradient, bias):
+    """Schema, shape function, gradient registration, and tracing under ahead-of-time autograd."""
+    torch.library.opcheck(linear, arguments(tokens, bias=bias, gradient=gradient))
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_a_graph_without_breaks_gives_the_same(tokens):
+    model = nn.Sequential(layer(), nn.GELU(), layer(7, 12, bias=False))
+    x = torch.randn(2, tokens, 32)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+    assert torch.equal(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_the_input_is_that_of_the_dequantized_layer(dtype):
+    x, codes, absmax, bias, *rest = arguments(20, dtype, gradient=True)
+    y = linear(x, codes, absmax, bias, *rest)
+    upstream = torch.randn(y.shape).to(dtype)
+    y.backward(upstream)
+    exact = upstream.double() @ (codes.double() * (absmax.double() / 127)[:, None])
+    np.testing.assert_allclose(x.grad.double(), exact, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-3)
+
+
+def test_weights_are_constants_to_the_gradient():
+    made = layer()
+    made(torch.randn(3, 32, requires_grad=True)).sum().backward()
+    assert made.weight.grad is None and made.SCB.grad is None
