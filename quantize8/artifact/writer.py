@@ -29,7 +29,9 @@ Progress = Callable[[int, int], None]  # bytes of source done, bytes in all
 class WeightQuantizer(Protocol):
     """What turns the rows of a weight into int8; one serves one thread at a time."""
 
-    block_bytes: int | None  # of weight that it takes at a time; None: any
+    @property
+    def block_bytes(self) -> int | None:
+        """Of weight that it takes at a time; None for the checkpoint's own."""
 
     def quantize(self, blocks: Iterator[Array], stats: ColumnStats) -> Iterator[tuple[Array, Array, Array]]:
         """(block, codes, absmax) of each block [n, K]; `stats` are the whole weight's once all have come."""

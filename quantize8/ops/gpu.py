@@ -130,14 +130,15 @@ def mixed_matmul(
     gpu = gpu_of(x.device.index)
     quantized = quantize_activations(x, threshold)
     elements_from = float(threshold) if mode == "elementwise" else 0.0
-    operands = [quantized.codes, quantized.scale, weight.codes, weight.absmax, _like(bias, x)]
+    codes = _dense(weight.codes)
+    operands = [quantized.codes, quantized.scale, codes, weight.absmax, _like(bias, x)]
     rest = [x, quantized.outliers, quantized.count, elements_from, y, tokens, rows, columns]
     if _on_tensor_cores(x, columns, gpu.capability):
         tile = kernels.choose_tile(gpu.capability, gpu.processors, tokens, rows)
         kernel = kernels.mixed(kernels.number_of(x), tile)
         gpu.launch(kernel, tile.blocks(tokens, rows), [*operands, *rest])
     else:
-        sums = _library_matmul(quantized.codes, weight.codes)
+        sums = _library_matmul(quantized.codes, codes)
         kernel = kernels.mixed_epilogue(kernels.number_of(x))
         grid = (tokens * ceil_div(rows, kernel.threads), 1)
         gpu.launch(kernel, grid, [sums, *operands, *rest, sums.shape[1]])
@@ -157,7 +158,7 @@ def weight_only_matmul(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Te
     else:
         kernel = kernels.weight_only_any(number, columns)
         rows_of_a_block = kernel.threads // WARP
-    arguments = [x, weight.codes, weight.absmax, _like(bias, x), y, tokens, rows, columns]
+    arguments = [x, _dense(weight.codes), weight.absmax, _like(bias, x), y, tokens, rows, columns]
     gpu.launch(kernel, (ceil_div(rows, rows_of_a_block), 1), arguments)
     return y
 
@@ -188,7 +189,10 @@ def _library_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """Row-major and starting at a multiple of 16 bytes, as vector loads need; a copy only where it is not."""
+    """Row-major and starting at a multiple of 16 bytes, as vector loads need.
+
+    A copy only where it is not: a slice, or a view into a file's bytes.
+    """
     x = x.contiguous()
     return x.clone() if x.data_ptr() % CHUNK else x
 

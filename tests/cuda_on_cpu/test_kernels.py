@@ -296,6 +296,10 @@ def test_inputs_that_start_or_lie_anyhow(on):
     plain = gpu.linear(strided.clone(), weight, None, 6.0)
     assert torch.equal(gpu.linear(strided, weight, None, 6.0), plain)
     assert shifted.data_ptr() % 16 and torch.equal(gpu.linear(shifted, weight, None, 6.0), plain)
+    codes = torch.cat([torch.zeros(3, dtype=torch.int8), weight.codes.flatten()])[3:].view(24, 48)
+    in_a_file = Int8Weight(codes, weight.absmax)
+    assert codes.data_ptr() % 16 and torch.equal(gpu.linear(storage[:, 2:], in_a_file, None, 6.0), plain)
+    assert torch.equal(gpu.linear(strided[:3], in_a_file, None, 6.0), gpu.linear(strided[:3], weight, None, 6.0))
 
 
 def test_static_columns_are_refused_until_kernels_take_them(on):
