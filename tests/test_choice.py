@@ -120,7 +120,10 @@ class FakeDriver(types.SimpleNamespace):
     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 
     def __init__(self) -> None:
-        super().__init__(calls=[])
+        super().__init__(calls=[], context=0)
+
+    def ctxGetCurrent(self):
+        return self.context
 
     def moduleLoadData(self, code):
         self.calls.append(("load", code))
@@ -139,8 +142,8 @@ class FakeDriver(types.SimpleNamespace):
 @pytest.fixture
 def fake_gpu(monkeypatch) -> tuple[Gpu, FakeDriver]:
     """A Gpu on a driver that only takes notes: how launches are made, not what they do."""
-    driver, freed = FakeDriver(), []
-    runtime = types.SimpleNamespace(free=freed.append)
+    driver = FakeDriver()
+    runtime = types.SimpleNamespace(free=lambda _: setattr(driver, "context", 5))
     cupy_cuda = types.SimpleNamespace(driver=driver, runtime=runtime)
     monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cupy_cuda))
     monkeypatch.setitem(sys.modules, "cupy.cuda", cupy_cuda)
@@ -160,7 +163,16 @@ def test_a_launch_is_put_on_torchs_stream_and_code_is_loaded_once(fake_gpu):
         found.launch(kernel, (3, 2), [torch.zeros(1), None, 5, 0.5])
     launch = ("launch", 22, 3, 2, 1, 256, 1, 1, kernel.shared_bytes, 777)
     assert driver.calls == [("load", b"sm_90a"), ("shared", kernel.shared_bytes), launch, launch]
-    assert (found.capability, found.processors) == ((9, 0), 132)
+    assert (found.capability, found.processors, driver.context) == ((9, 0), 132, 5)
+
+
+def test_a_launch_on_another_gpu_than_torchs_current_one(fake_gpu, monkeypatch):
+    found, driver = fake_gpu
+    entered = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext(entered.append(index)))
+    found.launch(kernels.dequantize("half"), (1, 1), [])
+    assert entered == [0] and driver.calls[-1][0] == "launch"
 
 
 def test_small_kernels_ask_for_no_shared_memory(fake_gpu):

@@ -32,19 +32,18 @@ class Gpu:
         self._torch, self._driver, self._runtime = torch.cuda, driver, runtime
         self._functions: dict[Kernel, int] = {}
         self._loading = threading.Lock()
-        self._entered = threading.local()
 
     def launch(self, kernel: Kernel, grid: tuple[int, int], arguments: Sequence[Tensor | int | float | None]) -> None:
         """Put a kernel on torch's current stream of this GPU; does not wait for it."""
-        if self._torch.current_device() != self.index or not hasattr(self._entered, "yes"):
-            with self._torch.device(self.index):
-                self._runtime.free(0)  # the driver's calls need the context that the runtime makes for a new thread
-                self._entered.yes = True
-                self._launch(kernel, grid, arguments)
-        else:
+        if self._torch.current_device() == self.index:
             self._launch(kernel, grid, arguments)
+        else:
+            with self._torch.device(self.index):
+                self._launch(kernel, grid, arguments)
 
     def _launch(self, kernel: Kernel, grid: tuple[int, int], arguments: Sequence[Any]) -> None:
+        if not self._driver.ctxGetCurrent():  # a new thread has none until the runtime is asked for something
+            self._runtime.free(0)
         function = self._functions.get(kernel) or self._load(kernel)
         pointers, keep = pack(arguments)
         stream = self._torch.current_stream(self.index).cuda_stream
