@@ -13,7 +13,7 @@ from quantize8.resources import resource_dir
 HERE = Path(__file__).parent
 SOURCES = resource_dir("cuda")
 ORDERS = (0, 1, 2, 3)  # of threads: ascending, descending, pseudo-random, each warp as far as it gets
-_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-gnu-unique")
+_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-gnu-unique")
 _WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-unused-parameter")
 
 
