@@ -35,7 +35,8 @@ def test_a_graph_without_breaks_gives_the_same(tokens):
     model = nn.Sequential(layer(), nn.GELU(), layer(7, 12, bias=False))
     x = torch.randn(2, tokens, 32)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
-    assert torch.equal(compiled(x), model(x))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)  # eager takes the packed weight
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,10 @@ from torch import Tensor, nn
 
 from quantize8.errors import WeightError
 from quantize8.ops.library import linear
+from quantize8.ops.packed import PackedWeight, available
 from quantize8.ops.reference import DEFAULT_THRESHOLD, INT8_MAX, OutlierMode
+
+_PACKING = threading.Lock()  # two threads may compute with one layer
 
 
 class Int8Linear(nn.Linear):
@@ -33,6 +37,7 @@ class Int8Linear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.threshold, self.mode = threshold, mode
+        self._packed: PackedWeight | None = None
         codes = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.SCB = nn.Parameter(torch.empty(out_features, dtype=torch.float32, device=device), requires_grad=False)
@@ -59,12 +64,44 @@ class Int8Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype; on a GPU, launches that wait for nothing."""
         flat = x.reshape(-1, self.in_features)
-        product: Tensor = linear(flat, self.weight, self.SCB, self.bias, self.threshold, self.mode)
+        product: Tensor
+        if self._packs_for(flat):
+            product = self.pack().linear(flat, self.bias, self.threshold, self.mode)
+        else:
+            if self._packed is not None:
+                self.unpack()
+            product = linear(flat, self.weight, self.SCB, self.bias, self.threshold, self.mode)
         return product.view(*x.shape[:-1], self.out_features)
+
+    def pack(self) -> PackedWeight:
+        """Move the weight into the layout of the CPU's int8 units; `weight` keeps its shape, and no values."""
+        with _PACKING:
+            if self._packed is None:
+                codes = self.weight.data
+                self._packed = PackedWeight(codes, self.SCB.data)
+                self.weight.data = codes.new_zeros(()).expand(codes.shape)
+            return self._packed
+
+    @torch.compiler.disable
+    def unpack(self) -> None:
+        """Give `weight` its values back, as training, moving and saving need them."""
+        with _PACKING:
+            if self._packed is not None:
+                self.weight.data, self._packed = self._packed.codes(), None
+
+    def codes(self) -> Tensor:
+        """The codes int8 [N, K], wherever they are kept."""
+        return self.weight.data if self._packed is None else self._packed.codes()
 
     def dequantize(self) -> Tensor:
         """The float32 weight [N, K] that the codes stand for."""
-        return self.weight.float() * (self.SCB / INT8_MAX)[:, None]
+        return self.codes().float() * (self.SCB / INT8_MAX)[:, None]
+
+    def _packs_for(self, x: Tensor) -> bool:
+        """Whether the packed weight can serve: on a CPU that is fast at it, without gradients, outside of tracing."""
+        if torch.compiler.is_compiling() or x.is_cuda or self.weight.is_cuda or self.mode == "static":
+            return False
+        return available() and not (torch.is_grad_enabled() and x.requires_grad)
 
     def extra_repr(self) -> str:
         """What print(model) says of the layer."""
@@ -72,11 +109,26 @@ class Int8Linear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
         """Move and cast as nn.Module does, but leave SCB in float32: model.half() must not round scales."""
+        self.unpack()
         scale = self.SCB.data
         super()._apply(fn, recurse)
         if self.SCB.dtype != torch.float32:
             self.SCB.data = scale.to(self.SCB.device)
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._packed is not None:
+            destination[f"{prefix}weight"] = self._packed.codes()
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self.unpack()
+        super()._load_from_state_dict(*arguments)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle, which cannot take a packed weight."""
+        self.unpack()
+        return self.__dict__
 
 
 def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ _KINDS = {
 }
 _FLOAT16_MAX_BITS = int(np.float32(FLOAT16_MAX).view(np.uint32))
 _FLOAT16_NORMAL_BITS = int(np.float32(2.0**-14).view(np.uint32))  # below it float16 is evenly spaced by 2^-24
-_PARALLEL = threading.Lock()  # Numba's fallback thread pool aborts the process when two threads enter it
+PARALLEL = threading.Lock()  # Numba's fallback thread pool aborts the process when two threads enter it
 _REBIAS = np.float32(2.0**112)  # float16 exponents are biased by 15, float32's by 127
 
 
@@ -122,7 +122,7 @@ def weight_only_matmul(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Te
         tokens[:, columns] = 0
     product = torch.empty(len(x), len(weight.codes))
     scale = weight.absmax / INT8_MAX
-    with _PARALLEL:
+    with PARALLEL:
         _weight_only(tokens.numpy(), weight.codes.numpy(), scale.numpy(), product.numpy())
     if exact is not None:
         product.addmm_(exact, weight.outlier_weight.float().t())
@@ -150,7 +150,7 @@ def _float_columns(weight: Int8Weight, columns: Tensor) -> Tensor:
     return values
 
 
-def _compiled(**options: Any) -> Callable[[Any], Any]:
+def compiled(**options: Any) -> Callable[[Any], Any]:
     """Compile on first use, and keep the result for other processes where there is a folder to keep it in."""
 
     def decorate(function: Any) -> Any:
@@ -162,7 +162,7 @@ def _compiled(**options: Any) -> Callable[[Any], Any]:
     return decorate
 
 
-@_compiled(nogil=True)
+@compiled(nogil=True)
 def _quantize_rows(
     weight: Any,
     kind: int,
@@ -224,7 +224,7 @@ def _quantize_rows(
             counts[:] = 0
 
 
-@_compiled(nogil=True)
+@compiled(nogil=True)
 def _unpack(row: Any, kind: int, source: Any, half: Any) -> None:
     """Float32 bits of a row [K]: of its stored values, and of those rounded to float16 (half to even)."""
     sign, magnitude = np.uint32(0x80000000), np.uint32(0x7FFFFFFF)
@@ -253,7 +253,7 @@ def _unpack(row: Any, kind: int, source: Any, half: Any) -> None:
         half[k] |= source[k] & sign
 
 
-@_compiled(nogil=True, parallel=True, fastmath={"reassoc", "contract"})
+@compiled(nogil=True, parallel=True, fastmath={"reassoc", "contract"})
 def _weight_only(x: Any, codes: Any, scale: Any, product: Any) -> None:
     """product[m, n] = scale[n] sum_k x[m, k] codes[n, k]: each row of codes is read once, for all tokens."""
     tokens, columns = x.shape

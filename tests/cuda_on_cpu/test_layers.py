@@ -8,6 +8,7 @@ from making import llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantize8 import Int8Linear, convert, load
+from quantize8.model import linear
 from quantize8.ops import cpu, gpu, library
 from quantize8.ops.reference import Int8Weight
 
@@ -68,6 +69,7 @@ def kernels_for_layers(monkeypatch) -> EmulatedGpu:
     emulated = EmulatedGpu(order=3)
     monkeypatch.setattr(gpu, "gpu_of", lambda index: emulated)
     monkeypatch.setattr(cpu, "linear", gpu.linear)
+    monkeypatch.setattr(linear, "available", lambda: False)
     return emulated
 
 
