@@ -11,7 +11,7 @@ from torch import nn
 
 from quantize8 import Int8Linear
 from quantize8.model import linear as layers
-from quantize8.ops import packed, reference
+from quantize8.ops import packed, passes, reference
 from quantize8.ops.packed import PackedWeight
 from quantize8.ops.reference import Int8Weight
 
@@ -77,9 +77,9 @@ def test_codes_scales_and_marks_equal_the_reference_in_every_bit(dtype):
     values = x.contiguous() if dtype == torch.bfloat16 else x.float()
     bits = values.view(torch.int16 if dtype == torch.bfloat16 else torch.int32).numpy()
     bits = bits.view(np.uint16 if dtype == torch.bfloat16 else np.uint32)
-    for threshold, limit in ((6.0, np.float32(6).view(np.uint32)), (0.0, packed._NOTHING)):
+    for threshold, limit in ((6.0, np.float32(6).view(np.uint32)), (0.0, passes.NOTHING)):
         codes, scale, outliers = reference.quantize_activations(numpy(x), threshold)
-        for to_digits, *_ in (packed._FEW, packed._SEVERAL):
+        for to_digits, *_ in (passes.FEW, passes.SEVERAL):
             digits, found, marks = np.ones((1, 40, 577), np.int8), np.ones(40, np.float32), np.zeros(577, np.uint8)
             to_digits(bits, limit, digits, found, marks)
             np.testing.assert_array_equal(digits[0], codes)
@@ -125,7 +125,8 @@ def test_many_tokens_go_in_parts(monkeypatch):
     _, theirs = weight_of(33, 96)
     x = tokens_of(100, 96, torch.bfloat16, outliers=5)
     whole = theirs.linear(x, None, 6.0, "dynamic")
-    monkeypatch.setattr(packed, "_SUMS_BYTES", 33 * 4 * 30)
+    monkeypatch.setattr(packed, "_SUMS_BYTES", 0)
+    monkeypatch.setattr(packed, "_LEAST_ROWS", 30)
     assert torch.equal(theirs.linear(x, None, 6.0, "dynamic"), whole)
 
 
