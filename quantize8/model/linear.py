@@ -75,6 +75,9 @@ class Int8Linear(nn.Linear):
 
     def pack(self) -> PackedWeight:
         """Move the weight into the layout of the CPU's int8 units; `weight` keeps its shape, and no values."""
+        packed = self._packed
+        if packed is not None:
+            return packed
         with _PACKING:
             if self._packed is None:
                 codes = self.weight.data
@@ -99,9 +102,11 @@ class Int8Linear(nn.Linear):
 
     def _packs_for(self, x: Tensor) -> bool:
         """Whether the packed weight can serve: on a CPU that is fast at it, without gradients, outside of tracing."""
-        if torch.compiler.is_compiling() or x.is_cuda or self.weight.is_cuda or self.mode == "static":
+        if torch.compiler.is_compiling() or x.is_cuda or self.mode == "static":
             return False
-        return available() and not (torch.is_grad_enabled() and x.requires_grad)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return False
+        return self._packed is not None or (available() and not self.weight.is_cuda)
 
     def extra_repr(self) -> str:
         """What print(model) says of the layer."""

@@ -15,12 +15,12 @@ from __future__ import annotations
 import math
 import threading
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from quantize8.ops.cpu import PARALLEL
 from quantize8.ops.passes import FEW, NOTHING, SEVERAL
 from quantize8.ops.reference import DECODE_TOKENS, INT8_MAX, Array, OutlierMode
 
@@ -37,6 +37,10 @@ def available() -> bool:
     if not torch.backends.mkldnn.is_available() or not torch.cpu._is_vnni_supported():
         return False
     return hasattr(torch.ops.onednn, "qlinear_prepack")
+
+
+_BITS = (torch.float32, torch.bfloat16)  # what the passes read and write
+_NO_BIAS, _NO_MARKS, _NO_PLACES = np.zeros(0, np.float32), np.zeros(0, np.uint8), np.zeros(0, np.int64)
 
 
 class _Scratch(threading.local):
@@ -76,46 +80,56 @@ class PackedWeight:
 
     def linear(self, x: Tensor, bias: Tensor | None, threshold: float, mode: OutlierMode) -> Tensor:
         """`reference.linear`: x [M, K] -> [M, N] in x's dtype. Modes dynamic and elementwise."""
-        values = x.contiguous() if x.dtype == torch.bfloat16 else x.float().contiguous()
-        y = torch.empty(len(x), self.shape[0], dtype=values.dtype)
-        if not y.numel():
-            return y.to(x.dtype)
-        signed, unsigned = (torch.int16, np.uint16) if values.dtype == torch.bfloat16 else (torch.int32, np.uint32)
-        bits, out = (each.view(signed).numpy().view(unsigned) for each in (values, y))
-        shift = np.zeros(0, np.float32) if bias is None else bias.float().numpy()
+        values = (x if x.dtype in _BITS else x.float()).contiguous()
+        y = torch.empty(values.shape[0], self.shape[0], dtype=values.dtype)
+        if y.numel():
+            bits, out = _bits_of(values), _bits_of(y)
+            shift = _NO_BIAS if bias is None else bias.float().numpy()
+            if bits.shape[0] <= DECODE_TOKENS:
+                self._decode(bits, _DIGITS[x.dtype], shift, out)
+            else:
+                self._prefill(bits, threshold, mode == "elementwise", shift, out)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
+
+    def _decode(self, bits: Array, count: int, bias: Array, out: Array) -> None:
+        """Few tokens, all their elements in `count` digits."""
+        tokens, columns = bits.shape
+        digits, scale = np.empty((count, tokens, columns), np.int8), np.empty(tokens, np.float32)
+        to_digits, finish = FEW
+        to_digits(bits, NOTHING, digits, scale, _NO_MARKS)
+        sums = self._multiply(digits.reshape(-1, columns)).reshape(count, tokens, -1)
+        finish(sums, scale, bits, digits[0], _NO_PLACES, self._kept, _NO_PLACES, NOTHING, bias, out)
+
+    def _prefill(self, bits: Array, threshold: float, elementwise: bool, bias: Array, out: Array) -> None:
+        """Many tokens in one digit, without the elements over the threshold; what that misses is added at the end."""
+        tokens, columns = bits.shape
         limit = np.float32(threshold).view(np.uint32) if threshold > 0 else NOTHING
-        if len(x) > DECODE_TOKENS:
-            self._compute(bits, 1, limit, limit if mode == "elementwise" else np.uint32(0), shift, out)
-        else:
-            self._compute(bits, _DIGITS[x.dtype], NOTHING, NOTHING, shift, out)
-        return y.to(x.dtype)
-
-    def _compute(self, bits: Array, count: int, limit: Any, elements_from: Any, bias: Array, out: Array) -> None:
-        """The product of tokens in `count` digits, without the elements from `limit` on, which are added at the end.
-
-        elements_from: 0 to correct all of a column that has such an element.
-        """
-        (tokens, columns), out_features = bits.shape, self.shape[0]
-        digits, scale = _SCRATCH.digits(count, tokens, columns), np.empty(tokens, np.float32)
-        marks = np.zeros(columns, np.uint8)
-        to_digits, finish, turn = FEW if tokens <= DECODE_TOKENS else SEVERAL
-        with turn:
+        digits, scale, marks = (
+            _SCRATCH.digits(1, tokens, columns),
+            np.empty(tokens, np.float32),
+            np.zeros(columns, np.uint8),
+        )
+        to_digits, finish = SEVERAL
+        with PARALLEL:
             to_digits(bits, limit, digits, scale, marks)
         outliers = np.flatnonzero(marks)
         weights, places = self._columns(outliers)
-        step = tokens if count > 1 else max(_LEAST_ROWS, _SUMS_BYTES // (4 * out_features))
+        step = max(_LEAST_ROWS, _SUMS_BYTES // (4 * self.shape[0]))
         for start in range(0, tokens, step):
             part = slice(start, start + step)
-            sums = self._multiply(torch.from_numpy(digits[:, part].reshape(-1, columns)))
-            given = (sums.reshape(count, -1, out_features), scale[part], bits[part], digits[0, part])
-            with turn:
-                finish(*given, outliers, weights, places, elements_from, bias, out[part])
+            codes = digits[0, part]
+            sums = self._multiply(codes)[None]
+            elements_from = limit if elementwise else np.uint32(0)  # 0: all of an outlier column is corrected
+            given = (sums, scale[part], bits[part], codes, outliers, weights, places, elements_from)
+            with PARALLEL:
+                finish(*given, bias, out[part])
 
-    def _multiply(self, codes: Tensor) -> Array:
+    def _multiply(self, codes: Array) -> Array:
         """Float32 [M, N]: codes int8 [M, K] times the dequantized weight transposed, each sum rounded once."""
-        operands = (codes, 1.0, 0, self._packed, self._scale, self._zeros, None, 1.0, 0, torch.float32)
-        sums: Array = torch.ops.onednn.qlinear_pointwise(*operands, "none", [], "").numpy()
-        return sums
+        left = (torch.from_numpy(codes), 1.0, 0)
+        right = (self._packed, self._scale, self._zeros, None)
+        sums: Tensor = torch.ops.onednn.qlinear_pointwise.default(*left, *right, 1.0, 0, torch.float32, "none", [], "")
+        return sums.numpy()
 
     def _columns(self, columns: Array) -> tuple[Array, Array]:
         """Rows of floats [any, N] among which are these columns of the dequantized weight, and where each is.
@@ -142,6 +156,13 @@ class PackedWeight:
 
     def _read(self, columns: Array) -> Array:
         """These columns of the dequantized weight, float32 [J, N]."""
-        ones = torch.zeros(len(columns), self.shape[1], dtype=torch.int8)
-        ones[torch.arange(len(columns)), torch.from_numpy(columns)] = 1
+        ones = np.zeros((len(columns), self.shape[1]), np.int8)
+        ones[np.arange(len(columns)), columns] = 1
         return self._multiply(ones)
+
+
+def _bits_of(values: Tensor) -> Array:
+    """The bits of float32 or bfloat16 values, sharing their memory."""
+    if values.dtype == torch.float32:
+        return values.numpy().view(np.uint32)
+    return values.view(torch.int16).numpy().view(np.uint16)

@@ -5,14 +5,13 @@ Both read and write float32 or bfloat16 by their bits, and hold a token in the n
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from types import FunctionType
 from typing import Any
 
 import numpy as np
 from numba import prange
 
-from quantize8.ops.cpu import PARALLEL, compiled
+from quantize8.ops.cpu import compiled
 from quantize8.ops.reference import INT8_MAX
 
 NOTHING = np.uint32(0x80000000)  # above the bits of every magnitude: no element is an outlier
@@ -168,14 +167,9 @@ def _twin(function: Any) -> Any:
     return twin
 
 
-# A second thread pool beside torch's costs more than it brings for a few tokens.
-FEW = (
-    compiled(nogil=True)(_twin(_to_digits)),
-    compiled(nogil=True, fastmath={"contract"})(_twin(_finish)),
-    nullcontext(),
-)
+# A second thread pool beside torch's costs more than it brings for a few tokens. SEVERAL wants ops.cpu.PARALLEL held.
+FEW = (compiled(nogil=True)(_twin(_to_digits)), compiled(nogil=True, fastmath={"contract"})(_twin(_finish)))
 SEVERAL = (
     compiled(nogil=True, parallel=True)(_to_digits),
     compiled(nogil=True, parallel=True, fastmath={"contract"})(_finish),
-    PARALLEL,
 )
