@@ -16,7 +16,7 @@ def converts_alike() -> str | None:
     """What differs between the artifacts of the CPU and of the GPU; None where nothing does."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _make(folder / "source")
+        make_llama(folder / "source")
         for device in ("cpu", "cuda"):
             convert(str(folder / "source"), folder / device, device=device)
         files = sorted(path.name for path in (folder / "cpu").iterdir())
@@ -26,26 +26,35 @@ def converts_alike() -> str | None:
         return f"these files differ: {', '.join(different)}" if different else None
 
 
-def _make(folder: Path, hidden: int = 2048, inner: int = 5504, layers: int = 4) -> None:
-    """A Llama of some 200 million weights in bfloat16, with outliers."""
+def make_llama(
+    folder: Path, hidden: int = 2048, inner: int = 5504, layers: int = 4, vocabulary: int = 512, shards: int = 1
+) -> None:
+    """A Llama in bfloat16 with outliers in its weights, by default of some 200 million; `shards` files."""
     folder.mkdir()
     random = torch.Generator().manual_seed(0)
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
-        weight = torch.randn(rows, columns, generator=random) * 0.02
+        weight = torch.randn(rows, columns, generator=random).mul_(0.02)
         weight[:, 5] *= 20
         return weight.bfloat16()
 
-    state = {"model.embed_tokens.weight": matrix(512, hidden), "lm_head.weight": matrix(512, hidden)}
-    state["model.norm.weight"] = torch.ones(hidden).bfloat16()
-    for i in range(layers):
-        prefix = f"model.layers.{i}"
-        state |= {f"{prefix}.self_attn.{each}_proj.weight": matrix(hidden, hidden) for each in "qkvo"}
-        state |= {f"{prefix}.mlp.{each}_proj.weight": matrix(inner, hidden) for each in ("gate", "up")}
-        state[f"{prefix}.mlp.down_proj.weight"] = matrix(hidden, inner)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            state[f"{prefix}.{norm}.weight"] = torch.ones(hidden).bfloat16()
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    weight_map: dict[str, str] = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        state = {}
+        for i in range(shard * layers // shards, (shard + 1) * layers // shards):
+            prefix = f"model.layers.{i}"
+            state |= {f"{prefix}.self_attn.{each}_proj.weight": matrix(hidden, hidden) for each in "qkvo"}
+            state |= {f"{prefix}.mlp.{each}_proj.weight": matrix(inner, hidden) for each in ("gate", "up")}
+            state[f"{prefix}.mlp.down_proj.weight"] = matrix(hidden, inner)
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                state[f"{prefix}.{norm}.weight"] = torch.ones(hidden).bfloat16()
+        if shard == 0:
+            state |= {name: matrix(vocabulary, hidden) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+            state["model.norm.weight"] = torch.ones(hidden).bfloat16()
+        save_file(state, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(state, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -54,7 +63,7 @@ def _make(folder: Path, hidden: int = 2048, inner: int = 5504, layers: int = 4) 
         "num_hidden_layers": layers,
         "num_attention_heads": 16,
         "num_key_value_heads": 16,
-        "vocab_size": 512,
+        "vocab_size": vocabulary,
         "dtype": "bfloat16",
     }
     (folder / "config.json").write_text(json.dumps(config))

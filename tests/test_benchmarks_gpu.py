@@ -81,8 +81,8 @@ def test_without_a_gpu_nothing_is_claimed(capsys, monkeypatch):
 
 
 def test_artifacts_are_compared_byte_for_byte(monkeypatch):
-    make, convert = checkpoints._make, checkpoints.convert
-    monkeypatch.setattr(checkpoints, "_make", lambda folder: make(folder, hidden=64, inner=48, layers=1))
+    make, convert = checkpoints.make_llama, checkpoints.convert
+    monkeypatch.setattr(checkpoints, "make_llama", lambda folder: make(folder, hidden=64, inner=48, layers=2, shards=2))
     monkeypatch.setattr(checkpoints, "convert", lambda source, out, device: convert(source, out, device="cpu"))
     assert checkpoints.converts_alike() is None
 

@@ -59,6 +59,8 @@ class SafetensorsCheckpoint(Checkpoint):
         path = self.folder / file
         header, data_start = read_header(path)
         self._descriptors.append(os.open(path, os.O_RDONLY))
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptors[-1], 0, 0, os.POSIX_FADV_SEQUENTIAL)  # read further ahead
         for name, entry in header.items():
             if name in self.tensors:
                 raise SourceError(f"{path}: {name} is also in {self.tensors[name].file}; keep one of the two files")

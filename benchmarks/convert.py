@@ -1,0 +1,116 @@
+"""Converting, as whole processes: `quantize8 convert` beside `cp -r` and transformers + bitsandbytes.
+
+Each is followed by `sync`, so that what it wrote is on the disk. Warm: the source lies in the system's cache. Cold: the
+cache is dropped before, which takes root. Run: python -m benchmarks.convert [--folder FOLDER] [--layers N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.checkpoints import make_llama
+from benchmarks.cpu import spread, write
+
+DROP = Path("/proc/sys/vm/drop_caches")
+BITSANDBYTES = """
+import sys, torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+quantized = BitsAndBytesConfig(load_in_8bit=True)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=quantized, device_map="cpu")
+model.save_pretrained(sys.argv[2])
+"""
+
+
+def main() -> None:
+    """Make the checkpoint, run the variants in turn, write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=None, help="where to work (default: a temporary folder)")
+    parser.add_argument("--layers", type=int, default=20, help="of 2048 x 5504; 20 make 2.3 GB")
+    parser.add_argument("--rounds", type=int, default=5)
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=chosen.folder) as name:
+        source, target = Path(name) / "source", Path(name) / "target"
+        make_llama(source, hidden=2048, inner=5504, layers=chosen.layers, vocabulary=32000, shards=4)
+        size = sum(path.stat().st_size for path in source.iterdir())
+        rows = list(measure(source, target, chosen.rounds))
+    for row in rows:
+        print(
+            f"{row['what']}, {row['cache']}: {row['seconds']['median']:.2f} s, peak RSS {row['peak_rss'] / 1e6:.0f} MB"
+        )
+    print(f"source {size / 1e9:.2f} GB; written to {write('convert', {'source_bytes': size, 'rows': rows})}")
+
+
+def measure(source: Path, target: Path, rounds: int) -> list[dict[str, Any]]:
+    """Seconds and peak memory of each variant, warm and, where the cache can be dropped, cold."""
+    commands: dict[str, list[str]] = {
+        "cp -r": ["cp", "-r", str(source), str(target)],
+        "quantize8 convert": [sys.executable, "-m", "quantize8", "convert", str(source), "--out", str(target)],
+    }
+    caches: dict[str, Callable[[], None]] = {"warm": lambda: None}
+    if os.access(DROP, os.W_OK):
+        caches["cold"] = _drop_caches
+    rows = []
+    for cache, prepare in caches.items():
+        found: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
+        for _ in range(rounds):
+            for name, command in commands.items():
+                prepare()
+                found[name].append(_run(command, target))
+        if cache == "warm" and _has("bitsandbytes"):
+            command = [sys.executable, "-c", BITSANDBYTES, str(source), str(target)]
+            found["transformers + bitsandbytes"] = [_run(command, target)]  # one run: it takes long
+        for name, runs in found.items():
+            seconds = spread([seconds for seconds, _ in runs])
+            rows.append({"what": name, "cache": cache, "seconds": seconds, "peak_rss": max(rss for _, rss in runs)})
+    return rows
+
+
+def _run(command: list[str], target: Path) -> tuple[float, int]:
+    """Seconds of a process and of the sync after it; its peak resident memory."""
+    subprocess.run(["sync"], check=True)
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, _peak_of(process.pid))
+        time.sleep(0.02)
+    subprocess.run(["sync"], check=True)
+    seconds = time.perf_counter() - start
+    if process.returncode:
+        assert process.stderr is not None
+        raise RuntimeError(f"{command[0]}: {process.stderr.read().decode()[-500:]}")
+    shutil.rmtree(target)
+    return seconds, peak
+
+
+def _peak_of(process: int) -> int:
+    """Peak resident memory so far, as the system counts it (getrusage would add this process's own)."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0)
+
+
+def _drop_caches() -> None:
+    subprocess.run(["sync"], check=True)
+    DROP.write_text("3")
+
+
+def _has(package: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(package) is not None
+
+
+if __name__ == "__main__":
+    main()
