@@ -37,11 +37,11 @@ def about_machine() -> dict[str, Any]:
     }
 
 
-def interleaved(variants: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, dict[str, float]]:
+def interleaved(variants: dict[str, Callable[[int], Any]], rounds: int, warm: int = 2) -> dict[str, dict[str, float]]:
     """Seconds of each variant, called in turn with the number of the round: median, and the middle half's range."""
     for call in variants.values():
-        call(0)
-        call(1)
+        for round_ in range(warm):
+            call(round_)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for round_ in range(rounds):
         for name, call in variants.items():

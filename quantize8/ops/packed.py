@@ -44,17 +44,24 @@ _NO_BIAS, _NO_MARKS, _NO_PLACES = np.zeros(0, np.float32), np.zeros(0, np.uint8)
 
 
 class _Scratch(threading.local):
-    """Memory for digits that a thread uses again at its next call: fresh pages cost more than filling them."""
+    """Memory that a thread uses again at its next call: fresh pages cost more than filling them."""
 
     def __init__(self) -> None:
-        self._kept = np.empty(0, np.int8)
+        self._digits, self._sums = np.empty(0, np.int8), np.empty(0, np.float32)
 
     def digits(self, *shape: int) -> Array:
         """Room of a shape, with anything in it."""
         count = math.prod(shape)
-        if self._kept.size < count:
-            self._kept = np.empty(count, np.int8)
-        return self._kept[:count].reshape(shape)
+        if self._digits.size < count:
+            self._digits = np.empty(count, np.int8)
+        return self._digits[:count].reshape(shape)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Float32 zeros of a shape."""
+        count = math.prod(shape)
+        if self._sums.size < count:
+            self._sums = np.empty(count, np.float32)
+        return torch.from_numpy(self._sums[:count]).view(shape).zero_()
 
 
 _SCRATCH = _Scratch()
@@ -118,17 +125,24 @@ class PackedWeight:
         for start in range(0, tokens, step):
             part = slice(start, start + step)
             codes = digits[0, part]
-            sums = self._multiply(codes)[None]
+            sums = self._multiply(codes, _SCRATCH.zeros(len(codes), self.shape[0]))[None]
             elements_from = limit if elementwise else np.uint32(0)  # 0: all of an outlier column is corrected
             given = (sums, scale[part], bits[part], codes, outliers, weights, places, elements_from)
             with PARALLEL:
                 finish(*given, bias, out[part])
 
-    def _multiply(self, codes: Array) -> Array:
-        """Float32 [M, N]: codes int8 [M, K] times the dequantized weight transposed, each sum rounded once."""
-        left = (torch.from_numpy(codes), 1.0, 0)
-        right = (self._packed, self._scale, self._zeros, None)
-        sums: Tensor = torch.ops.onednn.qlinear_pointwise.default(*left, *right, 1.0, 0, torch.float32, "none", [], "")
+    def _multiply(self, codes: Array, zeros: Tensor | None = None) -> Array:
+        """Float32 [M, N]: codes int8 [M, K] times the dequantized weight transposed, each sum rounded once.
+
+        In new memory, or in that of `zeros`: oneDNN adds to what is there when asked for a sum.
+        """
+        left, right = (torch.from_numpy(codes), 1.0, 0), (self._packed, self._scale, self._zeros)
+        operation, onto = torch.ops.onednn.qlinear_pointwise, (1.0, 0, torch.float32)
+        sums: Tensor
+        if zeros is None:
+            sums = operation.default(*left, *right, None, *onto, "none", [], "")
+        else:
+            sums = operation.binary(*left, *right, zeros, None, *onto, 1.0, 0, "sum", 1.0, "none", [], "")
         return sums.numpy()
 
     def _columns(self, columns: Array) -> tuple[Array, Array]:
