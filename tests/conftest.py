@@ -2,10 +2,12 @@
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for `benchmarks`, which is no part of the package
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub: only test_hub.py talks to a (local) hub
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

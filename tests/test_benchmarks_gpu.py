@@ -2,13 +2,11 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from cuda_on_cpu.emulation import EmulatedGpu
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import checkpoints, gpu_checks, gpu_speed, timing
 from benchmarks import gpu as script
 from quantize8.ops import gpu

@@ -1,0 +1,56 @@
+"""The CPU benchmarks run, on shapes small enough for a test, and the documentation shows what they measured."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import checkpoints, convert, cpu, linear_cpu, model_cpu
+from quantize8.ops import packed
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def test_spread_is_the_middle_of_the_runs():
+    assert cpu.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.5, "high": 2.5}
+    assert cpu.spread([1.0]) == {"median": 1.0, "low": 1.0, "high": 1.0}
+
+
+@pytest.mark.skipif(not packed.available(), reason="the packed layout needs a processor with VNNI")
+def test_linear_layers_are_timed_side_by_side():
+    rows = linear_cpu.measure(64, 200, (1, 20), rounds=2)
+    assert [row["M"] for row in rows] == [1, 20]
+    assert all({"bf16", "quantize8"} <= set(row["seconds"]) for row in rows)
+    assert re.fullmatch(r"64 x 200, M 1: bf16 .* ms \(1\.00x\), quantize8 .*x\).*", linear_cpu.line(rows[0]))
+
+
+def test_conversions_are_timed_as_processes(tmp_path, monkeypatch):
+    checkpoints.make_llama(tmp_path / "source", hidden=64, inner=48, layers=2, vocabulary=64, shards=2)
+    monkeypatch.setattr(convert, "_has", lambda package: False)
+    monkeypatch.setattr(convert, "DROP", tmp_path / "absent")
+    rows = convert.measure(tmp_path / "source", tmp_path / "target", rounds=1)
+    assert [(row["what"], row["cache"]) for row in rows] == [("cp -r", "warm"), ("quantize8 convert", "warm")]
+    assert rows[1]["peak_rss"] > 20e6 and not (tmp_path / "target").exists()
+
+
+def test_a_model_is_timed_beside_its_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_cpu, "PROMPT", 20)
+    monkeypatch.setattr(model_cpu, "STEPS", 2)
+    checkpoints.make_llama(tmp_path / "source", hidden=64, inner=48, layers=1, vocabulary=64)
+    row = model_cpu.measure(tmp_path / "source", tmp_path / "int8", rounds=1)
+    assert row["tokens_per_s"]["quantize8"]["decode"]["median"] > 0 and "x bf16" in model_cpu.line(row)
+
+
+def test_the_documented_tables_are_the_results():
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    for row in json.loads((RESULTS / "linear-cpu.json").read_text())["rows"]:
+        seconds = {name: each["median"] for name, each in row["seconds"].items()}
+        line = next(each for each in page.splitlines() if each.startswith(f"| {row['N']} x {row['K']} |"))
+        cell = f"{seconds['bf16'] / seconds['quantize8']:.2f} / {seconds['bitsandbytes'] / seconds['quantize8']:.1f}"
+        assert cell == line.split("|")[2 + linear_cpu.TOKENS.index(row["M"])].strip()
+    for row in json.loads((RESULTS / "convert.json").read_text())["rows"]:
+        assert f"| {row['what']}, {row['cache']} | {row['seconds']['median']:.2f} s |" in page
+    for row in json.loads((RESULTS / "model-cpu.json").read_text())["rows"]:
+        assert model_cpu.line(row) in page
