@@ -155,6 +155,12 @@ def test_codes_come_back_as_they_were(shape):
     assert torch.equal(PackedWeight(codes, torch.ones(shape[0])).codes(), codes)
 
 
+def test_a_processor_with_inexact_sums_is_not_used(monkeypatch):
+    multiply = PackedWeight._multiply
+    monkeypatch.setattr(PackedWeight, "_multiply", lambda self, codes: np.clip(multiply(self, codes), -32768, 32767))
+    assert packed.available.__wrapped__() is False
+
+
 @pytest.fixture
 def layer() -> Int8Linear:
     torch.manual_seed(0)
