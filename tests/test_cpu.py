@@ -155,6 +155,23 @@ def test_linear_equals_the_reference_up_to_rounding(tokens, exact, mode, dtype):
             assert_within_rounding(product[:, row], expected[:, row])
 
 
+@pytest.mark.parametrize("columns", [1, 100, 1024, 2500])
+def test_int8_products_are_exact_whatever_the_library_does(columns, monkeypatch):
+    a = torch.randint(-127, 128, (20, columns), dtype=torch.int8)
+    a[0], b = 127, torch.randint(-127, 128, (9, columns), dtype=torch.int8)
+    b[0] = -127
+    expected = reference.int8_matmul(a.numpy(), b.numpy())
+    for exact in (True, False):
+        monkeypatch.setattr(cpu, "_library_is_exact", lambda exact=exact: exact)
+        np.testing.assert_array_equal(cpu.int8_matmul(a, b).numpy(), expected)
+
+
+def test_a_library_that_saturates_is_noticed(monkeypatch):
+    multiply = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: multiply(a, b).clamp(-32768, 32767))
+    assert cpu._library_is_exact.__wrapped__() is False
+
+
 def test_two_threads_may_decode_at_once():
     """In a process of its own, on Numba's simplest thread pool, which is not safe by itself."""
     script = """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -39,6 +40,7 @@ _KINDS = {
 }
 _FLOAT16_MAX_BITS = int(np.float32(FLOAT16_MAX).view(np.uint32))
 _FLOAT16_NORMAL_BITS = int(np.float32(2.0**-14).view(np.uint32))  # below it float16 is evenly spaced by 2^-24
+_FLOAT_EXACT = 1024  # products of codes whose sum float32 holds exactly: 1024 * 127^2 < 2^24
 PARALLEL = threading.Lock()  # Numba's fallback thread pool aborts the process when two threads enter it
 _REBIAS = np.float32(2.0**112)  # float16 exponents are biased by 15, float32's by 127
 
@@ -99,7 +101,7 @@ def mixed_matmul(
 
     fixed = fixed_columns(weight, mode)
     codes, scale, outliers = quantize_activations(x, threshold, fixed)
-    product = torch._int_mm(codes, weight.codes.t()).to(torch.float32)
+    product = int8_matmul(codes, weight.codes).to(torch.float32)
     product.mul_(scale[:, None]).mul_(weight.absmax / INT8_MAX)
     columns = fixed if fixed is not None else None if outliers is None else outliers.any(0).nonzero().flatten()
     if columns is not None and len(columns):
@@ -108,6 +110,29 @@ def mixed_matmul(
             residual.masked_fill_(~outliers[:, columns], 0)
         product.addmm_(residual, _float_columns(weight, columns).t())
     return (product if bias is None else product.add_(bias)).to(x.dtype)
+
+
+def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """`reference.int8_matmul` on torch tensors: a int8 [M, K] times b int8 [N, K] transposed, int32 [M, N]."""
+    import torch
+
+    if a.shape[1] > 1 and _library_is_exact():  # for K = 1 torch 2.13 returns memory it has not written
+        return torch._int_mm(a, b.t())
+    product = torch.zeros(len(a), len(b), dtype=torch.int32)
+    for start in range(0, a.shape[1], _FLOAT_EXACT):
+        part = slice(start, start + _FLOAT_EXACT)
+        product += (a[:, part].float() @ b[:, part].float().t()).to(torch.int32)
+    return product
+
+
+@cache
+def _library_is_exact() -> bool:
+    """Whether torch's int8 product is: on processors without VNNI it may saturate 16-bit sums on the way."""
+    import torch
+
+    largest = torch.full((32, 512), INT8_MAX, dtype=torch.int8)
+    product = torch._int_mm(largest, -largest.t())
+    return bool((product == -largest.shape[1] * INT8_MAX**2).all())
 
 
 def weight_only_matmul(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
