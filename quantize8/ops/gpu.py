@@ -1,7 +1,8 @@
 """The GPU path: the verbs of `reference` on CUDA tensors, by the kernels in `cuda/`.
 
 Launches only: no function here reads a result back, so all of them can be captured in a CUDA graph, and a linear layer
-is two launches at prefill (activations with their outlier list; product with everything else) and one at decode.
+is two launches at prefill (activations with their outlier list; product with everything else), after a bit mask is
+cleared, and one at decode.
 Arguments are torch tensors on one GPU. DependencyError where kernels cannot run on it.
 """
 
