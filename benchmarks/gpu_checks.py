@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from quantize8.ops import gpu, kernels, library, reference
+from quantize8.ops import gpu, kernels, operator, reference
 from quantize8.ops.reference import ColumnStats, Int8Weight
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -258,7 +258,7 @@ def check_compile(device: torch.device, small: bool) -> str | None:
     there, _ = layer_of(256, 512, device)
 
     def layer(x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(library.linear(x, there.codes, there.absmax, None, 6.0, "dynamic"))
+        return torch.relu(operator.linear(x, there.codes, there.absmax, None, 6.0, "dynamic"))
 
     x = tokens_of(40, 512, torch.bfloat16, 6).to(device)
     same = torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))

@@ -2,15 +2,13 @@
 // in registers (outliers.cuh). One launch; the int32 sums never go to memory.
 //
 // A block makes a TILE_M x TILE_N tile of y from STAGES tiles of K in flight; its warps are WARPS_M by WARPS_N.
-#include "outliers.cuh"
+#include "tiles.cuh"
 
 constexpr int WARPS_M = 2, WARPS_N = THREADS / 64;
 constexpr int ROWS = TILE_M / WARPS_M / 16, COLUMNS = TILE_N / WARPS_N / 8;  // fragments of a warp
-constexpr int STAGE_BYTES = (TILE_M + TILE_N) * TILE_K, CHUNKS = TILE_K / 16;  // chunks of 16 bytes
-constexpr int COPIES = STAGE_BYTES / 16 / THREADS;                             // of a thread, for a stage
 static_assert(TILE_K == 64, "the swizzle below is for rows of 64 bytes");
 
-// Where 16-byte chunk c of row r lies: eight rows that ldmatrix reads together fall into eight different bank groups.
+// Eight rows that ldmatrix reads together fall into eight different bank groups.
 __device__ __forceinline__ int place_of(int r, int c) { return r * TILE_K + ((c ^ (r >> 1 & 3)) << 4); }
 
 // grid (ceil(N / TILE_N), ceil(M / TILE_M)), THREADS threads, STAGES * STAGE_BYTES shared; K % 16 == 0.
@@ -25,18 +23,8 @@ mixed_matmul(const int8_t* __restrict__ x_codes, const float* __restrict__ x_sca
   const int warp_m = warp / WARPS_N * (ROWS * 16), warp_n = warp % WARPS_N * (COLUMNS * 8);
   const int steps = (K + TILE_K - 1) / TILE_K;
 
-  auto load = [&](int step) {
-    uint8_t* const stage = shared + step % STAGES * STAGE_BYTES;
-#pragma unroll
-    for (int i = 0; i < COPIES; ++i) {
-      const int r = (i * THREADS + threadIdx.x) / CHUNKS, c = threadIdx.x % CHUNKS, k = step * TILE_K + c * 16;
-      const bool is_weight = r >= TILE_M;
-      const int row = is_weight ? n0 + r - TILE_M : m0 + r, rows = is_weight ? N : M;
-      const bool present = row < rows && k < K;
-      const int8_t* from = (is_weight ? codes : x_codes) + (present ? (int64_t)row * K + k : 0);
-      copy_async(stage + place_of(r, c), from, present);
-    }
-  };
+  const Product product = {x_codes, x_scale, codes, absmax, bias, x, outliers, count, elements_from, y, M, N, K};
+  auto load = [&](int step) { load_stage(shared + step % STAGES * STAGE_BYTES, step * TILE_K, m0, n0, product); };
 
   int sums[ROWS][COLUMNS][4] = {};
   for (int step = 0; step < STAGES - 1; ++step) {
@@ -68,6 +56,5 @@ mixed_matmul(const int8_t* __restrict__ x_codes, const float* __restrict__ x_sca
         for (int j = 0; j < COLUMNS; ++j) mma(sums[i][j], a[i], b[j]);
     }
   }
-  const Product product = {x_codes, x_scale, codes, absmax, bias, x, outliers, count, elements_from, y, M, N, K};
   finish<ROWS, COLUMNS>(sums, m0, n0, warp_m, warp_n, product, shared);
 }

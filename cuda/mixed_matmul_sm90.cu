@@ -1,7 +1,7 @@
 // Prefill on Hopper (sm_90a): as mixed_matmul.cu, with products of a whole warpgroup (wgmma) that read both operands
 // from shared memory, where a row of a tile is 128 bytes in the 128-byte swizzle. Tile 128 x 256: two warpgroups of 64
 // rows, and 128 sums a thread.
-#include "outliers.cuh"
+#include "tiles.cuh"
 
 #ifndef QUANTIZE8_EMULATOR
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
@@ -24,9 +24,10 @@ __device__ __forceinline__ void warpgroup_mma(int (&sums)[128], uint64_t a, uint
 }
 #endif
 
-constexpr int STAGE_BYTES = (TILE_M + TILE_N) * TILE_K, CHUNKS = TILE_K / 16;  // chunks of 16 bytes
-constexpr int COPIES = STAGE_BYTES / 16 / THREADS;                             // of a thread, for a stage
 static_assert(TILE_M == 128 && TILE_N == 256 && TILE_K == 128 && THREADS == 256, "what wgmma m64n256 is laid out for");
+
+// The 128-byte swizzle.
+__device__ __forceinline__ int place_of(int r, int c) { return r * TILE_K + ((c ^ (r & 7)) << 4); }
 
 // An operand of 128-byte rows: groups of 8 rows lie 1024 bytes apart (PTX ISA, matrix descriptor of wgmma).
 __device__ __forceinline__ uint64_t describe(const void* p) {
@@ -45,18 +46,8 @@ mixed_matmul(const int8_t* __restrict__ x_codes, const float* __restrict__ x_sca
   const int m0 = blockIdx.y * TILE_M, n0 = blockIdx.x * TILE_N;
   const int steps = (K + TILE_K - 1) / TILE_K;
 
-  auto load = [&](int step) {
-    uint8_t* const stage = shared + step % STAGES * STAGE_BYTES;
-#pragma unroll
-    for (int i = 0; i < COPIES; ++i) {
-      const int r = (i * THREADS + threadIdx.x) / CHUNKS, c = threadIdx.x % CHUNKS, k = step * TILE_K + c * 16;
-      const bool is_weight = r >= TILE_M;
-      const int row = is_weight ? n0 + r - TILE_M : m0 + r, rows = is_weight ? N : M;
-      const bool present = row < rows && k < K;
-      const int8_t* from = (is_weight ? codes : x_codes) + (present ? (int64_t)row * K + k : 0);
-      copy_async(stage + r * TILE_K + ((c ^ (r & 7)) << 4), from, present);
-    }
-  };
+  const Product product = {x_codes, x_scale, codes, absmax, bias, x, outliers, count, elements_from, y, M, N, K};
+  auto load = [&](int step) { load_stage(shared + step % STAGES * STAGE_BYTES, step * TILE_K, m0, n0, product); };
 
   int sums[1][TILE_N / 8][4];
   int(&flat)[TILE_N / 2] = reinterpret_cast<int(&)[TILE_N / 2]>(sums);
@@ -80,6 +71,5 @@ mixed_matmul(const int8_t* __restrict__ x_codes, const float* __restrict__ x_sca
     commit_copies();
     warpgroup_wait();
   }
-  const Product product = {x_codes, x_scale, codes, absmax, bias, x, outliers, count, elements_from, y, M, N, K};
   finish<1, TILE_N / 8>(sums, m0, n0, warpgroup * 64 + warp * 16, 0, product, shared);
 }

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from quantize8 import DependencyError
 from quantize8.ops import kernels, nvrtc
@@ -126,5 +127,5 @@ def test_without_cupy_one_line_says_what_to_install(monkeypatch):
 
 @pytest.mark.parametrize(("cuda", "extra"), [("12.8", "cuda12"), ("13.0", "cuda13"), (None, "cuda13")])
 def test_the_extra_is_the_one_for_torchs_cuda(monkeypatch, cuda, extra):
-    monkeypatch.setattr("torch.version.cuda", cuda)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
     assert extra in nvrtc.advice()

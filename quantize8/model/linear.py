@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize8.errors import WeightError
-from quantize8.ops.library import linear
+from quantize8.ops.operator import linear
 from quantize8.ops.packed import PackedWeight, available
 from quantize8.ops.reference import DEFAULT_THRESHOLD, INT8_MAX, OutlierMode
 

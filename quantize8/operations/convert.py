@@ -69,7 +69,7 @@ def convert(
     if workers is not None and workers < 1:
         raise OutputError(f"workers {workers}: must be 1 or more")
     start = time.perf_counter()
-    quantizers = _quantizers(resolve(device), workers)
+    device = resolve(device)
     chosen = load_recipe(recipe, threshold)
     checkpoint = open_checkpoint(source, revision=revision, token=token)
     target = Path(out) if out is not None else Path(f"{checkpoint.name}-int8")
@@ -80,7 +80,7 @@ def convert(
     check_disk(target, plan.output_bytes)
     with staged(target, overwrite) as folder:
         try:
-            manifest = _write(plan, folder, quantizers, progress)
+            manifest = _write(plan, folder, _quantizers(device, workers), progress)
         except OSError as error:
             where = f" at {error.filename}" if error.filename else ""
             raise OutputError(f"{target}: not written ({error.strerror}{where}); mend that and run again") from None

@@ -36,7 +36,7 @@ def resolve(device: str) -> str:
         return "cuda"
     if device == "cuda":
         raise DependencyError(reason)
-    warnings.warn(f"{reason.partition('; or use')[0]}; going on with the CPU", DeviceWarning, stacklevel=2)
+    warnings.warn(f"{reason}; going on with the CPU", DeviceWarning, stacklevel=2)
     return "cpu"
 
 

@@ -26,7 +26,7 @@ class Gpu:
         from cupy.cuda import driver, runtime
 
         properties = torch.cuda.get_device_properties(index)
-        self.index, self.name = index, properties.name
+        self.index = index
         self.capability = (properties.major, properties.minor)
         self.processors = properties.multi_processor_count
         self._torch, self._driver, self._runtime = torch.cuda, driver, runtime

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantize8 import Int8Linear, convert, load
 from quantize8.model import linear
-from quantize8.ops import cpu, gpu, library
+from quantize8.ops import cpu, gpu, operator
 from quantize8.ops.reference import Int8Weight
 
 WAITS = {
@@ -94,4 +94,4 @@ def test_training_reaches_the_input_through_kernels(kernels_for_layers):
     x = torch.randn(20, 64).requires_grad_()
     layer(x).sum().backward()
     np.testing.assert_allclose(x.grad[0], layer.dequantize().sum(0), rtol=1e-4, atol=1e-5)
-    assert kernels_for_layers.launched and library.linear is torch.ops.quantize8.linear.default
+    assert kernels_for_layers.launched and operator.linear is torch.ops.quantize8.linear.default

@@ -54,7 +54,7 @@ PREFILL = [
     ("mixed_matmul.cu", WAIT, WAIT.replace("- 2", "- 1"), "copies waited for one stage late"),
     ("mixed_matmul.cu", PIPELINE_BARRIER, "", "no barrier in the pipeline"),
     ("mixed_matmul.cu", "step + STAGES - 1 < steps", "step + STAGES < steps", "the last tile not loaded"),
-    ("mixed_matmul.cu", "present ? (int64_t)row", "true ? (int64_t)(is_weight ? r - TILE_M : r)",
+    ("tiles.cuh", "present ? (int64_t)row", "true ? (int64_t)(is_weight ? r - TILE_M : r)",
      "rows of another block"),
     ("mixed_matmul.cu", "b[j + 1][0] = four[2], b[j + 1][1] = four[3]", "b[j + 1][1] = four[2], b[j + 1][0] = four[3]",
      "fragments in the wrong order"),
