@@ -10,6 +10,8 @@ import contextlib
 import hashlib
 import os
 import tempfile
+import threading
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from quantize8.ops.kernels import Kernel
 from quantize8.resources import resource_dir
 
 _OPTIONS = ("-std=c++17", "-default-device", "--ptxas-options=-v", "--ptxas-options=-warn-spills")
+_OPENING = threading.Lock()  # threads that compile at once must not both be the first
 
 
 def cubin(kernel: Kernel, architecture: str) -> bytes:
@@ -61,10 +64,21 @@ def load_nvrtc() -> Any:
     try:
         from cupy.cuda import nvrtc
 
-        nvrtc.getVersion()
+        with _OPENING:
+            _open(nvrtc)
     except Exception as error:  # CuPy is missing, or it finds no NVRTC library: ImportError, RuntimeError or OSError
         raise DependencyError(f"CuPy: cannot compile kernels ({first_line(error)}); {advice()}") from None
     return nvrtc
+
+
+@cache
+def _open(nvrtc: Any) -> None:
+    """Compile nothing, once: NVRTC opens a second library at its first compilation, which may be missing too."""
+    program = nvrtc.createProgram("", "nothing.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, ())
+    finally:
+        nvrtc.destroyProgram(program)
 
 
 def advice() -> str:
