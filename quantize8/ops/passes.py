@@ -1,11 +1,11 @@
-"""Compiled passes over activations and outputs, for the fast CPU path: from floats to int8 digits, and back.
+"""Compiled loops of the fast CPU path: activations to int8 digits, and their product with a weight laid out in tiles.
 
-Both read and write float32 or bfloat16 by their bits, and hold a token in the nearest cache meanwhile.
+Activations and outputs are float32 or bfloat16, given by their bits. A token, and a block of the product, stay in the
+nearest cache until they are done: between activations and outputs only codes are written to memory.
 """
 
 from __future__ import annotations
 
-from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -13,14 +13,98 @@ from numba import prange
 
 from quantize8.ops.cpu import compiled
 from quantize8.ops.reference import INT8_MAX
+from quantize8.ops.units import BLOCK, TILE_COLUMNS, TILE_ROWS, finish, multiply, prepare, release
 
 NOTHING = np.uint32(0x80000000)  # above the bits of every magnitude: no element is an outlier
 _INFINITE, _MAGNITUDE = np.uint32(0x7F800000), np.uint32(0x7FFFFFFF)  # bits of a float's magnitude order as it does
 _BASE = np.float32(2 * INT8_MAX)
 _ROUNDER = np.float32(1.5 * 2**23)  # adding it rounds to an integer, half to even, and leaves that in the lowest bits
+_PAIR = 2 * TILE_ROWS  # rows that one call of `multiply` takes at most
 
 
-@compiled(nogil=True, inline="always")
+@compiled(nogil=True, parallel=True, fastmath={"contract"})
+def decode(
+    bits: Any, count: int, weight: Any, scale: Any, start: Any, shift: int, bias: Any, digits: Any, parts: int, out: Any
+) -> None:
+    """Few tokens with exact activations: out [M, N] = x times the weight transposed, plus bias.
+
+    Args: bits [M, K] of x; count, digits a token, all of which fit into two pairs of tiles; weight [N / 32, K / 64,
+    2048]; scale, start, bias [N / 32, 32]; shift of the unit's activations; digits [tiles, K / 64, 16, 64], to work
+    in; parts that the outputs are divided into; out, bits [M, N].
+    """
+    tokens = len(bits)
+    steps, marks, nothing = np.empty(tokens, np.float32), np.empty(0, np.uint8), np.empty((1, 0), np.float32)
+    for m in range(tokens):
+        steps[m] = _to_digits(bits[m], NOTHING, count, m, tokens, shift, digits, marks)
+    tiles = (count * tokens + TILE_ROWS - 1) // TILE_ROWS
+    for part in prange(parts):
+        prepare(weight)
+        sums, values = np.empty((2 * _PAIR, BLOCK), np.int32), np.empty((TILE_ROWS, BLOCK), np.float32)
+        for block in range(part * len(weight) // parts, (part + 1) * len(weight) // parts):
+            for tile in range(0, tiles, 2):
+                _multiply(weight, block, digits, tile, min(2, tiles - tile), start, sums[tile * TILE_ROWS :])
+            for m in range(tokens):
+                for n in range(BLOCK):
+                    values[m, n] = sums[(count - 1) * tokens + m, n]
+                for d in range(count - 2, -1, -1):
+                    for n in range(BLOCK):
+                        values[m, n] = sums[d * tokens + m, n] + values[m, n] * (np.float32(1) / _BASE)
+                for n in range(BLOCK):
+                    values[m, n] *= steps[m] * scale[block, n]
+            _finish(values, nothing, nothing, bias, block, out, 0, tokens)
+        release(weight)
+
+
+@compiled(nogil=True, parallel=True, fastmath={"contract"})
+def prefill(
+    bits: Any,
+    limit: Any,
+    elementwise: bool,
+    weight: Any,
+    scale: Any,
+    start: Any,
+    shift: int,
+    bias: Any,
+    digits: Any,
+    parts: int,
+    out: Any,
+) -> None:
+    """Many tokens, each in one digit but for its elements of magnitude `limit` and more; arguments as in `decode`.
+
+    What the codes miss of x is multiplied in float32: of outlier columns all of it, or elementwise that of outliers.
+    """
+    tokens, columns = bits.shape
+    tiles = len(digits)
+    steps, marks = np.zeros(tiles * TILE_ROWS, np.float32), np.zeros(columns, np.uint8)
+    for m in prange(tokens):
+        steps[m] = _to_digits(bits[m], limit, 1, m, tokens, shift, digits, marks)
+    outliers = np.flatnonzero(marks)
+    residual = np.zeros((tiles * TILE_ROWS, len(outliers)), np.float32)
+    if len(outliers):
+        for m in prange(tokens):
+            _residual(bits[m], limit, elementwise, outliers, digits[m // TILE_ROWS], m % TILE_ROWS, steps[m],
+                      shift, residual[m])
+    for part in prange(parts):
+        prepare(weight)
+        first, last = part * len(weight) // parts, (part + 1) * len(weight) // parts
+        sums, values = np.empty((_PAIR, BLOCK), np.int32), np.empty((_PAIR, BLOCK), np.float32)
+        beside = np.empty((last - first, len(outliers), BLOCK), np.float32)
+        for tile in range(0, tiles, 2):
+            pair = min(2, tiles - tile)
+            row = tile * TILE_ROWS
+            for block in range(first, last):
+                _multiply(weight, block, digits, tile, pair, start, sums)
+                for i in range(pair * TILE_ROWS):
+                    for n in range(BLOCK):
+                        values[i, n] = sums[i, n] * (steps[row + i] * scale[block, n])
+                if tile == 0:
+                    _columns(weight[block], scale[block], outliers, beside[block - first])
+                here = min(pair * TILE_ROWS, tokens - row)
+                _finish(values, residual, beside[block - first], bias, block, out, row, here)
+        release(weight)
+
+
+@compiled(nogil=True)
 def _inverse(absmax: Any) -> Any:
     """By the reference's rule: 0 where there is none."""
     if absmax == 0:
@@ -29,147 +113,91 @@ def _inverse(absmax: Any) -> Any:
     return inverse if np.isfinite(inverse) and np.isfinite(absmax) else np.float32(0)
 
 
-def _to_digits(bits: Any, limit: Any, digits: Any, scale: Any, marks: Any) -> None:
-    """Digits int8 [D, M, K] of each token and its scale [M], as reference.quantize_activations where D is 1.
+@compiled(nogil=True)
+def _to_digits(row: Any, limit: Any, count: int, first: int, step: int, shift: int, digits: Any, marks: Any) -> Any:
+    """A token [K] as `count` digits in rows first, first + step ... of the tiles, each `shift` higher; its scale.
 
-    Elements of magnitude `limit` and more have digits 0, and marks[k] = 1 in their columns.
+    As reference.quantize_activations where there is one. Elements of magnitude `limit` and more get digits 0, and
+    marks[k] = 1.
     """
-    count, tokens, columns = digits.shape
-    shift = np.uint32(32 - 8 * bits.itemsize)
-    for m in prange(tokens):
-        values, rest = np.empty(columns, np.uint32), np.empty(columns, np.float32)
-        floats, row = values.view(np.float32), bits[m]
-        peak, found = np.uint32(0), np.uint32(0)
+    columns, padded = len(row), digits.shape[1] * TILE_COLUMNS
+    values, rest = np.empty(padded, np.uint32), np.empty(padded, np.float32)
+    floats = values.view(np.float32)
+    up = np.uint32(32 - 8 * row.itemsize)
+    peak, found = np.uint32(0), np.uint32(0)
+    for k in range(columns):
+        value = np.uint32(row[k]) << up
+        magnitude = value & _MAGNITUDE
+        outlier = (magnitude >= limit) & (magnitude <= _INFINITE)  # not NaN, which spoils its token
+        values[k] = np.uint32(0) if outlier else value
+        peak = max(peak, np.uint32(0) if outlier else magnitude)
+        found += np.uint32(outlier)
+    values[columns:] = 0
+    one = np.empty(1, np.uint32)
+    one[0] = peak
+    absmax = one.view(np.float32)[0]
+    inverse = _inverse(absmax)
+    for k in range(padded):
+        rest[k] = floats[k] * inverse
+    if inverse == 0:
+        rest[:] = 0  # infinity * 0 is no number
+    rounder = _ROUNDER + np.float32(shift)
+    for d in range(count):
+        place = first + d * step
+        for k in range(padded):
+            floats[k] = rest[k] + rounder
+        for s in range(digits.shape[1]):
+            for k in range(TILE_COLUMNS):
+                digits[place // TILE_ROWS, s, place % TILE_ROWS, k] = np.int8(values[s * TILE_COLUMNS + k])
+        if d + 1 < count:
+            for k in range(padded):
+                rest[k] = (rest[k] - (floats[k] - rounder)) * _BASE
+    if found:
         for k in range(columns):
-            value = np.uint32(row[k]) << shift
-            magnitude = value & _MAGNITUDE
-            outlier = (magnitude >= limit) & (magnitude <= _INFINITE)  # not NaN, which spoils its token
-            values[k] = np.uint32(0) if outlier else value
-            peak = max(peak, np.uint32(0) if outlier else magnitude)
-            found += np.uint32(outlier)
-        one = np.empty(1, np.uint32)
-        one[0] = peak
-        absmax = one.view(np.float32)[0]
-        inverse = _inverse(absmax)
-        scale[m] = absmax / np.float32(INT8_MAX)
-        for k in range(columns):
-            rest[k] = floats[k] * inverse
-        if inverse == 0:
-            rest[:] = 0  # infinity * 0 is no number
-        for d in range(count):
-            digit = digits[d, m]
-            for k in range(columns):
-                floats[k] = rest[k] + _ROUNDER
-            for k in range(columns):
-                digit[k] = np.int8(values[k])
-            if d + 1 < count:
-                for k in range(columns):
-                    rest[k] = (rest[k] - (floats[k] - _ROUNDER)) * _BASE
-        if found:
-            for k in range(columns):
-                magnitude = (np.uint32(row[k]) << shift) & _MAGNITUDE
-                if magnitude >= limit and magnitude <= _INFINITE:
-                    marks[k] = 1
+            magnitude = (np.uint32(row[k]) << up) & _MAGNITUDE
+            if magnitude >= limit and magnitude <= _INFINITE:
+                marks[k] = 1
+    return absmax / np.float32(INT8_MAX)
 
 
-def _finish(
-    sums: Any,
-    scale: Any,
-    bits: Any,
-    codes: Any,
-    outliers: Any,
-    weights: Any,
-    places: Any,
-    elements_from: Any,
-    bias: Any,
-    out: Any,
+@compiled(nogil=True)
+def _residual(
+    row: Any, limit: Any, elementwise: bool, outliers: Any, tiles: Any, place: int, step: Any, shift: int, residual: Any
 ) -> None:
-    """out [M, N] = sums [D, M, N] of the digits * scale + residual . weights[places] + bias, four tokens at a time.
-
-    The residual is x - code * scale on the outlier columns, and 0 at magnitudes below elements_from.
-    """
-    count, tokens, out_features = sums.shape
-    shift = np.uint32(32 - 8 * bits.itemsize)
-    for block in prange((tokens + 3) // 4):
-        first = block * 4
-        here = min(4, tokens - first)
-        rows = np.empty((4 if len(places) else here, out_features), np.float32)
-        residual = np.zeros((4, len(places)), np.float32)
-        one = np.empty(1, np.uint32)
-        for i in range(here):
-            row, last, step = rows[i], sums[count - 1, first + i], scale[first + i]
-            if count == 1:
-                for n in range(out_features):
-                    row[n] = last[n] * step
-            else:
-                for n in range(out_features):
-                    row[n] = last[n]
-                for d in range(count - 2, -1, -1):
-                    larger = sums[d, first + i]
-                    for n in range(out_features):
-                        row[n] = larger[n] + row[n] * (np.float32(1) / _BASE)
-                for n in range(out_features):
-                    row[n] *= step
-            for j in range(len(outliers)):
-                one[0] = np.uint32(bits[first + i, outliers[j]]) << shift
-                if (one[0] & _MAGNITUDE) >= elements_from:
-                    residual[i, j] = one.view(np.float32)[0] - np.float32(codes[first + i, outliers[j]]) * step
-        for i in range(here, len(rows)):
-            rows[i] = 0
-        for j in range(0, len(places), 4):
-            _add_columns(rows, residual[:, j : j + 4], weights, places[j : j + 4])
-        for i in range(here):
-            row = rows[i]
-            for n in range(len(bias)):
-                row[n] += bias[n]
-            _store(row, out[first + i])
+    """residual [J] = x - code * step of a token's outlier columns; elementwise 0 at magnitudes below `limit`."""
+    up = np.uint32(32 - 8 * row.itemsize)
+    one = np.empty(1, np.uint32)
+    for j in range(len(outliers)):
+        k = outliers[j]
+        one[0] = np.uint32(row[k]) << up
+        if not elementwise or (one[0] & _MAGNITUDE) >= limit:
+            code = np.int8(np.int32(tiles[k // TILE_COLUMNS, place, k % TILE_COLUMNS]) - np.int32(shift))
+            residual[j] = one.view(np.float32)[0] - np.float32(code) * step
 
 
-@compiled(nogil=True, inline="always", fastmath={"contract"})
-def _add_columns(rows: Any, residual: Any, weights: Any, places: Any) -> None:
-    """rows [4, N] += residual [4, 4] times four rows of weights, each of them read once.
-
-    One column after the other, so that columns with residual 0 change no bit: a token's result does not depend on
-    which columns its neighbours brought in.
-    """
-    p, q, r, s = weights[places[0]], weights[places[1]], weights[places[2]], weights[places[3]]
-    row0, row1, row2, row3 = rows[0], rows[1], rows[2], rows[3]
-    a0, b0, c0, d0 = residual[0, 0], residual[0, 1], residual[0, 2], residual[0, 3]
-    a1, b1, c1, d1 = residual[1, 0], residual[1, 1], residual[1, 2], residual[1, 3]
-    a2, b2, c2, d2 = residual[2, 0], residual[2, 1], residual[2, 2], residual[2, 3]
-    a3, b3, c3, d3 = residual[3, 0], residual[3, 1], residual[3, 2], residual[3, 3]
-    for n in range(len(row0)):
-        w, x, y, z = p[n], q[n], r[n], s[n]
-        row0[n] = ((row0[n] + a0 * w) + b0 * x) + c0 * y + d0 * z
-        row1[n] = ((row1[n] + a1 * w) + b1 * x) + c1 * y + d1 * z
-        row2[n] = ((row2[n] + a2 * w) + b2 * x) + c2 * y + d2 * z
-        row3[n] = ((row3[n] + a3 * w) + b3 * x) + c3 * y + d3 * z
+@compiled(nogil=True)
+def _columns(block: Any, scale: Any, columns: Any, values: Any) -> None:
+    """values [J, 32]: these columns of the dequantized weight, for one block of outputs."""
+    for j in range(len(columns)):
+        k = columns[j]
+        step, place = block[k // TILE_COLUMNS], k % TILE_COLUMNS // 4 * TILE_COLUMNS + k % 4
+        for n in range(BLOCK):
+            code = np.int8(step[n // TILE_ROWS * TILE_ROWS * TILE_COLUMNS + place + n % TILE_ROWS * 4])
+            values[j, n] = np.float32(code) * scale[n]
 
 
-@compiled(nogil=True, inline="always")
-def _store(row: Any, out: Any) -> None:
-    """Float32 to the bits of out's kind: its own, or bfloat16's, rounded half to even."""
-    bits = row.view(np.uint32)
-    if out.itemsize == 4:
-        for n in range(len(row)):
-            out[n] = bits[n]
-        return
-    for n in range(len(row)):
-        value = bits[n]
-        rounded = (value + np.uint32(0x7FFF) + ((value >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        out[n] = np.uint16(rounded) if (value & _MAGNITUDE) <= _INFINITE else np.uint16(0x7FC0)
+@compiled(nogil=True)
+def _multiply(weight: Any, block: int, digits: Any, tile: int, tiles: int, start: Any, sums: Any) -> None:
+    left, right = digits[tile].ctypes.data, weight[block].ctypes.data
+    multiply(weight, right, left, weight.shape[1], tiles, start[block].ctypes.data, sums.ctypes.data)
 
 
-def _twin(function: Any) -> Any:
-    """The same function under another name, so that its serial and its parallel code are cached apart."""
-    twin = FunctionType(function.__code__, function.__globals__, f"{function.__name__}_few")
-    twin.__qualname__ = f"{function.__qualname__}_few"
-    return twin
-
-
-# A second thread pool beside torch's costs more than it brings for a few tokens. SEVERAL wants ops.cpu.PARALLEL held.
-FEW = (compiled(nogil=True)(_twin(_to_digits)), compiled(nogil=True, fastmath={"contract"})(_twin(_finish)))
-SEVERAL = (
-    compiled(nogil=True, parallel=True)(_to_digits),
-    compiled(nogil=True, parallel=True, fastmath={"contract"})(_finish),
-)
+@compiled(nogil=True)
+def _finish(
+    values: Any, residual: Any, beside: Any, bias: Any, block: int, out: Any, row: int, tokens: int
+) -> None:
+    """The block of out from (row, 32 block) on = values + residual times beside + bias, for so many tokens."""
+    place = out.ctypes.data + (row * out.shape[1] + block * BLOCK) * out.itemsize
+    left, right, shift = residual[row].ctypes.data, beside.ctypes.data, bias[block].ctypes.data
+    width = min(BLOCK, out.shape[1] - block * BLOCK)
+    finish(values.ctypes.data, left, residual.shape[1], right, shift, out, place, tokens, width)

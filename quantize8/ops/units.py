@@ -1,0 +1,288 @@
+"""The processor's own int8 units, for compiled code to call: AMX tiles, or the VNNI instructions of AVX-512.
+
+Both multiply 16 or 32 rows of int8 activations by 32 output features into int32 sums, which are exact. Operands lie in
+the order that the units read, in tiles of 1024 bytes:
+
+    activations  [rows / 16, K / 64][16 rows][64 input features]
+    weights      [N / 32, K / 64][2][16 groups of 4 input features][16 output features][4]
+
+VNNI multiplies unsigned by signed bytes: there activations are stored 128 higher, and sums start at -128 sum_k w. The
+element type of a weight names its unit, so that code is compiled for each: int8 for AMX, uint8 for VNNI.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, Literal
+
+from llvmlite import binding, ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+Unit = Literal["amx", "vnni"]
+
+TILE_ROWS, TILE_COLUMNS = 16, 64  # of bytes: the largest tile that AMX has
+BLOCK = 32  # output features multiplied at a time: two tiles
+VNNI_SHIFT = 128  # what makes an int8 unsigned
+_TILE = TILE_ROWS * TILE_COLUMNS
+_HELD_ROWS = 8  # of sums in VNNI's registers: 16 of the 32
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # Linux: ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+
+_BYTE, _INT32, _INT64, _FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_LANES = 16
+_VECTOR_BYTES = 4 * _LANES
+_INTS, _FLOATS = ir.VectorType(_INT32, _LANES), ir.VectorType(_FLOAT, _LANES)
+
+
+@cache
+def available() -> tuple[Unit, ...]:
+    """The units that this processor has and its system lets us use, the faster one first."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return ()
+    has = binding.get_host_cpu_features()
+    found: list[Unit] = []
+    if has.get("avx512f") and has.get("amx-int8") and _may_use_tiles():
+        found.append("amx")
+    if has.get("avx512f") and has.get("avx512vnni"):
+        found.append("vnni")
+    return tuple(found)
+
+
+def _may_use_tiles() -> bool:
+    """Ask Linux for the tile registers, as a process has to once."""
+    if sys.platform != "linux":
+        return False
+    return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def prepare(_: Any, weight: Any) -> Any:
+    """Set this thread up for `multiply` with a weight of this type."""
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if _is_amx(signature.args[0]):
+            shape = bytearray(64)  # palette 1, then eight tiles' bytes a row, then their rows
+            shape[0] = 1
+            shape[16:32] = TILE_COLUMNS.to_bytes(2, "little") * 8
+            shape[48:56] = bytes([TILE_ROWS]) * 8
+            where = cgutils.global_constant(builder, "tiles", ir.Constant(ir.ArrayType(_BYTE, 64), shape))
+            _call(builder, "ldtilecfg", builder.bitcast(where, _BYTE.as_pointer()))
+        return target.get_dummy_value()
+
+    return types.void(weight), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def release(_: Any, weight: Any) -> Any:
+    """Undo `prepare`."""
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if _is_amx(signature.args[0]):
+            _call(builder, "tilerelease")
+        return target.get_dummy_value()
+
+    return types.void(weight), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def multiply(_: Any, weight: Any, block: Any, rows: Any, steps: Any, tiles: Any, start: Any, sums: Any) -> Any:
+    """sums int32 [16 tiles, 32] = start [32] + activations times one block of a weight, transposed.
+
+    Args: weight, the array, for its type; addresses of its block, of the first of `tiles` (1 or 2) activation tiles,
+    of start (VNNI's; AMX starts at 0) and of sums; steps, tiles along K.
+    """
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, block, rows, steps, tiles, start, sums = arguments
+        if not _is_amx(signature.args[0]):
+            _vnni(builder, block, rows, steps, tiles, start, sums)
+            return target.get_dummy_value()
+        with builder.if_else(builder.icmp_signed("==", tiles, _INT64(2))) as (two, one):
+            with two:
+                _amx(builder, block, rows, steps, 2, sums)
+            with one:
+                _amx(builder, block, rows, steps, 1, sums)
+        return target.get_dummy_value()
+
+    return types.void(weight, *(types.intp,) * 6), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def finish(
+    _: Any, values: Any, left: Any, steps: Any, right: Any, bias: Any, out: Any, place: Any, rows: Any, width: Any
+) -> Any:
+    """out = values float32 [rows, 32] + left [rows, steps] times right [steps, 32] + bias [32], up to `width`.
+
+    One step is added after the other, so that a step whose left is 0 changes no bit. Args: addresses of values, left
+    (which may be read up to a multiple of 8 rows), right and bias; out [any, N], bits of float32 or of bfloat16, to
+    which is rounded half to even; the address in it of the first result.
+    """
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        values, left, steps, right, bias, out, place, rows, width = arguments
+        array = target.make_array(signature.args[5])(target, builder, out)
+        next_row = cgutils.unpack_tuple(builder, array.strides)[0]
+        stride = builder.mul(steps, _INT64(4))
+        shift = [builder.load(_at(builder, bias, half * _VECTOR_BYTES, _FLOATS), align=4) for half in range(2)]
+        masks = [_mask(builder, width, half * _LANES) for half in range(2)]
+
+        @contextmanager
+        def each_step() -> Iterator[tuple[Any, Any]]:
+            with cgutils.for_range(builder, steps) as loop:
+                yield builder.mul(loop.index, _INT64(4)), builder.mul(loop.index, _INT64(2 * _VECTOR_BYTES))
+
+        def fused(total: Any, a: Any, b: Any) -> Any:
+            return _call(builder, f"fma.v{_LANES}f32", a, b, total, prefix="llvm", result=_FLOATS)
+
+        with cgutils.for_range_slice(builder, _INT64(0), rows, _INT64(_HELD_ROWS)) as (first, _):
+
+            def store(row: int, half: int, total: Any) -> None:
+                number = builder.add(first, _INT64(row))
+                where = builder.add(place, builder.mul(number, next_row))
+                with builder.if_then(builder.icmp_signed("<", number, rows)):
+                    _store(builder, builder.fadd(total, shift[half]), where, half, masks[half], array.itemsize)
+
+            a = builder.add(left, builder.mul(first, stride))
+            c = builder.add(values, builder.mul(first, _INT64(2 * _VECTOR_BYTES)))
+            _held(builder, _FLOAT, (a, stride), (right, _VECTOR_BYTES), each_step, fused, (c, 2 * _VECTOR_BYTES), store)
+        return target.get_dummy_value()
+
+    intp = types.intp
+    return types.void(intp, intp, intp, intp, intp, out, intp, intp, intp), generate
+
+
+def _is_amx(weight: Any) -> bool:
+    return bool(weight.dtype == types.int8)
+
+
+def _call(builder: Any, name: str, *arguments: Any, result: Any = None, prefix: str = "llvm.x86") -> Any:
+    """Call an instruction by LLVM's name for it."""
+    kind = ir.FunctionType(ir.VoidType() if result is None else result, [each.type for each in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"{prefix}.{name}"), arguments)
+
+
+def _amx(builder: Any, block: Any, rows: Any, steps: Any, tiles: int, sums: Any) -> None:
+    """Registers 0 to 3 hold sums, 4 and 5 activations, 6 and 7 weights."""
+
+    def move(name: str, register: int, address: Any, stride: int) -> None:
+        _call(builder, name, _BYTE(register), builder.inttoptr(address, _BYTE.as_pointer()), _INT64(stride))
+
+    for register in range(2 * tiles):
+        _call(builder, "tilezero", _BYTE(register))
+    to_next = builder.mul(steps, _INT64(_TILE))
+    with cgutils.for_range(builder, steps) as loop:
+        right = builder.add(block, builder.mul(loop.index, _INT64(2 * _TILE)))
+        left = builder.add(rows, builder.mul(loop.index, _INT64(_TILE)))
+        for j in range(2):
+            move("tileloadd64", 6 + j, builder.add(right, _INT64(j * _TILE)), TILE_COLUMNS)
+        for i in range(tiles):
+            move("tileloadd64", 4 + i, builder.add(left, builder.mul(to_next, _INT64(i))), TILE_COLUMNS)
+            for j in range(2):
+                _call(builder, "tdpbssd", _BYTE(2 * i + j), _BYTE(4 + i), _BYTE(6 + j))
+    for i in range(tiles):
+        for j in range(2):
+            place = (i * TILE_ROWS * 2 + j) * _VECTOR_BYTES
+            move("tilestored64", 2 * i + j, builder.add(sums, _INT64(place)), 2 * _VECTOR_BYTES)
+
+
+def _vnni(builder: Any, block: Any, rows: Any, steps: Any, tiles: Any, start: Any, sums: Any) -> None:
+    @contextmanager
+    def each_group() -> Iterator[tuple[Any, Any]]:
+        with cgutils.for_range(builder, steps) as tile, cgutils.for_range(builder, _INT64(TILE_COLUMNS // 4)) as group:
+            a = builder.add(builder.mul(tile.index, _INT64(_TILE)), builder.mul(group.index, _INT64(4)))
+            b = builder.add(builder.mul(tile.index, _INT64(2 * _TILE)), builder.mul(group.index, _INT64(_VECTOR_BYTES)))
+            yield a, b
+
+    def dot(total: Any, a: Any, b: Any) -> Any:
+        return _call(builder, "avx512.vpdpbusd.512", total, a, b, result=_INTS)
+
+    to_next = builder.mul(steps, _INT64(_TILE))
+    chunks = TILE_ROWS // _HELD_ROWS
+    with cgutils.for_range(builder, builder.mul(tiles, _INT64(chunks))) as chunk:
+        tile, part = builder.udiv(chunk.index, _INT64(chunks)), builder.urem(chunk.index, _INT64(chunks))
+        a = builder.add(rows, builder.mul(tile, to_next))
+        a = builder.add(a, builder.mul(part, _INT64(_HELD_ROWS * TILE_COLUMNS)))
+        c = builder.add(sums, builder.mul(chunk.index, _INT64(_HELD_ROWS * 2 * _VECTOR_BYTES)))
+
+        def store(row: int, half: int, total: Any, c: Any = c) -> None:
+            builder.store(total, _at(builder, c, (2 * row + half) * _VECTOR_BYTES, _INTS), align=4)
+
+        _held(builder, _INT32, (a, _INT64(TILE_COLUMNS)), (block, _TILE), each_group, dot, (start, 0), store)
+
+
+def _held(
+    builder: Any,
+    element: Any,
+    left: tuple[Any, Any],
+    right: tuple[Any, int],
+    each_step: Callable[[], Any],
+    operation: Callable[[Any, Any, Any], Any],
+    start: tuple[Any, int],
+    store: Callable[[int, int, Any], None],
+) -> None:
+    """Sums of 8 rows by 32 outputs, held in registers: from `start`, one `operation` after the other, to `store`.
+
+    left, right, start: an address, and the bytes to the next row, or to the second half of the outputs.
+    """
+    vector = ir.VectorType(element, _LANES)
+    places = [(row, half) for row in range(_HELD_ROWS) for half in range(2)]
+    held = {place: cgutils.alloca_once(builder, vector) for place in places}
+    for row, half in places:
+        address = _at(builder, start[0], row * start[1] + half * _VECTOR_BYTES, vector)
+        builder.store(builder.load(address, align=4), held[row, half])
+    with each_step() as (a, b):
+        halves = [_at(builder, builder.add(right[0], b), half * right[1], vector) for half in range(2)]
+        halves = [builder.load(address, align=4) for address in halves]
+        for row in range(_HELD_ROWS):
+            address = _at(builder, builder.add(left[0], a), builder.mul(left[1], _INT64(row)), element)
+            repeated = _repeat(builder, builder.load(address, align=4))
+            for half in range(2):
+                total = builder.load(held[row, half])
+                builder.store(operation(total, repeated, halves[half]), held[row, half])
+    for row, half in places:
+        store(row, half, builder.load(held[row, half]))
+
+
+def _store(builder: Any, values: Any, address: Any, half: int, mask: Any, item_bytes: Any) -> None:
+    """Store the half of a row where mask says, as the bits of float32, or of bfloat16 where items have two bytes."""
+
+    def masked(bits: Any, name: str, bytes_: int) -> None:
+        where = _at(builder, address, half * _LANES * bytes_, bits.type)
+        _call(builder, f"masked.store.{name}.p0", bits, where, _INT32(bytes_), mask, prefix="llvm")
+
+    with builder.if_else(builder.icmp_signed("==", item_bytes, _INT64(4))) as (four, two):
+        with four:
+            masked(values, f"v{_LANES}f32", 4)
+        with two:
+            bits = builder.bitcast(values, _INTS)
+            high = builder.lshr(bits, _repeat(builder, _INT32(16)))
+            odd = builder.and_(high, _repeat(builder, _INT32(1)))
+            up = builder.add(builder.add(bits, _repeat(builder, _INT32(0x7FFF))), odd)
+            rounded = builder.lshr(up, _repeat(builder, _INT32(16)))
+            is_number = builder.fcmp_ordered("ord", values, values)
+            kept = builder.select(is_number, rounded, _repeat(builder, _INT32(0x7FC0)))
+            masked(builder.trunc(kept, ir.VectorType(ir.IntType(16), _LANES)), f"v{_LANES}i16", 2)
+
+
+def _mask(builder: Any, width: Any, first: int) -> Any:
+    """Which of the lanes first, first + 1 ... are below width."""
+    lanes = ir.Constant(_INTS, list(range(first, first + _LANES)))
+    return builder.icmp_signed("<", lanes, _repeat(builder, builder.trunc(width, _INT32)))
+
+
+def _repeat(builder: Any, value: Any) -> Any:
+    """A vector of one value."""
+    vector = ir.VectorType(value.type, _LANES)
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, _INT32(0))
+    return builder.shuffle_vector(first, first, ir.Constant(_INTS, [0] * _LANES))
+
+
+def _at(builder: Any, address: Any, offset: Any, kind: Any) -> Any:
+    """The pointer to something of a kind."""
+    offset = _INT64(offset) if isinstance(offset, int) else offset
+    return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
