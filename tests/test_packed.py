@@ -4,6 +4,7 @@ import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
+import numba
 import numpy as np
 import pytest
 import torch
@@ -11,13 +12,14 @@ from torch import nn
 
 from quantize8 import Int8Linear
 from quantize8.model import linear as layers
-from quantize8.ops import packed, passes, reference
+from quantize8.ops import packed, passes, reference, units
 from quantize8.ops.packed import PackedWeight
 from quantize8.ops.reference import Int8Weight
 
 pytestmark = pytest.mark.skipif(
-    not packed.available(), reason="the packed layout is used on processors with VNNI only, and this one has none"
+    not packed.available(), reason="tiles are for processors with AMX or AVX512-VNNI, and this one has neither"
 )
+UNITS = units.available()
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ROUNDING = 1.05
 
@@ -28,13 +30,15 @@ def numpy(tensor: torch.Tensor):
     return tensor.numpy()
 
 
-def weight_of(rows: int, columns: int, seed: int = 0) -> tuple[Int8Weight, PackedWeight]:
+def weight_of(
+    rows: int, columns: int, unit: units.Unit | None = None, seed: int = 0
+) -> tuple[Int8Weight, PackedWeight]:
     random = np.random.default_rng(seed)
     values = random.normal(size=(rows, columns)).astype(np.float32)
     values[:, ::7] *= 5
     values[rows // 2] = 0
     codes, absmax = reference.quantize_rowwise(values)
-    return Int8Weight(codes, absmax), PackedWeight(torch.from_numpy(codes), torch.from_numpy(absmax))
+    return Int8Weight(codes, absmax), PackedWeight(torch.from_numpy(codes), torch.from_numpy(absmax), unit)
 
 
 def tokens_of(tokens: int, columns: int, dtype: torch.dtype, outliers: int = 2, seed: int = 0) -> torch.Tensor:
@@ -56,35 +60,49 @@ def assert_within_rounding(y: torch.Tensor, exact: np.ndarray) -> None:
     assert np.linalg.norm(y.double().numpy() - exact) <= ROUNDING * least
 
 
+@pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mode", ["dynamic", "elementwise"])
-@pytest.mark.parametrize("threshold", [6.0, 0.0])
-@pytest.mark.parametrize("tokens", [0, 1, 3, 16, 17, 18, 70])
-def test_linear_equals_the_reference_up_to_rounding(tokens, threshold, mode, dtype):
-    ours, theirs = weight_of(45, 131)
-    x, bias = tokens_of(tokens, 131, dtype), torch.linspace(-2, 2, 45).to(dtype)
-    exact = reference.linear(numpy(x), ours, numpy(bias), threshold, mode)
-    y = theirs.linear(x, bias, threshold, mode)
-    assert y.dtype == dtype and y.shape == (tokens, 45)
-    assert_within_rounding(y, exact)
+@pytest.mark.parametrize("tokens", [0, 1, 3, 5, 6, 11, 16, 17, 18, 32, 33, 70])
+@pytest.mark.parametrize(("mode", "threshold"), [("dynamic", 6.0), ("elementwise", 6.0), ("dynamic", 0.0)])
+def test_linear_equals_the_reference_up_to_rounding(unit, tokens, mode, threshold, dtype):
+    for rows, columns in ((45, 131), (1, 1), (64, 128), (33, 63)):
+        ours, theirs = weight_of(rows, columns, unit)
+        x, bias = tokens_of(tokens, columns, dtype), torch.linspace(-2, 2, rows).to(dtype)
+        exact = reference.linear(numpy(x), ours, numpy(bias), threshold, mode)
+        y = theirs.linear(x, bias, threshold, mode)
+        assert y.dtype == dtype and y.shape == (tokens, rows)
+        assert_within_rounding(y, exact)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_codes_scales_and_marks_equal_the_reference_in_every_bit(dtype):
+@pytest.mark.parametrize("unit", UNITS)
+def test_sums_are_exact_at_the_largest_columns_and_values(unit):
+    """Every product at its limit, and one column more goes another way."""
+    columns = packed._LARGEST_K
+    codes = torch.full((33, columns), -127, dtype=torch.int8)
+    codes[1::2] = 127
+    x = torch.full((40, columns), 3.0)
+    y = PackedWeight(codes, torch.full((33,), 127.0), unit).linear(x, None, 0.0, "dynamic")
+    np.testing.assert_allclose(y[:, 0], -3.0 * 127 * columns, rtol=1e-6)
+    np.testing.assert_allclose(y[:, 1], 3.0 * 127 * columns, rtol=1e-6)
+    assert packed.available(columns) and not packed.available(columns + 1)
+
+
+@pytest.mark.parametrize("shift", [0, units.VNNI_SHIFT])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_codes_scales_and_marks_equal_the_reference_in_every_bit(dtype, shift):
     x = tokens_of(40, 577, dtype, outliers=9)
     x[5] *= 1e-38  # too small for an inverse in float32
     x[6, 3], x[7, 4] = torch.nan, torch.inf
-    values = x.contiguous() if dtype == torch.bfloat16 else x.float()
-    bits = values.view(torch.int16 if dtype == torch.bfloat16 else torch.int32).numpy()
-    bits = bits.view(np.uint16 if dtype == torch.bfloat16 else np.uint32)
+    bits = packed._bits_of(x)
     for threshold, limit in ((6.0, np.float32(6).view(np.uint32)), (0.0, passes.NOTHING)):
         codes, scale, outliers = reference.quantize_activations(numpy(x), threshold)
-        for to_digits, *_ in (passes.FEW, passes.SEVERAL):
-            digits, found, marks = np.ones((1, 40, 577), np.int8), np.ones(40, np.float32), np.zeros(577, np.uint8)
-            to_digits(bits, limit, digits, found, marks)
-            np.testing.assert_array_equal(digits[0], codes)
-            np.testing.assert_array_equal(found, scale)
-            np.testing.assert_array_equal(marks.astype(bool), outliers.any(0))
+        digits, marks = np.ones((3, 10, 16, 64), np.int8), np.zeros(577, np.uint8)
+        for m in range(40):
+            found = passes._to_digits(bits[m], limit, 1, m, 40, shift, digits, marks)
+            np.testing.assert_array_equal(np.float32(found), scale[m])
+        rows = digits.transpose(0, 2, 1, 3).reshape(48, 640)[:40]
+        np.testing.assert_array_equal((rows.view(np.uint8) - np.uint8(shift)).view(np.int8)[:, :577], codes)
+        np.testing.assert_array_equal(marks.astype(bool), outliers.any(0))
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
@@ -102,8 +120,9 @@ def test_decode_keeps_small_features_beside_massive_ones(scale):
         assert_within_rounding(y, reference.linear(numpy(x), ours, None, 6.0))
 
 
-def test_nan_and_infinity_stay_in_their_token():
-    _, theirs = weight_of(20, 64)
+@pytest.mark.parametrize("unit", UNITS)
+def test_nan_and_infinity_stay_in_their_token(unit):
+    _, theirs = weight_of(20, 64, unit)
     for tokens in (4, 20):
         x = tokens_of(tokens, 64, torch.bfloat16, outliers=1)
         clean = theirs.linear(x, None, 6.0, "elementwise")
@@ -113,31 +132,38 @@ def test_nan_and_infinity_stay_in_their_token():
         assert torch.equal(y[:2], clean[:2]) and torch.equal(y[4:], clean[4:])
 
 
-def test_elementwise_results_do_not_depend_on_the_neighbours_in_any_bit():
-    _, theirs = weight_of(30, 300)
+@pytest.mark.parametrize("unit", UNITS)
+def test_elementwise_results_do_not_depend_on_the_neighbours_in_any_bit(unit):
+    _, theirs = weight_of(30, 300, unit)
     x = tokens_of(60, 300, torch.bfloat16, outliers=40)
     together = theirs.linear(x, None, 6.0, "elementwise")
     for start in (0, 20, 40):
         assert torch.equal(theirs.linear(x[start : start + 20], None, 6.0, "elementwise"), together[start : start + 20])
 
 
-def test_many_tokens_go_in_parts(monkeypatch):
-    _, theirs = weight_of(33, 96)
-    x = tokens_of(100, 96, torch.bfloat16, outliers=5)
-    whole = theirs.linear(x, None, 6.0, "dynamic")
-    monkeypatch.setattr(packed, "_SUMS_BYTES", 0)
-    monkeypatch.setattr(packed, "_LEAST_ROWS", 30)
-    assert torch.equal(theirs.linear(x, None, 6.0, "dynamic"), whole)
+@pytest.mark.parametrize("unit", UNITS)
+def test_parts_and_outlier_columns_of_any_number_change_nothing(unit, monkeypatch):
+    ours, theirs = weight_of(400, 200, unit)
+    for outliers in (0, 1, 7, 150):
+        x = tokens_of(100, 200, torch.float32, outliers)
+        whole = theirs.linear(x, None, 6.0, "dynamic")
+        assert_within_rounding(whole, reference.linear(x.numpy(), ours, None, 6.0))
+        with monkeypatch.context() as patch:
+            patch.setattr(packed, "_HALF_A_CACHE", 0)
+            for part_bytes in (2**14, 2**16):
+                patch.setattr(packed, "_PART_BYTES", part_bytes)
+                assert torch.equal(theirs.linear(x, None, 6.0, "dynamic"), whole)
 
 
-def test_outlier_columns_are_kept_replaced_and_never_mixed_up():
-    ours, theirs = weight_of(24, 200)
-    for seed in range(
-        12
-    ):  # 16 columns are kept: some calls add to them, some start anew, some need more than there are
-        x = tokens_of(20, 200, torch.float32, outliers=(1, 5, 9, 40)[seed % 4], seed=seed)
-        assert_within_rounding(theirs.linear(x, None, 6.0, "dynamic"), reference.linear(x.numpy(), ours, None, 6.0))
-    assert len(theirs._places) <= 16
+def test_fewer_threads_where_torch_is_told_so():
+    _, theirs = weight_of(64, 64)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        theirs.linear(torch.ones(2, 64), None, 6.0, "dynamic")
+        assert numba.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_threads_may_share_a_weight():
@@ -152,13 +178,8 @@ def test_threads_may_share_a_weight():
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (64, 64), (192, 576), (576, 192), (577, 100)])
 def test_codes_come_back_as_they_were(shape):
     codes = torch.randint(-127, 128, shape, dtype=torch.int8)
-    assert torch.equal(PackedWeight(codes, torch.ones(shape[0])).codes(), codes)
-
-
-def test_a_processor_with_inexact_sums_is_not_used(monkeypatch):
-    multiply = PackedWeight._multiply
-    monkeypatch.setattr(PackedWeight, "_multiply", lambda self, codes: np.clip(multiply(self, codes), -32768, 32767))
-    assert packed.available.__wrapped__() is False
+    for unit in UNITS:
+        assert torch.equal(PackedWeight(codes, torch.ones(shape[0]), unit).codes(), codes)
 
 
 @pytest.fixture
@@ -197,8 +218,8 @@ def test_training_unpacks_and_both_ways_agree(layer):
     torch.testing.assert_close(packed_result, trained.detach(), rtol=1e-5, atol=1e-5)
 
 
-def test_without_vnni_the_plain_path_serves(monkeypatch):
-    monkeypatch.setattr(layers, "available", lambda: False)
+def test_without_such_a_unit_the_plain_path_serves(monkeypatch):
+    monkeypatch.setattr(layers, "has_int8_unit", lambda columns: False)
     layer = Int8Linear.from_float(nn.Linear(40, 24))
     with torch.no_grad():
         layer(torch.randn(3, 40))

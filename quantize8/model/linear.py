@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from quantize8.errors import WeightError
+from quantize8.ops.choice import has_int8_unit
 from quantize8.ops.operator import linear
-from quantize8.ops.packed import PackedWeight, available
 from quantize8.ops.reference import DEFAULT_THRESHOLD, INT8_MAX, OutlierMode
+
+if TYPE_CHECKING:
+    from quantize8.ops.packed import PackedWeight
 
 _PACKING = threading.Lock()  # two threads may compute with one layer
 
@@ -78,6 +81,8 @@ class Int8Linear(nn.Linear):
         packed = self._packed
         if packed is not None:
             return packed
+        from quantize8.ops.packed import PackedWeight
+
         with _PACKING:
             if self._packed is None:
                 codes = self.weight.data
@@ -106,7 +111,7 @@ class Int8Linear(nn.Linear):
             return False
         if torch.is_grad_enabled() and x.requires_grad:
             return False
-        return self._packed is not None or (available() and not self.weight.is_cuda)
+        return self._packed is not None or (has_int8_unit(self.in_features) and not self.weight.is_cuda)
 
     def extra_repr(self) -> str:
         """What print(model) says of the layer."""

@@ -7,15 +7,14 @@ Every result that `reference` defines as an integer or a scale is equal to it, b
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
-from numba import njit, prange
 
+from quantize8.ops import jit, reference
+from quantize8.ops.jit import PARALLEL, compiled, prange
 from quantize8.ops.reference import (
     DECODE_TOKENS,
     FLOAT16_MAX,
@@ -41,7 +40,6 @@ _KINDS = {
 _FLOAT16_MAX_BITS = int(np.float32(FLOAT16_MAX).view(np.uint32))
 _FLOAT16_NORMAL_BITS = int(np.float32(2.0**-14).view(np.uint32))  # below it float16 is evenly spaced by 2^-24
 _FLOAT_EXACT = 1024  # products of codes whose sum float32 holds exactly: 1024 * 127^2 < 2^24
-PARALLEL = threading.Lock()  # Numba's fallback thread pool aborts the process when two threads enter it
 _REBIAS = np.float32(2.0**112)  # float16 exponents are biased by 15, float32's by 127
 
 
@@ -51,6 +49,11 @@ def quantize_rowwise(weight: Array, stats: ColumnStats | None = None) -> tuple[A
     Args: weight, contiguous float16, bfloat16 or float32 [N, K]; stats, to add to (rows so far a multiple of 64).
     Returns: codes int8 [N, K], absmax float32 [N], non-finite where a row cannot be quantized.
     """
+    if not jit.INSTALLED:
+        codes, absmax = reference.quantize_rowwise(weight)
+        if stats is not None:
+            reference.column_stats(weight, codes, absmax, stats)
+        return codes, absmax
     rows, columns = weight.shape
     kind, bits = _KINDS[weight.dtype]
     codes, absmax = np.empty((rows, columns), np.int8), np.empty(rows, np.float32)
@@ -147,8 +150,11 @@ def weight_only_matmul(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Te
         tokens[:, columns] = 0
     product = torch.empty(len(x), len(weight.codes))
     scale = weight.absmax / INT8_MAX
-    with PARALLEL:
-        _weight_only(tokens.numpy(), weight.codes.numpy(), scale.numpy(), product.numpy())
+    if jit.INSTALLED:
+        with PARALLEL:
+            _weight_only(tokens.numpy(), weight.codes.numpy(), scale.numpy(), product.numpy())
+    else:
+        torch.mm(tokens, weight.codes.float().t(), out=product).mul_(scale)
     if exact is not None:
         product.addmm_(exact, weight.outlier_weight.float().t())
     return (product if bias is None else product.add_(bias)).to(x.dtype)
@@ -173,18 +179,6 @@ def _float_columns(weight: Int8Weight, columns: Tensor) -> Tensor:
         place = torch.searchsorted(weight.outlier_columns, columns[stored].to(weight.outlier_columns.dtype))
         values[:, stored] = weight.outlier_weight[:, place].float()
     return values
-
-
-def compiled(**options: Any) -> Callable[[Any], Any]:
-    """Compile on first use, and keep the result for other processes where there is a folder to keep it in."""
-
-    def decorate(function: Any) -> Any:
-        try:
-            return njit(cache=True, **options)(function)
-        except RuntimeError:  # neither the package's folder nor the user's cache can be written
-            return njit(**options)(function)
-
-    return decorate
 
 
 @compiled(nogil=True)

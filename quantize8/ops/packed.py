@@ -18,14 +18,15 @@ from numba import config, set_num_threads
 from torch import Tensor
 
 from quantize8.ops import units
-from quantize8.ops.cpu import PARALLEL
+from quantize8.ops.jit import PARALLEL
 from quantize8.ops.passes import NOTHING, decode, prefill
 from quantize8.ops.reference import DECODE_TOKENS, INT8_MAX, Array, OutlierMode
 from quantize8.ops.units import BLOCK, TILE_COLUMNS, TILE_ROWS, VNNI_SHIFT, Unit
 
 _DIGITS = {torch.float32: 4, torch.bfloat16: 3, torch.float16: 3}  # to 2^-31 and 2^-23 of a token's absmax
 _BITS = (torch.float32, torch.bfloat16)  # what the loops read and write
-_PART_BYTES = 2**20  # of weight that a thread multiplies by all tokens before it goes on: half a second-level cache
+_HALF_A_CACHE = 2**20  # bytes of a second-level cache that activations may stay in
+_PART_BYTES = 3 * 2**18  # of weight that a thread multiplies by all tokens before it goes on, where they do not
 _LARGEST_K = (2**31 - 1) // (INT8_MAX * 2 * VNNI_SHIFT)  # int32 sums hold these; 65,538
 
 
@@ -43,10 +44,11 @@ class PackedWeight:
         blocks, steps = -(-rows // BLOCK), -(-columns // TILE_COLUMNS)
         tiles = torch.zeros(blocks, 2, TILE_ROWS, steps, TILE_COLUMNS // 4, 4, dtype=torch.int8)
         tiles.view(blocks * BLOCK, steps * TILE_COLUMNS)[:rows, :columns] = codes
-        tiles = tiles.permute(0, 3, 1, 4, 2, 5).reshape(blocks, steps, -1)
+        tiles = tiles.permute(0, 3, 1, 4, 2, 5).reshape(blocks, steps, BLOCK * TILE_COLUMNS)
         offered = units.available()  # which also asks for the tiles that AMX needs
         is_amx = (unit or offered[0]) == "amx"
-        self._tiles, self._shift = tiles.numpy().view(np.int8 if is_amx else np.uint8), 0 if is_amx else VNNI_SHIFT
+        self._tiles = tiles.numpy().view(np.int8 if is_amx else np.uint8)
+        self._shift = 0 if is_amx else VNNI_SHIFT
         self._scale = _blocks(absmax / INT8_MAX)
         self._start = _blocks(codes.sum(1, dtype=torch.int32) * -VNNI_SHIFT)
         self._no_bias = np.zeros_like(self._scale)
@@ -67,7 +69,9 @@ class PackedWeight:
         count = _DIGITS[x.dtype] if len(x) <= DECODE_TOKENS else 1
         digits = _SCRATCH.digits(-(-count * len(x) // TILE_ROWS), self._tiles.shape[1])
         threads = min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
-        parts = min(len(self._tiles), max(2 * threads, -(-self._tiles.size // _PART_BYTES)))
+        parts = len(self._tiles)
+        if digits.size > _HALF_A_CACHE:
+            parts = min(parts, max(2 * threads, self._tiles.size // _PART_BYTES))
         added = self._no_bias if bias is None else _blocks(bias.float())
         weight = (self._tiles, self._scale, self._start, self._shift, added, digits, parts, _bits_of(y))
         with PARALLEL:

@@ -9,11 +9,21 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import prange
 
-from quantize8.ops.cpu import compiled
+from quantize8.ops.jit import compiled, prange
 from quantize8.ops.reference import INT8_MAX
-from quantize8.ops.units import BLOCK, TILE_COLUMNS, TILE_ROWS, finish, multiply, prepare, release
+from quantize8.ops.units import (
+    BLOCK,
+    LINES,
+    TILE_COLUMNS,
+    TILE_ROWS,
+    as_bits,
+    as_float,
+    finish,
+    multiply,
+    prepare,
+    release,
+)
 
 NOTHING = np.uint32(0x80000000)  # above the bits of every magnitude: no element is an outlier
 _INFINITE, _MAGNITUDE = np.uint32(0x7F800000), np.uint32(0x7FFFFFFF)  # bits of a float's magnitude order as it does
@@ -34,7 +44,7 @@ def decode(
     """
     tokens = len(bits)
     steps, marks, nothing = np.empty(tokens, np.float32), np.empty(0, np.uint8), np.empty((1, 0), np.float32)
-    for m in range(tokens):
+    for m in prange(tokens):
         steps[m] = _to_digits(bits[m], NOTHING, count, m, tokens, shift, digits, marks)
     tiles = (count * tokens + TILE_ROWS - 1) // TILE_ROWS
     for part in prange(parts):
@@ -42,7 +52,8 @@ def decode(
         sums, values = np.empty((2 * _PAIR, BLOCK), np.int32), np.empty((TILE_ROWS, BLOCK), np.float32)
         for block in range(part * len(weight) // parts, (part + 1) * len(weight) // parts):
             for tile in range(0, tiles, 2):
-                _multiply(weight, block, digits, tile, min(2, tiles - tile), start, sums[tile * TILE_ROWS :])
+                rows = min(_PAIR, count * tokens - tile * TILE_ROWS)
+                _multiply(weight, block, digits, tile, rows, start, sums[tile * TILE_ROWS :])
             for m in range(tokens):
                 for n in range(BLOCK):
                     values[m, n] = sums[(count - 1) * tokens + m, n]
@@ -82,24 +93,32 @@ def prefill(
     residual = np.zeros((tiles * TILE_ROWS, len(outliers)), np.float32)
     if len(outliers):
         for m in prange(tokens):
-            _residual(bits[m], limit, elementwise, outliers, digits[m // TILE_ROWS], m % TILE_ROWS, steps[m],
-                      shift, residual[m])
+            _residual(
+                bits[m],
+                limit,
+                elementwise,
+                outliers,
+                digits[m // TILE_ROWS],
+                m % TILE_ROWS,
+                steps[m],
+                shift,
+                residual[m],
+            )
     for part in prange(parts):
         prepare(weight)
         first, last = part * len(weight) // parts, (part + 1) * len(weight) // parts
         sums, values = np.empty((_PAIR, BLOCK), np.int32), np.empty((_PAIR, BLOCK), np.float32)
         beside = np.empty((last - first, len(outliers), BLOCK), np.float32)
         for tile in range(0, tiles, 2):
-            pair = min(2, tiles - tile)
             row = tile * TILE_ROWS
+            here = min(_PAIR, tokens - row)
             for block in range(first, last):
-                _multiply(weight, block, digits, tile, pair, start, sums)
-                for i in range(pair * TILE_ROWS):
+                _multiply(weight, block, digits, tile, here, start, sums)
+                for i in range(here):
                     for n in range(BLOCK):
                         values[i, n] = sums[i, n] * (steps[row + i] * scale[block, n])
                 if tile == 0:
                     _columns(weight[block], scale[block], outliers, beside[block - first])
-                here = min(pair * TILE_ROWS, tokens - row)
                 _finish(values, residual, beside[block - first], bias, block, out, row, here)
         release(weight)
 
@@ -121,43 +140,50 @@ def _to_digits(row: Any, limit: Any, count: int, first: int, step: int, shift: i
     marks[k] = 1.
     """
     columns, padded = len(row), digits.shape[1] * TILE_COLUMNS
-    values, rest = np.empty(padded, np.uint32), np.empty(padded, np.float32)
-    floats = values.view(np.float32)
     up = np.uint32(32 - 8 * row.itemsize)
-    peak, found = np.uint32(0), np.uint32(0)
+    peak, above = np.uint32(0), np.uint32(0)
+    for k in range(columns):
+        magnitude = (np.uint32(row[k]) << up) & _MAGNITUDE
+        outlier = (magnitude >= limit) & (magnitude <= _INFINITE)  # not NaN, which spoils its token
+        peak = max(peak, np.uint32(0) if outlier else magnitude)
+        above = max(above, magnitude if outlier else np.uint32(0))
+    absmax = as_float(peak)
+    inverse = _inverse(absmax)
+    rest = np.empty(padded, np.float32)
     for k in range(columns):
         value = np.uint32(row[k]) << up
         magnitude = value & _MAGNITUDE
-        outlier = (magnitude >= limit) & (magnitude <= _INFINITE)  # not NaN, which spoils its token
-        values[k] = np.uint32(0) if outlier else value
-        peak = max(peak, np.uint32(0) if outlier else magnitude)
-        found += np.uint32(outlier)
-    values[columns:] = 0
-    one = np.empty(1, np.uint32)
-    one[0] = peak
-    absmax = one.view(np.float32)[0]
-    inverse = _inverse(absmax)
-    for k in range(padded):
-        rest[k] = floats[k] * inverse
-    if inverse == 0:
-        rest[:] = 0  # infinity * 0 is no number
+        rest[k] = as_float(np.uint32(0) if magnitude >= limit else value) * inverse
+    rest[columns if inverse else 0 :] = 0  # infinity * 0 is no number
     rounder = _ROUNDER + np.float32(shift)
     for d in range(count):
         place = first + d * step
-        for k in range(padded):
-            floats[k] = rest[k] + rounder
         for s in range(digits.shape[1]):
             for k in range(TILE_COLUMNS):
-                digits[place // TILE_ROWS, s, place % TILE_ROWS, k] = np.int8(values[s * TILE_COLUMNS + k])
+                code = np.int8(as_bits(rest[s * TILE_COLUMNS + k] + rounder))
+                digits[place // TILE_ROWS, s, place % TILE_ROWS, k] = code
         if d + 1 < count:
             for k in range(padded):
-                rest[k] = (rest[k] - (floats[k] - rounder)) * _BASE
-    if found:
-        for k in range(columns):
-            magnitude = (np.uint32(row[k]) << up) & _MAGNITUDE
-            if magnitude >= limit and magnitude <= _INFINITE:
-                marks[k] = 1
+                rest[k] = (rest[k] - ((rest[k] + rounder) - rounder)) * _BASE
+    if above:
+        _mark(row, limit, marks)
     return absmax / np.float32(INT8_MAX)
+
+
+@compiled(nogil=True)
+def _mark(row: Any, limit: Any, marks: Any) -> None:
+    """marks[k] = 1 where a token has an outlier. Threads share marks, and so write one that is not yet 1 only."""
+    up = np.uint32(32 - 8 * row.itemsize)
+    flags = np.zeros((len(row) + 7) // 8 * 8, np.uint8)
+    for k in range(len(row)):
+        magnitude = (np.uint32(row[k]) << up) & _MAGNITUDE
+        flags[k] = (magnitude >= limit) & (magnitude <= _INFINITE)
+    words = flags.view(np.uint64)
+    for w in range(len(words)):
+        if words[w]:
+            for k in range(8 * w, 8 * w + 8):
+                if flags[k] and not marks[k]:
+                    marks[k] = 1
 
 
 @compiled(nogil=True)
@@ -166,36 +192,38 @@ def _residual(
 ) -> None:
     """residual [J] = x - code * step of a token's outlier columns; elementwise 0 at magnitudes below `limit`."""
     up = np.uint32(32 - 8 * row.itemsize)
-    one = np.empty(1, np.uint32)
     for j in range(len(outliers)):
         k = outliers[j]
-        one[0] = np.uint32(row[k]) << up
-        if not elementwise or (one[0] & _MAGNITUDE) >= limit:
+        value = np.uint32(row[k]) << up
+        if not elementwise or (value & _MAGNITUDE) >= limit:
             code = np.int8(np.int32(tiles[k // TILE_COLUMNS, place, k % TILE_COLUMNS]) - np.int32(shift))
-            residual[j] = one.view(np.float32)[0] - np.float32(code) * step
+            residual[j] = as_float(value) - np.float32(code) * step
 
 
 @compiled(nogil=True)
 def _columns(block: Any, scale: Any, columns: Any, values: Any) -> None:
     """values [J, 32]: these columns of the dequantized weight, for one block of outputs."""
+    words = block.view(np.uint32)  # of 4 input features each
     for j in range(len(columns)):
         k = columns[j]
-        step, place = block[k // TILE_COLUMNS], k % TILE_COLUMNS // 4 * TILE_COLUMNS + k % 4
-        for n in range(BLOCK):
-            code = np.int8(step[n // TILE_ROWS * TILE_ROWS * TILE_COLUMNS + place + n % TILE_ROWS * 4])
-            values[j, n] = np.float32(code) * scale[n]
+        word, up = k % TILE_COLUMNS // 4 * TILE_ROWS, np.uint32(8 * (3 - k % 4))
+        for half in range(2):
+            first = half * TILE_ROWS
+            row = words[k // TILE_COLUMNS, half * TILE_ROWS * TILE_ROWS + word :]
+            for n in range(TILE_ROWS):
+                code = np.int32(row[n] << up) >> np.int32(24)
+                values[j, first + n] = np.float32(code) * scale[first + n]
 
 
 @compiled(nogil=True)
-def _multiply(weight: Any, block: int, digits: Any, tile: int, tiles: int, start: Any, sums: Any) -> None:
-    left, right = digits[tile].ctypes.data, weight[block].ctypes.data
-    multiply(weight, right, left, weight.shape[1], tiles, start[block].ctypes.data, sums.ctypes.data)
+def _multiply(weight: Any, block: int, digits: Any, tile: int, rows: int, start: Any, sums: Any) -> None:
+    fetched = LINES if tile == 0 else 0  # the other tiles find the block in a cache
+    right, left = weight[block].ctypes.data, digits[tile].ctypes.data
+    multiply(weight, right, left, rows, weight.shape[1], start[block].ctypes.data, sums.ctypes.data, fetched)
 
 
 @compiled(nogil=True)
-def _finish(
-    values: Any, residual: Any, beside: Any, bias: Any, block: int, out: Any, row: int, tokens: int
-) -> None:
+def _finish(values: Any, residual: Any, beside: Any, bias: Any, block: int, out: Any, row: int, tokens: int) -> None:
     """The block of out from (row, 32 block) on = values + residual times beside + bias, for so many tokens."""
     place = out.ctypes.data + (row * out.shape[1] + block * BLOCK) * out.itemsize
     left, right, shift = residual[row].ctypes.data, beside.ctypes.data, bias[block].ctypes.data

@@ -30,6 +30,8 @@ TILE_ROWS, TILE_COLUMNS = 16, 64  # of bytes: the largest tile that AMX has
 BLOCK = 32  # output features multiplied at a time: two tiles
 VNNI_SHIFT = 128  # what makes an int8 unsigned
 _TILE = TILE_ROWS * TILE_COLUMNS
+_AHEAD = 2 * 2 * _TILE  # bytes: where the processor's own prefetching stops, at the end of a page
+LINES = 2 * _TILE // 64  # cache lines of a weight that one step multiplies
 _HELD_ROWS = 8  # of sums in VNNI's registers: 16 of the 32
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # Linux: ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
 
@@ -60,7 +62,7 @@ def _may_use_tiles() -> bool:
     return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def prepare(_: Any, weight: Any) -> Any:
     """Set this thread up for `multiply` with a weight of this type."""
 
@@ -77,7 +79,7 @@ def prepare(_: Any, weight: Any) -> Any:
     return types.void(weight), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def release(_: Any, weight: Any) -> Any:
     """Undo `prepare`."""
 
@@ -89,30 +91,33 @@ def release(_: Any, weight: Any) -> Any:
     return types.void(weight), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def multiply(_: Any, weight: Any, block: Any, rows: Any, steps: Any, tiles: Any, start: Any, sums: Any) -> Any:
-    """sums int32 [16 tiles, 32] = start [32] + activations times one block of a weight, transposed.
+@intrinsic
+def multiply(
+    _: Any, weight: Any, block: Any, left: Any, rows: Any, steps: Any, start: Any, sums: Any, fetched: Any
+) -> Any:
+    """sums int32 [rows, 32] = start [32] + activations times one block of a weight, transposed.
 
-    Args: weight, the array, for its type; addresses of its block, of the first of `tiles` (1 or 2) activation tiles,
-    of start (VNNI's; AMX starts at 0) and of sums; steps, tiles along K.
+    Args: weight, the array, for its type; addresses of its block, of the first of one or two tiles of activations
+    (left), of start (VNNI's; AMX starts at 0) and of sums, with room for full tiles; rows, up to 32; steps, tiles along
+    K; fetched, cache lines of the weight to ask memory for at each step, well ahead.
     """
 
     def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, block, rows, steps, tiles, start, sums = arguments
+        _, block, left, rows, steps, start, sums, fetched = arguments
         if not _is_amx(signature.args[0]):
-            _vnni(builder, block, rows, steps, tiles, start, sums)
+            _vnni(builder, block, left, rows, steps, start, sums, fetched)
             return target.get_dummy_value()
-        with builder.if_else(builder.icmp_signed("==", tiles, _INT64(2))) as (two, one):
+        with builder.if_else(builder.icmp_signed(">", rows, _INT64(TILE_ROWS))) as (two, one):
             with two:
-                _amx(builder, block, rows, steps, 2, sums)
+                _amx(builder, block, left, steps, 2, sums, fetched)
             with one:
-                _amx(builder, block, rows, steps, 1, sums)
+                _amx(builder, block, left, steps, 1, sums, fetched)
         return target.get_dummy_value()
 
-    return types.void(weight, *(types.intp,) * 6), generate
+    return types.void(weight, *(types.intp,) * 7), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def finish(
     _: Any, values: Any, left: Any, steps: Any, right: Any, bias: Any, out: Any, place: Any, rows: Any, width: Any
 ) -> Any:
@@ -156,6 +161,26 @@ def finish(
     return types.void(intp, intp, intp, intp, intp, out, intp, intp, intp), generate
 
 
+@intrinsic
+def as_float(_: Any, bits: Any) -> Any:
+    """The float32 that uint32 bits stand for."""
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], _FLOAT)
+
+    return types.float32(types.uint32), generate
+
+
+@intrinsic
+def as_bits(_: Any, value: Any) -> Any:
+    """The bits of a float32, uint32."""
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], _INT32)
+
+    return types.uint32(types.float32), generate
+
+
 def _is_amx(weight: Any) -> bool:
     return bool(weight.dtype == types.int8)
 
@@ -166,7 +191,7 @@ def _call(builder: Any, name: str, *arguments: Any, result: Any = None, prefix: 
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"{prefix}.{name}"), arguments)
 
 
-def _amx(builder: Any, block: Any, rows: Any, steps: Any, tiles: int, sums: Any) -> None:
+def _amx(builder: Any, block: Any, left: Any, steps: Any, tiles: int, sums: Any, fetched: Any) -> None:
     """Registers 0 to 3 hold sums, 4 and 5 activations, 6 and 7 weights."""
 
     def move(name: str, register: int, address: Any, stride: int) -> None:
@@ -177,11 +202,12 @@ def _amx(builder: Any, block: Any, rows: Any, steps: Any, tiles: int, sums: Any)
     to_next = builder.mul(steps, _INT64(_TILE))
     with cgutils.for_range(builder, steps) as loop:
         right = builder.add(block, builder.mul(loop.index, _INT64(2 * _TILE)))
-        left = builder.add(rows, builder.mul(loop.index, _INT64(_TILE)))
+        here = builder.add(left, builder.mul(loop.index, _INT64(_TILE)))
+        _fetch(builder, right, fetched)
         for j in range(2):
             move("tileloadd64", 6 + j, builder.add(right, _INT64(j * _TILE)), TILE_COLUMNS)
         for i in range(tiles):
-            move("tileloadd64", 4 + i, builder.add(left, builder.mul(to_next, _INT64(i))), TILE_COLUMNS)
+            move("tileloadd64", 4 + i, builder.add(here, builder.mul(to_next, _INT64(i))), TILE_COLUMNS)
             for j in range(2):
                 _call(builder, "tdpbssd", _BYTE(2 * i + j), _BYTE(4 + i), _BYTE(6 + j))
     for i in range(tiles):
@@ -190,22 +216,32 @@ def _amx(builder: Any, block: Any, rows: Any, steps: Any, tiles: int, sums: Any)
             move("tilestored64", 2 * i + j, builder.add(sums, _INT64(place)), 2 * _VECTOR_BYTES)
 
 
-def _vnni(builder: Any, block: Any, rows: Any, steps: Any, tiles: Any, start: Any, sums: Any) -> None:
+def _fetch(builder: Any, place: Any, lines: Any) -> None:
+    """Ask for cache lines well after a place, into the second-level cache."""
+    with cgutils.for_range(builder, lines) as line:
+        where = _at(builder, place, builder.add(builder.mul(line.index, _INT64(64)), _INT64(_AHEAD)), _BYTE)
+        _call(builder, "prefetch.p0", where, _INT32(0), _INT32(2), _INT32(1), prefix="llvm")
+
+
+def _vnni(builder: Any, block: Any, left: Any, rows: Any, steps: Any, start: Any, sums: Any, fetched: Any) -> None:
     @contextmanager
     def each_group() -> Iterator[tuple[Any, Any]]:
-        with cgutils.for_range(builder, steps) as tile, cgutils.for_range(builder, _INT64(TILE_COLUMNS // 4)) as group:
-            a = builder.add(builder.mul(tile.index, _INT64(_TILE)), builder.mul(group.index, _INT64(4)))
-            b = builder.add(builder.mul(tile.index, _INT64(2 * _TILE)), builder.mul(group.index, _INT64(_VECTOR_BYTES)))
-            yield a, b
+        with cgutils.for_range(builder, steps) as tile:
+            to_tile = builder.mul(tile.index, _INT64(2 * _TILE))
+            _fetch(builder, builder.add(block, to_tile), fetched)
+            with cgutils.for_range(builder, _INT64(TILE_COLUMNS // 4)) as group:
+                a = builder.add(builder.mul(tile.index, _INT64(_TILE)), builder.mul(group.index, _INT64(4)))
+                yield a, builder.add(to_tile, builder.mul(group.index, _INT64(_VECTOR_BYTES)))
 
     def dot(total: Any, a: Any, b: Any) -> Any:
         return _call(builder, "avx512.vpdpbusd.512", total, a, b, result=_INTS)
 
     to_next = builder.mul(steps, _INT64(_TILE))
     chunks = TILE_ROWS // _HELD_ROWS
-    with cgutils.for_range(builder, builder.mul(tiles, _INT64(chunks))) as chunk:
+    filled = builder.udiv(builder.add(rows, _INT64(_HELD_ROWS - 1)), _INT64(_HELD_ROWS))
+    with cgutils.for_range(builder, filled) as chunk:
         tile, part = builder.udiv(chunk.index, _INT64(chunks)), builder.urem(chunk.index, _INT64(chunks))
-        a = builder.add(rows, builder.mul(tile, to_next))
+        a = builder.add(left, builder.mul(tile, to_next))
         a = builder.add(a, builder.mul(part, _INT64(_HELD_ROWS * TILE_COLUMNS)))
         c = builder.add(sums, builder.mul(chunk.index, _INT64(_HELD_ROWS * 2 * _VECTOR_BYTES)))
 
