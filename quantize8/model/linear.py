@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quantize8.errors import WeightError
 from quantize8.ops.choice import has_int8_unit
-from quantize8.ops.operator import linear
+from quantize8.ops.operator import linear, packed_linear
 from quantize8.ops.reference import DEFAULT_THRESHOLD, INT8_MAX, OutlierMode
 
 if TYPE_CHECKING:
@@ -68,12 +68,15 @@ class Int8Linear(nn.Linear):
         """x [..., K] -> [..., N] in x's dtype; on a GPU, launches that wait for nothing."""
         flat = x.reshape(-1, self.in_features)
         product: Tensor
-        if self._packs_for(flat):
-            product = self.pack().linear(flat, self.bias, self.threshold, self.mode)
-        else:
+        if not self._packs_for(flat):
             if self._packed is not None:
                 self.unpack()
             product = linear(flat, self.weight, self.SCB, self.bias, self.threshold, self.mode)
+        elif torch.compiler.is_compiling():
+            packed, rest = self.pack(), (self.out_features, self.threshold, self.mode)
+            product = packed_linear(flat, packed.tiles, packed.scale, packed.start, self.bias, *rest)
+        else:
+            product = self.pack().linear(flat, self.bias, self.threshold, self.mode)
         return product.view(*x.shape[:-1], self.out_features)
 
     def pack(self) -> PackedWeight:
@@ -106,12 +109,15 @@ class Int8Linear(nn.Linear):
         return self.codes().float() * (self.SCB / INT8_MAX)[:, None]
 
     def _packs_for(self, x: Tensor) -> bool:
-        """Whether the packed weight can serve: on a CPU that is fast at it, without gradients, outside of tracing."""
-        if torch.compiler.is_compiling() or x.is_cuda or self.mode == "static":
+        """Whether the packed weight can serve: on a CPU that is fast at it, without gradients; in traces if it is there.
+
+        So a model is called once before it is compiled: tracing does not move weights.
+        """
+        if x.is_cuda or self.mode == "static" or (torch.is_grad_enabled() and x.requires_grad):
             return False
-        if torch.is_grad_enabled() and x.requires_grad:
-            return False
-        return self._packed is not None or (has_int8_unit(self.in_features) and not self.weight.is_cuda)
+        if self._packed is not None:
+            return True
+        return not torch.compiler.is_compiling() and has_int8_unit(self.in_features) and not self.weight.is_cuda
 
     def extra_repr(self) -> str:
         """What print(model) says of the layer."""

@@ -1,7 +1,8 @@
-"""`torch.ops.quantize8.linear`: the linear layer as an operator of torch, on whichever device its tensors are.
+"""The linear layer as operators of torch: `quantize8::linear`, on whichever device its tensors are, and
+`quantize8::packed_linear`, on a weight laid out for a CPU's int8 unit.
 
-As an operator it has a shape function, so torch.compile and torch.export see through it, and a gradient, so adapters
-train over it. Importing this module registers it.
+As operators they have shape functions, so torch.compile and torch.export see through them. The first has a gradient,
+so adapters train over it. Importing this module registers both.
 """
 
 from __future__ import annotations
@@ -16,6 +17,11 @@ from quantize8.ops.reference import INT8_MAX, Int8Weight, OutlierMode
 _LIBRARY = torch.library.Library("quantize8", "DEF")
 _LIBRARY.define(
     "linear(Tensor x, Tensor codes, Tensor absmax, Tensor? bias, float threshold, str mode) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_LIBRARY.define(
+    "packed_linear(Tensor x, Tensor tiles, Tensor scale, Tensor start, Tensor? bias, int out_features, "
+    "float threshold, str mode) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -36,13 +42,34 @@ def _on_gpu(
     return gpu.linear(x, Int8Weight(codes, absmax), bias, threshold, mode)
 
 
+def _packed(x: Tensor, tiles: Tensor, scale: Tensor, start: Tensor, *rest: Any) -> Tensor:
+    from quantize8.ops import packed
+
+    return packed.linear(x, tiles, scale, start, *rest)
+
+
 _LIBRARY.impl("linear", _on_cpu, "CPU")
 _LIBRARY.impl("linear", _on_gpu, "CUDA")
+_LIBRARY.impl("packed_linear", _packed, "CPU")
 
 
 @torch.library.register_fake("quantize8::linear", lib=_LIBRARY)
 def _shape(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float, mode: str) -> Tensor:
     return x.new_empty((x.shape[0], codes.shape[0]))
+
+
+@torch.library.register_fake("quantize8::packed_linear", lib=_LIBRARY)
+def _packed_shape(
+    x: Tensor,
+    tiles: Tensor,
+    scale: Tensor,
+    start: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    threshold: float,
+    mode: str,
+) -> Tensor:
+    return x.new_empty((x.shape[0], out_features))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -59,3 +86,4 @@ def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 torch.library.register_autograd("quantize8::linear", _gradient, setup_context=_keep, lib=_LIBRARY)
 linear = torch.ops.quantize8.linear.default
+packed_linear = torch.ops.quantize8.packed_linear.default

@@ -25,6 +25,7 @@ from quantize8.ops.units import BLOCK, TILE_COLUMNS, TILE_ROWS, VNNI_SHIFT, Unit
 
 _DIGITS = {torch.float32: 4, torch.bfloat16: 3, torch.float16: 3}  # to 2^-31 and 2^-23 of a token's absmax
 _BITS = (torch.float32, torch.bfloat16)  # what the loops read and write
+_NO_BIAS = np.empty(0, np.float32)
 _HALF_A_CACHE = 2**20  # bytes of a second-level cache that activations may stay in
 _PART_BYTES = 3 * 2**18  # of weight that a thread multiplies by all tokens before it goes on, where they do not
 _LARGEST_K = (2**31 - 1) // (INT8_MAX * 2 * VNNI_SHIFT)  # int32 sums hold these; 65,538
@@ -46,49 +47,77 @@ class PackedWeight:
         tiles.view(blocks * BLOCK, steps * TILE_COLUMNS)[:rows, :columns] = codes
         tiles = tiles.permute(0, 3, 1, 4, 2, 5).reshape(blocks, steps, BLOCK * TILE_COLUMNS)
         offered = units.available()  # which also asks for the tiles that AMX needs
-        is_amx = (unit or offered[0]) == "amx"
-        self._tiles = tiles.numpy().view(np.int8 if is_amx else np.uint8)
-        self._shift = 0 if is_amx else VNNI_SHIFT
-        self._scale = _blocks(absmax / INT8_MAX)
-        self._start = _blocks(codes.sum(1, dtype=torch.int32) * -VNNI_SHIFT)
-        self._no_bias = np.zeros_like(self._scale)
+        self.tiles = tiles if (unit or offered[0]) == "amx" else tiles.view(torch.uint8)
+        self.scale = _blocks(absmax / INT8_MAX)
+        self.start = _blocks(codes.sum(1, dtype=torch.int32) * -VNNI_SHIFT)
+        self._arrays = self.tiles.numpy(), self.scale.numpy(), self.start.numpy()
 
     def codes(self) -> Tensor:
         """The codes int8 [N, K] again, in the usual layout."""
-        blocks, steps, _ = self._tiles.shape
-        tiles = torch.from_numpy(self._tiles.view(np.int8)).view(blocks, steps, 2, TILE_COLUMNS // 4, TILE_ROWS, 4)
+        blocks, steps, _ = self.tiles.shape
+        tiles = self.tiles.view(torch.int8).view(blocks, steps, 2, TILE_COLUMNS // 4, TILE_ROWS, 4)
         codes = tiles.permute(0, 2, 4, 1, 3, 5).reshape(blocks * BLOCK, steps * TILE_COLUMNS)
         return codes[: self.shape[0], : self.shape[1]].contiguous()
 
     def linear(self, x: Tensor, bias: Tensor | None, threshold: float, mode: OutlierMode) -> Tensor:
         """`reference.linear`: x [M, K] -> [M, N] in x's dtype. Modes dynamic and elementwise."""
-        values = (x if x.dtype in _BITS else x.float()).contiguous()
-        y = torch.empty(values.shape[0], self.shape[0], dtype=values.dtype)
-        if not y.numel():
-            return y.to(x.dtype)
-        count = _DIGITS[x.dtype] if len(x) <= DECODE_TOKENS else 1
-        digits = _SCRATCH.digits(-(-count * len(x) // TILE_ROWS), self._tiles.shape[1])
-        threads = min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
-        parts = len(self._tiles)
-        if digits.size > _HALF_A_CACHE:
-            parts = min(parts, max(2 * threads, self._tiles.size // _PART_BYTES))
-        added = self._no_bias if bias is None else _blocks(bias.float())
-        weight = (self._tiles, self._scale, self._start, self._shift, added, digits, parts, _bits_of(y))
-        with PARALLEL:
-            set_num_threads(threads)
-            if count > 1:
-                decode(_bits_of(values), count, *weight)
-            else:
-                limit = np.float32(threshold).view(np.uint32) if threshold > 0 else NOTHING
-                prefill(_bits_of(values), limit, mode == "elementwise", *weight)
-        return y if y.dtype == x.dtype else y.to(x.dtype)
+        return _linear(x, self._arrays, bias, self.shape[0], threshold, mode)
+
+
+def linear(
+    x: Tensor,
+    tiles: Tensor,
+    scale: Tensor,
+    start: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    threshold: float,
+    mode: str,
+) -> Tensor:
+    """`PackedWeight.linear` on the tensors that one consists of."""
+    return _linear(x, (tiles.numpy(), scale.numpy(), start.numpy()), bias, out_features, threshold, mode)
+
+
+def _linear(
+    x: Tensor, weight: tuple[Array, Array, Array], bias: Tensor | None, out_features: int, threshold: float, mode: str
+) -> Tensor:
+    values = (x if x.dtype in _BITS else x.float()).contiguous()
+    tokens, (blocks, steps, _) = values.shape[0], weight[0].shape
+    y = torch.empty(tokens, out_features, dtype=values.dtype)
+    if not y.numel():
+        return y.to(x.dtype)
+    count = _DIGITS[x.dtype] if tokens <= DECODE_TOKENS else 1
+    digits = _SCRATCH.digits(-(-count * tokens // TILE_ROWS), steps)
+    shift = VNNI_SHIFT if weight[0].dtype == np.uint8 else 0
+    added = _NO_BIAS if bias is None else bias.detach().float().numpy()
+    given, out = (*weight, shift, added, digits), _bits_of(y)
+    with PARALLEL:
+        threads = _SCRATCH.use_threads()
+        if count > 1:
+            decode(_bits_of(values), count, *given, threads, out)
+        else:
+            parts = blocks
+            if digits.size > _HALF_A_CACHE:
+                parts = min(blocks, max(2 * threads, weight[0].size // _PART_BYTES))
+            limit = np.float32(threshold).view(np.uint32) if threshold > 0 else NOTHING
+            prefill(_bits_of(values), limit, mode == "elementwise", *given, parts, out)
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 class _Scratch(threading.local):
-    """Memory that a thread uses again at its next call: fresh pages cost more than filling them."""
+    """What a thread keeps between calls: memory, as fresh pages cost more than filling them, and Numba's threads."""
 
     def __init__(self) -> None:
         self._digits = np.empty(0, np.int8)
+        self._threads = 0
+
+    def use_threads(self) -> int:
+        """Let Numba use as many threads as torch does, and say how many."""
+        threads: int = min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
+        if threads != self._threads:
+            set_num_threads(threads)
+            self._threads = threads
+        return threads
 
     def digits(self, tiles: int, steps: int) -> Array:
         """Room for activations, with anything in it."""
@@ -102,15 +131,14 @@ class _Scratch(threading.local):
 _SCRATCH = _Scratch()
 
 
-def _blocks(values: Tensor) -> Array:
+def _blocks(values: Tensor) -> Tensor:
     """A value for each output feature as [N / 32, 32], with zeros at the end."""
     padded = torch.zeros(-(-len(values) // BLOCK), BLOCK, dtype=values.dtype)
     padded.view(-1)[: len(values)] = values
-    return padded.numpy()
+    return padded
 
 
 def _bits_of(values: Tensor) -> Array:
     """The bits of float32 or bfloat16 values, sharing their memory."""
-    if values.dtype == torch.float32:
-        return values.numpy().view(np.uint32)
-    return values.view(torch.int16).numpy().view(np.uint16)
+    bits: Array = values.view(torch.uint32 if values.dtype == torch.float32 else torch.uint16).numpy()
+    return bits

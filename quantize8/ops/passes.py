@@ -39,8 +39,8 @@ def decode(
     """Few tokens with exact activations: out [M, N] = x times the weight transposed, plus bias.
 
     Args: bits [M, K] of x; count, digits a token, all of which fit into two pairs of tiles; weight [N / 32, K / 64,
-    2048]; scale, start, bias [N / 32, 32]; shift of the unit's activations; digits [tiles, K / 64, 16, 64], to work
-    in; parts that the outputs are divided into; out, bits [M, N].
+    2048]; scale, start [N / 32, 32]; shift of the unit's activations; bias [N], or empty; digits [tiles, K / 64, 16,
+    64], to work in; parts that the outputs are divided into; out, bits [M, N].
     """
     tokens = len(bits)
     steps, marks, nothing = np.empty(tokens, np.float32), np.empty(0, np.uint8), np.empty((1, 0), np.float32)
@@ -225,7 +225,10 @@ def _multiply(weight: Any, block: int, digits: Any, tile: int, rows: int, start:
 @compiled(nogil=True)
 def _finish(values: Any, residual: Any, beside: Any, bias: Any, block: int, out: Any, row: int, tokens: int) -> None:
     """The block of out from (row, 32 block) on = values + residual times beside + bias, for so many tokens."""
-    place = out.ctypes.data + (row * out.shape[1] + block * BLOCK) * out.itemsize
-    left, right, shift = residual[row].ctypes.data, beside.ctypes.data, bias[block].ctypes.data
-    width = min(BLOCK, out.shape[1] - block * BLOCK)
-    finish(values.ctypes.data, left, residual.shape[1], right, shift, out, place, tokens, width)
+    column = block * BLOCK
+    place, width = out.ctypes.data + (row * out.shape[1] + column) * out.itemsize, min(BLOCK, out.shape[1] - column)
+    added = np.zeros(BLOCK, np.float32)
+    for n in range(min(width, len(bias))):
+        added[n] = bias[column + n]
+    left, right = residual[row].ctypes.data, beside.ctypes.data
+    finish(values.ctypes.data, left, residual.shape[1], right, added.ctypes.data, out, place, tokens, width)
