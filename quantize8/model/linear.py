@@ -109,9 +109,9 @@ class Int8Linear(nn.Linear):
         return self.codes().float() * (self.SCB / INT8_MAX)[:, None]
 
     def _packs_for(self, x: Tensor) -> bool:
-        """Whether the packed weight can serve: on a CPU that is fast at it, without gradients; in traces if it is there.
+        """Whether the packed weight can serve: on a CPU that is fast at it, without gradients.
 
-        So a model is called once before it is compiled: tracing does not move weights.
+        Tracing does not move weights, so a model is called once before it is compiled.
         """
         if x.is_cuda or self.mode == "static" or (torch.is_grad_enabled() and x.requires_grad):
             return False

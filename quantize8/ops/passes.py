@@ -14,6 +14,7 @@ from quantize8.ops.jit import compiled, prange
 from quantize8.ops.reference import INT8_MAX
 from quantize8.ops.units import (
     BLOCK,
+    DIGIT_BASE,
     LINES,
     TILE_COLUMNS,
     TILE_ROWS,
@@ -27,7 +28,7 @@ from quantize8.ops.units import (
 
 NOTHING = np.uint32(0x80000000)  # above the bits of every magnitude: no element is an outlier
 _INFINITE, _MAGNITUDE = np.uint32(0x7F800000), np.uint32(0x7FFFFFFF)  # bits of a float's magnitude order as it does
-_BASE = np.float32(2 * INT8_MAX)
+_BASE = np.float32(DIGIT_BASE)
 _ROUNDER = np.float32(1.5 * 2**23)  # adding it rounds to an integer, half to even, and leaves that in the lowest bits
 _PAIR = 2 * TILE_ROWS  # rows that one call of `multiply` takes at most
 
@@ -43,26 +44,18 @@ def decode(
     64], to work in; parts that the outputs are divided into; out, bits [M, N].
     """
     tokens = len(bits)
-    steps, marks, nothing = np.empty(tokens, np.float32), np.empty(0, np.uint8), np.empty((1, 0), np.float32)
+    steps, marks, nothing = np.empty(TILE_ROWS, np.float32), np.empty(0, np.uint8), np.empty((1, 0), np.float32)
     for m in prange(tokens):
         steps[m] = _to_digits(bits[m], NOTHING, count, m, tokens, shift, digits, marks)
-    tiles = (count * tokens + TILE_ROWS - 1) // TILE_ROWS
+    rows, added = count * tokens, _blocks(bias, len(weight))
     for part in prange(parts):
         prepare(weight)
-        sums, values = np.empty((2 * _PAIR, BLOCK), np.int32), np.empty((TILE_ROWS, BLOCK), np.float32)
+        sums = np.empty((2 * _PAIR, BLOCK), np.int32)
         for block in range(part * len(weight) // parts, (part + 1) * len(weight) // parts):
-            for tile in range(0, tiles, 2):
-                rows = min(_PAIR, count * tokens - tile * TILE_ROWS)
-                _multiply(weight, block, digits, tile, rows, start, sums[tile * TILE_ROWS :])
-            for m in range(tokens):
-                for n in range(BLOCK):
-                    values[m, n] = sums[(count - 1) * tokens + m, n]
-                for d in range(count - 2, -1, -1):
-                    for n in range(BLOCK):
-                        values[m, n] = sums[d * tokens + m, n] + values[m, n] * (np.float32(1) / _BASE)
-                for n in range(BLOCK):
-                    values[m, n] *= steps[m] * scale[block, n]
-            _finish(values, nothing, nothing, bias, block, out, 0, tokens)
+            for first in range(0, rows, _PAIR):
+                here = min(_PAIR, rows - first)
+                _multiply(weight, block, digits, first // TILE_ROWS, here, start, sums[first:])
+            _finish(sums, count, steps, scale, nothing, nothing, added, block, out, 0, tokens)
         release(weight)
 
 
@@ -104,22 +97,19 @@ def prefill(
                 shift,
                 residual[m],
             )
+    added = _blocks(bias, len(weight))
     for part in prange(parts):
         prepare(weight)
         first, last = part * len(weight) // parts, (part + 1) * len(weight) // parts
-        sums, values = np.empty((_PAIR, BLOCK), np.int32), np.empty((_PAIR, BLOCK), np.float32)
-        beside = np.empty((last - first, len(outliers), BLOCK), np.float32)
-        for tile in range(0, tiles, 2):
-            row = tile * TILE_ROWS
+        sums, beside = np.empty((_PAIR, BLOCK), np.int32), np.empty((last - first, len(outliers), BLOCK), np.float32)
+        for row in range(0, tokens, _PAIR):
             here = min(_PAIR, tokens - row)
             for block in range(first, last):
-                _multiply(weight, block, digits, tile, here, start, sums)
-                for i in range(here):
-                    for n in range(BLOCK):
-                        values[i, n] = sums[i, n] * (steps[row + i] * scale[block, n])
-                if tile == 0:
-                    _columns(weight[block], scale[block], outliers, beside[block - first])
-                _finish(values, residual, beside[block - first], bias, block, out, row, here)
+                _multiply(weight, block, digits, row // TILE_ROWS, here, start, sums)
+                right = beside[block - first]
+                if row == 0:
+                    _columns(weight[block], scale[block], outliers, right)
+                _finish(sums, 1, steps, scale, residual, right, added, block, out, row, here)
         release(weight)
 
 
@@ -223,12 +213,43 @@ def _multiply(weight: Any, block: int, digits: Any, tile: int, rows: int, start:
 
 
 @compiled(nogil=True)
-def _finish(values: Any, residual: Any, beside: Any, bias: Any, block: int, out: Any, row: int, tokens: int) -> None:
-    """The block of out from (row, 32 block) on = values + residual times beside + bias, for so many tokens."""
+def _finish(
+    sums: Any,
+    count: int,
+    steps: Any,
+    scale: Any,
+    residual: Any,
+    beside: Any,
+    added: Any,
+    block: int,
+    out: Any,
+    row: int,
+    tokens: int,
+) -> None:
+    """The block of out from (row, 32 block) on, for so many tokens."""
     column = block * BLOCK
     place, width = out.ctypes.data + (row * out.shape[1] + column) * out.itemsize, min(BLOCK, out.shape[1] - column)
-    added = np.zeros(BLOCK, np.float32)
-    for n in range(min(width, len(bias))):
-        added[n] = bias[column + n]
-    left, right = residual[row].ctypes.data, beside.ctypes.data
-    finish(values.ctypes.data, left, residual.shape[1], right, added.ctypes.data, out, place, tokens, width)
+    finish(
+        sums.ctypes.data,
+        count,
+        steps[row:].ctypes.data,
+        scale[block].ctypes.data,
+        residual[row].ctypes.data,
+        residual.shape[1],
+        beside.ctypes.data,
+        added[block].ctypes.data,
+        out,
+        place,
+        tokens,
+        width,
+    )
+
+
+@compiled(nogil=True)
+def _blocks(values: Any, count: int) -> Any:
+    """Values [N], or none, as [count, 32] with zeros at the end."""
+    padded = np.zeros((count, BLOCK), np.float32)
+    flat = padded.reshape(-1)
+    for n in range(len(values)):
+        flat[n] = values[n]
+    return padded

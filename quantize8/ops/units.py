@@ -28,6 +28,7 @@ Unit = Literal["amx", "vnni"]
 
 TILE_ROWS, TILE_COLUMNS = 16, 64  # of bytes: the largest tile that AMX has
 BLOCK = 32  # output features multiplied at a time: two tiles
+DIGIT_BASE = 254  # of activations in several digits: twice the largest code, so that what rounding leaves is a code
 VNNI_SHIFT = 128  # what makes an int8 unsigned
 _TILE = TILE_ROWS * TILE_COLUMNS
 _AHEAD = 2 * 2 * _TILE  # bytes: where the processor's own prefetching stops, at the end of a page
@@ -119,46 +120,76 @@ def multiply(
 
 @intrinsic
 def finish(
-    _: Any, values: Any, left: Any, steps: Any, right: Any, bias: Any, out: Any, place: Any, rows: Any, width: Any
+    _: Any,
+    sums: Any,
+    digits: Any,
+    steps: Any,
+    scale: Any,
+    left: Any,
+    columns: Any,
+    right: Any,
+    bias: Any,
+    out: Any,
+    place: Any,
+    rows: Any,
+    width: Any,
 ) -> Any:
-    """out = values float32 [rows, 32] + left [rows, steps] times right [steps, 32] + bias [32], up to `width`.
+    """out = sums of the digits * steps * scale + left times right + bias, for a block of 32 outputs up to `width`.
 
-    One step is added after the other, so that a step whose left is 0 changes no bit. Args: addresses of values, left
-    (which may be read up to a multiple of 8 rows), right and bias; out [any, N], bits of float32 or of bfloat16, to
-    which is rounded half to even; the address in it of the first result.
+    Columns are added one after the other, so that one whose left is 0 changes no bit. Rows up to a multiple of 8 are
+    read. Args: addresses of sums int32 [digits rows, 32], the highest digit first, each worth 254 of the next; of steps
+    float32 [rows], scale [32], left [rows, columns], right [columns, 32] and bias [32]; out [any, N], bits of float32
+    or of bfloat16, rounded half to even; the address in it of the first result.
     """
 
     def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        values, left, steps, right, bias, out, place, rows, width = arguments
-        array = target.make_array(signature.args[5])(target, builder, out)
+        sums, digits, steps, scale, left, columns, right, bias, out, place, rows, width = arguments
+        array = target.make_array(signature.args[8])(target, builder, out)
         next_row = cgutils.unpack_tuple(builder, array.strides)[0]
-        stride = builder.mul(steps, _INT64(4))
-        shift = [builder.load(_at(builder, bias, half * _VECTOR_BYTES, _FLOATS), align=4) for half in range(2)]
+        stride = builder.mul(columns, _INT64(4))
+        halves = [half * _VECTOR_BYTES for half in range(2)]
+        added = [builder.load(_at(builder, bias, half, _FLOATS), align=4) for half in halves]
+        scales = [builder.load(_at(builder, scale, half, _FLOATS), align=4) for half in halves]
         masks = [_mask(builder, width, half * _LANES) for half in range(2)]
-
-        @contextmanager
-        def each_step() -> Iterator[tuple[Any, Any]]:
-            with cgutils.for_range(builder, steps) as loop:
-                yield builder.mul(loop.index, _INT64(4)), builder.mul(loop.index, _INT64(2 * _VECTOR_BYTES))
 
         def fused(total: Any, a: Any, b: Any) -> Any:
             return _call(builder, f"fma.v{_LANES}f32", a, b, total, prefix="llvm", result=_FLOATS)
 
+        def digit(number: Any, row: Any, half: int) -> Any:
+            here = builder.add(builder.mul(number, rows), row)
+            address = builder.add(sums, builder.mul(here, _INT64(2 * _VECTOR_BYTES)))
+            return builder.sitofp(builder.load(_at(builder, address, halves[half], _INTS), align=4), _FLOATS)
+
+        @contextmanager
+        def each_column() -> Iterator[tuple[Any, Any]]:
+            with cgutils.for_range(builder, columns) as loop:
+                yield builder.mul(loop.index, _INT64(4)), builder.mul(loop.index, _INT64(2 * _VECTOR_BYTES))
+
         with cgutils.for_range_slice(builder, _INT64(0), rows, _INT64(_HELD_ROWS)) as (first, _):
+
+            def begin(row: int, half: int) -> Any:
+                number = builder.add(first, _INT64(row))
+                lowest = builder.sub(digits, _INT64(1))
+                value = cgutils.alloca_once_value(builder, digit(lowest, number, half))
+                with cgutils.for_range(builder, lowest) as loop:
+                    higher = builder.sub(builder.sub(lowest, loop.index), _INT64(1))
+                    share = _repeat(builder, _FLOAT(1 / DIGIT_BASE))
+                    builder.store(fused(digit(higher, number, half), builder.load(value), share), value)
+                step = builder.load(_at(builder, steps, builder.mul(number, _INT64(4)), _FLOAT), align=4)
+                return builder.fmul(builder.load(value), builder.fmul(_repeat(builder, step), scales[half]))
 
             def store(row: int, half: int, total: Any) -> None:
                 number = builder.add(first, _INT64(row))
                 where = builder.add(place, builder.mul(number, next_row))
                 with builder.if_then(builder.icmp_signed("<", number, rows)):
-                    _store(builder, builder.fadd(total, shift[half]), where, half, masks[half], array.itemsize)
+                    _store(builder, builder.fadd(total, added[half]), where, half, masks[half], array.itemsize)
 
             a = builder.add(left, builder.mul(first, stride))
-            c = builder.add(values, builder.mul(first, _INT64(2 * _VECTOR_BYTES)))
-            _held(builder, _FLOAT, (a, stride), (right, _VECTOR_BYTES), each_step, fused, (c, 2 * _VECTOR_BYTES), store)
+            _held(builder, _FLOAT, begin, (a, stride), (right, _VECTOR_BYTES), each_column, fused, store)
         return target.get_dummy_value()
 
     intp = types.intp
-    return types.void(intp, intp, intp, intp, intp, out, intp, intp, intp), generate
+    return types.void(*(intp,) * 8, out, *(intp,) * 3), generate
 
 
 @intrinsic
@@ -245,32 +276,34 @@ def _vnni(builder: Any, block: Any, left: Any, rows: Any, steps: Any, start: Any
         a = builder.add(a, builder.mul(part, _INT64(_HELD_ROWS * TILE_COLUMNS)))
         c = builder.add(sums, builder.mul(chunk.index, _INT64(_HELD_ROWS * 2 * _VECTOR_BYTES)))
 
+        def begin(row: int, half: int) -> Any:
+            return builder.load(_at(builder, start, half * _VECTOR_BYTES, _INTS), align=4)
+
         def store(row: int, half: int, total: Any, c: Any = c) -> None:
             builder.store(total, _at(builder, c, (2 * row + half) * _VECTOR_BYTES, _INTS), align=4)
 
-        _held(builder, _INT32, (a, _INT64(TILE_COLUMNS)), (block, _TILE), each_group, dot, (start, 0), store)
+        _held(builder, _INT32, begin, (a, _INT64(TILE_COLUMNS)), (block, _TILE), each_group, dot, store)
 
 
 def _held(
     builder: Any,
     element: Any,
+    begin: Callable[[int, int], Any],
     left: tuple[Any, Any],
     right: tuple[Any, int],
     each_step: Callable[[], Any],
     operation: Callable[[Any, Any, Any], Any],
-    start: tuple[Any, int],
     store: Callable[[int, int, Any], None],
 ) -> None:
-    """Sums of 8 rows by 32 outputs, held in registers: from `start`, one `operation` after the other, to `store`.
+    """Sums of 8 rows by 32 outputs, held in registers: from `begin`, one `operation` after the other, to `store`.
 
-    left, right, start: an address, and the bytes to the next row, or to the second half of the outputs.
+    left, right: an address, and the bytes to the next row, or to the second half of the outputs.
     """
     vector = ir.VectorType(element, _LANES)
     places = [(row, half) for row in range(_HELD_ROWS) for half in range(2)]
     held = {place: cgutils.alloca_once(builder, vector) for place in places}
     for row, half in places:
-        address = _at(builder, start[0], row * start[1] + half * _VECTOR_BYTES, vector)
-        builder.store(builder.load(address, align=4), held[row, half])
+        builder.store(begin(row, half), held[row, half])
     with each_step() as (a, b):
         halves = [_at(builder, builder.add(right[0], b), half * right[1], vector) for half in range(2)]
         halves = [builder.load(address, align=4) for address in halves]
