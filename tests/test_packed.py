@@ -96,7 +96,7 @@ def test_codes_scales_and_marks_equal_the_reference_in_every_bit(dtype, shift):
     bits = packed._bits_of(x)
     for threshold, limit in ((6.0, np.float32(6).view(np.uint32)), (0.0, passes.NOTHING)):
         codes, scale, outliers = reference.quantize_activations(numpy(x), threshold)
-        digits, marks = np.ones((3, 10, 16, 64), np.int8), np.zeros(577, np.uint8)
+        digits, marks = np.ones((3, 10, 16, 64), np.int8), np.zeros(577, np.uint32)
         for m in range(40):
             found = passes._to_digits(bits[m], limit, 1, m, 40, shift, digits, marks)
             np.testing.assert_array_equal(np.float32(found), scale[m])

@@ -23,6 +23,7 @@ from quantize8.ops.units import (
     finish,
     multiply,
     prepare,
+    read_column,
     release,
 )
 
@@ -44,7 +45,7 @@ def decode(
     64], to work in; parts that the outputs are divided into; out, bits [M, N].
     """
     tokens = len(bits)
-    steps, marks, nothing = np.empty(TILE_ROWS, np.float32), np.empty(0, np.uint8), np.empty((1, 0), np.float32)
+    steps, marks, nothing = np.empty(TILE_ROWS, np.float32), np.empty(0, np.uint32), np.empty((1, 0), np.float32)
     for m in prange(tokens):
         steps[m] = _to_digits(bits[m], NOTHING, count, m, tokens, shift, digits, marks)
     rows, added = count * tokens, _blocks(bias, len(weight))
@@ -79,7 +80,7 @@ def prefill(
     """
     tokens, columns = bits.shape
     tiles = len(digits)
-    steps, marks = np.zeros(tiles * TILE_ROWS, np.float32), np.zeros(columns, np.uint8)
+    steps, marks = np.zeros(tiles * TILE_ROWS, np.float32), np.zeros(columns, np.uint32)
     for m in prange(tokens):
         steps[m] = _to_digits(bits[m], limit, 1, m, tokens, shift, digits, marks)
     outliers = np.flatnonzero(marks)
@@ -108,7 +109,10 @@ def prefill(
                 _multiply(weight, block, digits, row // TILE_ROWS, here, start, sums)
                 right = beside[block - first]
                 if row == 0:
-                    _columns(weight[block], scale[block], outliers, right)
+                    for j in range(len(outliers)):
+                        read_column(
+                            weight[block].ctypes.data, outliers[j], scale[block].ctypes.data, right[j].ctypes.data
+                        )
                 _finish(sums, 1, steps, scale, residual, right, added, block, out, row, here)
         release(weight)
 
@@ -131,12 +135,11 @@ def _to_digits(row: Any, limit: Any, count: int, first: int, step: int, shift: i
     """
     columns, padded = len(row), digits.shape[1] * TILE_COLUMNS
     up = np.uint32(32 - 8 * row.itemsize)
-    peak, above = np.uint32(0), np.uint32(0)
+    peak = np.uint32(0)
     for k in range(columns):
-        magnitude = (np.uint32(row[k]) << up) & _MAGNITUDE
-        outlier = (magnitude >= limit) & (magnitude <= _INFINITE)  # not NaN, which spoils its token
-        peak = max(peak, np.uint32(0) if outlier else magnitude)
-        above = max(above, magnitude if outlier else np.uint32(0))
+        peak = max(peak, (np.uint32(row[k]) << up) & _MAGNITUDE)
+    if peak >= limit:
+        peak = _without_outliers(row, limit, marks)
     absmax = as_float(peak)
     inverse = _inverse(absmax)
     rest = np.empty(padded, np.float32)
@@ -155,25 +158,33 @@ def _to_digits(row: Any, limit: Any, count: int, first: int, step: int, shift: i
         if d + 1 < count:
             for k in range(padded):
                 rest[k] = (rest[k] - ((rest[k] + rounder) - rounder)) * _BASE
-    if above:
-        _mark(row, limit, marks)
     return absmax / np.float32(INT8_MAX)
 
 
 @compiled(nogil=True)
-def _mark(row: Any, limit: Any, marks: Any) -> None:
-    """marks[k] = 1 where a token has an outlier. Threads share marks, and so write one that is not yet 1 only."""
+def _without_outliers(row: Any, limit: Any, marks: Any) -> Any:
+    """The largest magnitude below `limit` in a token, or NaN's; marks[k] = 1 where one is at the limit or above.
+
+    Threads share the marks, and so write those only that are not set yet.
+    """
     up = np.uint32(32 - 8 * row.itemsize)
-    flags = np.zeros((len(row) + 7) // 8 * 8, np.uint8)
-    for k in range(len(row)):
-        magnitude = (np.uint32(row[k]) << up) & _MAGNITUDE
-        flags[k] = (magnitude >= limit) & (magnitude <= _INFINITE)
-    words = flags.view(np.uint64)
-    for w in range(len(words)):
-        if words[w]:
-            for k in range(8 * w, 8 * w + 8):
-                if flags[k] and not marks[k]:
-                    marks[k] = 1
+    whole = len(row) // TILE_COLUMNS
+    peak = np.uint32(0)
+    for s in range(whole + 1):
+        unmarked = np.uint32(s == whole)
+        if s < whole:  # 64 elements, so that the loop is compiled to a few instructions
+            for k in range(TILE_COLUMNS):
+                magnitude = (np.uint32(row[s * TILE_COLUMNS + k]) << up) & _MAGNITUDE
+                outlier = (magnitude >= limit) & (magnitude <= _INFINITE)
+                peak = max(peak, np.uint32(0) if outlier else magnitude)
+                unmarked |= np.uint32(outlier) & ~marks[s * TILE_COLUMNS + k]
+        for k in range(s * TILE_COLUMNS, min((s + 1) * TILE_COLUMNS, len(row)) if unmarked else 0):
+            magnitude = (np.uint32(row[k]) << up) & _MAGNITUDE
+            if magnitude < limit or magnitude > _INFINITE:
+                peak = max(peak, magnitude)
+            else:
+                marks[k] = 1
+    return peak
 
 
 @compiled(nogil=True)
@@ -188,21 +199,6 @@ def _residual(
         if not elementwise or (value & _MAGNITUDE) >= limit:
             code = np.int8(np.int32(tiles[k // TILE_COLUMNS, place, k % TILE_COLUMNS]) - np.int32(shift))
             residual[j] = as_float(value) - np.float32(code) * step
-
-
-@compiled(nogil=True)
-def _columns(block: Any, scale: Any, columns: Any, values: Any) -> None:
-    """values [J, 32]: these columns of the dequantized weight, for one block of outputs."""
-    words = block.view(np.uint32)  # of 4 input features each
-    for j in range(len(columns)):
-        k = columns[j]
-        word, up = k % TILE_COLUMNS // 4 * TILE_ROWS, np.uint32(8 * (3 - k % 4))
-        for half in range(2):
-            first = half * TILE_ROWS
-            row = words[k // TILE_COLUMNS, half * TILE_ROWS * TILE_ROWS + word :]
-            for n in range(TILE_ROWS):
-                code = np.int32(row[n] << up) >> np.int32(24)
-                values[j, first + n] = np.float32(code) * scale[first + n]
 
 
 @compiled(nogil=True)

@@ -193,6 +193,27 @@ def finish(
 
 
 @intrinsic
+def read_column(_: Any, block: Any, column: Any, scale: Any, values: Any) -> Any:
+    """Values float32 [32] = a column of one block of a weight * scale [32]. All are addresses but the column."""
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        block, column, scale, values = arguments
+        step, place = builder.udiv(column, _INT64(TILE_COLUMNS)), builder.urem(column, _INT64(TILE_COLUMNS))
+        group, item = builder.udiv(place, _INT64(4)), builder.urem(place, _INT64(4))
+        words = builder.add(builder.mul(step, _INT64(2 * _TILE)), builder.mul(group, _INT64(_VECTOR_BYTES)))
+        to_top = builder.trunc(builder.mul(builder.sub(_INT64(3), item), _INT64(8)), _INT32)
+        for half in range(2):
+            address = _at(builder, builder.add(block, words), half * _TILE, _INTS)
+            top = builder.shl(builder.load(address, align=4), _repeat(builder, to_top))
+            codes = builder.sitofp(builder.ashr(top, _repeat(builder, _INT32(24))), _FLOATS)
+            steps = builder.load(_at(builder, scale, half * _VECTOR_BYTES, _FLOATS), align=4)
+            builder.store(builder.fmul(codes, steps), _at(builder, values, half * _VECTOR_BYTES, _FLOATS), align=4)
+        return target.get_dummy_value()
+
+    return types.void(*(types.intp,) * 4), generate
+
+
+@intrinsic
 def as_float(_: Any, bits: Any) -> Any:
     """The float32 that uint32 bits stand for."""
 
