@@ -145,8 +145,8 @@ class Writer:
 
 
 def _check_finite(block: Array, info: TensorInfo, first_row: int) -> None:
-    finite = np.isfinite(block).reshape(len(block) if block.ndim else 1, -1).all(axis=1)
-    if not finite.all():
+    if not cpu.all_finite(block):
+        finite = np.isfinite(block).reshape(len(block) if block.ndim else 1, -1).all(axis=1)
         row = first_row + int(np.argmin(finite))
         raise WeightError(f"{info.file}: {info.name} row {row} holds NaN or infinity; repair or replace the checkpoint")
 

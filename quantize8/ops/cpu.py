@@ -17,10 +17,7 @@ from quantize8.ops import jit, reference
 from quantize8.ops.jit import PARALLEL, compiled, prange
 from quantize8.ops.reference import (
     DECODE_TOKENS,
-    FLOAT16_MAX,
     INT8_MAX,
-    OUTLIER_SIGMAS,
-    STATS_TILE_ROWS,
     Array,
     ColumnStats,
     Int8Weight,
@@ -31,16 +28,8 @@ from quantize8.ops.reference import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FLOAT16, _BFLOAT16, _FLOAT32 = 0, 1, 2  # how the kernel reads the bits of a weight
-_KINDS = {
-    np.dtype(np.float16): (_FLOAT16, np.uint16),
-    np.dtype(ml_dtypes.bfloat16): (_BFLOAT16, np.uint16),
-    np.dtype(np.float32): (_FLOAT32, np.uint32),
-}
-_FLOAT16_MAX_BITS = int(np.float32(FLOAT16_MAX).view(np.uint32))
-_FLOAT16_NORMAL_BITS = int(np.float32(2.0**-14).view(np.uint32))  # below it float16 is evenly spaced by 2^-24
+_BITS = {np.dtype(np.float16): np.int16, np.dtype(ml_dtypes.bfloat16): np.uint16, np.dtype(np.float32): np.uint32}
 _FLOAT_EXACT = 1024  # products of codes whose sum float32 holds exactly: 1024 * 127^2 < 2^24
-_REBIAS = np.float32(2.0**112)  # float16 exponents are biased by 15, float32's by 127
 
 
 def quantize_rowwise(weight: Array, stats: ColumnStats | None = None) -> tuple[Array, Array]:
@@ -54,18 +43,27 @@ def quantize_rowwise(weight: Array, stats: ColumnStats | None = None) -> tuple[A
         if stats is not None:
             reference.column_stats(weight, codes, absmax, stats)
         return codes, absmax
+    from quantize8.ops.rows import quantize_rows
+
     rows, columns = weight.shape
-    kind, bits = _KINDS[weight.dtype]
     codes, absmax = np.empty((rows, columns), np.int8), np.empty(rows, np.float32)
     stats = ColumnStats.empty(columns) if stats is None else stats
     if weight.size:
-        _quantize_rows(
-            weight.view(bits), kind, codes, absmax, stats.absmax, stats.sum_square, stats.sum_error, stats.outliers
-        )
+        sums = (stats.absmax, stats.sum_square, stats.sum_error, stats.outliers)
+        quantize_rows(weight.view(_BITS[weight.dtype]), codes, absmax, *sums)
     else:
         absmax.fill(0)
     stats.rows += rows
     return codes, absmax
+
+
+def all_finite(values: Array) -> bool:
+    """Whether floating-point numbers, contiguous, are neither NaN nor infinite."""
+    if not jit.INSTALLED or values.dtype not in _BITS:
+        return bool(np.isfinite(values).all())
+    from quantize8.ops.rows import all_finite
+
+    return bool(all_finite(values.reshape(-1).view(_BITS[values.dtype])))
 
 
 def quantize_activations(
@@ -179,97 +177,6 @@ def _float_columns(weight: Int8Weight, columns: Tensor) -> Tensor:
         place = torch.searchsorted(weight.outlier_columns, columns[stored].to(weight.outlier_columns.dtype))
         values[:, stored] = weight.outlier_weight[:, place].float()
     return values
-
-
-@compiled(nogil=True)
-def _quantize_rows(
-    weight: Any,
-    kind: int,
-    codes: Any,
-    absmax: Any,
-    column_absmax: Any,
-    sum_square: Any,
-    sum_error: Any,
-    outliers: Any,
-) -> None:
-    """One pass over the bits of a weight [N, K]. No fastmath: sums must run in the reference's order."""
-    rows, columns = weight.shape
-    source_bits, half_bits = np.empty(columns, np.uint32), np.empty(columns, np.uint32)
-    source, half = source_bits.view(np.float32), half_bits.view(np.float32)
-    peak_bits = np.empty(1, np.uint32)
-    peak_value = peak_bits.view(np.float32)
-    squares = np.zeros(columns, np.float32)
-    errors = np.zeros(columns, np.float32)
-    counts = np.zeros(columns, np.int32)
-    peaks = np.zeros(columns, np.float32)
-    for n in range(rows):
-        _unpack(weight[n], kind, source_bits, half_bits)
-        peak = np.uint32(0)
-        for k in range(columns):
-            peak = max(peak, half_bits[k] & np.uint32(0x7FFFFFFF))
-        inverse = np.float32(0)
-        if peak > np.uint32(_FLOAT16_MAX_BITS):
-            absmax[n] = np.inf
-            half[:] = 0  # the row cannot be quantized; no float may turn into an integer that has no room for it
-        else:
-            peak_bits[0] = peak
-            absmax[n] = peak_value[0]
-            if peak > 0:
-                inverse = np.float32(1) / absmax[n] * np.float32(INT8_MAX)
-        scale = absmax[n] / np.float32(INT8_MAX)
-        energy = np.int64(0)
-        for k in range(columns):
-            code = np.int8(np.rint(half[k] * inverse))
-            codes[n, k] = code
-            energy += np.int32(code) * np.int32(code)
-        # q^2 K > 36 sum q^2, with the division once a row: q^2 is an integer, so rounding down changes nothing
-        limit = np.int32(OUTLIER_SIGMAS * OUTLIER_SIGMAS * energy // columns)
-        for k in range(columns):
-            value = source[k]
-            code = np.int32(codes[n, k])
-            error = value - np.float32(code) * scale
-            squares[k] += value * value
-            errors[k] += error * error
-            counts[k] += np.int32(code * code > limit)
-            peaks[k] = max(peaks[k], abs(value))
-        if (n + 1) % STATS_TILE_ROWS == 0 or n + 1 == rows:
-            for k in range(columns):
-                sum_square[k] += squares[k]
-                sum_error[k] += errors[k]
-                outliers[k] += counts[k]
-                column_absmax[k] = max(column_absmax[k], peaks[k])
-            squares[:] = 0
-            errors[:] = 0
-            counts[:] = 0
-
-
-@compiled(nogil=True)
-def _unpack(row: Any, kind: int, source: Any, half: Any) -> None:
-    """Float32 bits of a row [K]: of its stored values, and of those rounded to float16 (half to even)."""
-    sign, magnitude = np.uint32(0x80000000), np.uint32(0x7FFFFFFF)
-    if kind == _FLOAT16:
-        for k in range(len(row)):
-            bits = np.uint32(row[k])
-            source[k] = (bits & np.uint32(0x7FFF)) << np.uint32(13)
-        value = source.view(np.float32)
-        for k in range(len(row)):
-            value[k] *= _REBIAS  # exact, subnormals included; infinity and NaN land above 65504
-        for k in range(len(row)):
-            source[k] |= (np.uint32(row[k]) & np.uint32(0x8000)) << np.uint32(16)
-            half[k] = source[k]
-        return
-    shift = np.uint32(16) if kind == _BFLOAT16 else np.uint32(0)
-    value = half.view(np.float32)
-    for k in range(len(row)):
-        source[k] = np.uint32(row[k]) << shift
-        half[k] = source[k] & magnitude
-    for k in range(len(row)):  # adding 0.5, whose neighbours are 2^-24 apart, rounds a float16 subnormal
-        bits = half[k]
-        value[k] = (value[k] + np.float32(0.5)) - np.float32(0.5)
-        if bits >= np.uint32(_FLOAT16_NORMAL_BITS):  # drop 13 of the 23 mantissa bits
-            half[k] = (bits + np.uint32(0xFFF) + ((bits >> np.uint32(13)) & np.uint32(1))) & np.uint32(0xFFFFE000)
-    for k in range(len(row)):
-        half[k] |= source[k] & sign
 
 
 @compiled(nogil=True, parallel=True, fastmath={"reassoc", "contract"})

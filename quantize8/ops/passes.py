@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from quantize8.ops.bits import INFINITE, MAGNITUDE, ROUNDER, as_bits, as_float
 from quantize8.ops.jit import compiled, prange
 from quantize8.ops.reference import INT8_MAX
 from quantize8.ops.units import (
@@ -18,8 +19,6 @@ from quantize8.ops.units import (
     LINES,
     TILE_COLUMNS,
     TILE_ROWS,
-    as_bits,
-    as_float,
     finish,
     multiply,
     prepare,
@@ -28,9 +27,7 @@ from quantize8.ops.units import (
 )
 
 NOTHING = np.uint32(0x80000000)  # above the bits of every magnitude: no element is an outlier
-_INFINITE, _MAGNITUDE = np.uint32(0x7F800000), np.uint32(0x7FFFFFFF)  # bits of a float's magnitude order as it does
 _BASE = np.float32(DIGIT_BASE)
-_ROUNDER = np.float32(1.5 * 2**23)  # adding it rounds to an integer, half to even, and leaves that in the lowest bits
 _PAIR = 2 * TILE_ROWS  # rows that one call of `multiply` takes at most
 
 
@@ -137,7 +134,7 @@ def _to_digits(row: Any, limit: Any, count: int, first: int, step: int, shift: i
     up = np.uint32(32 - 8 * row.itemsize)
     peak = np.uint32(0)
     for k in range(columns):
-        peak = max(peak, (np.uint32(row[k]) << up) & _MAGNITUDE)
+        peak = max(peak, (np.uint32(row[k]) << up) & MAGNITUDE)
     if peak >= limit:
         peak = _without_outliers(row, limit, marks)
     absmax = as_float(peak)
@@ -145,10 +142,10 @@ def _to_digits(row: Any, limit: Any, count: int, first: int, step: int, shift: i
     rest = np.empty(padded, np.float32)
     for k in range(columns):
         value = np.uint32(row[k]) << up
-        magnitude = value & _MAGNITUDE
+        magnitude = value & MAGNITUDE
         rest[k] = as_float(np.uint32(0) if magnitude >= limit else value) * inverse
     rest[columns if inverse else 0 :] = 0  # infinity * 0 is no number
-    rounder = _ROUNDER + np.float32(shift)
+    rounder = ROUNDER + np.float32(shift)
     for d in range(count):
         place = first + d * step
         for s in range(digits.shape[1]):
@@ -174,13 +171,13 @@ def _without_outliers(row: Any, limit: Any, marks: Any) -> Any:
         unmarked = np.uint32(s == whole)
         if s < whole:  # 64 elements, so that the loop is compiled to a few instructions
             for k in range(TILE_COLUMNS):
-                magnitude = (np.uint32(row[s * TILE_COLUMNS + k]) << up) & _MAGNITUDE
-                outlier = (magnitude >= limit) & (magnitude <= _INFINITE)
+                magnitude = (np.uint32(row[s * TILE_COLUMNS + k]) << up) & MAGNITUDE
+                outlier = (magnitude >= limit) & (magnitude <= INFINITE)
                 peak = max(peak, np.uint32(0) if outlier else magnitude)
                 unmarked |= np.uint32(outlier) & ~marks[s * TILE_COLUMNS + k]
         for k in range(s * TILE_COLUMNS, min((s + 1) * TILE_COLUMNS, len(row)) if unmarked else 0):
-            magnitude = (np.uint32(row[k]) << up) & _MAGNITUDE
-            if magnitude < limit or magnitude > _INFINITE:
+            magnitude = (np.uint32(row[k]) << up) & MAGNITUDE
+            if magnitude < limit or magnitude > INFINITE:
                 peak = max(peak, magnitude)
             else:
                 marks[k] = 1
@@ -196,7 +193,7 @@ def _residual(
     for j in range(len(outliers)):
         k = outliers[j]
         value = np.uint32(row[k]) << up
-        if not elementwise or (value & _MAGNITUDE) >= limit:
+        if not elementwise or (value & MAGNITUDE) >= limit:
             code = np.int8(np.int32(tiles[k // TILE_COLUMNS, place, k % TILE_COLUMNS]) - np.int32(shift))
             residual[j] = as_float(value) - np.float32(code) * step
 

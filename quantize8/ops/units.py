@@ -213,26 +213,6 @@ def read_column(_: Any, block: Any, column: Any, scale: Any, values: Any) -> Any
     return types.void(*(types.intp,) * 4), generate
 
 
-@intrinsic
-def as_float(_: Any, bits: Any) -> Any:
-    """The float32 that uint32 bits stand for."""
-
-    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], _FLOAT)
-
-    return types.float32(types.uint32), generate
-
-
-@intrinsic
-def as_bits(_: Any, value: Any) -> Any:
-    """The bits of a float32, uint32."""
-
-    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], _INT32)
-
-    return types.uint32(types.float32), generate
-
-
 def _is_amx(weight: Any) -> bool:
     return bool(weight.dtype == types.int8)
 
