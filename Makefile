@@ -28,8 +28,9 @@ check: .venv/installed-test
 	$(BIN)/pytest tests/test_docs.py tests/test_house.py
 
 bench: .venv/installed-test
+	$(PIP) -e ".[bench]"
 	$(BIN)/python -m benchmarks.linear_cpu
-	$(BIN)/python -m benchmarks.model_cpu
+	$(BIN)/python -m benchmarks.model_cpu --compile
 	$(BIN)/python -m benchmarks.convert
 
 gpu:

@@ -1,4 +1,4 @@
-"""A checkpoint made on the spot, converted on the CPU and on the GPU: the two folders must hold the same bytes."""
+"""Checkpoints made on the spot; and whether the CPU and the GPU make the same bytes of one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from quantize8.demo import find_model
 from quantize8.operations.convert import convert
+
+TOKENIZER_SIZE = 49152  # tokens of SmolLM2
 
 
 def converts_alike() -> str | None:
@@ -67,3 +70,11 @@ def make_llama(
         "dtype": "bfloat16",
     }
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def add_tokenizer(folder: Path) -> None:
+    """Give a checkpoint of vocabulary TOKENIZER_SIZE the tokenizer of SmolLM2: other tools do not convert without."""
+    from transformers import AutoTokenizer
+
+    model = Path(find_model())
+    AutoTokenizer.from_pretrained(model.parent, gguf_file=model.name).save_pretrained(folder)

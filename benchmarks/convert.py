@@ -1,12 +1,15 @@
-"""Converting, as whole processes: `quantize8 convert` beside `cp -r` and transformers + bitsandbytes.
+"""Converting, as whole processes: `quantize8 convert` beside `cp -r` and other tools' int8 converters.
 
 Each is followed by `sync`, so that what it wrote is on the disk. Warm: the source lies in the system's cache. Cold: the
-cache is dropped before, which takes root. Run: python -m benchmarks.convert [--folder FOLDER] [--layers N]
+cache is dropped before, which takes root. bitsandbytes and CTranslate2 come with the extra `bench`; llama.cpp's
+converter is no package, and is timed where --llama-cpp names its repository. What is missing is left out, by name.
+Run: python -m benchmarks.convert [--folder FOLDER] [--layers N] [--llama-cpp FOLDER]
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -17,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.checkpoints import make_llama
+from benchmarks.checkpoints import TOKENIZER_SIZE, add_tokenizer, make_llama
 from benchmarks.cpu import spread, write
 
 DROP = Path("/proc/sys/vm/drop_caches")
@@ -28,20 +31,27 @@ quantized = BitsAndBytesConfig(load_in_8bit=True)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=quantized, device_map="cpu")
 model.save_pretrained(sys.argv[2])
 """
+CTRANSLATE2 = """
+import sys
+from ctranslate2.converters import TransformersConverter
+TransformersConverter(sys.argv[1]).convert(sys.argv[2], quantization="int8")
+"""
 
 
 def main() -> None:
     """Make the checkpoint, run the variants in turn, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=None, help="where to work (default: a temporary folder)")
-    parser.add_argument("--layers", type=int, default=20, help="of 2048 x 5504; 20 make 2.3 GB")
+    parser.add_argument("--layers", type=int, default=20, help="of 2048 x 5504; 20 make 2.4 GB")
+    parser.add_argument("--llama-cpp", type=Path, default=None, help="a checkout, for its convert_hf_to_gguf.py")
     parser.add_argument("--rounds", type=int, default=5)
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=chosen.folder) as name:
         source, target = Path(name) / "source", Path(name) / "target"
-        make_llama(source, hidden=2048, inner=5504, layers=chosen.layers, vocabulary=32000, shards=4)
+        make_llama(source, hidden=2048, inner=5504, layers=chosen.layers, vocabulary=TOKENIZER_SIZE, shards=4)
+        add_tokenizer(source)
         size = sum(path.stat().st_size for path in source.iterdir())
-        rows = list(measure(source, target, chosen.rounds))
+        rows = list(measure(source, target, chosen.rounds, chosen.llama_cpp))
     for row in rows:
         print(
             f"{row['what']}, {row['cache']}: {row['seconds']['median']:.2f} s, peak RSS {row['peak_rss'] / 1e6:.0f} MB"
@@ -49,7 +59,7 @@ def main() -> None:
     print(f"source {size / 1e9:.2f} GB; written to {write('convert', {'source_bytes': size, 'rows': rows})}")
 
 
-def measure(source: Path, target: Path, rounds: int) -> list[dict[str, Any]]:
+def measure(source: Path, target: Path, rounds: int, llama_cpp: Path | None) -> list[dict[str, Any]]:
     """Seconds and peak memory of each variant, warm and, where the cache can be dropped, cold."""
     commands: dict[str, list[str]] = {
         "cp -r": ["cp", "-r", str(source), str(target)],
@@ -65,13 +75,34 @@ def measure(source: Path, target: Path, rounds: int) -> list[dict[str, Any]]:
             for name, command in commands.items():
                 prepare()
                 found[name].append(_run(command, target))
-        if cache == "warm" and _has("bitsandbytes"):
-            command = [sys.executable, "-c", BITSANDBYTES, str(source), str(target)]
-            found["transformers + bitsandbytes"] = [_run(command, target)]  # one run: it takes long
+        if cache == "warm":  # once each: they take long
+            for name, command in _peers(source, target, llama_cpp).items():
+                found[name] = [_run(command, target)]
         for name, runs in found.items():
             seconds = spread([seconds for seconds, _ in runs])
             rows.append({"what": name, "cache": cache, "seconds": seconds, "peak_rss": max(rss for _, rss in runs)})
     return rows
+
+
+def _peers(source: Path, target: Path, llama_cpp: Path | None) -> dict[str, list[str]]:
+    """Commands of the other tools that are here."""
+    python, folders = sys.executable, [str(source), str(target)]
+    scripts = {
+        "transformers + bitsandbytes": ("bitsandbytes", BITSANDBYTES),
+        "CTranslate2": ("ctranslate2", CTRANSLATE2),
+    }
+    peers = {}
+    for name, (package, script) in scripts.items():
+        if importlib.util.find_spec(package) is None:
+            print(f"{name}: {package} is not installed, left out")
+        else:
+            peers[name] = [python, "-c", script, *folders]
+    if llama_cpp is None:
+        print("llama.cpp: left out; name a checkout with --llama-cpp")
+    else:
+        command = [python, str(llama_cpp / "convert_hf_to_gguf.py"), str(source)]
+        peers["llama.cpp"] = [*command, "--outtype", "q8_0", "--outfile", str(target)]
+    return peers
 
 
 def _run(command: list[str], target: Path) -> tuple[float, int]:
@@ -89,7 +120,7 @@ def _run(command: list[str], target: Path) -> tuple[float, int]:
         if process.returncode:
             errors.seek(0)
             raise RuntimeError(f"{command[0]}: {errors.read().decode()[-500:]}")
-    shutil.rmtree(target)
+    shutil.rmtree(target) if target.is_dir() else target.unlink()
     return seconds, peak
 
 
@@ -105,12 +136,6 @@ def _peak_of(process: int) -> int:
 def _drop_caches() -> None:
     subprocess.run(["sync"], check=True)
     DROP.write_text("3")
-
-
-def _has(package: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(package) is not None
 
 
 if __name__ == "__main__":

@@ -1,27 +1,33 @@
 """Whole models on a CPU: prefill of 512 tokens and decode of 64, the source in bfloat16 against its int8 artifact.
 
-Both are transformers models run by the same loop, in turn, in one process. CTranslate2 is left out where it is not
-installed. Run: python -m benchmarks.model_cpu [MODEL ...], folders or GGUF files (default: SmolLM2-135M-Instruct from
-its package, and a random Llama of 1.2 billion weights)
+Both are transformers models run by the same loop, in turn, in one process; with --compile also with a static cache and
+a decode step through torch.compile. CTranslate2 runs the same model in int8, its output head and embeddings too, and is
+left out where it is not installed. Run: python -m benchmarks.model_cpu [--compile] [MODEL ...], folders or GGUF files
+(default: SmolLM2-135M-Instruct from its package, and a random Llama of 1.2 billion weights)
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import json
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.checkpoints import make_llama
+from benchmarks.checkpoints import TOKENIZER_SIZE, add_tokenizer, make_llama
 from benchmarks.cpu import spread, write
 from quantize8.demo import find_model
 from quantize8.model.loading import load
 from quantize8.operations.convert import convert
 
 PROMPT, STEPS = 512, 64
+VARIANTS = ("bf16", "quantize8", "bf16, compiled", "quantize8, compiled", "CTranslate2")
 
 
 def main() -> None:
@@ -29,60 +35,105 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="also a compiled decode step; takes minutes more")
     chosen = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         models = chosen.models
         if not models:
-            make_llama(folder / "llama-1.2b", layers=20, vocabulary=32000, shards=4)
+            make_llama(folder / "llama-1.2b", layers=20, vocabulary=TOKENIZER_SIZE, shards=4)
+            add_tokenizer(folder / "llama-1.2b")
             models = [Path(find_model()), folder / "llama-1.2b"]
         for number, model in enumerate(models):
-            row = measure(model, folder / f"int8-{number}", chosen.rounds)
+            row = measure(model, folder / str(number), chosen.rounds, chosen.compile)
             rows.append(row)
             print(line(row), flush=True)
     print(f"written to {write('model-cpu', {'threads': torch.get_num_threads(), 'rows': rows})}")
 
 
-def measure(source: Path, artifact: Path, rounds: int) -> dict[str, Any]:
-    """Tokens a second of both, by phase."""
-    convert(str(source), artifact, device="cpu")
-    models = {"bf16": load(source, "cpu", dtype="bfloat16")[0], "quantize8": load(artifact, "cpu", dtype="bfloat16")[0]}
-    found: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
+def measure(source: Path, folder: Path, rounds: int, compiled: bool = False) -> dict[str, Any]:
+    """Tokens a second of each variant, by phase; works in a new folder."""
+    folder.mkdir()
+    convert(str(source), folder / "int8", device="cpu")
+    models = {
+        "bf16": load(source, "cpu", dtype="bfloat16")[0],
+        "quantize8": load(folder / "int8", "cpu", dtype="bfloat16")[0],
+    }
+    runs: dict[str, Callable[[], tuple[float, float]]] = {}
+    for name, model in models.items():
+        runs[name] = partial(generate, model)
+        if compiled:
+            step = torch.compile(model, dynamic=False)
+            runs[f"{name}, compiled"] = partial(generate, model, step)
+    if importlib.util.find_spec("ctranslate2") is None:
+        print("CTranslate2: not installed, left out")
+    else:
+        runs["CTranslate2"] = _ctranslate2(source, folder)
+    found: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in runs}
     for round_ in range(rounds + 1):
-        for name, model in models.items():
-            prefill, decode = generate(model)
-            if round_:  # the first is to warm up, and to pack the weights
+        for name, run in runs.items():
+            prefill, decode = run()
+            if round_:  # the first is to warm up, to pack the weights, and to compile
                 found[name]["prefill"].append(prefill)
                 found[name]["decode"].append(decode)
     speeds = {name: {phase: spread(values) for phase, values in phases.items()} for name, phases in found.items()}
     return {"model": source.name, "tokens_per_s": speeds}
 
 
-def generate(model: Any) -> tuple[float, float]:
-    """Tokens a second of one prefill and of the greedy steps after it."""
-    from transformers import DynamicCache
+def generate(model: Any, step: Any = None) -> tuple[float, float]:
+    """Tokens a second of one prefill and of the greedy steps after it; `step`, the compiled model, for the latter."""
+    from transformers import DynamicCache, StaticCache
 
     ids = torch.arange(PROMPT)[None] % model.config.vocab_size
     with torch.inference_mode():
-        cache = DynamicCache(config=model.config)
+        if step is None:
+            cache = DynamicCache(config=model.config)
+        else:
+            cache = StaticCache(config=model.config, max_cache_len=PROMPT + STEPS)
         start = time.perf_counter()
         token = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
         middle = time.perf_counter()
         for _ in range(STEPS):
-            token = model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
+            token = (
+                (step or model)(token, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
+            )
         end = time.perf_counter()
     return PROMPT / (middle - start), STEPS / (end - middle)
 
 
+def _ctranslate2(source: Path, folder: Path) -> Callable[[], tuple[float, float]]:
+    """The same for CTranslate2's int8 of a model, on as many threads."""
+    import ctranslate2
+
+    if source.is_file():
+        model, tokenizer = load(source, "cpu", dtype="float16")
+        source = folder / "float16"
+        model.save_pretrained(source)
+        tokenizer.save_pretrained(source)
+    converted = folder / "ctranslate2"
+    ctranslate2.converters.TransformersConverter(str(source)).convert(str(converted), quantization="int8")
+    threads = torch.get_num_threads()
+    generator = ctranslate2.Generator(str(converted), compute_type="int8_float32", intra_threads=threads)
+    prompt = json.loads((converted / "vocabulary.json").read_text())[:PROMPT]
+
+    def run() -> tuple[float, float]:
+        start = time.perf_counter()
+        tokens = generator.generate_tokens(prompt, max_length=STEPS + 1, sampling_topk=1, end_token=[])
+        times = [time.perf_counter() for _ in tokens]
+        return PROMPT / (times[0] - start), (len(times) - 1) / (times[-1] - times[0])
+
+    return run
+
+
 def line(row: dict[str, Any]) -> str:
-    """One model as text."""
-    ours, base = row["tokens_per_s"]["quantize8"], row["tokens_per_s"]["bf16"]
+    """One model as a row of a table: prefill / decode in tokens a second."""
+    speeds = row["tokens_per_s"]
     cells = [
-        f"{phase} {ours[phase]['median']:.1f} tokens/s, {ours[phase]['median'] / base[phase]['median']:.2f}x bf16"
-        for phase in ("prefill", "decode")
+        f"{speeds[name]['prefill']['median']:.0f} / {speeds[name]['decode']['median']:.1f}" if name in speeds else "-"
+        for name in VARIANTS
     ]
-    return f"{row['model']}: " + "; ".join(cells)
+    return f"| {row['model']} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

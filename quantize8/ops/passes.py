@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from quantize8.ops.bits import INFINITE, MAGNITUDE, ROUNDER, as_bits, as_float
+from quantize8.ops.epilogue import finish, read_column
 from quantize8.ops.jit import compiled, prange
 from quantize8.ops.reference import INT8_MAX
 from quantize8.ops.units import (
@@ -19,10 +20,8 @@ from quantize8.ops.units import (
     LINES,
     TILE_COLUMNS,
     TILE_ROWS,
-    finish,
     multiply,
     prepare,
-    read_column,
     release,
 )
 
