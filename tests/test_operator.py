@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from quantize8 import Int8Linear
-from quantize8.ops.operator import linear
+from quantize8.ops.choice import has_int8_unit
+from quantize8.ops.operator import linear, packed_linear
 
 
 def layer(out_features: int = 12, in_features: int = 32, bias: bool = True) -> Int8Linear:
@@ -28,6 +29,25 @@ def arguments(tokens: int, dtype=torch.float32, bias: bool = True, gradient: boo
 def test_the_operator_keeps_the_rules_of_torch(tokens, gradient, bias):
     """Schema, shape function, gradient registration, and tracing under ahead-of-time autograd."""
     torch.library.opcheck(linear, arguments(tokens, bias=bias, gradient=gradient))
+
+
+@pytest.mark.skipif(not has_int8_unit(32), reason="weights go into tiles on processors with AMX or AVX512-VNNI")
+@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_operator_on_tiles_keeps_them_too_and_is_what_a_compiled_model_calls(tokens, bias):
+    made, x = layer(bias=bias), torch.randn(tokens, 32)
+    tiles = made.pack()
+    rest = (made.bias, 12, 6.0, "dynamic")
+    torch.library.opcheck(packed_linear, (x, tiles.tiles, tiles.scale, tiles.start, *rest))
+    names = []
+
+    def look(graph, inputs):
+        names.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    with torch.no_grad():
+        assert torch.equal(torch.compile(made, fullgraph=True, backend=look, dynamic=False)(x), made(x))
+    assert any("packed_linear" in name for name in names) and made._packed is tiles
 
 
 @pytest.mark.parametrize("tokens", [3, 40])

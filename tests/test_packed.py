@@ -155,6 +155,18 @@ def test_parts_and_outlier_columns_of_any_number_change_nothing(unit, monkeypatc
                 assert torch.equal(theirs.linear(x, None, 6.0, "dynamic"), whole)
 
 
+def test_torch_finds_its_own_tiles_as_it_left_them():
+    """torch's bfloat16 products may use AMX too, on the same threads."""
+    _, ours = weight_of(64, 128)
+    x, weight = torch.randn(70, 256).bfloat16(), torch.randn(96, 256).bfloat16()
+    expected = nn.functional.linear(x, weight)
+    small = nn.functional.linear(x[:5], weight)
+    for tokens in (1, 20, 70) * 5:
+        ours.linear(torch.randn(tokens, 128), None, 6.0, "dynamic")
+        assert torch.equal(nn.functional.linear(x, weight), expected)
+        assert torch.equal(nn.functional.linear(x[:5], weight), small)
+
+
 def test_fewer_threads_where_torch_is_told_so():
     _, theirs = weight_of(64, 64)
     threads = torch.get_num_threads()
