@@ -94,10 +94,10 @@ def generate(model: Any, step: Any = None) -> tuple[float, float]:
         start = time.perf_counter()
         token = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
         middle = time.perf_counter()
-        for _ in range(STEPS):
-            token = (
-                (step or model)(token, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
-            )
+        for i in range(STEPS):
+            given = {} if step is None else {"cache_position": torch.tensor([PROMPT + i])}
+            output = (model if step is None else step)(token, past_key_values=cache, logits_to_keep=1, **given)
+            token = output.logits[:, -1].argmax(-1, keepdim=True)
         end = time.perf_counter()
     return PROMPT / (middle - start), STEPS / (end - middle)
 

@@ -16,6 +16,7 @@ from quantize8.ops.reference import Array, as_bytes
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+_AHEAD = 64 * 2**20  # bytes between what is read and what the disk is asked for: some blocks of each thread
 
 
 class _Place(NamedTuple):
@@ -39,6 +40,8 @@ class SafetensorsCheckpoint(Checkpoint):
         values = np.empty((stop - start, *info.shape[1:]), DTYPES[info.dtype])
         row_bytes = info.nbytes // (info.shape[0] if info.shape else 1) if info.nbytes else 0
         target, position = as_bytes(values), place.offset + start * row_bytes
+        if hasattr(os, "posix_fadvise"):  # what comes next is on its way while this is computed with
+            os.posix_fadvise(place.descriptor, position + _AHEAD, values.nbytes, os.POSIX_FADV_WILLNEED)
         done = 0
         while done < values.nbytes:
             try:
