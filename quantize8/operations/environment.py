@@ -74,8 +74,9 @@ def _kernels() -> str:
 
 
 def _devices() -> tuple[str, list[str]]:
-    """The CPU's vector extensions as torch uses them, and the GPUs that torch sees."""
+    """The CPU's vector extensions as torch uses them, its int8 unit, and the GPUs that torch sees."""
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return torch.backends.cpu.get_cpu_capability(), gpus
+    unit = next(iter(choice.int8_units()), None)
+    return f"{torch.backends.cpu.get_cpu_capability()}, {f'int8 by {unit}' if unit else 'no int8 unit'}", gpus

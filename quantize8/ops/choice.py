@@ -50,6 +50,15 @@ def has_int8_unit(columns: int) -> bool:
     return packed.available(columns)
 
 
+def int8_units() -> tuple[str, ...]:
+    """Names of the CPU's units for int8 products that can be used here, the fastest first."""
+    if not jit.INSTALLED:
+        return ()
+    from quantize8.ops import units
+
+    return units.available()
+
+
 @cache
 def problem(index: int = 0) -> str | None:
     """One line on why a GPU cannot be used and how to mend it; None where it can."""
