@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import convert as convert_benchmark
 from benchmarks.checkpoints import TOKENIZER_SIZE, add_tokenizer, make_llama
 from benchmarks.cpu import spread, write
 from quantize8.demo import find_model
@@ -27,6 +29,17 @@ from quantize8.model.loading import load
 from quantize8.operations.convert import convert
 
 PROMPT, STEPS = 512, 64
+CTRANSLATE2 = """
+import json, sys, time, ctranslate2
+folder, threads, prompt, steps = sys.argv[1], *map(int, sys.argv[2:])
+model = ctranslate2.Generator(folder, compute_type="int8_float32", intra_threads=threads)
+tokens = json.load(open(folder + "/vocabulary.json"))[:prompt]
+for _ in range(2):  # the first is to warm up
+    start = time.perf_counter()
+    stream = model.generate_tokens(tokens, max_length=steps + 1, sampling_topk=1, end_token=[])
+    times = [time.perf_counter() for _ in stream]
+print(prompt / (times[0] - start), (len(times) - 1) / (times[-1] - times[0]))
+"""
 VARIANTS = ("bf16", "quantize8", "bf16, compiled", "quantize8, compiled", "CTranslate2")
 
 
@@ -103,25 +116,19 @@ def generate(model: Any, step: Any = None) -> tuple[float, float]:
 
 
 def _ctranslate2(source: Path, folder: Path) -> Callable[[], tuple[float, float]]:
-    """The same for CTranslate2's int8 of a model, on as many threads."""
-    import ctranslate2
-
+    """The same for CTranslate2's int8 of a model, in processes of their own: its threads would slow the others."""
     if source.is_file():
         model, tokenizer = load(source, "cpu", dtype="float16")
         source = folder / "float16"
         model.save_pretrained(source)
         tokenizer.save_pretrained(source)
-    converted = folder / "ctranslate2"
-    ctranslate2.converters.TransformersConverter(str(source)).convert(str(converted), quantization="int8")
-    threads = torch.get_num_threads()
-    generator = ctranslate2.Generator(str(converted), compute_type="int8_float32", intra_threads=threads)
-    prompt = json.loads((converted / "vocabulary.json").read_text())[:PROMPT]
+    converted = str(folder / "ctranslate2")
+    subprocess.run([sys.executable, "-c", convert_benchmark.CTRANSLATE2, str(source), converted], check=True)
+    command = [sys.executable, "-c", CTRANSLATE2, converted, *map(str, (torch.get_num_threads(), PROMPT, STEPS))]
 
     def run() -> tuple[float, float]:
-        start = time.perf_counter()
-        tokens = generator.generate_tokens(prompt, max_length=STEPS + 1, sampling_topk=1, end_token=[])
-        times = [time.perf_counter() for _ in tokens]
-        return PROMPT / (times[0] - start), (len(times) - 1) / (times[-1] - times[0])
+        prefill, decode = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        return float(prefill), float(decode)
 
     return run
 
