@@ -9,7 +9,6 @@ Run: python -m benchmarks.convert [--folder FOLDER] [--layers N] [--llama-cpp FO
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.checkpoints import TOKENIZER_SIZE, add_tokenizer, make_llama
-from benchmarks.cpu import spread, write
+from benchmarks.cpu import has, spread, write
 
 DROP = Path("/proc/sys/vm/drop_caches")
 BITSANDBYTES = """
@@ -93,9 +92,7 @@ def _peers(source: Path, target: Path, llama_cpp: Path | None) -> dict[str, list
     }
     peers = {}
     for name, (package, script) in scripts.items():
-        if importlib.util.find_spec(package) is None:
-            print(f"{name}: {package} is not installed, left out")
-        else:
+        if has(package):
             peers[name] = [python, "-c", script, *folders]
     if llama_cpp is None:
         print("llama.cpp: left out; name a checkout with --llama-cpp")

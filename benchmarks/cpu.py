@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -35,6 +36,14 @@ def about_machine() -> dict[str, Any]:
         "commit": commit or "unknown",
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def has(package: str) -> bool:
+    """Whether a peer is installed; says so where it is not."""
+    found = importlib.util.find_spec(package) is not None
+    if not found:
+        print(f"{package}: not installed, left out")
+    return found
 
 
 def interleaved(variants: dict[str, Callable[[int], Any]], rounds: int, warm: int = 2) -> dict[str, dict[str, float]]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from benchmarks.cpu import interleaved, write
+from benchmarks.cpu import has, interleaved, write
 from quantize8.ops.packed import PackedWeight
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096))  # out features, in features
@@ -41,7 +41,7 @@ def measure(out_features: int, in_features: int, tokens: tuple[int, ...], rounds
     count = max(2, min(24, ROTATION_BYTES // (2 * out_features * in_features)))
     floats = [torch.randn(out_features, in_features).mul_(0.02).bfloat16() for _ in range(count)]
     ours = [_packed(out_features, in_features) for _ in range(count)]
-    peers = [_bitsandbytes(weight) for weight in floats[: max(2, count // 2)]] if _has_bitsandbytes() else []
+    peers = [_bitsandbytes(weight) for weight in floats[: max(2, count // 2)]] if has("bitsandbytes") else []
     rows = []
     with torch.inference_mode():
         for m in tokens:
@@ -72,19 +72,10 @@ def _packed(out_features: int, in_features: int) -> PackedWeight:
     return PackedWeight(codes, torch.rand(out_features) + 0.5)
 
 
-def _has_bitsandbytes() -> bool:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        print("bitsandbytes: not installed, left out")
-        return False
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every call that it casts to float16
-    return True
-
-
 def _bitsandbytes(weight: torch.Tensor) -> Any:
     import bitsandbytes as bnb
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every call that it casts to float16
     layer = bnb.nn.Linear8bitLt(
         weight.shape[1], weight.shape[0], bias=False, has_fp16_weights=False, threshold=THRESHOLD
     )

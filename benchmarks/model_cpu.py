@@ -9,7 +9,6 @@ left out where it is not installed. Run: python -m benchmarks.model_cpu [--compi
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ import torch
 
 from benchmarks import convert as convert_benchmark
 from benchmarks.checkpoints import TOKENIZER_SIZE, add_tokenizer, make_llama
-from benchmarks.cpu import spread, write
+from benchmarks.cpu import has, spread, write
 from quantize8.demo import find_model
 from quantize8.model.loading import load
 from quantize8.operations.convert import convert
@@ -79,9 +78,7 @@ def measure(source: Path, folder: Path, rounds: int, compiled: bool = False) -> 
         if compiled:
             step = torch.compile(model, dynamic=False)
             runs[f"{name}, compiled"] = partial(generate, model, step)
-    if importlib.util.find_spec("ctranslate2") is None:
-        print("CTranslate2: not installed, left out")
-    else:
+    if has("ctranslate2"):
         runs["CTranslate2"] = _ctranslate2(source, folder)
     found: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in runs}
     for round_ in range(rounds + 1):

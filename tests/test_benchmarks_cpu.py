@@ -28,7 +28,7 @@ def test_linear_layers_are_timed_side_by_side():
 
 def test_conversions_are_timed_as_processes(tmp_path, monkeypatch):
     checkpoints.make_llama(tmp_path / "source", hidden=64, inner=48, layers=2, vocabulary=64, shards=2)
-    monkeypatch.setattr(convert.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(convert, "has", lambda package: False)
     monkeypatch.setattr(convert, "DROP", tmp_path / "absent")
     rows = convert.measure(tmp_path / "source", tmp_path / "target", 1, None)
     assert [(row["what"], row["cache"]) for row in rows] == [("cp -r", "warm"), ("quantize8 convert", "warm")]
@@ -39,7 +39,7 @@ def test_a_model_is_timed_beside_its_source(tmp_path, monkeypatch):
     monkeypatch.setattr(model_cpu, "PROMPT", 20)
     monkeypatch.setattr(model_cpu, "STEPS", 2)
     checkpoints.make_llama(tmp_path / "source", hidden=64, inner=48, layers=1, vocabulary=64)
-    monkeypatch.setattr(model_cpu.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(model_cpu, "has", lambda package: False)
     row = model_cpu.measure(tmp_path / "source", tmp_path / "work", rounds=1)
     assert row["tokens_per_s"]["quantize8"]["decode"]["median"] > 0
     assert re.fullmatch(r"\| source \| \d+ / [\d.]+ \| \d+ / [\d.]+ \| - \| - \| - \|", model_cpu.line(row))
