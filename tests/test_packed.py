@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from quantize8 import Int8Linear
+from quantize8 import DependencyError, Int8Linear
 from quantize8.model import linear as layers
 from quantize8.ops import packed, passes, reference, units
 from quantize8.ops.packed import PackedWeight
@@ -153,6 +153,13 @@ def test_parts_and_outlier_columns_of_any_number_change_nothing(unit, monkeypatc
             for part_bytes in (2**14, 2**16):
                 patch.setattr(packed, "_PART_BYTES", part_bytes)
                 assert torch.equal(theirs.linear(x, None, 6.0, "dynamic"), whole)
+
+
+def test_tiles_for_a_unit_that_is_not_here_are_refused(monkeypatch):
+    _, ours = weight_of(40, 64)
+    monkeypatch.setattr(units, "available", lambda: ())
+    with pytest.raises(DependencyError, match=f"laid out for {UNITS[0]}, which is not here"):
+        packed.linear(torch.ones(2, 64), ours.tiles, ours.scale, ours.start, None, 40, 6.0, "dynamic")
 
 
 def test_torch_finds_its_own_tiles_as_it_left_them():

@@ -17,6 +17,7 @@ import torch
 from numba import config, set_num_threads
 from torch import Tensor
 
+from quantize8.errors import DependencyError
 from quantize8.ops import units
 from quantize8.ops.jit import PARALLEL
 from quantize8.ops.passes import NOTHING, decode, prefill
@@ -74,7 +75,15 @@ def linear(
     threshold: float,
     mode: str,
 ) -> Tensor:
-    """`PackedWeight.linear` on the tensors that one consists of."""
+    """`PackedWeight.linear` on the tensors that one consists of.
+
+    Raises DependencyError where they are laid out for a unit that this processor lacks: a saved graph may have moved.
+    """
+    unit = "vnni" if tiles.dtype == torch.uint8 else "amx"
+    if unit not in units.available():
+        raise DependencyError(
+            f"packed_linear: the weight is laid out for {unit}, which is not here; load the model anew"
+        )
     return _linear(x, (tiles.numpy(), scale.numpy(), start.numpy()), bias, out_features, threshold, mode)
 
 
