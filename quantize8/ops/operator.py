@@ -60,14 +60,7 @@ def _shape(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, thresh
 
 @torch.library.register_fake("quantize8::packed_linear", lib=_LIBRARY)
 def _packed_shape(
-    x: Tensor,
-    tiles: Tensor,
-    scale: Tensor,
-    start: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    threshold: float,
-    mode: str,
+    x: Tensor, tiles: Tensor, scale: Tensor, start: Tensor, bias: Tensor | None, out_features: int, *_: Any
 ) -> Tensor:
     return x.new_empty((x.shape[0], out_features))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from quantize8.ops.bits import INFINITE, MAGNITUDE, ROUNDER, as_bits, as_float
+from quantize8.ops.bits import INFINITE, MAGNITUDE, ROUNDER, as_bits, as_float, value_of
 from quantize8.ops.epilogue import finish, read_column
 from quantize8.ops.jit import compiled, prange
 from quantize8.ops.reference import INT8_MAX
@@ -130,19 +130,17 @@ def _to_digits(row: Any, limit: Any, count: int, first: int, step: int, shift: i
     marks[k] = 1.
     """
     columns, padded = len(row), digits.shape[1] * TILE_COLUMNS
-    up = np.uint32(32 - 8 * row.itemsize)
     peak = np.uint32(0)
     for k in range(columns):
-        peak = max(peak, (np.uint32(row[k]) << up) & MAGNITUDE)
+        peak = max(peak, as_bits(value_of(row[k])) & MAGNITUDE)
     if peak >= limit:
         peak = _without_outliers(row, limit, marks)
     absmax = as_float(peak)
     inverse = _inverse(absmax)
     rest = np.empty(padded, np.float32)
     for k in range(columns):
-        value = np.uint32(row[k]) << up
-        magnitude = value & MAGNITUDE
-        rest[k] = as_float(np.uint32(0) if magnitude >= limit else value) * inverse
+        value = value_of(row[k])
+        rest[k] = (np.float32(0) if as_bits(value) & MAGNITUDE >= limit else value) * inverse
     rest[columns if inverse else 0 :] = 0  # infinity * 0 is no number
     rounder = ROUNDER + np.float32(shift)
     for d in range(count):
@@ -163,19 +161,18 @@ def _without_outliers(row: Any, limit: Any, marks: Any) -> Any:
 
     Threads share the marks, and so write those only that are not set yet.
     """
-    up = np.uint32(32 - 8 * row.itemsize)
     whole = len(row) // TILE_COLUMNS
     peak = np.uint32(0)
     for s in range(whole + 1):
         unmarked = np.uint32(s == whole)
         if s < whole:  # 64 elements, so that the loop is compiled to a few instructions
             for k in range(TILE_COLUMNS):
-                magnitude = (np.uint32(row[s * TILE_COLUMNS + k]) << up) & MAGNITUDE
+                magnitude = as_bits(value_of(row[s * TILE_COLUMNS + k])) & MAGNITUDE
                 outlier = (magnitude >= limit) & (magnitude <= INFINITE)
                 peak = max(peak, np.uint32(0) if outlier else magnitude)
                 unmarked |= np.uint32(outlier) & ~marks[s * TILE_COLUMNS + k]
         for k in range(s * TILE_COLUMNS, min((s + 1) * TILE_COLUMNS, len(row)) if unmarked else 0):
-            magnitude = (np.uint32(row[k]) << up) & MAGNITUDE
+            magnitude = as_bits(value_of(row[k])) & MAGNITUDE
             if magnitude < limit or magnitude > INFINITE:
                 peak = max(peak, magnitude)
             else:
@@ -188,13 +185,12 @@ def _residual(
     row: Any, limit: Any, elementwise: bool, outliers: Any, tiles: Any, place: int, step: Any, shift: int, residual: Any
 ) -> None:
     """residual [J] = x - code * step of a token's outlier columns; elementwise 0 at magnitudes below `limit`."""
-    up = np.uint32(32 - 8 * row.itemsize)
     for j in range(len(outliers)):
         k = outliers[j]
-        value = np.uint32(row[k]) << up
-        if not elementwise or (value & MAGNITUDE) >= limit:
+        value = value_of(row[k])
+        if not elementwise or as_bits(value) & MAGNITUDE >= limit:
             code = np.int8(np.int32(tiles[k // TILE_COLUMNS, place, k % TILE_COLUMNS]) - np.int32(shift))
-            residual[j] = as_float(value) - np.float32(code) * step
+            residual[j] = value - np.float32(code) * step
 
 
 @compiled(nogil=True)
