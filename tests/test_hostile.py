@@ -172,9 +172,9 @@ def test_a_hub_id_that_cannot_be_had(refused):
 
 def test_a_quantized_source(refused, tmp_path):
     source = llama(tmp_path / "source")
-    config = json.loads((source / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    config = json.loads((source / "config.json").read_text()) | {"quantization_config": {"quant_method": "eetq"}}
     (source / "config.json").write_text(json.dumps(config))
-    assert "is quantized already" in refused(source)
+    assert "is quantized by eetq, which is not read" in refused(source)
 
 
 def test_a_source_with_scales_but_no_word_of_it(refused, tmp_path):

@@ -6,6 +6,7 @@ import torch
 from making import llama
 from safetensors.torch import load_file, save_file
 
+from quantize8.artifact.bitsandbytes import BitsAndBytes
 from quantize8.artifact.plan import make_plan
 from quantize8.checkpoint import open_checkpoint
 from quantize8.checkpoint.structure import is_skipped
@@ -13,7 +14,7 @@ from quantize8.recipe import Recipe, load_recipe
 
 
 def plan_of(source, recipe=None):
-    return make_plan(open_checkpoint(str(source)), recipe or load_recipe("llm-int8"))
+    return make_plan(open_checkpoint(str(source)), recipe or load_recipe("llm-int8"), BitsAndBytes())
 
 
 def test_counts_of_weights_and_bytes(tmp_path):

@@ -3,30 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from quantize8.artifact.format import Format
 from quantize8.artifact.layout import OutTensor
-from quantize8.checkpoint import TensorInfo
-from quantize8.errors import ArtifactError
+from quantize8.checkpoint.bitsandbytes import LAYOUT, METHOD, SCALE
+from quantize8.checkpoint.structure import Structure, is_skipped
+from quantize8.ops.reference import Array
 
-NAME = "bitsandbytes"
-SCALE = "SCB"  # absmax of each row, float32 [N]: bitsandbytes stores it undivided
-_FORMAT = "weight_format"  # uint8, no dimensions; 0 = row-major, the only layout that is still read
+if TYPE_CHECKING:
+    from quantize8.artifact.plan import Plan
 
 
-def module_tensors(module: str, shape: tuple[int, int]) -> list[OutTensor]:
-    """Tensors of a quantized module with a weight [N, K], the weight first."""
-    return [
-        OutTensor(f"{module}.weight", "I8", shape),
-        OutTensor(f"{module}.{SCALE}", "F32", shape[:1]),
-        OutTensor(f"{module}.{_FORMAT}", "U8", ()),
-    ]
+@dataclass(frozen=True)
+class BitsAndBytes(Format):
+    """Int8 codes with the absmax of each row; experts stay in floating point, for transformers joins them."""
+
+    name: str = METHOD
+    suffix: str = "int8"
+
+    def linears(self, structure: Structure) -> tuple[dict[str, str], dict[str, str]]:
+        """See `Format.linears`."""
+        return structure.linears, dict.fromkeys(structure.experts, "experts, which this format cannot hold in int8")
+
+    def misfits(self, modules: Mapping[str, str], structure: Structure) -> Mapping[str, str]:
+        """Modules that an entry of the skip list also matches: it matches what begins or ends with it."""
+        patterns = structure.skip_list(set(modules))
+        caught = [name for name in modules if is_skipped(structure.model_names.get(name, name), patterns)]
+        return dict.fromkeys(caught, "a loader cannot tell it from a module of like name that stays in floating point")
+
+    def module_tensors(self, module: str, shape: tuple[int, int], kind: str) -> list[OutTensor]:
+        """See `Format.module_tensors`."""
+        return [
+            OutTensor(f"{module}.weight", "I8", shape),
+            OutTensor(f"{module}.{SCALE}", "F32", shape[:1]),
+            OutTensor(f"{module}.{LAYOUT}", "U8", ()),
+        ]
+
+    def scales(self, absmax: Array, shape: tuple[int, int], kind: str) -> list[Array]:
+        """See `Format.scales`."""
+        return [absmax, np.zeros((), np.uint8)]
+
+    def edit_config(self, config: dict[str, Any], plan: Plan) -> dict[str, Any]:
+        """See `Format.edit_config`."""
+        return {**config, "quantization_config": quantization_config(plan.recipe.threshold, plan.skip_list)}
 
 
 def quantization_config(threshold: float, skip_modules: list[str]) -> dict[str, Any]:
     """The entry of config.json. A list of modules, even an empty one, replaces transformers' own choice."""
     return {
-        "quant_method": "bitsandbytes",
+        "quant_method": METHOD,
         "load_in_8bit": True,
         "load_in_4bit": False,
         "llm_int8_threshold": float(threshold),  # an integer is refused by transformers
@@ -34,18 +63,3 @@ def quantization_config(threshold: float, skip_modules: list[str]) -> dict[str, 
         "llm_int8_has_fp16_weight": False,
         "llm_int8_enable_fp32_cpu_offload": False,  # stored as true, int8 weights would load as plain Linear ones
     }
-
-
-def check_module(tensors: Mapping[str, TensorInfo], module: str, where: object) -> None:
-    """Raise ArtifactError unless a module's weight is int8 [N, K] and its scales are float32 [N]."""
-    weight, scale = tensors.get(f"{module}.weight"), tensors.get(f"{module}.{SCALE}")
-    if weight is None or scale is None:
-        raise ArtifactError(f"{where}: {module} lacks its weight or its {SCALE}; copy or convert the artifact again")
-    if (weight.dtype, len(weight.shape), scale.dtype, scale.shape) != ("I8", 2, "F32", weight.shape[:1]):
-        raise ArtifactError(f"{where}: {module} is not int8 [N, K] with float32 {SCALE} [N]; convert the source again")
-
-
-def is_int8(config: dict[str, Any]) -> bool:
-    """Whether a config.json says that the folder holds int8 weights in this format."""
-    entry = config.get("quantization_config")
-    return isinstance(entry, dict) and entry.get("quant_method", NAME) == NAME and entry.get("load_in_8bit") is True

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from quantize8.artifact import bitsandbytes
+from quantize8.artifact.format import Format
 from quantize8.artifact.layout import DEFAULT_SHARD_SIZE, OutTensor, Shard, plan_shards
 from quantize8.checkpoint import Checkpoint, TensorInfo
-from quantize8.checkpoint.base import FLOATING, QUANTIZABLE
-from quantize8.checkpoint.structure import CONV1D, LINEAR, Structure, is_skipped, read_structure
+from quantize8.checkpoint.base import FLOATING, QUANTIZABLE, main_dtype, model_dtype
+from quantize8.checkpoint.structure import CONV1D, LINEAR, Structure, read_structure
 from quantize8.errors import SourceError
 from quantize8.recipe import Recipe
 
@@ -19,10 +19,13 @@ class Plan:
     """What a conversion will do, from headers alone."""
 
     checkpoint: Checkpoint
+    format: Format
     recipe: Recipe
-    modules: dict[str, str]  # module that becomes int8 -> Linear or Conv1D
+    modules: dict[str, str]  # module that becomes int8 -> LINEAR, CONV1D or EXPERT
     kept: dict[str, str]  # Linear weight that does not -> why
     skip_list: list[str]
+    transposed: set[str]  # tensors whose two dimensions change places
+    outputs: dict[str, list[OutTensor]]  # source tensor -> what becomes of it
     shards: list[Shard]
 
     @property
@@ -32,7 +35,12 @@ class Plan:
 
     @property
     def source_bytes(self) -> int:
-        """Bytes of the source's tensors."""
+        """Bytes of the source's tensors, as stored."""
+        return self.checkpoint.stored_bytes
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the source's tensors as they are read, quantized ones decoded."""
         return sum(info.nbytes for info in self.checkpoint.tensors.values())
 
     @property
@@ -42,53 +50,53 @@ class Plan:
 
     @property
     def weights(self) -> int:
-        """How many floating-point numbers the source holds."""
+        """How many floating-point numbers the source stands for."""
         return sum(math.prod(info.shape) for info in self.checkpoint.tensors.values() if info.dtype in FLOATING)
 
     def module_of(self, info: TensorInfo) -> str | None:
         """The module that a source tensor is the weight of, if it becomes int8."""
-        return _module_of(info, self.modules)
+        module = info.name.removesuffix(".weight")
+        return module if module != info.name and module in self.modules else None
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, max_shard_size: str = DEFAULT_SHARD_SIZE) -> Plan:
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, output: Format, max_shard_size: str = DEFAULT_SHARD_SIZE) -> Plan:
     """Settle which tensors become int8 and where every byte of the output goes; reads headers only."""
-    config = checkpoint.config
-    if "quantization_config" in config:
-        raise SourceError(f"{checkpoint.name}: is quantized already; name the original 16-bit or 32-bit checkpoint")
-    structure = read_structure(config, checkpoint.tensors)
-    modules, kept = _choose(structure, recipe, checkpoint.tensors)
-    if not modules:
-        raise SourceError(f"{checkpoint.name}: has no weights that the recipe {recipe.name} would make int8")
-    groups = [_output(info, modules) for info in checkpoint.tensors.values()]
-    names = [tensor.name for group in groups for tensor in group]
+    structure = read_structure(checkpoint.config, checkpoint.tensors)
+    modules, kept = _choose(structure, recipe, output, checkpoint.tensors)
+    if not modules and output.quantizes:
+        raise SourceError(_nothing(checkpoint, structure, recipe, output))
+    skip_list = structure.skip_list(set(modules))
+    # an int8 Conv1D is stored [out, in] in every format, a floating-point one [in, out]
+    turned = {f"{name}.weight" for name, kind in structure.linears.items() if kind == CONV1D}
+    turned = {name for name in turned if (name in checkpoint.decoded) != (name.removesuffix(".weight") in modules)}
+    plan = Plan(checkpoint, output, recipe, modules, kept, skip_list, turned, {}, [])
+    plain = [info for info in checkpoint.tensors.values() if info.name not in checkpoint.decoded]
+    dtypes = model_dtype(checkpoint.config, plain), main_dtype(plain)
+    plan.outputs = {info.name: _outputs(plan, info, *dtypes) for info in checkpoint.tensors.values()}
+    names = [tensor.name for group in plan.outputs.values() for tensor in group]
     if len(set(names)) != len(names):
-        raise SourceError(f"{checkpoint.name}: holds tensors named like quantized ones (.SCB); it is quantized already")
-    return Plan(
-        checkpoint, recipe, modules, kept, structure.skip_list(set(modules)), plan_shards(groups, max_shard_size)
-    )
+        raise SourceError(f"{checkpoint.name}: holds tensors named like quantized ones; it is quantized already")
+    plan.shards = plan_shards(plan.outputs.values(), max_shard_size)
+    return plan
 
 
 def _choose(
-    structure: Structure, recipe: Recipe, tensors: dict[str, TensorInfo]
+    structure: Structure, recipe: Recipe, output: Format, tensors: dict[str, TensorInfo]
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Modules that become int8, and the Linear weights that do not with the reason."""
-    modules = dict(structure.linears)
-    kept = structure.kept | dict.fromkeys(structure.experts, "experts, which this format cannot hold in int8")
-    if recipe.output_head and structure.output_head is not None:
+    linears, refused = output.linears(structure)
+    modules, kept = dict(linears), structure.kept | refused
+    if recipe.output_head and structure.output_head is not None and output.quantizes:
         modules[structure.output_head] = LINEAR
         del kept[structure.output_head]
     for name in list(modules):
         if reason := _reason_to_keep(name, tensors[f"{name}.weight"], recipe):
             kept[name] = reason
             del modules[name]
-    while True:  # an entry of the skip list also matches names that end with it; what it matches must be float as well
-        patterns = structure.skip_list(set(modules))
-        caught = [name for name in modules if is_skipped(structure.model_names.get(name, name), patterns)]
-        if not caught:
-            return modules, {name: why for name, why in kept.items() if f"{name}.weight" in tensors}
-        for name in caught:
-            kept[name] = "a loader cannot tell it from a module of like name that stays in floating point"
-            del modules[name]
+    while misfits := output.misfits(modules, structure):
+        kept |= misfits
+        modules = {name: kind for name, kind in modules.items() if name not in misfits}
+    return modules, {name: why for name, why in kept.items() if f"{name}.weight" in tensors}
 
 
 def _reason_to_keep(module: str, info: TensorInfo, recipe: Recipe) -> str | None:
@@ -99,14 +107,20 @@ def _reason_to_keep(module: str, info: TensorInfo, recipe: Recipe) -> str | None
     return "empty" if 0 in info.shape else None
 
 
-def _module_of(info: TensorInfo, modules: dict[str, str]) -> str | None:
-    module = info.name.removesuffix(".weight")
-    return module if module != info.name and module in modules else None
+def _nothing(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, output: Format) -> str:
+    if refused := output.linears(structure)[1]:
+        why = next(iter(refused.values()))
+        return f"{checkpoint.name}: all its Linear weights are {why}; choose another --format than {output.name}"
+    return f"{checkpoint.name}: has no weights that the recipe {recipe.name} would make int8"
 
 
-def _output(info: TensorInfo, modules: dict[str, str]) -> list[OutTensor]:
-    module = _module_of(info, modules)
-    if module is None:
-        return [OutTensor(info.name, info.dtype, info.shape)]
-    rows, columns = info.shape if modules[module] != CONV1D else info.shape[::-1]
-    return bitsandbytes.module_tensors(module, (rows, columns))
+def _outputs(plan: Plan, info: TensorInfo, decoded_dtype: str, main: str) -> list[OutTensor]:
+    """What becomes of a tensor; `main` is the dtype of most plain ones, which a floating-point format changes."""
+    shape = info.shape[::-1] if info.name in plan.transposed else info.shape
+    if module := plan.module_of(info):
+        return plan.format.module_tensors(module, (shape[0], shape[1]), plan.modules[module])
+    decoded = info.name in plan.checkpoint.decoded
+    dtype = decoded_dtype if decoded else info.dtype
+    if dtype in FLOATING:
+        dtype = plan.format.float_dtype(dtype, decoded or dtype == main)
+    return [OutTensor(info.name, dtype, shape)]

@@ -11,14 +11,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from blake3 import blake3
 
-from quantize8.artifact import bitsandbytes
 from quantize8.artifact.folder import create, write_at
 from quantize8.artifact.layout import OutTensor
 from quantize8.artifact.manifest import TensorRecord, digest, summarize
 from quantize8.artifact.plan import Plan
 from quantize8.checkpoint import TensorInfo
-from quantize8.checkpoint.base import FLOATING
-from quantize8.checkpoint.structure import CONV1D
+from quantize8.checkpoint.base import DTYPES, FLOATING
 from quantize8.errors import WeightError
 from quantize8.ops import cpu
 from quantize8.ops.reference import FLOAT16_MAX, STATS_TILE_ROWS, Array, ColumnStats, as_bytes
@@ -46,6 +44,9 @@ class CpuQuantizer:
         """One fused pass over each block."""
         for block in blocks:
             yield (block, *cpu.quantize_rowwise(block, stats))
+
+
+_Quantized = Iterator[tuple[Array, Array, Array]]  # blocks of a weight, their codes and absmax
 
 
 class _Place(NamedTuple):
@@ -87,48 +88,68 @@ class Writer:
         """Read a source tensor, write what becomes of it, and say what was written."""
         if module := self._plan.module_of(info):
             return self._quantize(info, module, quantizer)
+        (out,) = self._plan.outputs[info.name]
         position, content = 0, blake3()
-        for block in self._plan.checkpoint.blocks(info.name):
+        for first_row, block in self._blocks(info):
             if info.dtype in FLOATING:
-                _check_finite(block, info, 0 if info.shape == () else position * info.shape[0] // max(1, info.nbytes))
-            content.update(as_bytes(block))
-            self._put(info.name, block, position)
-            position += block.nbytes
+                _check_finite(block, info, first_row)
+            values = block if out.dtype == info.dtype else _rounded(block, out, info, first_row)
+            content.update(as_bytes(values))
+            self._put(out.name, values, position)
+            position += values.nbytes
             self._advance(block.nbytes)
-        return {info.name: self._record(info.name, content.hexdigest())}
+        return {out.name: self._record(out.name, content.hexdigest())}
+
+    def _blocks(self, info: TensorInfo, size: int | None = None, multiple: int = 1) -> Iterator[tuple[int, Array]]:
+        """Blocks of a tensor with the number of their first row; one that is turned over comes whole."""
+        turned, row = info.name in self._plan.transposed, 0
+        for block in self._plan.checkpoint.blocks(info.name, info.nbytes if turned else size, multiple):
+            yield row, np.ascontiguousarray(block.T) if turned else block
+            row += len(block) if block.ndim else 1
 
     def _quantize(self, info: TensorInfo, module: str, quantizer: WeightQuantizer) -> dict[str, TensorRecord]:
-        """Quantize a weight block by block; GPT-2's Conv1D, stored [in, out], is turned over whole."""
-        transposed = self._plan.modules[module] == CONV1D
-        weight, scale, layout = (tensor.name for tensor in bitsandbytes.module_tensors(module, (0, 0)))
-        stats = ColumnStats.empty(info.shape[0] if transposed else info.shape[1])
-        source, content, position = blake3(), blake3(), 0
+        """Quantize a weight block by block, or carry over the codes that it is stored as."""
+        plan, kind = self._plan, self._plan.modules[module]
+        weight, *others = plan.outputs[info.name]
+        shape = info.shape[::-1] if info.name in plan.transposed else info.shape
+        stats, source, content, position = ColumnStats.empty(shape[1]), blake3(), blake3(), 0
         absmax: list[Array] = []
-
-        def rows() -> Iterator[Array]:
-            size = info.nbytes if transposed else quantizer.block_bytes
-            for block in self._plan.checkpoint.blocks(info.name, size, multiple=STATS_TILE_ROWS):
-                source.update(as_bytes(block))
-                yield np.ascontiguousarray(block.T) if transposed else block
-
-        for values, codes, peaks in quantizer.quantize(rows(), stats):
+        carried = plan.checkpoint.is_int8(info.name)
+        for values, codes, peaks in (self._carry if carried else self._rows)(info, quantizer, stats, source):
             if not np.isfinite(peaks).all():
                 raise _unfit(values, peaks, info, sum(len(done) for done in absmax))
             absmax.append(peaks)
-            content.update(as_bytes(codes))
-            self._put(weight, codes, position)
-            position += codes.nbytes
+            packed = plan.format.pack(codes, kind)
+            content.update(as_bytes(packed))
+            self._put(weight.name, packed, position)
+            position += packed.nbytes
             self._advance(values.nbytes)
-        scales, row_major = np.concatenate(absmax), np.zeros((), np.uint8)
-        self._put(scale, scales, 0)
-        self._put(layout, row_major, 0)
-        record = self._record(weight, content.hexdigest())
-        record.quantized = summarize(stats, scales, info.dtype, source.hexdigest(), transposed)
-        return {
-            weight: record,
-            scale: self._record(scale, digest(as_bytes(scales))),
-            layout: self._record(layout, digest(as_bytes(row_major))),
-        }
+        scales = np.concatenate(absmax)
+        record = self._record(weight.name, content.hexdigest())
+        dtype = plan.checkpoint.stored_dtype(info.name)
+        record.quantized = summarize(stats, scales, dtype, source.hexdigest(), info.name in plan.transposed)
+        records = {weight.name: record}
+        for out, other in zip(others, plan.format.scales(scales, (shape[0], shape[1]), kind), strict=True):
+            self._put(out.name, other, 0)
+            records[out.name] = self._record(out.name, digest(as_bytes(other)))
+        return records
+
+    def _rows(self, info: TensorInfo, quantizer: WeightQuantizer, stats: ColumnStats, source: Any) -> _Quantized:
+        def rows() -> Iterator[Array]:
+            for _, block in self._blocks(info, quantizer.block_bytes, STATS_TILE_ROWS):
+                source.update(as_bytes(block))
+                yield block
+
+        return quantizer.quantize(rows(), stats)
+
+    def _carry(self, info: TensorInfo, _: WeightQuantizer, stats: ColumnStats, source: Any) -> _Quantized:
+        """The codes of an int8 source. Statistics are of what they stand for, to which they have no error."""
+        for first_row, block in self._blocks(info, None, STATS_TILE_ROWS):
+            codes, absmax = self._plan.checkpoint.int8_rows(info.name, first_row, first_row + len(block))
+            source.update(as_bytes(codes))
+            cpu.quantize_rowwise(block, stats)
+            stats.sum_error[:] = 0
+            yield block, codes, absmax
 
     def _put(self, name: str, values: Array, position: int) -> None:
         place = self._places[name]
@@ -141,7 +162,7 @@ class Writer:
     def _advance(self, nbytes: int) -> None:
         self._done += nbytes  # a lost update between threads only makes the progress bar late
         if self._progress is not None:
-            self._progress(self._done, self._plan.source_bytes)
+            self._progress(self._done, self._plan.read_bytes)
 
 
 def _check_finite(block: Array, info: TensorInfo, first_row: int) -> None:
@@ -149,6 +170,18 @@ def _check_finite(block: Array, info: TensorInfo, first_row: int) -> None:
         finite = np.isfinite(block).reshape(len(block) if block.ndim else 1, -1).all(axis=1)
         row = first_row + int(np.argmin(finite))
         raise WeightError(f"{info.file}: {info.name} row {row} holds NaN or infinity; repair or replace the checkpoint")
+
+
+def _rounded(block: Array, out: OutTensor, info: TensorInfo, first_row: int) -> Array:
+    """Values in the output's dtype; an error where it cannot hold their magnitude."""
+    with np.errstate(over="ignore"):
+        values = np.ascontiguousarray(block, np.float32).astype(DTYPES[out.dtype])
+    if not cpu.all_finite(values):
+        row = first_row + int(np.argmin(np.isfinite(values).reshape(len(values), -1).all(axis=1)))
+        raise WeightError(
+            f"{info.file}: {info.name} row {row} holds a magnitude that {out.dtype} cannot; choose another --format"
+        )
+    return values
 
 
 def _unfit(values: Array, absmax: Array, info: TensorInfo, first_row: int) -> WeightError:

@@ -1,4 +1,4 @@
-"""Reading checkpoints: a hub id, a folder, or one file, in safetensors, torch's .bin, or GGUF."""
+"""Reading checkpoints: a hub id, a folder, or one file, in safetensors, torch's .bin, or GGUF; quantized or not."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 from quantize8.checkpoint.base import Checkpoint, TensorInfo, contained, read_config
 from quantize8.checkpoint.gguf import GgufCheckpoint
 from quantize8.checkpoint.hub import download
+from quantize8.checkpoint.quantized import QuantizedCheckpoint, decode
 from quantize8.checkpoint.safetensors import SafetensorsCheckpoint, open_safetensors
 from quantize8.checkpoint.torch_bin import TorchCheckpoint, open_torch
 from quantize8.errors import SourceError
 
-__all__ = ["Checkpoint", "TensorInfo", "locate", "open_checkpoint"]
+__all__ = ["Checkpoint", "QuantizedCheckpoint", "TensorInfo", "locate", "open_checkpoint"]
 
 
 def open_checkpoint(source: str, *, revision: str | None = None, token: str | None = None) -> Checkpoint:
@@ -30,7 +31,7 @@ def open_checkpoint(source: str, *, revision: str | None = None, token: str | No
     checkpoint = open_safetensors(path, identity, name) or open_torch(path, identity, name)
     if checkpoint is None:
         raise SourceError(f"{path}: has a config.json but no weights (*.safetensors or pytorch_model.bin); fetch them")
-    return checkpoint
+    return decode(checkpoint)
 
 
 def locate(source: str, *, revision: str | None = None, token: str | None = None) -> tuple[Path, dict[str, str]]:
@@ -49,7 +50,7 @@ def _open_file(path: Path, identity: dict[str, str], name: str) -> Checkpoint:
         return GgufCheckpoint(path, identity, name)
     read_config(path.parent)
     if path.suffix == ".safetensors":
-        return SafetensorsCheckpoint(path.parent, [path.name], identity, name)
+        return decode(SafetensorsCheckpoint(path.parent, [path.name], identity, name))
     if path.suffix == ".bin":
-        return TorchCheckpoint(path.parent, [path.name], identity, name)
+        return decode(TorchCheckpoint(path.parent, [path.name], identity, name))
     raise SourceError(f"{path}: not a checkpoint file; name a .safetensors, .bin or .gguf file, or a folder")

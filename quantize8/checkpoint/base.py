@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -42,6 +42,7 @@ BLOCK_BYTES = 4 * 2**20  # read at a time: several fit a core's share of the las
 READERS = 2  # threads that check or measure tensors side by side: one reads while one computes
 QUANTIZABLE = ("F16", "BF16", "F32")
 FLOATING = ("F64", *QUANTIZABLE)
+FLOAT_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # in a config.json
 CONFIG_NAME = "config.json"
 
 # Small files that a model folder needs beside its weights, and that tell nothing about how they are stored.
@@ -82,8 +83,30 @@ class Checkpoint(ABC):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The model's config.json."""
+        """The model's config.json, without an entry on quantization that reading undoes."""
         return read_config(self.folder)
+
+    @property
+    def decoded(self) -> frozenset[str]:
+        """Weights [N, K] that are stored quantized, and that `rows` gives in float32."""
+        return frozenset()
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors as they are stored."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def stored_dtype(self, name: str) -> str:
+        """The dtype that a tensor's values are stored in."""
+        return self.tensors[name].dtype
+
+    def is_int8(self, name: str) -> bool:
+        """Whether a weight is stored as int8 codes with one scale per row, which `int8_rows` gives as they are."""
+        return False
+
+    def int8_rows(self, name: str, start: int, stop: int) -> tuple[Array, Array]:
+        """Rows start..stop of a weight that `is_int8`: codes int8 [n, K] in -127..127, absmax float32 [n]."""
+        raise NotImplementedError(name)
 
     def write_companions(self, folder: Path) -> None:
         """Put the tokenizer and the other small files into `folder`, unchanged."""
@@ -99,6 +122,25 @@ class Checkpoint(ABC):
         step = max(1, (block_bytes or BLOCK_BYTES) * count // max(1, info.nbytes) // multiple) * multiple
         for start in range(0, count, step):
             yield self.rows(name, start, min(start + step, count))
+
+
+def model_dtype(config: dict[str, Any], tensors: Iterable[TensorInfo]) -> str:
+    """The dtype of a model's floating-point numbers: what its config says, else what most of them have."""
+    for settings in (config, config.get("text_config")):
+        if isinstance(settings, dict):
+            named = str(settings.get("dtype") or settings.get("torch_dtype")).removeprefix("torch.")
+            if named in FLOAT_NAMES:
+                return FLOAT_NAMES[named]
+    return main_dtype(tensors)
+
+
+def main_dtype(tensors: Iterable[TensorInfo]) -> str:
+    """The dtype that most floating-point numbers of these tensors have."""
+    sizes: dict[str, int] = {}
+    for info in tensors:
+        if info.dtype in FLOATING:
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + math.prod(info.shape)
+    return max(sizes, key=lambda dtype: sizes[dtype], default="F16")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

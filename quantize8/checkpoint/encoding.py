@@ -84,17 +84,30 @@ def absmax_of(scale: Array) -> Array:
 
 
 def unpack_int32(packed: Array, bits: int) -> Array:
-    """Unsigned numbers of so many bits (a divisor of 8) from int32 [R, C], lowest bits first: uint8 [R, C * 32 / bits]."""
+    """Unsigned numbers of 8 bits or fewer from int32 [R, C], lowest bits first: uint8 [R, C * 32 / bits].
+
+    A number may lie across two words, as those of 3 bits do: C is then a multiple of `bits`.
+    """
     octets = np.ascontiguousarray(packed).view(np.uint8)
     if bits == 8:
         return octets
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    values: Array = (octets[..., None] >> shifts) & np.uint8(2**bits - 1)
-    return values.reshape(len(packed), -1)
+    period = 1 if 8 % bits == 0 else bits  # octets after which numbers begin at a first bit again
+    octets = octets.reshape(len(packed), octets.shape[1] // period, period)
+    lanes = 8 * period // bits
+    values = np.empty((*octets.shape[:2], lanes), np.uint8)
+    for lane in range(lanes):
+        octet, shift = divmod(lane * bits, 8)
+        value = octets[..., octet] >> np.uint8(shift)
+        if shift + bits > 8:
+            value |= octets[..., octet + 1] << np.uint8(8 - shift)
+        np.bitwise_and(value, np.uint8(2**bits - 1), out=values[..., lane])
+    return values.reshape(len(packed), octets.shape[1] * lanes)
 
 
 def require(entry: dict[str, Any], known: dict[str, tuple[Any, ...]], where: str) -> None:
     """Raise SourceError where a quantization_config asks for something that its reader does not know."""
     for key, values in known.items():
         if entry.get(key, values[0]) not in values:
-            raise SourceError(f"{where}: its quantization_config has {key} = {entry[key]!r}, which is not read; use its original")
+            raise SourceError(
+                f"{where}: its quantization_config has {key} = {entry[key]!r}, which is not read; use its original"
+            )

@@ -17,6 +17,7 @@ from quantize8.checkpoint.base import TensorInfo
 from quantize8.errors import SourceError, first_line
 
 LINEAR, CONV1D = "Linear", "Conv1D"  # Conv1D is GPT-2's Linear, with its weight stored [in, out]
+EXPERT = "expert"  # one matrix of an expert, which checkpoints store apart and transformers joins with the others
 
 _NAMES_SUFFICE = frozenset(
     {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM"}

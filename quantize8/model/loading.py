@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from quantize8.artifact.bitsandbytes import is_int8
-from quantize8.checkpoint import open_checkpoint
+from quantize8.checkpoint import QuantizedCheckpoint, open_checkpoint
+from quantize8.checkpoint.bitsandbytes import is_int8
 from quantize8.checkpoint.gguf import GgufCheckpoint
 from quantize8.errors import DependencyError, SourceError, first_line
 from quantize8.ops.choice import resolve
@@ -43,7 +43,8 @@ def load(
         checkpoint = open_checkpoint(str(path), revision=revision, token=token)
         if isinstance(checkpoint, GgufCheckpoint):
             return _load_gguf(checkpoint, device_map, dtype)
-        folder, config = checkpoint.folder, checkpoint.config
+        stored = checkpoint.stored if isinstance(checkpoint, QuantizedCheckpoint) else checkpoint
+        folder, config = stored.folder, stored.config
         if is_int8(config) and device_map in ("auto", "cuda"):
             device_map = device_map if resolve(device_map) == "cuda" else "cpu"
         settings = _model_config(folder, config, mode, threshold)

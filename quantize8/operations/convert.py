@@ -17,8 +17,8 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from quantize8 import __version__
-from quantize8.artifact import bitsandbytes
 from quantize8.artifact.folder import check_disk, check_output, staged, write_file
+from quantize8.artifact.formats import DEFAULT_FORMAT, make_format
 from quantize8.artifact.layout import DEFAULT_SHARD_SIZE, index
 from quantize8.artifact.manifest import MANIFEST_NAME, Manifest, Quantized, TensorRecord, digest
 from quantize8.artifact.plan import Plan, make_plan
@@ -47,6 +47,9 @@ def convert(
     source: str,
     out: str | Path | None = None,
     *,
+    format: str = DEFAULT_FORMAT,
+    scheme: str | None = None,
+    moe: str | None = None,
     threshold: float | None = None,
     recipe: str = DEFAULT_RECIPE,
     device: str = "auto",
@@ -58,23 +61,26 @@ def convert(
     token: str | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Write an int8 artifact of a checkpoint in the bitsandbytes format.
+    """Write an artifact of a checkpoint: int8, or with a floating-point format the plain numbers of a quantized one.
 
-    Args: source, a hub id, folder or file; out, the new folder (default: `<name>-int8` in the current one); threshold,
-    in place of the recipe's; recipe, a shipped name or a .toml file; device, auto, cpu or cuda (auto: a GPU that
-    kernels can use, else the CPU); workers, threads that read,
-    quantize and write side by side (default: one a processor); progress, called with bytes of source done and in all.
+    Args: source, a hub id, folder or file; out, the new folder (default: the source's name with what was made of it,
+    such as `<name>-int8`, in the current one); format, bitsandbytes, compressed-tensors, float16, bfloat16 or float32;
+    scheme (w8a8 or w8a16) and moe (vllm or transformers), of compressed-tensors alone; threshold, in place of the recipe's;
+    recipe, a shipped name or a .toml file; device, auto, cpu or cuda (auto: a GPU that kernels can use, else the CPU);
+    workers, threads that read, quantize and write side by side (default: one a processor); progress, called with bytes
+    of source done and in all.
     Raises: SourceError, WeightError, RecipeError, OutputError or DependencyError; then no output folder is left.
     """
     if workers is not None and workers < 1:
         raise OutputError(f"workers {workers}: must be 1 or more")
     start = time.perf_counter()
     device = resolve(device)
+    output = make_format(format, scheme, moe)
     chosen = load_recipe(recipe, threshold)
     checkpoint = open_checkpoint(source, revision=revision, token=token)
-    target = Path(out) if out is not None else Path(f"{checkpoint.name}-int8")
+    target = Path(out) if out is not None else Path(f"{checkpoint.name}-{output.suffix}")
     check_output(target, overwrite, checkpoint.folder)
-    plan = make_plan(checkpoint, chosen, max_shard_size)
+    plan = make_plan(checkpoint, chosen, output, max_shard_size)
     if dry_run:
         return Conversion(target, plan, time.perf_counter() - start)
     check_disk(target, plan.output_bytes)
@@ -92,7 +98,7 @@ def _write(plan: Plan, folder: Path, quantizers: list[WeightQuantizer], progress
     """Fill an empty folder with the artifact; returns its manifest, which is written last."""
     checkpoint = plan.checkpoint
     manifest = Manifest(
-        __version__, bitsandbytes.NAME, checkpoint.identity, plan.recipe.as_json(), plan.source_bytes, kept=plan.kept
+        __version__, plan.format.name, checkpoint.identity, plan.recipe.as_json(), plan.source_bytes, kept=plan.kept
     )
     with Writer(plan, folder, progress) as writer:
         for record in _in_threads(writer.write, list(checkpoint.tensors.values()), quantizers):
@@ -100,10 +106,7 @@ def _write(plan: Plan, folder: Path, quantizers: list[WeightQuantizer], progress
         writer.flush()
     manifest.headers = {shard.file: digest(shard.header) for shard in plan.shards}
     checkpoint.write_companions(folder)
-    config = {
-        **checkpoint.config,
-        "quantization_config": bitsandbytes.quantization_config(plan.recipe.threshold, plan.skip_list),
-    }
+    config = plan.format.edit_config(checkpoint.config, plan)
     for name, data in {**index(plan.shards), CONFIG_NAME: json.dumps(config, indent=2).encode() + b"\n"}.items():
         write_file(folder / name, data)
     others = (path for path in sorted(folder.rglob("*")) if path.is_file())

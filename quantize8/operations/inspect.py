@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quantize8.artifact.bitsandbytes import SCALE, check_module, is_int8
 from quantize8.artifact.manifest import MANIFEST_NAME, read_manifest, summarize
 from quantize8.checkpoint import Checkpoint, open_checkpoint
 from quantize8.checkpoint.base import QUANTIZABLE, READERS
 from quantize8.checkpoint.structure import CONV1D, read_structure
 from quantize8.errors import SourceError
 from quantize8.ops import cpu
-from quantize8.ops.reference import DEFAULT_THRESHOLD, STATS_TILE_ROWS, Array, ColumnStats, dequantize
+from quantize8.ops.reference import DEFAULT_THRESHOLD, STATS_TILE_ROWS, Array, ColumnStats
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +39,7 @@ class WeightReport:
     """Statistics of one Linear weight."""
 
     module: str
-    dtype: str  # as stored: F16, BF16, F32, or I8
+    dtype: str  # as stored: F16, BF16, F32, I8 and others
     shape: tuple[int, int]  # [N, K]
     absmax: float
     rms: float
@@ -103,12 +102,8 @@ def inspect(
     if text is not None:
         return _inspect_text(model, Path(text), threshold, layer, tokens, revision, token)
     checkpoint = open_checkpoint(model, revision=revision, token=token)
-    config = checkpoint.config
-    int8 = is_int8(config)
-    if "quantization_config" in config and not int8:
-        raise SourceError(f"{model}: is quantized in a way that quantize8 does not read; name the original checkpoint")
-    errors = _known_errors(checkpoint.folder) if int8 else {}
-    modules = _int8_modules(checkpoint) if int8 else _float_modules(checkpoint)
+    errors = _known_errors(checkpoint.folder) if checkpoint.decoded else {}
+    modules = _linear_modules(checkpoint)
     chosen = _matching(list(modules), layer, model)
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(lambda name: _weight_report(checkpoint, name, modules[name], errors.get(name)), chosen))
@@ -176,8 +171,10 @@ def read_text(path: Path) -> str:
     return content
 
 
-def _float_modules(checkpoint: Checkpoint) -> dict[str, bool]:
-    """Linear weights of a plain checkpoint -> whether they are stored [in, out]."""
+def _linear_modules(checkpoint: Checkpoint) -> dict[str, bool]:
+    """Linear weights, of a quantized checkpoint the quantized ones -> whether they are stored [in, out]."""
+    if checkpoint.decoded:
+        return {name.removesuffix(".weight"): False for name in checkpoint.tensors if name in checkpoint.decoded}
     structure = read_structure(checkpoint.config, checkpoint.tensors)
     modules = structure.linears | dict.fromkeys([*structure.kept, *structure.experts], "")
     return {name: kind == CONV1D for name, kind in modules.items() if _quantizable(checkpoint, name)}
@@ -188,18 +185,11 @@ def _quantizable(checkpoint: Checkpoint, module: str) -> bool:
     return info is not None and info.dtype in QUANTIZABLE and len(info.shape) == 2
 
 
-def _int8_modules(checkpoint: Checkpoint) -> dict[str, bool]:
-    names = [name.removesuffix(f".{SCALE}") for name in checkpoint.tensors if name.endswith(f".{SCALE}")]
-    for name in names:
-        check_module(checkpoint.tensors, name, checkpoint.folder)
-    return dict.fromkeys(names, False)
-
-
 def _known_errors(folder: Path) -> dict[str, float]:
     if not (folder / MANIFEST_NAME).is_file():
         return {}
     records = read_manifest(folder).tensors.items()
-    return {name.removesuffix(".weight"): entry.quantized.relative_error for name, entry in records if entry.quantized}
+    return {name.rpartition(".")[0]: entry.quantized.relative_error for name, entry in records if entry.quantized}
 
 
 def _matching(names: list[str], pattern: str, model: str) -> list[str]:
@@ -212,24 +202,21 @@ def _matching(names: list[str], pattern: str, model: str) -> list[str]:
 def _weight_report(checkpoint: Checkpoint, module: str, transposed: bool, error: float | None) -> WeightReport:
     info = checkpoint.tensors[f"{module}.weight"]
     rows, columns = info.shape[::-1] if transposed else info.shape
-    scales = checkpoint.rows(f"{module}.{SCALE}", 0, rows) if info.dtype == "I8" else None
     stats, absmax = ColumnStats.empty(columns), []
     size = info.nbytes if transposed else None
     for block in checkpoint.blocks(info.name, size, multiple=STATS_TILE_ROWS):
-        values = np.ascontiguousarray(block.T) if transposed else block
-        if scales is not None:
-            values = dequantize(values, scales[stats.rows : stats.rows + len(values)])
-        absmax.append(cpu.quantize_rowwise(values, stats)[1])
+        absmax.append(cpu.quantize_rowwise(np.ascontiguousarray(block.T) if transposed else block, stats)[1])
     peaks = np.concatenate(absmax) if absmax else np.zeros(0, np.float32)
-    found = summarize(stats, peaks, info.dtype, "", transposed)
+    dtype = checkpoint.stored_dtype(info.name)
+    found = summarize(stats, peaks, dtype, "", transposed)
     return WeightReport(
         module,
-        info.dtype,
+        dtype,
         (rows, columns),
         float(stats.absmax.max(initial=0)),
         math.sqrt(float(stats.sum_square.sum()) / max(1, rows * columns)),
         found.outliers,
-        error if scales is not None else found.relative_error,
+        error if checkpoint.is_int8(info.name) else found.relative_error,
         found.worst_columns,
     )
 

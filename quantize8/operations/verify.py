@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 from blake3 import blake3
 
-from quantize8.artifact import bitsandbytes
 from quantize8.artifact.manifest import MANIFEST_NAME, Manifest, TensorRecord, digest, read_manifest
-from quantize8.checkpoint.base import CONFIG_NAME, READERS, read_config
-from quantize8.checkpoint.safetensors import SafetensorsCheckpoint, open_safetensors
+from quantize8.checkpoint import Checkpoint, QuantizedCheckpoint, bitsandbytes, compressed_tensors
+from quantize8.checkpoint.base import CONFIG_NAME, READERS
+from quantize8.checkpoint.encoding import Encoding, RowwiseInt8
+from quantize8.checkpoint.quantized import decode
+from quantize8.checkpoint.safetensors import open_safetensors
 from quantize8.errors import ArtifactError, SourceError
 from quantize8.ops.reference import INT8_MAX, as_bytes
 
@@ -36,21 +38,37 @@ def verify(artifact: str | Path) -> Verification:
     manifest = read_manifest(folder)
     nbytes = _check_files(folder, manifest)
     try:
-        checkpoint = open_safetensors(folder, {"id": folder.name}, folder.name)
-        config = read_config(folder)
+        stored = open_safetensors(folder, {"id": folder.name}, folder.name)
+        if stored is None or set(stored.tensors) != set(manifest.tensors):
+            raise ArtifactError(f"{folder}: its weight files do not hold the tensors that {MANIFEST_NAME} lists")
+        decoded = decode(stored)
     except SourceError as error:
         raise ArtifactError(str(error)) from None
-    if not isinstance(checkpoint, SafetensorsCheckpoint) or set(checkpoint.tensors) != set(manifest.tensors):
-        raise ArtifactError(f"{folder}: its weight files do not hold the tensors that {MANIFEST_NAME} lists")
+    _check_config(stored, manifest)
+    encodings = decoded.encodings if isinstance(decoded, QuantizedCheckpoint) else {}
+    codes = {encoding.tensors[0]: encoding for encoding in encodings.values()}
+    for name, record in manifest.tensors.items():
+        if (record.quantized is not None) != (name in codes):
+            raise ArtifactError(f"{folder}: {name} is not quantized as {MANIFEST_NAME} says; convert the source again")
+    records = manifest.tensors.items()
     with ThreadPoolExecutor(READERS) as pool:
-        nbytes += sum(pool.map(lambda item: _check_tensor(checkpoint, *item), manifest.tensors.items()))
-    expected = manifest.recipe.get("threshold")
-    entry = config.get("quantization_config", {})
-    if not bitsandbytes.is_int8(config) or entry.get("llm_int8_threshold") != expected:
-        raise ArtifactError(
-            f"{folder / CONFIG_NAME}: its quantization_config is not what the recipe in the manifest asks"
-        )
+        nbytes += sum(pool.map(lambda item: _check_tensor(stored, item[0], item[1], codes.get(item[0])), records))
     return Verification(folder, len(manifest.tensors), len(manifest.files) + len(manifest.headers), nbytes)
+
+
+def _check_config(stored: Checkpoint, manifest: Manifest) -> None:
+    """Compare config.json with what the format and the recipe ask for."""
+    entry = stored.config.get("quantization_config")
+    if manifest.format == bitsandbytes.METHOD:
+        threshold = entry.get("llm_int8_threshold") if isinstance(entry, dict) else None
+        good = bitsandbytes.is_int8(stored.config) and threshold == manifest.recipe.get("threshold")
+    elif manifest.format == compressed_tensors.METHOD:
+        good = isinstance(entry, dict) and entry.get("quant_method") == manifest.format
+    else:
+        good = entry is None
+    if not good:
+        where = stored.folder / CONFIG_NAME
+        raise ArtifactError(f"{where}: its quantization_config is not what the format and recipe in the manifest ask")
 
 
 def _check_files(folder: Path, manifest: Manifest) -> int:
@@ -78,29 +96,28 @@ def _header(path: Path) -> bytes:
         return length + file.read(min(int.from_bytes(length, "little"), path.stat().st_size))
 
 
-def _check_tensor(checkpoint: SafetensorsCheckpoint, name: str, record: TensorRecord) -> int:
+def _check_tensor(stored: Checkpoint, name: str, record: TensorRecord, encoding: Encoding | None) -> int:
     """Compare one tensor with its record; int8 codes and their scales also with what LLM.int8() can produce."""
-    info = checkpoint.tensors[name]
+    info = stored.tensors[name]
+    where = f"{stored.folder / info.file}: {name}"
     if (info.file, info.dtype, info.shape) != (record.file, record.dtype, record.shape):
-        raise ArtifactError(
-            f"{checkpoint.folder / info.file}: {name} has another place, dtype or shape than its record"
-        )
-    content, where = blake3(), f"{checkpoint.folder / info.file}: {name}"
-    absmax = None
-    if record.quantized is not None:
-        module = name.removesuffix(".weight")
-        bitsandbytes.check_module(checkpoint.tensors, module, checkpoint.folder / info.file)
-        absmax = checkpoint.rows(f"{module}.{bitsandbytes.SCALE}", 0, info.shape[0])
-        if not (np.isfinite(absmax).all() and (absmax >= 0).all()):
-            raise ArtifactError(f"{where}: a scale is negative, NaN or infinite; convert the source again")
-    row = 0
-    for block in checkpoint.blocks(name):
+        raise ArtifactError(f"{where} has another place, dtype or shape than its record")
+    content, row = blake3(), 0
+    for block in stored.blocks(name):
         content.update(as_bytes(block))
-        if absmax is not None:
-            zero_rows = absmax[row : row + len(block)] == 0
-            if block.size and (block.min() < -INT8_MAX or block[zero_rows].any()):
-                raise ArtifactError(f"{where}: holds codes that quantizing never gives; convert the source again")
+        if encoding is not None:
+            _check_codes(encoding, row, row + len(block), where)
             row += len(block)
     if content.hexdigest() != record.blake3:
         raise ArtifactError(f"{where}: changed since it was written; copy the artifact again")
     return info.nbytes
+
+
+def _check_codes(encoding: Encoding, start: int, stop: int, where: str) -> None:
+    if not isinstance(encoding, RowwiseInt8):
+        raise ArtifactError(f"{where}: has no symmetric int8 codes with a scale per row; convert the source again")
+    codes, absmax = encoding.codes(start, stop), encoding.absmax(start, stop)
+    if not (np.isfinite(absmax).all() and (absmax >= 0).all()):
+        raise ArtifactError(f"{where}: a scale is negative, NaN or infinite; convert the source again")
+    if codes.size and (codes.min() < -INT8_MAX or codes[absmax == 0].any()):
+        raise ArtifactError(f"{where}: holds codes that quantizing never gives; convert the source again")

@@ -1,0 +1,65 @@
+"""What an output format decides: which modules become int8, which tensors those are, and what config.json says."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from quantize8.artifact.layout import OutTensor
+from quantize8.checkpoint.structure import Structure
+from quantize8.ops.reference import Array
+
+if TYPE_CHECKING:
+    from quantize8.artifact.plan import Plan
+
+
+@dataclass(frozen=True)
+class Format(ABC):
+    """An output format. `name` is its `--format`; `suffix` ends the default name of an artifact's folder."""
+
+    name: str
+    suffix: str
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether this is an int8 format."""
+        return True
+
+    @abstractmethod
+    def linears(self, structure: Structure) -> tuple[dict[str, str], dict[str, str]]:
+        """The modules that this format can hold in int8 -> their kind, and those that it cannot -> why."""
+
+    def misfits(self, modules: Mapping[str, str], structure: Structure) -> Mapping[str, str]:
+        """Of these int8 modules, those that must stay in floating point because others do -> why."""
+        return {}
+
+    @abstractmethod
+    def module_tensors(self, module: str, shape: tuple[int, int], kind: str) -> list[OutTensor]:
+        """Tensors of an int8 module with a weight [N, K], the codes first."""
+
+    def pack(self, codes: Array, kind: str) -> Array:
+        """Codes int8 [n, K] as the first of `module_tensors` holds them."""
+        return codes
+
+    @abstractmethod
+    def scales(self, absmax: Array, shape: tuple[int, int], kind: str) -> list[Array]:
+        """Values of the other `module_tensors`, in their order, for absmax float32 [N]."""
+
+    def float_dtype(self, dtype: str, main: bool) -> str:
+        """What a floating-point tensor is written as; `main` says that `dtype` is the model's own."""
+        return dtype
+
+    @abstractmethod
+    def edit_config(self, config: dict[str, Any], plan: Plan) -> dict[str, Any]:
+        """The artifact's config.json, from the source's without quantization."""
+
+
+def in_float(plan: Plan) -> Iterable[str]:
+    """Modules with a matrix that stays in floating point, by the names of the checkpoint and of the model."""
+    for info in plan.checkpoint.tensors.values():
+        module = info.name.removesuffix(".weight")
+        if len(info.shape) == 2 and module != info.name and module not in plan.modules:
+            yield module
+    yield from plan.skip_list

@@ -1,0 +1,173 @@
+"""Reading compressed-tensors: int, float and packed weights with scales by tensor, row, group or block.
+
+The layout is that of the package's compressors (compressed-tensors 0.20, `naive_quantized` and `pack_quantized`):
+`weight` (int8 or float8) or `weight_packed` (int32 of 4 or 8 bits, lowest first, each with half its range added), and
+`weight_scale`; where asymmetric `weight_zero_point`; where columns were reordered `weight_g_idx`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from quantize8.checkpoint.base import Checkpoint
+from quantize8.checkpoint.encoding import Encoding, RowwiseInt8, absmax_of, require, unpack_int32
+from quantize8.errors import SourceError
+from quantize8.ops.reference import Array
+
+METHOD = "compressed-tensors"
+SCALE, PACKED, SHAPE = "weight_scale", "weight_packed", "weight_shape"
+_ZERO, _ORDER = "weight_zero_point", "weight_g_idx"
+_UNUSED = ("input_scale", "input_zero_point", "weight_global_scale")  # of activations, or of formats refused below
+_CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale")  # of an 8-bit key-value cache
+_VALUES = ("I8", "F8_E4M3")
+_PACKED_BITS = (4, 8)
+
+
+@dataclass
+class _Scaled(Encoding):
+    """Integers or float8 numbers, minus zero points where there are any, times scales."""
+
+    bits: int = 0  # of a packed number; 0 where the numbers are stored as they are
+    block: tuple[int, int] = (1, 1)  # rows and columns that share a scale
+
+    def values(self, start: int, stop: int) -> Array:
+        """Stored numbers of rows start..stop, as int8 or float8 [n, K]."""
+        numbers = self.stored.rows(self.tensors[0], start, stop)
+        return _signed(numbers, self.bits)[:, : self.shape[1]] if self.bits else numbers
+
+    def rows(self, start: int, stop: int) -> Array:
+        """See `Encoding.rows`."""
+        down, across = self.block
+        groups = np.arange(self.shape[1]) // across
+        if (order := self.part(_ORDER)) is not None and order.min() >= 0:  # -1 says that it is not used
+            groups = order
+        row_blocks = np.arange(start, stop) // down
+        values = self.values(start, stop).astype(np.float32)
+        if (zero := self.zero_points()) is not None:
+            values -= zero.astype(np.float32)[row_blocks][:, groups]
+        scale = self.whole(f"{self.module}.{SCALE}").astype(np.float32)
+        values *= scale.reshape(scale.shape[0] if scale.ndim else 1, -1)[row_blocks][:, groups]
+        return values
+
+    def part(self, name: str) -> Array | None:
+        """A tensor of the module by its last name, where it has one."""
+        full = f"{self.module}.{name}"
+        return self.whole(full) if full in self.tensors else None
+
+    def zero_points(self) -> Array | None:
+        """What is subtracted before scaling, in the shape of the scales; packed down the rows where weights are."""
+        zero = self.part(_ZERO)
+        if zero is None or not self.bits:
+            return zero
+        points: Array = _signed(np.ascontiguousarray(zero.T), self.bits)[:, : self.shape[0]].T
+        return points
+
+
+class _RowwiseInt8(_Scaled, RowwiseInt8):
+    """Symmetric int8 with one scale for each row, or for all."""
+
+    def codes(self, start: int, stop: int) -> Array:
+        return self.values(start, stop)
+
+    def absmax(self, start: int, stop: int) -> Array:
+        scale = self.whole(f"{self.module}.{SCALE}").reshape(-1)
+        return absmax_of(np.broadcast_to(scale, self.shape[0])[start:stop])
+
+
+def find(stored: Checkpoint, entry: dict[str, Any]) -> dict[str, Encoding]:
+    """Module -> its encoding, for each module with scales.
+
+    Raises SourceError for formats other than int, naive, float and pack-quantized, for sparse or rotated weights, and
+    where the shapes of a module do not fit together.
+    """
+    where = str(stored.folder)
+    require(entry, {"quantization_status": ("compressed",)}, where)
+    for name in ("sparsity_config", "transform_config"):
+        asked = entry.get(name) or {}
+        if asked.get("format", "dense") != "dense" or asked.get("config_groups"):
+            raise SourceError(f"{where}: is compressed with a {name}, which is not read; use its original")
+    arguments = _weight_arguments(entry, where)
+    modules = [name.removesuffix(f".{SCALE}") for name in stored.tensors if name.endswith(f".{SCALE}")]
+    return {name: _module(stored, name, arguments) for name in modules}
+
+
+def unused(name: str) -> bool:
+    """Whether a tensor serves quantized activations or caches, which no other format here has."""
+    return name.endswith(_CACHE_SCALES) or name.rpartition(".")[2] in _UNUSED
+
+
+def _weight_arguments(entry: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    groups = entry.get("config_groups")
+    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
+        raise SourceError(f"{where}: its quantization_config has no config_groups; fetch it again")
+    known = ("int-quantized", "naive-quantized", "float-quantized", "pack-quantized", "mixed-precision")
+    for group in (entry, *groups.values()):
+        if group.get("format") not in (None, *known):
+            raise SourceError(
+                f"{where}: is {group['format']}, which is not read (only {', '.join(known)}); use its original"
+            )
+    return [group["weights"] for group in groups.values() if isinstance(group.get("weights"), dict)]
+
+
+def _module(stored: Checkpoint, module: str, arguments: list[dict[str, Any]]) -> Encoding:
+    names = tuple(f"{module}.{part}" for part in (SCALE, SHAPE, _ZERO, _ORDER))
+    values = next((name for name in (f"{module}.{PACKED}", f"{module}.weight") if name in stored.tensors), None)
+    if values is None:
+        file = stored.folder / stored.tensors[names[0]].file
+        raise SourceError(f"{file}: {module} has {SCALE} and no weight; fetch the folder again")
+    tensors = (values, *(name for name in names if name in stored.tensors))
+    kept = stored.tensors[values]
+    rows, columns = (*kept.shape, 0, 0)[:2]
+    encoding = _Scaled(stored, module, tensors, (rows, columns))
+    packed = values.endswith(PACKED)
+    if len(kept.shape) != 2 or kept.dtype not in (("I32",) if packed else _VALUES):
+        raise encoding.refuse(f"stores its weight as {kept.dtype} {list(kept.shape)}, which is not read")
+    if packed:
+        _read_packed_shape(encoding, arguments)
+    _read_blocks(encoding, arguments)
+    zero = names[2] in tensors and bool(encoding.zero_points().any())  # type: ignore[union-attr]
+    encoding.release()
+    rowwise = encoding.block in ((1, encoding.shape[1]), encoding.shape) and not zero
+    if rowwise and (encoding.bits == 8 or kept.dtype == "I8"):
+        return _RowwiseInt8(stored, module, tensors, encoding.shape, bits=encoding.bits, block=encoding.block)
+    return encoding
+
+
+def _read_packed_shape(encoding: _Scaled, arguments: list[dict[str, Any]]) -> None:
+    """Set shape and bits of packed numbers, by weight_shape and the config's num_bits."""
+    rows, words = encoding.shape
+    shape = encoding.part(SHAPE)
+    if shape is None or shape.shape != (2,) or int(shape[0]) != rows:
+        raise encoding.refuse(f"has no {SHAPE} [N, K] that fits its weight")
+    columns = int(shape[1])
+    for bits in _PACKED_BITS:
+        if any(given.get("num_bits") == bits for given in arguments) and words == -(-columns * bits // 32):
+            encoding.shape, encoding.bits = (rows, columns), bits
+            return
+    raise encoding.refuse(f"packs {columns} columns into {words} words, which no num_bits of its config gives")
+
+
+def _read_blocks(encoding: _Scaled, arguments: list[dict[str, Any]]) -> None:
+    """Set how many rows and columns share a scale, by the shapes alone, or by the config where blocks are ragged."""
+    (rows, columns), scale = encoding.shape, encoding.stored.tensors[f"{encoding.module}.{SCALE}"].shape
+    if scale in ((), (1,), (1, 1)):
+        encoding.block = (max(1, rows), max(1, columns))
+        return
+    down, across = (*scale, 1)[:2]
+    candidates = [(1, columns if across == 1 else columns // max(1, across))]
+    candidates += [(1, given["group_size"]) for given in arguments if given.get("group_size")]
+    candidates += [tuple(given["block_structure"]) for given in arguments if given.get("block_structure")]
+    for block in candidates:
+        if min(block) > 0 and (-(-rows // block[0]), -(-columns // block[1])) == (down, across):
+            encoding.block = block
+            return
+    raise encoding.refuse(f"is {rows}x{columns} with scales {list(scale)}, which do not fit")
+
+
+def _signed(packed: Array, bits: int) -> Array:
+    """Signed numbers int8 from int32 words."""
+    values: Array = (unpack_int32(packed, bits).astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)
+    return values

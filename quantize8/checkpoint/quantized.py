@@ -1,0 +1,114 @@
+"""A checkpoint with quantized weights, as the floating-point tensors that they stand for, decoded as they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from quantize8.checkpoint import bitsandbytes, compressed_tensors
+from quantize8.checkpoint.base import Checkpoint, TensorInfo
+from quantize8.checkpoint.encoding import Encoding, RowwiseInt8
+from quantize8.errors import SourceError
+from quantize8.ops.reference import Array
+
+_FORMATS: dict[str, Callable[[Checkpoint, dict[str, Any]], dict[str, Encoding]]] = {
+    bitsandbytes.METHOD: bitsandbytes.find,
+    compressed_tensors.METHOD: compressed_tensors.find,
+}
+
+
+class QuantizedCheckpoint(Checkpoint):
+    """The weights of `stored` under their usual names, float32; int8 ones also as they are, by `int8_rows`."""
+
+    def __init__(self, stored: Checkpoint, encodings: dict[str, Encoding]) -> None:
+        super().__init__(stored.folder, stored.name, stored.identity)
+        self.stored = stored
+        self.encodings = {f"{module}.weight": encoding for module, encoding in encodings.items()}
+        parts = {part: name for name, encoding in self.encodings.items() for part in encoding.tensors}
+        for info in stored.tensors.values():
+            name = parts.get(info.name)
+            if name is None and not compressed_tensors.unused(info.name):
+                self._check_plain(info)
+                self.tensors[info.name] = info
+            elif name is not None and name not in self.tensors:
+                self.tensors[name] = TensorInfo(name, "F32", self.encodings[name].shape, info.file)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json of the model without its quantization."""
+        return {key: value for key, value in self.stored.config.items() if key not in _CONFIG_KEYS}
+
+    @property
+    def decoded(self) -> frozenset[str]:
+        """See `Checkpoint.decoded`."""
+        return frozenset(self.encodings)
+
+    @property
+    def stored_bytes(self) -> int:
+        """See `Checkpoint.stored_bytes`."""
+        return self.stored.stored_bytes
+
+    def stored_dtype(self, name: str) -> str:
+        """See `Checkpoint.stored_dtype`."""
+        encoding = self.encodings.get(name)
+        return self.stored.tensors[name if encoding is None else encoding.tensors[0]].dtype
+
+    def is_int8(self, name: str) -> bool:
+        """See `Checkpoint.is_int8`."""
+        return isinstance(self.encodings.get(name), RowwiseInt8)
+
+    def int8_rows(self, name: str, start: int, stop: int) -> tuple[Array, Array]:
+        """See `Checkpoint.int8_rows`."""
+        encoding = self.encodings[name]
+        assert isinstance(encoding, RowwiseInt8)
+        return encoding.int8_rows(start, stop)
+
+    def rows(self, name: str, start: int, stop: int) -> Array:
+        """See `Checkpoint.rows`."""
+        encoding = self.encodings.get(name)
+        return self.stored.rows(name, start, stop) if encoding is None else encoding.rows(start, stop)
+
+    def blocks(self, name: str, block_bytes: int | None = None, multiple: int = 1) -> Iterator[Array]:
+        """See `Checkpoint.blocks`."""
+        try:
+            yield from super().blocks(name, block_bytes, multiple)
+        finally:
+            if name in self.encodings:
+                self.encodings[name].release()
+
+    def write_companions(self, folder: Any) -> None:
+        """See `Checkpoint.write_companions`."""
+        self.stored.write_companions(folder)
+
+    def _check_plain(self, info: TensorInfo) -> None:
+        if info.dtype.startswith("F8") or (info.dtype == "I8" and info.name.endswith(".weight")):
+            where = self.folder / info.file
+            raise SourceError(f"{where}: {info.name} is {info.dtype} without a scale; fetch the checkpoint again")
+
+
+_CONFIG_KEYS = ("quantization_config", "compression_config")
+
+
+def decode(stored: Checkpoint) -> Checkpoint:
+    """The checkpoint itself where its config.json names no quantization, else one that decodes it.
+
+    Raises SourceError where the quantization is of a kind that is not read, or the weights are not stored as it says.
+    """
+    config = stored.config
+    entry = next((config[key] for key in _CONFIG_KEYS if config.get(key)), None)
+    if entry is None:
+        return stored
+    if not isinstance(entry, dict):
+        raise SourceError(f"{stored.folder}: its quantization_config is no JSON object; fetch config.json again")
+    method = entry.get("quant_method", bitsandbytes.METHOD if "load_in_8bit" in entry else None)
+    if method not in _FORMATS:
+        known = ", ".join(_FORMATS)
+        raise SourceError(
+            f"{stored.folder}: is quantized by {method}, which is not read (only {known}); use its original"
+        )
+    encodings = _FORMATS[method](stored, entry)
+    if not encodings:
+        raise SourceError(
+            f"{stored.folder}: says it is quantized by {method}, and holds no such weight; fetch it again"
+        )
+    return QuantizedCheckpoint(stored, encodings)
