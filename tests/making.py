@@ -87,3 +87,26 @@ def write_shards(folder: Path, state: dict[str, torch.Tensor], shards: int) -> N
     total = sum(value.nbytes for value in state.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def mixtral(folder: Path) -> Path:
+    """A Mixtral with 4 experts a layer, as transformers writes it: each expert's matrices apart."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": INNER, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "num_local_experts": 4}
+    torch.manual_seed(0)
+    MixtralForCausalLM(MixtralConfig(**sizes, **heads, pad_token_id=0)).save_pretrained(folder)
+    return folder
+
+
+def qwen3_moe(folder: Path) -> Path:
+    """A Qwen3-MoE with 4 experts a layer, as transformers writes it."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": INNER, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": 8, "num_experts": 4}
+    experts = {"moe_intermediate_size": 24, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, **experts, pad_token_id=0)).save_pretrained(folder)
+    return folder

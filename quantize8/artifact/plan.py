@@ -84,9 +84,11 @@ def _choose(
     structure: Structure, recipe: Recipe, output: Format, tensors: dict[str, TensorInfo]
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Modules that become int8, and the Linear weights that do not with the reason."""
+    if not output.quantizes:
+        return {}, {}
     linears, refused = output.linears(structure)
     modules, kept = dict(linears), structure.kept | refused
-    if recipe.output_head and structure.output_head is not None and output.quantizes:
+    if recipe.output_head and structure.output_head is not None:
         modules[structure.output_head] = LINEAR
         del kept[structure.output_head]
     for name in list(modules):
