@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from quantize8.errors import (
         ArtifactError,
         DependencyError,
-        DeviceWarning,
         OutputError,
         Quantize8Error,
         RecipeError,
@@ -18,26 +17,26 @@ if TYPE_CHECKING:
     )
     from quantize8.model.linear import Int8Linear
     from quantize8.model.loading import load
+    from quantize8.model.quantizer import Int8Config, enable
     from quantize8.operations.convert import convert
     from quantize8.operations.inspect import inspect
     from quantize8.operations.run import run
     from quantize8.operations.verify import verify
-    from quantize8.ops.reference import Int8Weight
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ArtifactError",
     "DependencyError",
-    "DeviceWarning",
+    "Int8Config",
     "Int8Linear",
-    "Int8Weight",
     "OutputError",
     "Quantize8Error",
     "RecipeError",
     "SourceError",
     "WeightError",
     "convert",
+    "enable",
     "inspect",
     "load",
     "run",
@@ -45,9 +44,10 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Int8Config": "model.quantizer",
     "Int8Linear": "model.linear",
-    "Int8Weight": "ops.reference",
     "convert": "operations.convert",
+    "enable": "model.quantizer",
     "inspect": "operations.inspect",
     "load": "model.loading",
     "run": "operations.run",

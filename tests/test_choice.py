@@ -9,7 +9,8 @@ import pytest
 import torch
 from cuda_on_cpu.emulation import EmulatedGpu
 
-from quantize8 import DependencyError, DeviceWarning
+from quantize8 import DependencyError
+from quantize8.errors import DeviceWarning
 from quantize8.ops import choice, device, gpu, kernels
 from quantize8.ops.device import Gpu, gpu_of, why_not
 

@@ -54,9 +54,7 @@ def test_dequantizing_gives_the_dtype_asked_for_and_the_values_of_the_codes(firs
         assert json.loads((tmp_path / name / "config.json").read_text())["dtype"] == name
         for key, value in original.items():
             if "_proj" in key:
-                value = torch.from_numpy(
-                    reference.dequantize(*reference.quantize_rowwise(value.float().numpy()))
-                )
+                value = torch.from_numpy(reference.dequantize(*reference.quantize_rowwise(value.float().numpy())))
             assert torch.equal(got[key], value.to(dtype)), key
         assert result.plan.modules == {} and result.manifest.kept == {}
 

@@ -143,7 +143,7 @@ def test_a_record_that_calls_another_tensor_quantized_is_found(artifact):
         ].quantized
 
     forge(artifact, mark)
-    with pytest.raises(ArtifactError, match="model.norm.weight is not quantized as quantize8.json says"):
+    with pytest.raises(ArtifactError, match=r"model\.norm\.weight is not quantized as quantize8.json says"):
         verify(artifact)
 
 

@@ -40,6 +40,7 @@ class Int8Linear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.threshold, self.mode = threshold, mode
+        self.transposed = False  # whether it stands for a Conv1D, which is stored [K, N] in floating point
         self._packed: PackedWeight | None = None
         codes = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
         self.weight = nn.Parameter(codes, requires_grad=False)
@@ -51,7 +52,7 @@ class Int8Linear(nn.Linear):
     @classmethod
     def from_float(cls, source: nn.Linear, threshold: float = DEFAULT_THRESHOLD) -> Int8Linear:
         """Quantize a layer where it is; raises WeightError where a row holds NaN, infinity or a |w| beyond float16."""
-        codes, absmax = _quantize(source.weight.detach())
+        codes, absmax = quantize(source.weight.detach())
         if not absmax.isfinite().all():
             row = int(absmax.isfinite().int().argmin())
             raise WeightError(
@@ -113,7 +114,9 @@ class Int8Linear(nn.Linear):
 
         Tracing does not move weights, so a model is called once before it is compiled.
         """
-        if x.is_cuda or self.mode == "static" or (torch.is_grad_enabled() and x.requires_grad):
+        if x.is_cuda or self.mode in ("static", "bitsandbytes") or (torch.is_grad_enabled() and x.requires_grad):
+            return False
+        if getattr(self.__dict__.get("_hf_hook"), "offload", False):  # the weight comes from disk, and goes again
             return False
         if self._packed is not None:
             return True
@@ -147,7 +150,7 @@ class Int8Linear(nn.Linear):
         return self.__dict__
 
 
-def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and absmax of a weight [N, K], on its device."""
     if weight.is_cuda:
         from quantize8.ops import gpu

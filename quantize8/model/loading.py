@@ -52,7 +52,6 @@ def load(
         model = _model_class(config).from_pretrained(
             folder, config=settings, dtype=numbers, device_map=device_map, trust_remote_code=False
         )
-        _realign(model)
         return model.eval(), _tokenizer(folder)
 
 
@@ -84,26 +83,18 @@ def _model_config(folder: Path, config: dict[str, Any], mode: OutlierMode, thres
         from quantize8.model.quantizer import METHOD
 
         assert isinstance(stored, dict)
+        stored_threshold = float(stored.get("llm_int8_threshold", DEFAULT_THRESHOLD))
         settings.quantization_config = {
             "quant_method": METHOD,
-            "threshold": float(stored.get("llm_int8_threshold", DEFAULT_THRESHOLD)) if threshold is None else threshold,
+            "llm_int8_threshold": stored_threshold if threshold is None else threshold,
+            "llm_int8_skip_modules": stored.get("llm_int8_skip_modules"),
             "mode": mode,
-            "skip_modules": stored.get("llm_int8_skip_modules"),
+            "quantize_experts": False,
         }
     elif stored is not None:
         method = stored.get("quant_method") if isinstance(stored, dict) else stored
         raise SourceError(f"{folder}: is quantized by {method}, which quantize8 does not run; use its own loader")
     return settings
-
-
-def _realign(model: Any) -> None:
-    """Move int8 weights that lie on a GPU as views into a file's bytes to addresses that kernels read fast from."""
-    from quantize8.model.linear import Int8Linear
-    from quantize8.ops.kernels import CHUNK
-
-    for module in model.modules():
-        if isinstance(module, Int8Linear) and module.weight.is_cuda and module.weight.data_ptr() % CHUNK:
-            module.weight.data = module.weight.data.clone()
 
 
 def _load_gguf(checkpoint: GgufCheckpoint, device_map: Any, dtype: Any) -> tuple[Any, Any]:

@@ -1,80 +1,202 @@
-"""How transformers builds a model on our layers: a quantizer of its own kind, registered under the name quantize8.
+"""How transformers builds, quantizes, saves and dequantizes a model on our layers: hooks that from_pretrained calls.
 
-Only in memory: no file ever names this method, because a loader without quantize8 would read such a folder as noise.
+A model comes in one of two ways: int8 already (codes and scales are loaded as they are), or in floating point, and then
+each tensor is quantized as it comes. What save_pretrained writes is in the bitsandbytes format.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer, register_quantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
 from quantize8.checkpoint.structure import CONV1D, linear_kinds
-from quantize8.model.linear import Int8Linear
-from quantize8.ops.reference import DEFAULT_THRESHOLD, OutlierMode
+from quantize8.errors import WeightError
+from quantize8.model.config import METHOD, Int8Config
+from quantize8.model.experts import PROJECTIONS, SCALE, Int8Experts
+from quantize8.model.linear import Int8Linear, quantize
+from quantize8.model.training import TrainableInt8Linear
+from quantize8.ops.choice import resolve
+from quantize8.ops.kernels import CHUNK
+from quantize8.ops.reference import OutlierMode
 
-METHOD = "quantize8"
+__all__ = ["METHOD", "Int8Config", "Int8Quantizer", "enable"]
 
-
-@register_quantization_config(METHOD)
-class LoadConfig(QuantizationConfigMixin):
-    """What the loader of an int8 folder needs to know: threshold, outlier mode, and the modules left in float."""
-
-    def __init__(
-        self,
-        threshold: float = DEFAULT_THRESHOLD,
-        mode: OutlierMode = "dynamic",
-        skip_modules: list[str] | None = None,
-        **_: Any,
-    ) -> None:
-        self.quant_method = METHOD
-        self.threshold, self.mode, self.skip_modules = threshold, mode, skip_modules
+_BITSANDBYTES = "bitsandbytes_8bit"  # transformers' key for its own
 
 
 @register_quantizer(METHOD)
 class Int8Quantizer(HfQuantizer):
-    """Puts an Int8Linear in the place of each Linear or Conv1D that the folder holds in int8."""
+    """Puts a layer of ours in the place of each Linear or Conv1D that is int8 or becomes it, and of experts.
+
+    Takes an Int8Config, or a BitsAndBytesConfig after `enable`.
+    """
 
     requires_calibration = False
+    serialized_names: ClassVar = {"weight": ["weight", f"weight{SCALE}"]}  # experts' scales are joined as weights are
 
     @property
     def quantized_element_size(self) -> float:
         """Bytes a weight takes, for device_map="auto"."""
         return 1
 
-    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
-        """Never: the folder's weights are int8 already."""
-        return False
-
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-        config = self.quantization_config
-        skip = self.get_modules_to_not_convert(model, config.skip_modules, model._keep_in_fp32_modules)
-        for name, kind in linear_kinds(model).items():
-            if should_convert_module(name, skip):
-                model.set_submodule(name, _empty_layer(model.get_submodule(name), kind, config))
-
-    def is_serializable(self) -> bool:
-        """Whether save_pretrained may write the model: not under this in-memory method."""
-        return False
-
     @property
     def is_trainable(self) -> bool:
         """Adapters can be trained on the frozen layers."""
         return True
 
+    @property
+    def is_qat_trainable(self) -> bool:
+        """The weights themselves can, where they are kept."""
+        return bool(self.quantization_config.llm_int8_has_fp16_weight)
 
-def _empty_layer(module: nn.Module, kind: str, config: LoadConfig) -> Int8Linear:
+    @property
+    def is_compileable(self) -> bool:
+        """Layers are operators that torch.compile sees through."""
+        return True
+
+    def is_serializable(self) -> bool:
+        """save_pretrained writes the bitsandbytes format."""
+        return True
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Without a device_map, a GPU that can run the kernels, else the CPU; "auto" knows no kernels."""
+        if device_map in (None, "auto") and resolve("auto") == "cpu":
+            return {"": "cpu"}
+        return {"": torch.cuda.current_device()} if device_map is None else device_map
+
+    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+        """Whether a floating-point weight of the checkpoint becomes codes, or is turned over, on its way in."""
+        module, name = get_module_from_name(model, param_name)
+        if isinstance(module, TrainableInt8Linear):
+            return name == "weight" and module.transposed
+        return not self.pre_quantized and (
+            (isinstance(module, Int8Linear) and name == "weight")
+            or (isinstance(module, Int8Experts) and name in PROJECTIONS)
+        )
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """What `param_needs_quantization` asks for."""
+        return _Quantize()
+
+    def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **_: Any) -> None:
+        config = self.quantization_config
+        skip = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
+        if config.llm_int8_enable_fp32_cpu_offload and isinstance(device_map, dict):
+            skip += [name for name, device in device_map.items() if device in ("cpu", "disk")]
+        mode: OutlierMode = getattr(config, "mode", "bitsandbytes")
+        if getattr(config, "quantize_experts", False) and not config.llm_int8_has_fp16_weight:
+            for name, module in list(model.named_modules()):
+                if Int8Experts.fits(module) and should_convert_module(name, skip):
+                    model.set_submodule(name, Int8Experts(module, config.llm_int8_threshold, mode))
+        for name, kind in linear_kinds(model).items():
+            if should_convert_module(name, skip):
+                model.set_submodule(name, _empty_layer(model.get_submodule(name), kind, config, mode))
+        if config.llm_int8_skip_modules is None:
+            config.llm_int8_skip_modules = sorted(set(skip))  # so that a saved model says what it left
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Int8Experts):
+                if module.down_proj.is_meta:
+                    raise ValueError(f"{name}: int8 experts cannot lie on disk; pass quantize_experts=False")
+                module.split()
+        for module in model.modules():  # views into a file's bytes, moved to addresses that kernels read fast from
+            if isinstance(module, Int8Linear) and module.weight.is_cuda and module.weight.data_ptr() % CHUNK:
+                module.weight.data = module.weight.data.clone()
+        if self.quantization_config.llm_int8_has_fp16_weight:
+            del model.config.quantization_config  # what is saved is a plain model
+        return model
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a saved model's config holds its name
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Int8Linear | TrainableInt8Linear):
+                model.set_submodule(name, _float_layer(module, dtype))
+            elif isinstance(module, Int8Experts):
+                model.set_submodule(name, module.to_float(dtype))
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What save_pretrained writes: the bitsandbytes format, which has no int8 experts, or 16-bit weights."""
+        state: dict[str, Tensor] = model.state_dict()
+        for name, module in model.named_modules():
+            if isinstance(module, Int8Experts):
+                state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
+                state |= {f"{name}.{key}": value for key, value in module.dequantized(model.dtype).items()}
+            elif isinstance(module, TrainableInt8Linear) and module.transposed:
+                state[f"{name}.weight"] = state[f"{name}.weight"].t().contiguous()
+        return state, {}
+
+
+def enable() -> None:
+    """Run what transformers loads with bitsandbytes' LLM.int8(), folders and BitsAndBytesConfig, on our layers."""
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    AUTO_QUANTIZER_MAPPING[_BITSANDBYTES] = Int8Quantizer
+
+
+class _Quantize(ConversionOps):
+    """A floating-point tensor of the checkpoint -> codes and scales, on the device that it is loaded to."""
+
+    def convert(self, input_dict: dict[str, Any], model: Any = None, **_: Any) -> dict[str, Tensor]:
+        result: dict[str, Tensor] = {}
+        for name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            module, last = get_module_from_name(model, name)
+            if isinstance(module, TrainableInt8Linear):
+                result[name] = weight.t().contiguous()
+            elif isinstance(module, Int8Experts):
+                codes, absmax = zip(*(_checked(name, expert) for expert in weight), strict=True)
+                result |= {name: torch.stack(codes), name + SCALE: torch.stack(absmax)}
+            else:
+                base = name.removesuffix(last)
+                result[name], result[f"{base}SCB"] = _checked(name, weight.t() if module.transposed else weight)
+                result[f"{base}weight_format"] = torch.zeros((), dtype=torch.uint8, device=weight.device)
+            module.__dict__["_is_hf_initialized"] = True
+        return result
+
+
+def _checked(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+    codes, absmax = quantize(weight)
+    if not absmax.isfinite().all():
+        row = int(absmax.isfinite().int().argmin())
+        raise WeightError(
+            f"{name} row {row} holds NaN, infinity or a |w| beyond float16; name it in llm_int8_skip_modules"
+        )
+    return codes, absmax
+
+
+def _empty_layer(module: nn.Module, kind: str, config: Any, mode: OutlierMode) -> nn.Module:
+    """A layer of ours without values, for a Linear or Conv1D without values."""
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
     out_features, in_features = reversed(weight.shape) if kind == CONV1D else weight.shape
-    layer = Int8Linear(in_features, out_features, module.bias is not None, config.threshold, config.mode, "meta")
+    given = (in_features, out_features, module.bias is not None, config.llm_int8_threshold, mode, "meta")
+    trained = config.llm_int8_has_fp16_weight
+    layer = TrainableInt8Linear(*given, dtype=weight.dtype) if trained else Int8Linear(*given)
+    layer.transposed = kind == CONV1D
     if layer.bias is not None and isinstance(module.bias, torch.Tensor):
         layer.bias.data = layer.bias.data.to(module.bias.dtype)
-    layer.__dict__["_is_hf_initialized"] = (
-        True  # or transformers fills int8 weights with normal noise when offloading to disk
-    )
+    layer.__dict__["_is_hf_initialized"] = True  # or int8 weights that go to disk would be filled with normal noise
     return layer
+
+
+def _float_layer(layer: Int8Linear | TrainableInt8Linear, dtype: torch.dtype) -> Any:
+    weight = layer.dequantize().to(dtype)
+    module: Any
+    if layer.transposed:
+        module = Conv1D(0, 0)
+        module.nf, module.nx = layer.out_features, layer.in_features
+        weight = weight.t().contiguous()
+    else:
+        module = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    module.weight = nn.Parameter(weight)
+    if layer.bias is not None:
+        module.bias = nn.Parameter(layer.bias.detach().to(weight.dtype))
+    return module

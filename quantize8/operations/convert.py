@@ -65,10 +65,10 @@ def convert(
 
     Args: source, a hub id, folder or file; out, the new folder (default: the source's name with what was made of it,
     such as `<name>-int8`, in the current one); format, bitsandbytes, compressed-tensors, float16, bfloat16 or float32;
-    scheme (w8a8 or w8a16) and moe (vllm or transformers), of compressed-tensors alone; threshold, in place of the recipe's;
-    recipe, a shipped name or a .toml file; device, auto, cpu or cuda (auto: a GPU that kernels can use, else the CPU);
-    workers, threads that read, quantize and write side by side (default: one a processor); progress, called with bytes
-    of source done and in all.
+    scheme (w8a8 or w8a16) and moe (vllm or transformers), of compressed-tensors alone; threshold, in place of the
+    recipe's; recipe, a shipped name or a .toml file; device, auto, cpu or cuda (auto: a GPU that kernels can use, else
+    the CPU); workers, threads that read, quantize and write side by side (default: one a processor); progress, called
+    with bytes of source done and in all.
     Raises: SourceError, WeightError, RecipeError, OutputError or DependencyError; then no output folder is left.
     """
     if workers is not None and workers < 1:

@@ -29,8 +29,10 @@ _LIBRARY.define(
 def _on_cpu(
     x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float, mode: OutlierMode
 ) -> Tensor:
-    from quantize8.ops import cpu
+    from quantize8.ops import bitsandbytes, cpu
 
+    if mode == "bitsandbytes":
+        return bitsandbytes.linear(x, codes, absmax, bias, threshold)
     return cpu.linear(x, Int8Weight(codes, absmax), bias, threshold, mode)
 
 
@@ -39,7 +41,8 @@ def _on_gpu(
 ) -> Tensor:
     from quantize8.ops import gpu
 
-    return gpu.linear(x, Int8Weight(codes, absmax), bias, threshold, mode)
+    # bitsandbytes' kernels round otherwise than its CPU code, and are not reproduced
+    return gpu.linear(x, Int8Weight(codes, absmax), bias, threshold, "dynamic" if mode == "bitsandbytes" else mode)
 
 
 def _packed(x: Tensor, tiles: Tensor, scale: Tensor, start: Tensor, *rest: Any) -> Tensor:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-OutlierMode = Literal["dynamic", "elementwise", "static"]
+OutlierMode = Literal["dynamic", "elementwise", "static", "bitsandbytes"]  # the last is ops/bitsandbytes.py's
 
 INT8_MAX = 127  # -128 is never used, so that codes are symmetric, as in bitsandbytes
 FLOAT16_MAX = 65504.0  # a larger weight becomes infinite in float16, the type that weights are quantized from
