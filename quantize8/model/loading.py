@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from quantize8.checkpoint import QuantizedCheckpoint, open_checkpoint
+from quantize8.checkpoint import Checkpoint, QuantizedCheckpoint, open_checkpoint
 from quantize8.checkpoint.bitsandbytes import is_int8
 from quantize8.checkpoint.gguf import GgufCheckpoint
 from quantize8.errors import DependencyError, SourceError, first_line
@@ -27,32 +25,33 @@ def load(
     revision: str | None = None,
     token: str | None = None,
 ) -> tuple[Any, Any]:
-    """Load an artifact (or any int8 bitsandbytes folder, or a plain checkpoint): (transformers model, tokenizer).
+    """Load an artifact, or any checkpoint that `convert` reads: (transformers model, tokenizer).
+
+    Weights stored as int8 with a scale per row run on our layers; those quantized otherwise are decoded.
 
     Args: path, a folder, GGUF file or hub id; device_map, as transformers takes it, but "auto" keeps int8 layers on the
     CPU where no GPU can run their kernels; dtype of the floating-point part, "auto" for the stored one, except that
     float16 is computed in float32 on a CPU, which holds the same numbers and is faster there; mode and threshold of
     the outlier correction, threshold None for the stored one.
     Returns: the model in eval mode; its tokenizer, None where the folder has none.
-    Raises: SourceError where the folder is missing, holds another quantization, or needs code of its own to run.
+    Raises: SourceError where the folder is missing, is quantized in a way not read, or needs code of its own to run.
     """
     if mode == "static":
         raise SourceError(f"{path}: holds no calibrated outlier columns for mode static; use dynamic or elementwise")
     with quiet():
         # opening tells what is missing, cut or lying in one line, before transformers meets it
         checkpoint = open_checkpoint(str(path), revision=revision, token=token)
-        if isinstance(checkpoint, GgufCheckpoint):
-            return _load_gguf(checkpoint, device_map, dtype)
         stored = checkpoint.stored if isinstance(checkpoint, QuantizedCheckpoint) else checkpoint
-        folder, config = stored.folder, stored.config
-        if is_int8(config) and device_map in ("auto", "cuda"):
+        if checkpoint.decoded and device_map in ("auto", "cuda"):
             device_map = device_map if resolve(device_map) == "cuda" else "cpu"
-        settings = _model_config(folder, config, mode, threshold)
-        numbers = _dtype(dtype, config, device_map)
-        model = _model_class(config).from_pretrained(
-            folder, config=settings, dtype=numbers, device_map=device_map, trust_remote_code=False
+        given = {"dtype": _dtype(dtype, checkpoint.config, device_map), "device_map": device_map}
+        if isinstance(stored, GgufCheckpoint) or (checkpoint.decoded and not is_int8(stored.config)):
+            return _load_decoded(checkpoint, mode, threshold, given), _tokenizer(checkpoint)
+        settings = _model_config(stored, mode, threshold)
+        model = _model_class(stored.config).from_pretrained(
+            stored.folder, config=settings, trust_remote_code=False, **given
         )
-        return model.eval(), _tokenizer(folder)
+        return model.eval(), _tokenizer(checkpoint)
 
 
 @contextlib.contextmanager
@@ -71,49 +70,55 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _model_config(folder: Path, config: dict[str, Any], mode: OutlierMode, threshold: float | None) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except ValueError as error:
-        raise SourceError(f"{folder}: transformers cannot run this architecture ({first_line(error)})") from None
-    stored = config.get("quantization_config")
-    if is_int8(config):
-        from quantize8.model.quantizer import METHOD
-
-        assert isinstance(stored, dict)
-        stored_threshold = float(stored.get("llm_int8_threshold", DEFAULT_THRESHOLD))
-        settings.quantization_config = {
-            "quant_method": METHOD,
-            "llm_int8_threshold": stored_threshold if threshold is None else threshold,
-            "llm_int8_skip_modules": stored.get("llm_int8_skip_modules"),
-            "mode": mode,
-            "quantize_experts": False,
-        }
-    elif stored is not None:
-        method = stored.get("quant_method") if isinstance(stored, dict) else stored
-        raise SourceError(f"{folder}: is quantized by {method}, which quantize8 does not run; use its own loader")
+def _model_config(stored: Checkpoint, mode: OutlierMode, threshold: float | None) -> Any:
+    """The model's settings; of an int8 folder in the bitsandbytes format with what our quantizer needs to know."""
+    settings = _settings(stored)
+    entry = stored.config.get("quantization_config")
+    if isinstance(entry, dict):
+        asked = float(entry.get("llm_int8_threshold", DEFAULT_THRESHOLD)) if threshold is None else threshold
+        settings.quantization_config = _entry(asked, entry.get("llm_int8_skip_modules"), mode, int8_experts=False)
     return settings
 
 
-def _load_gguf(checkpoint: GgufCheckpoint, device_map: Any, dtype: Any) -> tuple[Any, Any]:
-    """A GGUF file, dequantized by our reader, as a plain transformers model."""
-    import torch
+def _load_decoded(checkpoint: Checkpoint, mode: OutlierMode, threshold: float | None, given: dict[str, Any]) -> Any:
+    """A model from what our readers make of its weights: int8 as it is, all else in floating point."""
+    from quantize8.model.state import plan_loading
+
+    settings, plan = _settings(checkpoint), plan_loading(checkpoint)
+    if hasattr(settings, "quantization_config"):
+        del settings.quantization_config
+    if any(tensor.dtype == "I8" for tensor in plan.state.values()):
+        asked = DEFAULT_THRESHOLD if threshold is None else threshold
+        settings.quantization_config = _entry(asked, plan.skip_modules, mode, plan.int8_experts)
+    model = _model_class(checkpoint.config).from_pretrained(None, config=settings, state_dict=plan.state, **given)
+    return model.eval()
+
+
+def _settings(checkpoint: Checkpoint) -> Any:
+    from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config = checkpoint.config
-    state = {}
-    for name, info in checkpoint.tensors.items():
-        values = checkpoint.rows(name, 0, info.shape[0])
-        bits = torch.from_numpy(values.view(np.int16))
-        state[name] = bits.view(torch.bfloat16 if info.dtype == "BF16" else torch.float16)
-    settings = CONFIG_MAPPING[config["model_type"]].from_dict(config)
-    numbers = _dtype(dtype, config, device_map)
-    model = _model_class(config).from_pretrained(
-        None, config=settings, state_dict=state, dtype=numbers, device_map=device_map
-    )
-    return model.eval(), checkpoint.tokenizer
+    if isinstance(checkpoint, GgufCheckpoint):
+        return CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(checkpoint.config)
+    try:
+        return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    except ValueError as error:
+        raise SourceError(
+            f"{checkpoint.folder}: transformers cannot run this architecture ({first_line(error)})"
+        ) from None
+
+
+def _entry(threshold: float, skip_modules: Any, mode: OutlierMode, int8_experts: bool) -> dict[str, Any]:
+    """A quantization_config, in memory only, by which transformers calls our quantizer."""
+    from quantize8.model.quantizer import METHOD
+
+    return {
+        "quant_method": METHOD,
+        "llm_int8_threshold": threshold,
+        "llm_int8_skip_modules": skip_modules,
+        "mode": mode,
+        "quantize_experts": int8_experts,
+    }
 
 
 def _dtype(asked: Any, config: dict[str, Any], device_map: Any) -> Any:
@@ -134,9 +139,12 @@ def _model_class(config: dict[str, Any]) -> Any:
     return getattr(transformers, name, None) or transformers.AutoModel
 
 
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer(checkpoint: Checkpoint) -> Any:
     from transformers import AutoTokenizer
 
+    if isinstance(checkpoint, GgufCheckpoint):
+        return checkpoint.tokenizer
+    folder = checkpoint.folder
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return None
     try:
