@@ -113,6 +113,7 @@ def test_by_hand(tmp_path):
     qzeros = torch.tensor([[0x22222222]], dtype=torch.int32)
     state = {"m.qweight": qweight, "m.qzeros": qzeros, "m.scales": torch.full((1, 8), 0.25, dtype=torch.float16)}
     (encoding,) = gptq.find(opened(tmp_path, state), {"bits": 4, "group_size": -1}).values()
+    assert gptq.find(encoding.stored, {"bits": 4.0, "group_size": -1})["m"].rows(0, 1).any()
     assert encoding.rows(4, 5).tolist() == [[-0.75, -0.5, -0.25, 0, 0.25, 0.5, 0.75, 1]]
     entry = {"bits": 4, "group_size": 10**30, "checkpoint_format": "gptq_v2"}  # a group may be larger than K
     (encoding,) = gptq.find(encoding.stored, entry).values()

@@ -103,7 +103,7 @@ def _module(stored: Checkpoint, module: str, names: tuple[str, ...], settings: l
 
 
 def _read(stored: Checkpoint, module: str, names: tuple[str, ...], settings: dict[str, Any]) -> Encoding:
-    bits = settings.get("bits", _BITS[0])
+    bits = int(settings.get("bits", _BITS[0]))  # JSON may have written 4.0
     form = settings.get("checkpoint_format") or settings.get("format") or _MINUS_ONE
     words, rows = stored.tensors[names[0]].shape
     has_order = f"{module}.{ORDER}" in names
