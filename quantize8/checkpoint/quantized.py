@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from quantize8.checkpoint import bitsandbytes, compressed_tensors
+from quantize8.checkpoint import awq, bitsandbytes, compressed_tensors, fp8, gptq
 from quantize8.checkpoint.base import Checkpoint, TensorInfo
 from quantize8.checkpoint.encoding import Encoding, RowwiseInt8
 from quantize8.errors import SourceError
@@ -14,6 +14,9 @@ from quantize8.ops.reference import Array
 _FORMATS: dict[str, Callable[[Checkpoint, dict[str, Any]], dict[str, Encoding]]] = {
     bitsandbytes.METHOD: bitsandbytes.find,
     compressed_tensors.METHOD: compressed_tensors.find,
+    fp8.METHOD: fp8.find,
+    awq.METHOD: awq.find,
+    gptq.METHOD: gptq.find,
 }
 
 
