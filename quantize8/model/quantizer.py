@@ -104,11 +104,19 @@ class Int8Quantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, Int8Experts):
                 if module.down_proj.is_meta:
-                    raise ValueError(f"{name}: int8 experts cannot lie on disk; pass quantize_experts=False")
+                    raise ValueError(
+                        f"{name}: int8 experts cannot lie on disk; give device_map room for them elsewhere"
+                    )
                 module.split()
-        for module in model.modules():  # views into a file's bytes, moved to addresses that kernels read fast from
-            if isinstance(module, Int8Linear) and module.weight.is_cuda and module.weight.data_ptr() % CHUNK:
-                module.weight.data = module.weight.data.clone()
+        for name, module in model.named_modules():
+            if isinstance(module, Int8Linear):
+                if module.weight.is_meta and not self.pre_quantized:  # transformers 5.23 would read the float weight
+                    raise ValueError(
+                        f"{name}: goes to disk before it is int8; convert the model, and load that instead"
+                    )
+                _check(module, name)
+                if module.weight.is_cuda and module.weight.data_ptr() % CHUNK:  # a view into a file's bytes,
+                    module.weight.data = module.weight.data.clone()  # to an address that kernels read fast from
         if self.quantization_config.llm_int8_has_fp16_weight:
             del model.config.quantization_config  # what is saved is a plain model
         return model
@@ -116,10 +124,11 @@ class Int8Quantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a saved model's config holds its name
         for name, module in list(model.named_modules()):
+            if isinstance(module, Int8Experts):
+                model.set_submodule(name, module.to_float(dtype))
+        for name, module in list(model.named_modules()):
             if isinstance(module, Int8Linear | TrainableInt8Linear):
                 model.set_submodule(name, _float_layer(module, dtype))
-            elif isinstance(module, Int8Experts):
-                model.set_submodule(name, module.to_float(dtype))
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -152,24 +161,23 @@ class _Quantize(ConversionOps):
             if isinstance(module, TrainableInt8Linear):
                 result[name] = weight.t().contiguous()
             elif isinstance(module, Int8Experts):
-                codes, absmax = zip(*(_checked(name, expert) for expert in weight), strict=True)
+                codes, absmax = zip(*map(quantize, weight), strict=True)
                 result |= {name: torch.stack(codes), name + SCALE: torch.stack(absmax)}
             else:
                 base = name.removesuffix(last)
-                result[name], result[f"{base}SCB"] = _checked(name, weight.t() if module.transposed else weight)
+                result[name], result[f"{base}SCB"] = quantize(weight.t() if module.transposed else weight)
                 result[f"{base}weight_format"] = torch.zeros((), dtype=torch.uint8, device=weight.device)
             module.__dict__["_is_hf_initialized"] = True
         return result
 
 
-def _checked(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-    codes, absmax = quantize(weight)
-    if not absmax.isfinite().all():
-        row = int(absmax.isfinite().int().argmin())
+def _check(layer: Int8Linear, name: str) -> None:
+    """Refuse what could not be quantized; while tensors are converted, transformers hides which error it was."""
+    if not (layer.SCB.is_meta or layer.SCB.isfinite().all()):
+        row = int(layer.SCB.isfinite().int().argmin())
         raise WeightError(
             f"{name} row {row} holds NaN, infinity or a |w| beyond float16; name it in llm_int8_skip_modules"
         )
-    return codes, absmax
 
 
 def _empty_layer(module: nn.Module, kind: str, config: Any, mode: OutlierMode) -> nn.Module:

@@ -27,7 +27,7 @@ class LazyTensor:
     dtype: str  # by its safetensors name
 
     def __getitem__(self, _: Any) -> Tensor:
-        values = np.ascontiguousarray(self.read())
+        values = self.read()
         if self.dtype in _DTYPES:
             return torch.from_numpy(values.view(np.int16)).view(_DTYPES[self.dtype])
         return torch.from_numpy(values)
