@@ -27,7 +27,7 @@ from gguf import (
     get_tensor_name_map,
 )
 
-from quantize8.errors import SourceError
+from quantize8.errors import SourceError, first_line
 from quantize8.ops.q8_0 import BLOCK, BLOCK_BYTES
 from quantize8.ops.reference import Array
 
@@ -127,15 +127,17 @@ def architecture(config: Mapping[str, Any], where: object) -> str:
 
 def complete(config: Mapping[str, Any], where: object) -> dict[str, Any]:
     """config.json with the defaults that transformers gives it."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     _kind(config, where)
     try:
         rest = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
         full: dict[str, Any] = AutoConfig.for_model(config["model_type"], **rest).to_dict()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SourceError(f"{where}: transformers cannot read its config.json ({reason})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise SourceError(
+            f"{where}: transformers cannot read its config.json ({first_line(error)}); repair it"
+        ) from None
     return full
 
 
