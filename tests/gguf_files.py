@@ -44,7 +44,7 @@ FAMILIES = {
     "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rms_norm_eps": 1e-5},
     "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
 }
-MERGES = [("t", "h"), ("h", "e"), ("▁", "t"), ("▁t", "he"), ("▁th", "e"), ("a", "n"), ("an", "d"), ("▁", "and")]
+MERGED = ["th", "he", "▁t", "▁th", "▁the", "an", "and", "▁and"]  # by falling score
 
 
 def config_of(family: str, **changes) -> dict:
@@ -76,9 +76,11 @@ def write_tokenizer(folder: Path) -> None:
     """Byte fallback and a few merges, in the shape that transformers gives Llama's SentencePiece."""
     folder.mkdir()
     texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    texts += ["▁", *"abcdefghijklmnopqrstuvwxyz.,", "th", "he", "▁t", "▁the", "an", "and", "▁and", "▁th"]
+    texts += ["▁", *"abcdefghijklmnopqrstuvwxyz.,", *MERGED]
+    cuts = [(text[:cut], text[cut:]) for text in MERGED for cut in range(1, len(text))]
+    merges = [pair for pair in cuts if set(pair) <= set(texts)]
     vocabulary = {text: number for number, text in enumerate(texts)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, MERGES, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

@@ -1,12 +1,13 @@
 """Writing GGUF: what transformers, gguf's reader and our own reader find in the file is what the checkpoint holds."""
 
+import contextlib
 import json
 
 import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
-from gguf_files import FAMILIES, assemble, config_of, dequantized, folder_of, write_tokenizer
+from gguf_files import FAMILIES, MERGED, assemble, config_of, dequantized, folder_of, write_tokenizer
 from transformers import AutoModelForCausalLM
 
 from quantize8 import SourceError
@@ -125,6 +126,7 @@ def test_llama3_frequencies_are_those_of_transformers(tmp_path):
         ("llama", {"architectures": None}, "architecture None"),
         ("mistral", {"sliding_window": 100}, "looks back 100 tokens"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 100}, "looks back 100 tokens"),
+        ("qwen2", {"head_dim": 32}, "heads of 32 do not make hidden_size"),
         ("llama", {"hidden_act": "gelu"}, "activation 'gelu'"),
         ("qwen3", {"attention_bias": True}, "attention biases"),
         ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
@@ -147,6 +149,7 @@ def test_llama3_frequencies_are_those_of_transformers(tmp_path):
             },
             "rope type 'llama3'",
         ),
+        ("qwen2", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_slow": 2}}, "rope has beta_slow = 2"),
         ("llama", {"num_attention_heads": "many"}, "cannot read its config.json"),
     ],
 )
@@ -202,11 +205,28 @@ def test_tokens_types_and_scores(tmp_path):
     number = tokens.index("<tool>")
     assert types[number] == 4 and types[number - 1] == 1
     assert tokens[number + 1] == f"[PAD{number + 1}]" and types[number + 1] == 5
-    order = [scores[tokens.index(text)] for text in ("th", "he", "▁t", "▁the", "an", "and", "▁and")]
+    order = [scores[tokens.index(text)] for text in MERGED]
     assert order == sorted(order, reverse=True)
     assert fields["model"] == "llama" and fields["add_bos_token"] is True and fields["add_eos_token"] is False
     assert (fields["bos_token_id"], fields["eos_token_id"], fields["unknown_token_id"]) == (1, 2, 0)
     assert fields["add_space_prefix"] is True and fields["tokenizer.chat_template"].startswith("{{")
+
+
+def test_merges_that_scores_cannot_order_are_refused(tmp_path):
+    write_tokenizer(tmp_path / "tokenizer")
+    path = tmp_path / "tokenizer" / "tokenizer.json"
+    state = json.loads(path.read_text())
+    whole = state["model"]["merges"]
+    apart = [merge for merge in whole if merge != ["▁", "th"]]
+    for merges, fit in (
+        (whole, True),
+        (whole[:-1], False),  # llama.cpp would still merge what these two make
+        ([*apart, ["▁", "th"]], False),  # one score for two merges
+        ([*whole[1:3], whole[0], *whole[3:]], True),
+    ):
+        path.write_text(json.dumps({**state, "model": {**state["model"], "merges": merges}}))
+        with contextlib.nullcontext() if fit else pytest.raises(SourceError, match="are not SentencePiece's"):
+            tokenizer_fields(tmp_path / "tokenizer", config_of("llama"))
 
 
 def test_tokenizers_that_cannot_be_named_are_refused(smollm2, tmp_path):

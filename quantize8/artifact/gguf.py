@@ -44,14 +44,13 @@ _ARCHITECTURES = {
 _ATTENTION = {name: f"self_attn.{name}_proj" for name in "qkvo"}
 _MLP = {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
 _IGNORED = ".rotary_emb.inv_freq"  # a buffer that old checkpoints hold and transformers computes
-_YARN = {"beta_fast": Keys.Rope.SCALING_YARN_BETA_FAST, "beta_slow": Keys.Rope.SCALING_YARN_BETA_SLOW}
 _ROPE_KEYS = {
     "default": set(),
     "linear": {"factor"},
-    "yarn": {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow"},
+    "yarn": {"factor", "original_max_position_embeddings"},
     "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
 }
-_ROPE_NEUTRAL = {"partial_rotary_factor": 1.0, "truncate": True}  # values that change nothing
+_ROPE_NEUTRAL = {"partial_rotary_factor": 1, "truncate": True, "beta_fast": 32, "beta_slow": 1}  # change nothing
 _OWN_KEYS = {Keys.General.ARCHITECTURE, Keys.General.FILE_TYPE, Keys.General.QUANTIZATION_VERSION}
 _OWN_KEYS |= {Keys.General.ALIGNMENT, Keys.Split.LLM_KV_SPLIT_NO, Keys.Split.LLM_KV_SPLIT_COUNT}
 
@@ -122,6 +121,10 @@ def architecture(config: Mapping[str, Any], where: object) -> str:
         raise SourceError(f"{where}: activation {full['hidden_act']!r} is not llama.cpp's {_name(kind)}; {ROUTE}")
     if kind == MODEL_ARCH.QWEN3 and full.get("attention_bias"):
         raise SourceError(f"{where}: attention biases, which llama.cpp's qwen3 has not, would be lost; {ROUTE}")
+    if kind == MODEL_ARCH.QWEN2 and _head_dim(full) * full["num_attention_heads"] != full["hidden_size"]:
+        raise SourceError(
+            f"{where}: heads of {_head_dim(full)} do not make hidden_size, as llama.cpp's qwen2 needs; {ROUTE}"
+        )
     return _name(kind)
 
 
@@ -194,7 +197,6 @@ def settings(config: Mapping[str, Any], name: str, where: object) -> list[Field]
         real[Keys.Rope.SCALING_FACTOR] = rope.get("factor") or full["max_position_embeddings"] / original
         if scaling == "yarn":
             whole[Keys.Rope.SCALING_ORIG_CTX_LEN] = original
-            real |= {stored: rope[key] for key, stored in _YARN.items() if rope.get(key)}
     for entries, kind in ((whole, GGUFValueType.UINT32), (real, GGUFValueType.FLOAT32)):
         fields += [Field(key.format(arch=arch), value, kind) for key, value in entries.items()]
     return fields

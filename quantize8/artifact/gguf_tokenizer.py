@@ -147,6 +147,8 @@ def _sentencepiece(
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(merges):
         ranks.setdefault("".join(merge), rank)
+    if not _is_sentencepiece(merges, set(tokens) - set(tokenizer.get_added_vocab())):
+        raise SourceError(f"{folder}: merges in tokenizer.json are not SentencePiece's, which GGUF scores; {ROUTE}")
     last = len(merges) + 1  # for what no merge makes
     scores = [-float(ranks.get(token, last)) for token in tokens]
     yield Field(Keys.Tokenizer.MODEL, "llama", GGUFValueType.STRING)
@@ -154,6 +156,15 @@ def _sentencepiece(
     yield Field(Keys.Tokenizer.SCORES, scores, GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
     prefixed = tokenizer.tokenize("a")[0].startswith(_SPACE)
     yield Field(Keys.Tokenizer.ADD_PREFIX, prefixed, GGUFValueType.BOOL)
+
+
+def _is_sentencepiece(merges: list[tuple[str, ...]], texts: set[str]) -> bool:
+    """Whether all merges into one token follow each other, and none that its parts allow is missing."""
+    made = ["".join(merge) for merge in merges]
+    runs = sum(text != before for text, before in zip(made, ["", *made], strict=False))
+    known = set(merges)
+    splits = ((text[:cut], text[cut:]) for text in texts for cut in range(1, len(text)))
+    return runs == len(set(made)) and all(split in known for split in splits if split[0] in texts and split[1] in texts)
 
 
 def _normalizers(state: dict[str, Any] | None) -> set[str]:

@@ -41,7 +41,7 @@ def quantize_rows(values: Array) -> Array:
         inverses[np.isinf(inverses)] = 0  # of 0, and of what is so small that codes would be no numbers
         _encode(blocks, inverses, packed)
         _put_scales(packed, scales)
-    return packed.reshape(len(values), -1)
+    return packed.reshape(len(values), values.shape[1] // BLOCK * BLOCK_BYTES)
 
 
 def carry_rows(codes: Array, absmax: Array) -> Array:
@@ -53,10 +53,10 @@ def carry_rows(codes: Array, absmax: Array) -> Array:
     """
     rows, columns = codes.shape
     packed = np.empty((rows, columns // BLOCK, BLOCK_BYTES), np.uint8)
-    packed[:, :, _SCALE_BYTES:] = codes.reshape(rows, -1, BLOCK).view(np.uint8)
+    packed[:, :, _SCALE_BYTES:] = codes.reshape(rows, columns // BLOCK, BLOCK).view(np.uint8)
     with np.errstate(all="ignore"):
         _put_scales(packed, np.broadcast_to(scale_of(absmax)[:, None], packed.shape[:2]))
-    return packed.reshape(rows, -1)
+    return packed.reshape(rows, columns // BLOCK * BLOCK_BYTES)
 
 
 def dequantize_rows(packed: Array) -> Array:
@@ -83,18 +83,20 @@ def row_errors(values: Array, packed: Array) -> tuple[Array, Array]:
     """
     squares, errors = np.zeros((len(values), BLOCK)), np.zeros((len(values), BLOCK))
     if jit.INSTALLED:
-        _add_squares(values.reshape(len(values), -1, BLOCK), packed, _scales(packed), squares, errors)
+        _add_squares(
+            values.reshape(len(values), values.shape[1] // BLOCK, BLOCK), packed, _scales(packed), squares, errors
+        )
     else:
         difference = values - dequantize_rows(packed)
         for total, part in ((squares, values), (errors, difference)):
-            for block in np.moveaxis(part.reshape(len(part), -1, BLOCK), 1, 0).astype(np.float64):
+            for block in np.moveaxis(part.reshape(len(part), part.shape[1] // BLOCK, BLOCK), 1, 0).astype(np.float64):
                 total += block * block
     return np.cumsum(squares, axis=1)[:, -1], np.cumsum(errors, axis=1)[:, -1]
 
 
 def _scales(packed: Array) -> Array:
     """float32 [N, K // 32]."""
-    blocks = packed.reshape(len(packed), -1, BLOCK_BYTES)
+    blocks = packed.reshape(len(packed), packed.shape[1] // BLOCK_BYTES, BLOCK_BYTES)
     scales: Array = np.ascontiguousarray(blocks[:, :, :_SCALE_BYTES]).view("<f2")[:, :, 0].astype(np.float32)
     return scales
 
