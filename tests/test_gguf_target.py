@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_the_same_bytes_twice(tmp_path):
 
 
 def test_metadata_of_a_gguf_source_is_carried_unchanged(smollm2_gguf, tmp_path):
-    assemble(smollm2_gguf, tmp_path / "out.gguf", gguf.carried(smollm2_gguf))
+    assemble(smollm2_gguf, tmp_path / "out.gguf", gguf.carried(GGUFReader(smollm2_gguf)))
     before, after = GGUFReader(smollm2_gguf), GGUFReader(tmp_path / "out.gguf")
     kept = [name for name in before.fields if not name.startswith("GGUF.") and name != "general.file_type"]
     assert set(kept) <= set(after.fields) and len(kept) == 32
@@ -85,7 +86,7 @@ def test_metadata_of_a_gguf_source_is_carried_unchanged(smollm2_gguf, tmp_path):
 def test_a_folder_gives_the_metadata_of_the_gguf_that_it_was_made_from(smollm2, smollm2_gguf):
     config = open_checkpoint(str(smollm2)).config
     ours = {field.key: field for field in [*gguf.settings(config, "x", smollm2), *tokenizer_fields(smollm2, config)]}
-    theirs = {field.key: field for field in gguf.carried(smollm2_gguf)}
+    theirs = {field.key: field for field in gguf.carried(GGUFReader(smollm2_gguf))}
     about = {"general.name", "general.organization", "general.finetune", "general.basename", "general.size_label"}
     about |= {"general.license", "general.languages", "tokenizer.ggml.add_space_prefix"}  # of no meaning to gpt2
     assert set(theirs) - set(ours) == about - {"general.name"}
@@ -229,6 +230,14 @@ def test_merges_that_scores_cannot_order_are_refused(tmp_path):
             tokenizer_fields(tmp_path / "tokenizer", config_of("llama"))
 
 
+def test_a_tokenizer_in_python_is_refused(tmp_path, monkeypatch):
+    from transformers import AutoTokenizer
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: SimpleNamespace(is_fast=False))
+    with pytest.raises(SourceError, match=r"has no tokenizer\.json"):
+        tokenizer_fields(tmp_path, config_of("llama"))
+
+
 def test_tokenizers_that_cannot_be_named_are_refused(smollm2, tmp_path):
     config = config_of("llama", vocab_size=49152)
     with pytest.raises(SourceError, match="finds no tokenizer here"):
@@ -254,5 +263,9 @@ def test_tokenizers_that_cannot_be_named_are_refused(smollm2, tmp_path):
     )
     refused("a tokenizer of the type WordLevel", model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"})
     refused("the normalizer NFKC", normalizer={"type": "NFKC"}, model={**state["model"], "byte_fallback": True})
+    refused("are not SentencePiece's", model={**state["model"], "byte_fallback": True})
+    spaced = {"vocab": {**state["model"]["vocab"], "a b": 49152, "a bc": 49153}, "merges": [["a b", "c"]]}
+    config["vocab_size"] = 49154
+    refused("merges in tokenizer.json hold spaces", model={**state["model"], **spaced})
     config["vocab_size"] = 1000
     refused("token 49151 is beyond config.json's vocab_size 1000")

@@ -114,7 +114,7 @@ def architecture(config: Mapping[str, Any], where: object) -> str:
     window = full.get("sliding_window")
     if window is not None and window < full["max_position_embeddings"]:
         raise SourceError(
-            f"{where}: attention looks back {window} tokens, in llama.cpp's {_name(kind)} it would look back at all; "
+            f"{where}: attention looks back {window} tokens, in llama.cpp's {_name(kind)} it would look at all; "
             f"set max_position_embeddings in config.json to {window}, within which both are the same"
         )
     if full["hidden_act"] != "silu":
@@ -202,10 +202,10 @@ def settings(config: Mapping[str, Any], name: str, where: object) -> list[Field]
     return fields
 
 
-def carried(path: Path) -> list[Field]:
-    """The metadata of a GGUF file as it is, tokenizer included, but for what says how weights are stored."""
+def carried(reader: GGUFReader) -> list[Field]:
+    """The metadata of an open GGUF file as it is, tokenizer included, but for what says how weights are stored."""
     fields = []
-    for stored in GGUFReader(path).fields.values():
+    for stored in reader.fields.values():
         if stored.name.startswith("GGUF.") or stored.name in _OWN_KEYS:
             continue
         items = stored.types[-1] if stored.types[0] == GGUFValueType.ARRAY else None

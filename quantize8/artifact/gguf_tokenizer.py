@@ -15,7 +15,7 @@ from typing import Any
 
 from gguf import GGUFValueType, Keys, TokenType
 
-from quantize8.artifact.gguf import ROUTE, Field
+from quantize8.artifact.gguf import ROUTE, Field, complete
 from quantize8.errors import SourceError, first_line
 
 _SPACE = "\u2581"  # SentencePiece's
@@ -70,7 +70,8 @@ def tokenizer_fields(folder: Path, config: Mapping[str, Any]) -> list[Field]:
     decoder = (state.get("decoder") or {}).get("type")
     if model["type"] != "BPE" or not (model.get("byte_fallback") or decoder == "ByteLevel"):
         raise SourceError(f"{folder}: a tokenizer of the type {model['type']} with {decoder} is not written; {ROUTE}")
-    tokens, kinds = _tokens(tokenizer, int(config["vocab_size"]), folder, bool(model.get("byte_fallback")))
+    size = int(complete(config, folder)["vocab_size"])
+    tokens, kinds = _tokens(tokenizer, size, folder, bool(model.get("byte_fallback")))
     fields = [
         Field(Keys.Tokenizer.LIST, tokens, GGUFValueType.ARRAY, GGUFValueType.STRING),
         Field(Keys.Tokenizer.TOKEN_TYPE, kinds, GGUFValueType.ARRAY, GGUFValueType.INT32),
@@ -125,14 +126,14 @@ def _looks_special(text: str) -> bool:
 
 
 def _byte_level(tokenizer: Any, merges: list[tuple[str, ...]], folder: Path) -> Iterator[Field]:
+    joined = [" ".join(merge) for merge in merges]
+    if any(line.count(" ") != 1 for line in joined):
+        raise SourceError(f"{folder}: merges in tokenizer.json hold spaces, which GGUF cannot separate; {ROUTE}")
     digest = hashlib.sha256(str(tokenizer.encode(_PROBE)).encode()).hexdigest()
     if digest not in _NAMES:
         raise SourceError(
             f"{folder}: no known tokenizer (probe {digest[:12]}), so how it cuts text cannot be named; {ROUTE}"
         )
-    joined = [" ".join(merge) for merge in merges]
-    if any(line.count(" ") != 1 for line in joined):
-        raise SourceError(f"{folder}: merges in tokenizer.json hold spaces, which GGUF cannot separate; {ROUTE}")
     yield Field(Keys.Tokenizer.MODEL, "gpt2", GGUFValueType.STRING)
     yield Field(Keys.Tokenizer.PRE, _NAMES[digest], GGUFValueType.STRING)
     yield Field(Keys.Tokenizer.MERGES, joined, GGUFValueType.ARRAY, GGUFValueType.STRING)
