@@ -4,6 +4,7 @@ import contextlib
 import json
 from types import SimpleNamespace
 
+import gguf_files
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from quantize8.artifact import gguf
 from quantize8.artifact.gguf_tokenizer import tokenizer_fields
 from quantize8.checkpoint import open_checkpoint
 from quantize8.ops import q8_0
+from quantize8.ops.reference import quantize_rowwise
 
 IDS = torch.arange(3, 63)[None]
 
@@ -192,6 +194,25 @@ def test_codes_are_carried_as_they_are(tmp_path):
     np.testing.assert_array_equal(packed.reshape(4, 2, 34)[:, :, 2:].view(np.int8).reshape(4, 64), codes[[0, 2, 1, 3]])
     expected = (absmax / np.float32(127)).astype(np.float16).astype(np.float32)[:, None] * codes
     np.testing.assert_array_equal(q8_0.dequantize_rows(packed), expected[[0, 2, 1, 3]])
+
+
+def test_a_whole_file_of_carried_codes(tmp_path, monkeypatch):
+    def carry(tensor, checkpoint, first, last):
+        rows = checkpoint.rows(tensor.source, first, last)
+        if tensor.kind == gguf.F32:
+            return tensor.arrange(rows.astype(np.float32))
+        return q8_0.carry_rows(*(tensor.arrange(part) for part in quantize_rowwise(rows)))
+
+    monkeypatch.setattr(gguf_files, "encoded", carry)
+    source = folder_of(tmp_path / "model", config_of("llama"))
+    assemble(source, tmp_path / "tiny.gguf")
+    before, after = open_checkpoint(str(source)), open_checkpoint(str(tmp_path / "tiny.gguf"))
+    for name, info in before.tensors.items():
+        expected = before.rows(name, 0, info.shape[0])
+        if len(info.shape) == 2:
+            codes, absmax = quantize_rowwise(expected)
+            expected = codes * (absmax / np.float32(127)).astype(np.float16).astype(np.float32)[:, None]
+        np.testing.assert_array_equal(after.rows(name, 0, info.shape[0]), expected.astype(np.float16), name)
 
 
 def test_tokens_types_and_scores(tmp_path):
