@@ -1,0 +1,137 @@
+"""llama.cpp itself, where the package xllamacpp is installed, on files of ours: the same tokens, the same logits.
+
+llama.cpp rounds activations to int8 and keeps keys and values in float16, so that logits are some percent apart.
+Rows in a wrong order, lost biases and wrong rotary frequencies make them as far apart as logits of other models.
+"""
+
+import contextlib
+import json
+import urllib.request
+
+import pytest
+import torch
+from gguf_files import FAMILIES, assemble, config_of, dequantized, folder_of
+
+from quantize8.artifact import gguf
+from quantize8.artifact.gguf_tokenizer import tokenizer_fields
+from quantize8.checkpoint import open_checkpoint
+
+xllamacpp = pytest.importorskip("xllamacpp")
+
+ROPES = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+TEXT = "The State of the Union: 12345 isn't 3.14, naïve café — 東京 🦙!\n\n  def f(x):\n\treturn x  # <|im_end|>\n"
+
+
+class Server:
+    """A model in llama.cpp, asked over its local server."""
+
+    def __init__(self, path):
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx, params.n_parallel, params.verbosity = 256, 1, 0
+        params.warmup = params.cache_prompt = False
+        params.cpuparams.n_threads = 2
+        self.server = xllamacpp.Server(params)
+
+    def ask(self, route, **body):
+        data, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
+        with urllib.request.urlopen(
+            urllib.request.Request(self.server.listening_address + route, data, kind)
+        ) as answer:
+            return json.load(answer)
+
+    def tokens(self, text, **options):
+        return self.ask("/tokenize", content=text, **options)["tokens"]
+
+    def logprobs(self, ids, size):
+        """Of every token after `ids`, float32 [size]."""
+        answer = self.ask("/completion", prompt=ids, n_predict=1, temperature=0, n_probs=size)
+        entries = answer["completion_probabilities"][0]["top_logprobs"]
+        found = {entry["id"]: entry["logprob"] for entry in entries}
+        return torch.tensor([found[number] for number in range(size)])
+
+
+@contextlib.contextmanager
+def served(path):
+    server = Server(path)
+    try:
+        yield server
+    finally:
+        del server.server
+
+
+def difference(path, model, ids):
+    """How far logits are apart, root mean square, in the spread of the model's own; both up to a constant."""
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0, -1].float()
+    with served(path) as server:
+        got = server.logprobs(ids, len(expected))
+    return float(((got - got.mean()) - (expected - expected.mean())).std() / expected.std())
+
+
+IDS = [1, *(3 + number * 37 % 290 for number in range(120))]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_each_family(family, tmp_path):
+    config = config_of(family)
+    assemble(folder_of(tmp_path / "model", config), tmp_path / "tiny.gguf")
+    assert difference(tmp_path / "tiny.gguf", dequantized(config), IDS) < 0.1
+
+
+def test_rows_in_transformers_order_would_show(tmp_path, monkeypatch):
+    config = config_of("llama")
+    monkeypatch.setattr(gguf.GgufTensor, "arrange", lambda _, rows: rows)
+    assemble(folder_of(tmp_path / "model", config), tmp_path / "tiny.gguf")
+    assert difference(tmp_path / "tiny.gguf", dequantized(config), IDS) > 0.5
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("rope", ROPES)
+def test_logits_with_scaled_rotary_frequencies(rope, family, tmp_path):
+    if (rope, family) == ("llama3", "qwen2"):
+        pytest.skip("refused")
+    config = config_of(family, hidden_size=256, rope_parameters={"rope_theta": 10000.0, **ROPES[rope]})
+    assemble(folder_of(tmp_path / "model", config), tmp_path / "tiny.gguf")
+    plain = config_of(family, hidden_size=256)
+    assert difference(tmp_path / "tiny.gguf", dequantized(config), IDS) < 0.1
+    assert difference(tmp_path / "tiny.gguf", dequantized(plain), IDS) > 0.5  # or nothing would be tested
+
+
+def test_smollm2_reads_and_continues_as_in_transformers(smollm2, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = open_checkpoint(str(smollm2)).config
+    fields = [*gguf.settings(config, "SmolLM2", smollm2), *tokenizer_fields(smollm2, config)]
+    assemble(smollm2, tmp_path / "smollm2.gguf", fields)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    prompt = tokenizer("The capital of France is")["input_ids"]
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
+    with served(tmp_path / "smollm2.gguf") as server:
+        assert server.tokens(TEXT, add_special=True) == tokenizer(TEXT)["input_ids"]
+        assert server.ask("/apply-template", messages=[{"role": "user", "content": "Hi"}])["prompt"].startswith(chat)
+        answer = server.ask("/completion", prompt=prompt, n_predict=12, temperature=0, return_tokens=True)
+        assert answer["tokens"] == expected
+    assert difference(tmp_path / "smollm2.gguf", model, tokenizer(TEXT)["input_ids"]) < 0.1
+
+
+def test_sentencepiece_cuts_as_in_transformers(tmp_path):
+    from transformers import AutoTokenizer
+
+    assemble(folder_of(tmp_path / "model", config_of("llama")), tmp_path / "tiny.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model" / "tokenizer")
+    with served(tmp_path / "tiny.gguf") as server:
+        for text in ("the hand and then another", "  two  spaces", "Ünïcode 東京\n", "use <tool> now", "x"):
+            assert server.tokens(text, add_special=True) == tokenizer(text)["input_ids"], text

@@ -1,0 +1,92 @@
+"""Q8_0: equal to llama.cpp's own package on hostile data, with Numba and without."""
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, quants
+
+from quantize8.ops import jit, q8_0
+
+
+@pytest.fixture(params=["compiled", "numpy"])
+def way(request, monkeypatch):
+    monkeypatch.setattr(jit, "INSTALLED", jit.INSTALLED and request.param == "compiled")
+
+
+def hostile(rows=64, columns=1024):
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(rows, columns)) * np.exp(rng.normal(size=(rows, 1)) * 3)
+    values[0], values[1, :32] = 0, -0.0
+    values[2] = np.resize(np.arange(-254, 255) / 2, columns)  # halves of a step,
+    values[2, ::32] = 127  # which is 1
+    values[3], values[3, ::32] = np.float32(0.49999997), 127  # rounds up if a half is added to it
+    values[4], values[5], values[6], values[7] = 1e-7, 1e-38, 1e-41, 1e-45  # no scale in float16, and no 1 / scale
+    values[8], values[9], values[10, 5] = 8.3e6, -8.3e6, 1e4
+    return values.astype(np.float32)
+
+
+def test_by_hand(way):
+    row = np.zeros((1, 32), np.float32)
+    row[0, :5] = 127, 0.5, -0.5, 1.49, -126.5
+    packed = q8_0.quantize_rows(row)
+    assert packed.shape == (1, 34) and packed[0, :2].view("<f2")[0] == 1
+    assert packed[0, 2:8].view(np.int8).tolist() == [127, 1, -1, 1, -127, 0]
+
+
+def test_equals_ggufs_own(way):
+    values = hostile()
+    with np.errstate(all="ignore"):
+        expected = quants.quantize(values, GGMLQuantizationType.Q8_0)
+    np.testing.assert_array_equal(q8_0.quantize_rows(values), expected)
+    np.testing.assert_array_equal(
+        q8_0.dequantize_rows(expected), quants.dequantize(expected, GGMLQuantizationType.Q8_0)
+    )
+    assert q8_0.first_unfit(expected) is None
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 8.4e6])
+@pytest.mark.parametrize("place", [0, 1000])
+def test_what_no_scale_can_hold_is_found(bad, place, way):
+    values = hostile()
+    values[17, place] = values[40, 3] = bad
+    assert q8_0.first_unfit(q8_0.quantize_rows(values)) == 17
+
+
+def test_no_rows(way):
+    packed = q8_0.quantize_rows(np.empty((0, 64), np.float32))
+    assert packed.shape == (0, 68) and q8_0.first_unfit(packed) is None
+    assert [len(part) for part in q8_0.row_errors(np.empty((0, 64), np.float32), packed)] == [0, 0]
+
+
+def test_carried_codes_stay_and_scales_are_rounded_once():
+    rng = np.random.default_rng(0)
+    codes, absmax = rng.integers(-127, 128, (6, 96)).astype(np.int8), np.float32([0, 1e-9, 3e-6, 0.3, 7, 8.3e6])
+    packed = q8_0.carry_rows(codes, absmax)
+    blocks = packed.reshape(6, 3, 34)
+    np.testing.assert_array_equal(blocks[:, :, 2:].view(np.int8).reshape(6, 96), codes)
+    scales = np.ascontiguousarray(blocks[:, :, :2]).view("<f2")[:, :, 0]
+    np.testing.assert_array_equal(scales, np.repeat((absmax / np.float32(127)).astype(np.float16)[:, None], 3, axis=1))
+    assert scales[1, 0] == 0 and scales[5, 0] > 60000
+    assert q8_0.first_unfit(q8_0.carry_rows(codes, np.float32([0, 1, 1, 8.4e6, 1, np.nan]))) == 3
+
+
+def test_errors_are_the_same_in_any_company(way):
+    values = hostile()
+    packed = q8_0.quantize_rows(values)
+    squares, errors = q8_0.row_errors(values, packed)
+    wide = values.astype(np.float64)
+    np.testing.assert_allclose(squares, (wide**2).sum(axis=1), rtol=1e-12)
+    np.testing.assert_allclose(errors, ((wide - q8_0.dequantize_rows(packed)) ** 2).sum(axis=1), rtol=1e-6)
+    alone = [q8_0.row_errors(values[n : n + 1], packed[n : n + 1]) for n in range(len(values))]
+    np.testing.assert_array_equal(np.concatenate([part for part, _ in alone]), squares)
+    np.testing.assert_array_equal(np.concatenate([part for _, part in alone]), errors)
+
+
+@pytest.mark.skipif(not jit.INSTALLED, reason="without Numba there is one way only")
+def test_both_ways_are_equal_bit_for_bit(monkeypatch):
+    values = hostile()
+    packed = q8_0.quantize_rows(values)
+    compiled = q8_0.row_errors(values, packed)
+    monkeypatch.setattr(jit, "INSTALLED", False)
+    np.testing.assert_array_equal(q8_0.quantize_rows(values), packed)
+    for ours, theirs in zip(compiled, q8_0.row_errors(values, packed), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
