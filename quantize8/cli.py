@@ -50,7 +50,7 @@ def convert(
     source: Annotated[str, typer.Argument(help="Hub id, folder, or .safetensors, .bin or .gguf file.")],
     out: Annotated[str | None, typer.Option(help="New folder.  [default: <name>-int8]")] = None,
     format: Annotated[
-        str, typer.Option(help="bitsandbytes, compressed-tensors, float16, bfloat16 or float32.")
+        str, typer.Option(help="bitsandbytes, compressed-tensors, gguf, float16, bfloat16 or float32.")
     ] = "bitsandbytes",
     scheme: Annotated[str | None, typer.Option(help="Of compressed-tensors: w8a8 or w8a16.  [default: w8a8]")] = None,
     moe: Annotated[str | None, typer.Option(help="Its experts are for vllm or transformers.  [default: vllm]")] = None,

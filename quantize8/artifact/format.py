@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from quantize8.artifact.layout import OutTensor
+from quantize8.artifact.layout import OutTensor, plan_shards
+from quantize8.checkpoint import TensorInfo
+from quantize8.checkpoint.base import FLOATING
 from quantize8.checkpoint.structure import Structure
 from quantize8.ops.reference import Array
 
@@ -26,6 +28,27 @@ class Format(ABC):
     def quantizes(self) -> bool:
         """Whether this is an int8 format."""
         return True
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether an artifact is a model folder of transformers', with its config.json and small files."""
+        return True
+
+    def lay_out(self, plan: Plan, max_shard_size: str) -> None:
+        """Set the plan's outputs and the place of every byte of them: safetensors."""
+        plan.outputs = {info.name: self.outputs(plan, info) for info in plan.checkpoint.tensors.values()}
+        plan.shards = plan_shards(plan.outputs.values(), max_shard_size)
+
+    def outputs(self, plan: Plan, info: TensorInfo) -> list[OutTensor]:
+        """What becomes of a tensor of the source."""
+        shape = info.shape[::-1] if info.name in plan.transposed else info.shape
+        if module := plan.module_of(info):
+            return self.module_tensors(module, (shape[0], shape[1]), plan.modules[module])
+        decoded = info.name in plan.checkpoint.decoded
+        dtype = plan.decoded_dtype if decoded else info.dtype
+        if dtype in FLOATING:
+            dtype = self.float_dtype(dtype, decoded or dtype == plan.main_dtype)
+        return [OutTensor(info.name, dtype, shape)]
 
     @abstractmethod
     def linears(self, structure: Structure) -> tuple[dict[str, str], dict[str, str]]:

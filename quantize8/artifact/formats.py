@@ -12,7 +12,7 @@ from quantize8.checkpoint.base import FLOAT_NAMES
 from quantize8.errors import OutputError
 
 DEFAULT_FORMAT = "bitsandbytes"
-FORMATS = (DEFAULT_FORMAT, "compressed-tensors", *FLOAT_NAMES)
+FORMATS = (DEFAULT_FORMAT, "compressed-tensors", "gguf", *FLOAT_NAMES)
 
 
 def make_format(name: str, scheme: str | None = None, moe: str | None = None) -> Format:
@@ -31,6 +31,10 @@ def make_format(name: str, scheme: str | None = None, moe: str | None = None) ->
         return CompressedTensors(suffix=scheme or "w8a8", **given)  # type: ignore[arg-type]
     if name == DEFAULT_FORMAT:
         return BitsAndBytes()
+    if name == "gguf":
+        from quantize8.artifact.gguf_format import Gguf  # its package takes a while to import
+
+        return Gguf()
     if name in FORMATS:
         return Floating(name, name)
     raise OutputError(f"format {name}: unknown; name one of {', '.join(FORMATS)}")

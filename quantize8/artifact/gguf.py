@@ -28,11 +28,11 @@ from gguf import (
 )
 
 from quantize8.errors import SourceError, first_line
-from quantize8.ops.q8_0 import BLOCK, BLOCK_BYTES
+from quantize8.ops.q8_0 import BLOCK, BLOCK_BYTES, Q8_0
 from quantize8.ops.reference import Array
 
 NAME = "gguf"
-Q8_0, F32 = "Q8_0", "F32"
+F32 = "F32"
 ROUTE = "write compressed-tensors or bfloat16 instead, which llama.cpp's convert_hf_to_gguf.py can make a GGUF of"
 
 _ARCHITECTURES = {

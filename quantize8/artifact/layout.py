@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from quantize8.checkpoint.base import DTYPES
 from quantize8.checkpoint.safetensors import INDEX_NAME, SINGLE_NAME
 from quantize8.errors import OutputError
+from quantize8.ops.q8_0 import BLOCK, BLOCK_BYTES, Q8_0
 
 DEFAULT_SHARD_SIZE = "5GB"  # transformers' and the hub's default
 _ORDER = ("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16")  # then the dtypes of one byte,
@@ -20,7 +21,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 @dataclass(frozen=True)
 class OutTensor:
-    """A tensor to be written: dtype by its safetensors name."""
+    """A tensor to be written: dtype by its safetensors name, or Q8_0."""
 
     name: str
     dtype: str
@@ -29,7 +30,8 @@ class OutTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of the values."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        count = math.prod(self.shape)
+        return count // BLOCK * BLOCK_BYTES if self.dtype == Q8_0 else count * DTYPES[self.dtype].itemsize
 
 
 @dataclass
@@ -40,11 +42,7 @@ class Shard:
     tensors: list[OutTensor]
     header: bytes = b""
     offsets: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole file."""
-        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+    nbytes: int = 0  # of the whole file
 
 
 def plan_shards(groups: Iterable[list[OutTensor]], max_shard_size: str) -> list[Shard]:
@@ -95,4 +93,5 @@ def _place(shard: Shard) -> Shard:
     text += b" " * (-len(text) % 8)
     shard.header = len(text).to_bytes(8, "little") + text
     shard.offsets = {name: offset + len(shard.header) for name, offset in shard.offsets.items()}
+    shard.nbytes = len(shard.header) + position
     return shard

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from quantize8.artifact.format import Format
-from quantize8.artifact.layout import DEFAULT_SHARD_SIZE, OutTensor, Shard, plan_shards
+from quantize8.artifact.layout import DEFAULT_SHARD_SIZE, OutTensor, Shard
 from quantize8.checkpoint import Checkpoint, TensorInfo
 from quantize8.checkpoint.base import FLOATING, QUANTIZABLE, main_dtype, model_dtype
 from quantize8.checkpoint.structure import CONV1D, LINEAR, Structure, read_structure
 from quantize8.errors import SourceError
 from quantize8.recipe import Recipe
+
+if TYPE_CHECKING:
+    from quantize8.artifact.gguf import GgufTensor
 
 
 @dataclass
@@ -25,8 +29,11 @@ class Plan:
     kept: dict[str, str]  # Linear weight that does not -> why
     skip_list: list[str]
     transposed: set[str]  # tensors whose two dimensions change places
-    outputs: dict[str, list[OutTensor]]  # source tensor -> what becomes of it
-    shards: list[Shard]
+    decoded_dtype: str  # of a quantized weight that becomes floating point
+    main_dtype: str  # of most floating-point tensors, which a floating-point format changes
+    outputs: dict[str, list[OutTensor]] = field(default_factory=dict)  # source tensor -> what becomes of it
+    shards: list[Shard] = field(default_factory=list)
+    gguf: dict[str, GgufTensor] = field(default_factory=dict)  # source tensor, or one that is computed -> its form
 
     @property
     def output_bytes(self) -> int:
@@ -69,14 +76,13 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, output: Format, max_shard_
     # an int8 Conv1D is stored [out, in] in every format, a floating-point one [in, out]
     turned = {f"{name}.weight" for name, kind in structure.linears.items() if kind == CONV1D}
     turned = {name for name in turned if (name in checkpoint.decoded) != (name.removesuffix(".weight") in modules)}
-    plan = Plan(checkpoint, output, recipe, modules, kept, skip_list, turned, {}, [])
     plain = [info for info in checkpoint.tensors.values() if info.name not in checkpoint.decoded]
     dtypes = model_dtype(checkpoint.config, plain), main_dtype(plain)
-    plan.outputs = {info.name: _outputs(plan, info, *dtypes) for info in checkpoint.tensors.values()}
+    plan = Plan(checkpoint, output, recipe, modules, kept, skip_list, turned, *dtypes)
+    output.lay_out(plan, max_shard_size)
     names = [tensor.name for group in plan.outputs.values() for tensor in group]
     if len(set(names)) != len(names):
         raise SourceError(f"{checkpoint.name}: holds tensors named like quantized ones; it is quantized already")
-    plan.shards = plan_shards(plan.outputs.values(), max_shard_size)
     return plan
 
 
@@ -114,15 +120,3 @@ def _nothing(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, outpu
         why = next(iter(refused.values()))
         return f"{checkpoint.name}: all its Linear weights are {why}; choose another --format than {output.name}"
     return f"{checkpoint.name}: has no weights that the recipe {recipe.name} would make int8"
-
-
-def _outputs(plan: Plan, info: TensorInfo, decoded_dtype: str, main: str) -> list[OutTensor]:
-    """What becomes of a tensor; `main` is the dtype of most plain ones, which a floating-point format changes."""
-    shape = info.shape[::-1] if info.name in plan.transposed else info.shape
-    if module := plan.module_of(info):
-        return plan.format.module_tensors(module, (shape[0], shape[1]), plan.modules[module])
-    decoded = info.name in plan.checkpoint.decoded
-    dtype = decoded_dtype if decoded else info.dtype
-    if dtype in FLOATING:
-        dtype = plan.format.float_dtype(dtype, decoded or dtype == main)
-    return [OutTensor(info.name, dtype, shape)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,8 @@ from quantize8.artifact.plan import Plan
 from quantize8.checkpoint import TensorInfo
 from quantize8.checkpoint.base import DTYPES, FLOATING
 from quantize8.errors import WeightError
-from quantize8.ops import cpu
+from quantize8.ops import cpu, q8_0
+from quantize8.ops.q8_0 import Q8_0
 from quantize8.ops.reference import FLOAT16_MAX, STATS_TILE_ROWS, Array, ColumnStats, as_bytes
 
 Progress = Callable[[int, int], None]  # bytes of source done, bytes in all
@@ -88,6 +90,8 @@ class Writer:
         """Read a source tensor, write what becomes of it, and say what was written."""
         if module := self._plan.module_of(info):
             return self._quantize(info, module, quantizer)
+        if self._plan.gguf:
+            return self._encode(info) if info.name in self._plan.gguf else {}
         (out,) = self._plan.outputs[info.name]
         position, content = 0, blake3()
         for first_row, block in self._blocks(info):
@@ -151,6 +155,48 @@ class Writer:
             stats.sum_error[:] = 0
             yield block, codes, absmax
 
+    def write_computed(self) -> dict[str, TensorRecord]:
+        """Write the tensors that no tensor of the source becomes."""
+        records = {}
+        for tensor in self._plan.gguf.values():
+            if tensor.values is not None:
+                self._put(tensor.name, tensor.values, 0)
+                records[tensor.name] = self._record(tensor.name, digest(as_bytes(tensor.values)))
+        return records
+
+    def _encode(self, info: TensorInfo) -> dict[str, TensorRecord]:
+        """Write a tensor as llama.cpp has it: a vector in float32, a matrix in Q8_0, with the codes of an int8 one."""
+        tensor, checkpoint = self._plan.gguf[info.name], self._plan.checkpoint
+        stats, source, content, position = ColumnStats.empty(info.shape[-1]), blake3(), blake3(), 0
+        peaks: list[Array] = []
+        squares: list[Array] = []
+        errors: list[Array] = []
+        for first_row, block in self._blocks(info, None, math.lcm(STATS_TILE_ROWS, tensor.head or 1)):
+            _check_finite(block, info, first_row)
+            source.update(as_bytes(block))
+            values = data = np.ascontiguousarray(tensor.arrange(block), np.float32)
+            if tensor.kind == Q8_0 and checkpoint.is_int8(info.name):
+                rows = checkpoint.int8_rows(info.name, first_row, first_row + len(block))
+                data = q8_0.carry_rows(*map(tensor.arrange, rows))
+            elif tensor.kind == Q8_0:
+                data = q8_0.quantize_rows(values)
+            if tensor.kind == Q8_0:
+                _check_scales(data, info, first_row)
+                cpu.quantize_rowwise(values, stats)
+                peaks.append(np.abs(values).max(axis=1, initial=0))
+                for sums, part in zip((squares, errors), q8_0.row_errors(values, data), strict=True):
+                    sums.append(part)
+            content.update(as_bytes(data))
+            self._put(tensor.name, data, position)
+            position += data.nbytes
+            self._advance(block.nbytes)
+        record = self._record(tensor.name, content.hexdigest())
+        if tensor.kind == Q8_0:
+            stats.sum_square, stats.sum_error = np.concatenate(squares), np.concatenate(errors)
+            dtype = checkpoint.stored_dtype(info.name)
+            record.quantized = summarize(stats, np.concatenate(peaks), dtype, source.hexdigest(), False)
+        return {tensor.name: record}
+
     def _put(self, name: str, values: Array, position: int) -> None:
         place = self._places[name]
         write_at(place.descriptor, as_bytes(values), place.offset + position)
@@ -182,6 +228,13 @@ def _rounded(block: Array, out: OutTensor, info: TensorInfo, first_row: int) -> 
             f"{info.file}: {info.name} row {row} holds a magnitude that {out.dtype} cannot; choose another --format"
         )
     return values
+
+
+def _check_scales(packed: Array, info: TensorInfo, first_row: int) -> None:
+    row = q8_0.first_unfit(packed)
+    if row is not None:
+        where = f"{info.file}: {info.name} row {first_row + row}"
+        raise WeightError(f"{where} holds a magnitude that Q8_0's float16 scale cannot; choose another --format")
 
 
 def _unfit(values: Array, absmax: Array, info: TensorInfo, first_row: int) -> WeightError:

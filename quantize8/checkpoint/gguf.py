@@ -45,7 +45,7 @@ class GgufCheckpoint(Checkpoint):
         try:
             from gguf import GGUFReader
 
-            reader = GGUFReader(path)
+            reader = self.reader = GGUFReader(path)
             architecture = str(reader.fields["general.architecture"].contents())
             heads = {
                 "attn_q": reader.fields.get(f"{architecture}.attention.head_count"),

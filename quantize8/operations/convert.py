@@ -64,11 +64,11 @@ def convert(
     """Write an artifact of a checkpoint: int8, or with a floating-point format the plain numbers of a quantized one.
 
     Args: source, a hub id, folder or file; out, the new folder (default: the source's name with what was made of it,
-    such as `<name>-int8`, in the current one); format, bitsandbytes, compressed-tensors, float16, bfloat16 or float32;
-    scheme (w8a8 or w8a16) and moe (vllm or transformers), of compressed-tensors alone; threshold, in place of the
-    recipe's; recipe, a shipped name or a .toml file; device, auto, cpu or cuda (auto: a GPU that kernels can use, else
-    the CPU); workers, threads that read, quantize and write side by side (default: one a processor); progress, called
-    with bytes of source done and in all.
+    such as `<name>-int8`, in the current one); format, bitsandbytes, compressed-tensors, gguf, float16, bfloat16 or
+    float32; scheme (w8a8 or w8a16) and moe (vllm or transformers), of compressed-tensors alone; threshold, of
+    bitsandbytes, in place of the recipe's; recipe, a shipped name or a .toml file, of the first two formats; device,
+    auto, cpu or cuda (auto: a GPU that kernels can use, else the CPU); workers, threads that read, quantize and write
+    side by side (default: one a processor); progress, called with bytes of source done and in all.
     Raises: SourceError, WeightError, RecipeError, OutputError or DependencyError; then no output folder is left.
     """
     if workers is not None and workers < 1:
@@ -77,6 +77,10 @@ def convert(
     device = resolve(device)
     output = make_format(format, scheme, moe)
     chosen = load_recipe(recipe, threshold)
+    if threshold is not None and output.name != DEFAULT_FORMAT:
+        raise OutputError(f"threshold {threshold:g}: --format {output.name} has no place for it; leave it out")
+    if recipe != DEFAULT_RECIPE and not output.quantizes:
+        raise OutputError(f"recipe {recipe}: --format {output.name} takes none; leave it out")
     checkpoint = open_checkpoint(source, revision=revision, token=token)
     target = Path(out) if out is not None else Path(f"{checkpoint.name}-{output.suffix}")
     check_output(target, overwrite, checkpoint.folder)
@@ -103,12 +107,14 @@ def _write(plan: Plan, folder: Path, quantizers: list[WeightQuantizer], progress
     with Writer(plan, folder, progress) as writer:
         for record in _in_threads(writer.write, list(checkpoint.tensors.values()), quantizers):
             manifest.tensors.update(record)
+        manifest.tensors.update(writer.write_computed())
         writer.flush()
     manifest.headers = {shard.file: digest(shard.header) for shard in plan.shards}
-    checkpoint.write_companions(folder)
-    config = plan.format.edit_config(checkpoint.config, plan)
-    for name, data in {**index(plan.shards), CONFIG_NAME: json.dumps(config, indent=2).encode() + b"\n"}.items():
-        write_file(folder / name, data)
+    if plan.format.is_folder:
+        checkpoint.write_companions(folder)
+        config = plan.format.edit_config(checkpoint.config, plan)
+        for name, data in {**index(plan.shards), CONFIG_NAME: json.dumps(config, indent=2).encode() + b"\n"}.items():
+            write_file(folder / name, data)
     others = (path for path in sorted(folder.rglob("*")) if path.is_file())
     manifest.files = {
         path.relative_to(folder).as_posix(): digest(path.read_bytes())

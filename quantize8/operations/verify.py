@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 from blake3 import blake3
 
+from quantize8.artifact.gguf import NAME as GGUF
 from quantize8.artifact.manifest import MANIFEST_NAME, Manifest, TensorRecord, digest, read_manifest
 from quantize8.checkpoint import Checkpoint, QuantizedCheckpoint, bitsandbytes, compressed_tensors
 from quantize8.checkpoint.base import CONFIG_NAME, READERS
 from quantize8.checkpoint.encoding import Encoding, RowwiseInt8
+from quantize8.checkpoint.gguf import GgufCheckpoint
 from quantize8.checkpoint.quantized import decode
 from quantize8.checkpoint.safetensors import open_safetensors
 from quantize8.errors import ArtifactError, SourceError
@@ -38,22 +40,50 @@ def verify(artifact: str | Path) -> Verification:
     manifest = read_manifest(folder)
     nbytes = _check_files(folder, manifest)
     try:
-        stored = open_safetensors(folder, {"id": folder.name}, folder.name)
-        if stored is None or set(stored.tensors) != set(manifest.tensors):
-            raise ArtifactError(f"{folder}: its weight files do not hold the tensors that {MANIFEST_NAME} lists")
-        decoded = decode(stored)
+        check = _check_gguf if manifest.format == GGUF else _check_folder
+        nbytes += check(folder, manifest)
     except SourceError as error:
         raise ArtifactError(str(error)) from None
+    return Verification(folder, len(manifest.tensors), len(manifest.files) + len(manifest.headers), nbytes)
+
+
+def _check_folder(folder: Path, manifest: Manifest) -> int:
+    """Compare the tensors of a safetensors folder with their records, and config.json with the format."""
+    stored = open_safetensors(folder, {"id": folder.name}, folder.name)
+    if stored is None or set(stored.tensors) != set(manifest.tensors):
+        raise ArtifactError(f"{folder}: its weight files do not hold the tensors that {MANIFEST_NAME} lists")
+    decoded = decode(stored)
     _check_config(stored, manifest)
     encodings = decoded.encodings if isinstance(decoded, QuantizedCheckpoint) else {}
     codes = {encoding.tensors[0]: encoding for encoding in encodings.values()}
-    for name, record in manifest.tensors.items():
+    records = manifest.tensors.items()
+    for name, record in records:
         if (record.quantized is not None) != (name in codes):
             raise ArtifactError(f"{folder}: {name} is not quantized as {MANIFEST_NAME} says; convert the source again")
-    records = manifest.tensors.items()
     with ThreadPoolExecutor(READERS) as pool:
-        nbytes += sum(pool.map(lambda item: _check_tensor(stored, item[0], item[1], codes.get(item[0])), records))
-    return Verification(folder, len(manifest.tensors), len(manifest.files) + len(manifest.headers), nbytes)
+        return sum(pool.map(lambda item: _check_tensor(stored, item[0], item[1], codes.get(item[0])), records))
+
+
+def _check_gguf(folder: Path, manifest: Manifest) -> int:
+    """Compare the tensors of a GGUF file with their records; what lies between them must be zeros."""
+    (file,) = manifest.headers
+    reader = GgufCheckpoint(folder / file, {"id": folder.name}, folder.name).reader
+    tensors = {str(tensor.name): tensor for tensor in reader.tensors}
+    if set(tensors) != set(manifest.tensors):
+        raise ArtifactError(f"{folder / file}: does not hold the tensors that {MANIFEST_NAME} lists")
+    end = int(reader.data_offset)
+    if digest(as_bytes(reader.data[:end])) != manifest.headers[file]:
+        raise ArtifactError(f"{folder / file}: changed since it was written; copy the artifact again")
+    for name, tensor in sorted(tensors.items(), key=lambda item: int(item[1].data_offset)):
+        record, data = manifest.tensors[name], np.ascontiguousarray(tensor.data)
+        if np.any(reader.data[end : int(tensor.data_offset)]):
+            raise ArtifactError(f"{folder / file}: has bytes between tensors before {name}; convert the source again")
+        if tensor.tensor_type.name != record.dtype or digest(as_bytes(data)) != record.blake3:
+            raise ArtifactError(f"{folder / file}: {name} changed since it was written; copy the artifact again")
+        end = int(tensor.data_offset) + data.nbytes
+    if np.any(reader.data[end:]):
+        raise ArtifactError(f"{folder / file}: has bytes after its tensors; convert the source again")
+    return int(reader.data.nbytes)
 
 
 def _check_config(stored: Checkpoint, manifest: Manifest) -> None:
@@ -74,7 +104,8 @@ def _check_config(stored: Checkpoint, manifest: Manifest) -> None:
 def _check_files(folder: Path, manifest: Manifest) -> int:
     """Compare small files and headers with their digests, and refuse files the manifest does not list."""
     nbytes = 0
-    for name, expected in [*manifest.files.items(), *manifest.headers.items()]:
+    headers = {} if manifest.format == GGUF else manifest.headers  # that file's is checked with its tensors
+    for name, expected in [*manifest.files.items(), *headers.items()]:
         path = folder / name
         if not path.is_file():
             raise ArtifactError(f"{path}: missing; copy the artifact again, or convert its source again")

@@ -15,6 +15,7 @@ from quantize8.ops import jit
 from quantize8.ops.jit import compiled
 from quantize8.ops.reference import Array, scale_of
 
+Q8_0 = "Q8_0"  # as llama.cpp names the type
 BLOCK = 32  # weights that share a scale
 BLOCK_BYTES = 34
 _SCALE_BYTES = 2
