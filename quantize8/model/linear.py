@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize8.errors import WeightError
+from quantize8.ops import bitsandbytes
 from quantize8.ops.choice import has_int8_unit
 from quantize8.ops.operator import linear, packed_linear
 from quantize8.ops.reference import DEFAULT_THRESHOLD, INT8_MAX, OutlierMode
@@ -76,6 +77,8 @@ class Int8Linear(nn.Linear):
         elif torch.compiler.is_compiling():
             packed, rest = self.pack(), (self.out_features, self.threshold, self.mode)
             product = packed_linear(flat, packed.tiles, packed.scale, packed.start, self.bias, *rest)
+        elif self.mode == "bitsandbytes":
+            product = bitsandbytes.linear(flat, self.pack(), self.SCB, self.bias, self.threshold)
         else:
             product = self.pack().linear(flat, self.bias, self.threshold, self.mode)
         return product.view(*x.shape[:-1], self.out_features)
@@ -114,8 +117,10 @@ class Int8Linear(nn.Linear):
 
         Tracing does not move weights, so a model is called once before it is compiled.
         """
-        if x.is_cuda or self.mode in ("static", "bitsandbytes") or (torch.is_grad_enabled() and x.requires_grad):
+        if x.is_cuda or self.mode == "static" or (torch.is_grad_enabled() and x.requires_grad):
             return False
+        if self.mode == "bitsandbytes" and torch.compiler.is_compiling():
+            return False  # that is one operator only on codes that lie as usual
         if getattr(self.__dict__.get("_hf_hook"), "offload", False):  # the weight comes from disk, and goes again
             return False
         if self._packed is not None:

@@ -6,17 +6,22 @@ quantized at decode too; whole outlier columns get the code 0, and are multiplie
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from quantize8.ops.cpu import int8_matmul
 from quantize8.ops.reference import INT8_MAX
 
+if TYPE_CHECKING:
+    from quantize8.ops.packed import PackedWeight
+
 _BOTH_SCALES = 6.200124e-05  # its constant for 1 / 127^2, in float32
 _WEIGHT_SCALE = 7.874015718698502e-3  # and for 1 / 127
 
 
-def linear(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
-    """x [M, K] times codes int8 [N, K] with absmax float32 [N], plus bias [N]: [M, N] in x's dtype.
+def linear(x: Tensor, codes: Tensor | PackedWeight, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    """x [M, K] times codes int8 [N, K], packed or not, with absmax float32 [N], plus bias [N]: [M, N] in x's dtype.
 
     Equal, bit for bit, to bitsandbytes.matmul on a CPU without gradients.
     """
@@ -33,9 +38,14 @@ def linear(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, thresh
     tokens = torch.nan_to_num(scaled, nan=0.0, posinf=0.0, neginf=0.0).round_().to(torch.int8)
     if columns is not None:
         tokens[:, columns] = 0
-    product = int8_matmul(tokens, codes).float() * (peaks[:, None] * absmax) * _BOTH_SCALES
+    if isinstance(codes, Tensor):
+        product = int8_matmul(tokens, codes).float() * (peaks[:, None] * absmax)
+    else:
+        product = codes.product(tokens, peaks)
+    product = product * _BOTH_SCALES
     result = (product if bias is None else product + bias.float()).to(x.dtype)
     if columns is not None and len(columns):
-        weight = (codes[:, columns] * absmax[:, None] * _WEIGHT_SCALE).to(x.dtype)
+        beside = codes[:, columns] if isinstance(codes, Tensor) else codes.columns(columns)
+        weight = (beside * absmax[:, None] * _WEIGHT_SCALE).to(x.dtype)
         result = result.addmm(x[:, columns], weight.t())
     return result

@@ -20,7 +20,7 @@ from torch import Tensor
 from quantize8.errors import DependencyError
 from quantize8.ops import units
 from quantize8.ops.jit import PARALLEL
-from quantize8.ops.passes import NOTHING, decode, prefill
+from quantize8.ops.passes import NOTHING, decode, prefill, product
 from quantize8.ops.reference import DECODE_TOKENS, INT8_MAX, Array, OutlierMode
 from quantize8.ops.units import BLOCK, TILE_COLUMNS, TILE_ROWS, VNNI_SHIFT, Unit
 
@@ -50,6 +50,7 @@ class PackedWeight:
         offered = units.available()  # which also asks for the tiles that AMX needs
         self.tiles = tiles if (unit or offered[0]) == "amx" else tiles.view(torch.uint8)
         self.scale = _blocks(absmax / INT8_MAX)
+        self.absmax = _blocks(absmax)
         self.start = _blocks(codes.sum(1, dtype=torch.int32) * -VNNI_SHIFT)
         self._arrays = self.tiles.numpy(), self.scale.numpy(), self.start.numpy()
 
@@ -59,6 +60,29 @@ class PackedWeight:
         tiles = self.tiles.view(torch.int8).view(blocks, steps, 2, TILE_COLUMNS // 4, TILE_ROWS, 4)
         codes = tiles.permute(0, 2, 4, 1, 3, 5).reshape(blocks * BLOCK, steps * TILE_COLUMNS)
         return codes[: self.shape[0], : self.shape[1]].contiguous()
+
+    def columns(self, columns: Tensor) -> Tensor:
+        """Codes int8 [N, J] of some columns int [J]."""
+        blocks, steps, _ = self.tiles.shape
+        tiles = self.tiles.view(torch.int8).view(blocks, steps, 2, TILE_COLUMNS // 4, TILE_ROWS, 4)
+        place = columns % TILE_COLUMNS
+        found = tiles[:, columns // TILE_COLUMNS, :, place // 4, :, place % 4]  # [J, blocks, 2, rows of a tile]
+        return found.reshape(len(columns), blocks * BLOCK)[:, : self.shape[0]].t().contiguous()
+
+    def product(self, codes: Tensor, peaks: Tensor) -> Tensor:
+        """Codes int8 [M, K] times the codes transposed, each sum times (peaks [M] * absmax): float32 [M, N]."""
+        tokens, steps = len(codes), self.tiles.shape[1]
+        y = torch.empty(tokens, self.shape[0])
+        if y.numel():
+            digits = _SCRATCH.digits(-(-tokens // TILE_ROWS), steps)
+            padded = np.zeros(len(digits) * TILE_ROWS, np.float32)
+            padded[:tokens] = peaks.numpy()
+            shift = VNNI_SHIFT if self.tiles.dtype == torch.uint8 else 0
+            with PARALLEL:
+                parts = _parts(digits, self._arrays[0], _SCRATCH.use_threads())
+                weight = (self._arrays[0], self.absmax.numpy(), self._arrays[2])
+                product(codes.numpy(), padded, *weight, shift, digits, parts, y.numpy())
+        return y
 
     def linear(self, x: Tensor, bias: Tensor | None, threshold: float, mode: OutlierMode) -> Tensor:
         """`reference.linear`: x [M, K] -> [M, N] in x's dtype. Modes dynamic and elementwise."""
@@ -91,7 +115,7 @@ def _linear(
     x: Tensor, weight: tuple[Array, Array, Array], bias: Tensor | None, out_features: int, threshold: float, mode: str
 ) -> Tensor:
     values = (x if x.dtype in _BITS else x.float()).contiguous()
-    tokens, (blocks, steps, _) = values.shape[0], weight[0].shape
+    tokens, steps = values.shape[0], weight[0].shape[1]
     y = torch.empty(tokens, out_features, dtype=values.dtype)
     if not y.numel():
         return y.to(x.dtype)
@@ -105,12 +129,17 @@ def _linear(
         if count > 1:
             decode(_bits_of(values), count, *given, threads, out)
         else:
-            parts = blocks
-            if digits.size > _HALF_A_CACHE:
-                parts = min(blocks, max(2 * threads, weight[0].size // _PART_BYTES))
+            parts = _parts(digits, weight[0], threads)
             limit = np.float32(threshold).view(np.uint32) if threshold > 0 else NOTHING
             prefill(_bits_of(values), limit, mode == "elementwise", *given, parts, out)
     return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
+def _parts(digits: Array, tiles: Array, threads: int) -> int:
+    """How many parts the outputs of many tokens are divided into."""
+    if digits.size <= _HALF_A_CACHE:
+        return len(tiles)
+    return min(len(tiles), max(2 * threads, tiles.size // _PART_BYTES))
 
 
 class _Scratch(threading.local):

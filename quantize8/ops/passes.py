@@ -113,6 +113,29 @@ def prefill(
         release(weight)
 
 
+@compiled(nogil=True, parallel=True)
+def product(
+    codes: Any, steps: Any, weight: Any, scale: Any, start: Any, shift: int, digits: Any, parts: int, out: Any
+) -> None:
+    """out float32 [M, N] = codes int8 [M, K] times the weight transposed, times (steps [M] * scale); as in `decode`."""
+    tokens, columns = codes.shape
+    for m in prange(tokens):
+        for s in range(digits.shape[1]):
+            for k in range(min(TILE_COLUMNS, columns - s * TILE_COLUMNS)):
+                code = np.int32(codes[m, s * TILE_COLUMNS + k]) + np.int32(shift)
+                digits[m // TILE_ROWS, s, m % TILE_ROWS, k] = np.int8(code)
+    nothing, none = np.empty((1, 0), np.float32), np.zeros((len(weight), BLOCK), np.float32)
+    for part in prange(parts):
+        prepare(weight)
+        sums = np.empty((_PAIR, BLOCK), np.int32)
+        for row in range(0, tokens, _PAIR):
+            here = min(_PAIR, tokens - row)
+            for block in range(part * len(weight) // parts, (part + 1) * len(weight) // parts):
+                _multiply(weight, block, digits, row // TILE_ROWS, here, start, sums)
+                _finish(sums, 1, steps, scale, nothing, nothing, none, block, out, row, here)
+        release(weight)
+
+
 @compiled(nogil=True)
 def _inverse(absmax: Any) -> Any:
     """By the reference's rule: 0 where there is none."""
