@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import signal
 import subprocess
@@ -18,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ def beside(model: Path, answers: list[dict[str, Any]]) -> str:
     except quantize8.Quantize8Error as error:
         return f"left out: {str(error).replace(str(model), model.name)}"
     pairs = [(answer["answer"], answer["quantize8_run"]) for answer in answers]
-    alike = [len(os.path.commonprefix(pair)) for pair in pairs]
+    alike = [sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(*pair, strict=False))) for pair in pairs]
     same = sum(theirs == ours for theirs, ours in pairs)
     return f"{same} of {len(pairs)} answers are the same; they begin with {alike} characters in common"
 
