@@ -2,6 +2,7 @@
 
 Converts SmolLM2-135M-Instruct (from its PyPI package), starts vLLM's OpenAI-compatible server, which lives in a virtual
 environment of its own, asks a few questions greedily, and asks `quantize8.run` the same where it opens the artifact.
+Answers part at the first near tie, so a text is scored, too: its perplexity from vLLM beside that from the source.
 Results go to results/serve-vllm.json. Exit code 1 where a server does not start; the end of its log is shown then.
 Run: python -m benchmarks.serve_vllm [--venv FOLDER] [--scheme SCHEME ...] [--artifact FOLDER ...]
 """
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,10 @@ from typing import Any
 import quantize8
 from benchmarks import vllm_server
 from benchmarks.cpu import write
-from quantize8.demo import find_model
+from quantize8.demo import TEXT, find_model
+from quantize8.model.loading import load
+from quantize8.operations.evaluate import perplexity
+from quantize8.operations.inspect import read_text
 
 SCHEMES = ("w8a8", "w8a16")
 NEW_TOKENS = 32
@@ -34,6 +39,7 @@ QUESTIONS = (
     ("completion", "To make a cup of tea, first"),
     ("chat", "Name three planets of the solar system."),
 )
+CHARACTERS = 1800  # of the text to score: some 400 tokens
 CLIENT = Path(__file__).with_name("openai_questions.py")
 CHOICE = re.compile(r"CompressedTensors\w+|\w*Kernel\b")  # names of vLLM's schemes and kernels
 
@@ -50,7 +56,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         rows = [measure(python, model, work) for model in asked.artifact or _converted(asked.scheme, work)]
-    print(f"written to {write('serve-vllm', {'max_tokens': NEW_TOKENS, 'rows': rows})}")
+    found: dict[str, Any] = {"max_tokens": NEW_TOKENS, "rows": rows}
+    if not asked.artifact:
+        found["source"] = source_text()
+        print(f"perplexity from the source, in float32: {found['source']['perplexity']:.3f}")
+    print(f"written to {write('serve-vllm', found)}")
     sys.exit(0 if all(row["served"] for row in rows) else 1)
 
 
@@ -84,7 +94,8 @@ def measure(python: Path, model: Path, work: Path) -> dict[str, Any]:
 
 def questions(python: Path, url: str) -> dict[str, Any]:
     """Answers and versions, from the client in the server's environment."""
-    asked = {"url": url, "model": vllm_server.NAME, "max_tokens": NEW_TOKENS, "questions": QUESTIONS}
+    asked: dict[str, Any] = {"url": url, "model": vllm_server.NAME, "max_tokens": NEW_TOKENS, "questions": QUESTIONS}
+    asked["text"] = read_text(TEXT)[:CHARACTERS]
     process = subprocess.run(
         [str(python), str(CLIENT)],
         input=json.dumps(asked),
@@ -102,6 +113,12 @@ def choices(log: str) -> list[str]:
     """Messages of the log that name a scheme or a kernel for the weights, each once, without time and process."""
     messages = [vllm_server.message(line) for line in log.splitlines() if CHOICE.search(line)]
     return list(dict.fromkeys(messages))
+
+
+def source_text() -> dict[str, Any]:
+    """The same text, scored by the checkpoint that artifacts are made from."""
+    model, tokenizer = load(find_model(), "cpu", dtype="float32")
+    return asdict(perplexity(model, tokenizer(read_text(TEXT)[:CHARACTERS], return_tensors="pt")["input_ids"][0]))
 
 
 def beside(model: Path, answers: list[dict[str, Any]]) -> str:
@@ -126,7 +143,8 @@ def show(row: dict[str, Any]) -> None:
         print(f"  ({answer['tokens']} tokens, {answer['tokens'] / answer['seconds']:.1f} a second)")
         if answer.get("quantize8_run", answer["answer"]) != answer["answer"]:
             print(f"  quantize8: {answer['quantize8_run']!r}")
-    print(f"quantize8.run: {row['quantize8_run']}", flush=True)
+    print(f"quantize8.run: {row['quantize8_run']}")
+    print(f"perplexity of {row['text']['scored']} tokens from vLLM: {row['text']['perplexity']:.3f}", flush=True)
 
 
 if __name__ == "__main__":
