@@ -58,7 +58,7 @@ def main() -> None:
         rows = [measure(python, model, work) for model in asked.artifact or _converted(asked.scheme, work)]
     found: dict[str, Any] = {"max_tokens": NEW_TOKENS, "rows": rows}
     if not asked.artifact:
-        found["source"] = source_text()
+        found["source"] = score(find_model())
         print(f"perplexity from the source, in float32: {found['source']['perplexity']:.3f}")
     print(f"written to {write('serve-vllm', found)}")
     sys.exit(0 if all(row["served"] for row in rows) else 1)
@@ -87,7 +87,7 @@ def measure(python: Path, model: Path, work: Path) -> dict[str, Any]:
         return row | {"error": [line.replace(str(model), model.name) for line in error.cause]}
     row["vllm_says"] = choices(log.read_text(errors="replace"))
     print(*row["vllm_says"], sep="\n")
-    row["quantize8_run"] = beside(model, row["answers"])
+    row["quantize8_run"] = beside(model, row)
     show(row)
     return row
 
@@ -115,19 +115,21 @@ def choices(log: str) -> list[str]:
     return list(dict.fromkeys(messages))
 
 
-def source_text() -> dict[str, Any]:
-    """The same text, scored by the checkpoint that artifacts are made from."""
-    model, tokenizer = load(find_model(), "cpu", dtype="float32")
-    return asdict(perplexity(model, tokenizer(read_text(TEXT)[:CHARACTERS], return_tensors="pt")["input_ids"][0]))
+def score(model: str) -> dict[str, Any]:
+    """The text that vLLM scores, scored by quantize8 in float32: perplexity and number of tokens."""
+    opened, tokenizer = load(model, "cpu", dtype="float32")
+    return asdict(perplexity(opened, tokenizer(read_text(TEXT)[:CHARACTERS], return_tensors="pt")["input_ids"][0]))
 
 
-def beside(model: Path, answers: list[dict[str, Any]]) -> str:
-    """Add to each answer what `quantize8.run` continues with; says how many are the same, or why none were asked."""
+def beside(model: Path, row: dict[str, Any]) -> str:
+    """Add what quantize8 answers, and its score of the text; says how many are the same, or why none were asked."""
+    answers = row["answers"]
     try:
         for answer in answers:
             chat = answer["kind"] == "chat"
             ours = quantize8.run(str(model), answer["prompt"], max_new_tokens=NEW_TOKENS, device="cpu", chat=chat)
             answer["quantize8_run"] = ours.text
+        row["text_by_quantize8"] = score(str(model))
     except quantize8.Quantize8Error as error:
         return f"left out: {str(error).replace(str(model), model.name)}"
     pairs = [(answer["answer"], answer["quantize8_run"]) for answer in answers]
@@ -145,6 +147,8 @@ def show(row: dict[str, Any]) -> None:
             print(f"  quantize8: {answer['quantize8_run']!r}")
     print(f"quantize8.run: {row['quantize8_run']}")
     print(f"perplexity of {row['text']['scored']} tokens from vLLM: {row['text']['perplexity']:.3f}", flush=True)
+    if "text_by_quantize8" in row:
+        print(f"perplexity from quantize8, in float32: {row['text_by_quantize8']['perplexity']:.3f}", flush=True)
 
 
 if __name__ == "__main__":
