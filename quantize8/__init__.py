@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from quantize8.errors import (
         ArtifactError,
         DependencyError,
+        DeviceWarning,
         OutputError,
         Quantize8Error,
         RecipeError,
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from quantize8.model.linear import Int8Linear
     from quantize8.model.loading import load
     from quantize8.model.quantizer import Int8Config, enable
+    from quantize8.model.training import merge_and_unload
     from quantize8.operations.convert import convert
     from quantize8.operations.inspect import inspect
     from quantize8.operations.run import run
@@ -28,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArtifactError",
     "DependencyError",
+    "DeviceWarning",
     "Int8Config",
     "Int8Linear",
     "OutputError",
@@ -39,6 +42,7 @@ __all__ = [
     "enable",
     "inspect",
     "load",
+    "merge_and_unload",
     "run",
     "verify",
 ]
@@ -50,6 +54,7 @@ _HOMES = {
     "enable": "model.quantizer",
     "inspect": "operations.inspect",
     "load": "model.loading",
+    "merge_and_unload": "model.training",
     "run": "operations.run",
     "verify": "operations.verify",
 }

@@ -35,6 +35,7 @@ class OutlierMode(str, Enum):
 
     dynamic = "dynamic"
     elementwise = "elementwise"
+    bitsandbytes = "bitsandbytes"
 
 
 _Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -67,7 +68,7 @@ def convert(
     token: _Token = None,
     as_json: _Json = False,
 ) -> None:
-    """Write an int8 artifact that transformers and bitsandbytes open as it is."""
+    """Write an int8 artifact that other loaders open as it is, or a plain one of a quantized source."""
     from quantize8 import report
     from quantize8.operations.convert import convert as operation
 

@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,7 +13,12 @@ import typer
 
 import quantize8
 from quantize8.artifact import bitsandbytes
+from quantize8.artifact.bitsandbytes import BitsAndBytes
+from quantize8.artifact.compressed_tensors import CompressedTensors, Scheme
+from quantize8.artifact.formats import FORMATS
 from quantize8.artifact.manifest import Manifest, Quantized, TensorRecord
+from quantize8.checkpoint import quantized
+from quantize8.checkpoint.structure import LINEAR
 from quantize8.cli import app
 from quantize8.ops import reference
 from quantize8.recipe import load_recipe
@@ -24,7 +30,10 @@ LIMITS = {  # lines; a page that grows past its limit is edited, not lengthened
     "README.md": 130,
     "CONTRIBUTING.md": 60,
     "docs/format.md": 100,
+    "docs/formats.md": 100,
     "docs/how-it-works.md": 140,
+    "docs/modules.md": 90,
+    "docs/transformers.md": 70,
 }
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 USER_PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -90,11 +99,10 @@ def test_command_lines_parse():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_named_in_the_text_exist(page):
     known = {name for command in (CLI, *CLI.commands.values()) for name in long_options(command)} | {"--help"}
-    planned = {"--format"} if page.name == "CONTRIBUTING.md" else set()
     spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.M | re.S))
     own = [span for span in spans if not span.startswith(("pip ", "pytest ", "make "))]
     named = {name for span in own for name in re.findall(r"(?<![\w-])--[a-z][a-z-]*", span)}
-    assert named <= known | planned
+    assert named <= known
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -129,7 +137,7 @@ def test_every_module_is_on_the_map():
         for path in package.rglob("*.py")
         if path.name != "__init__.py"
     }
-    assert first_cells(section(read("docs/how-it-works.md"), "The modules")) == modules
+    assert first_cells(read("docs/modules.md")) == modules
 
 
 def example(name: str) -> list:
@@ -172,8 +180,21 @@ def test_stored_fields_are_documented():
     for record in (TensorRecord, Quantized):
         for name in record.__dataclass_fields__:
             assert f"`{name}`" in section(text, "quantize8.json"), name
-    stored = {tensor.name for tensor in bitsandbytes.module_tensors("M", (2, 4))}
+    stored = {tensor.name for tensor in BitsAndBytes().module_tensors("M", (2, 4), LINEAR)}
     assert first_cells(section(text, "Tensors of a quantized module `M` with a weight w [N, K]")) == stored
+
+
+@pytest.mark.parametrize("scheme", get_args(Scheme))
+def test_compressed_tensors_fields_are_documented(scheme):
+    text = section(read("docs/formats.md"), "compressed-tensors")
+    for tensor in CompressedTensors(scheme=scheme).module_tensors("M", (2, 4), LINEAR):
+        assert f"`{tensor.name}`" in text
+
+
+def test_every_format_and_source_is_documented():
+    text = read("docs/formats.md")
+    assert first_cells(section(text, "What convert writes")) == {"--format", *FORMATS}
+    assert set(quantized._FORMATS) <= set(re.findall(r"`([\w-]+)`", section(text, "What convert reads")))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
