@@ -41,15 +41,20 @@ def conversion(result: Conversion) -> RenderableType:
     plan, numbers = result.plan, _conversion_json(result)
     table = _table(("", "left"), ("", "left"))
     table.add_row("artifact" if result.manifest else "would write", str(result.out))
-    table.add_row("recipe", f"{plan.recipe.name}, threshold {plan.recipe.threshold:g}")
+    table.add_row("format", plan.format.title)
+    if plan.format.quantizes:
+        table.add_row("recipe", f"{plan.recipe.name}, threshold {plan.recipe.threshold:g}")
     table.add_row("size", f"{size(plan.source_bytes)} -> {size(plan.output_bytes)} in {len(plan.shards)} file(s)")
-    share = plan.int8_weights / max(1, plan.weights)
-    table.add_row(
-        "int8", f"{len(plan.modules)} layers, {share:.1%} of the weights; {numbers['bits_per_weight']} bits a weight"
-    )
+    share, density = plan.int8_weights / max(1, plan.weights), f"{numbers['bits_per_weight']} bits a weight"
+    if plan.modules:
+        table.add_row("int8", f"{len(plan.modules)} layers, {share:.1%} of the weights; {density}")
+    else:
+        table.add_row("weights", density)
     for reason, names in sorted(_by_reason(plan.kept).items()):
         table.add_row("kept in float", f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}")
-    if result.errors:
+    if plan.carries:
+        table.add_row("codes", "those of the source")
+    elif result.errors:
         table.add_row("relative error", f"{numbers['mean_relative_error']:.4f} mean, {numbers['worst']}")
     table.add_row("time", f"{result.seconds:.1f} s")
     return table
@@ -156,6 +161,7 @@ def _conversion_json(result: Conversion) -> dict[str, Any]:
         "out": str(result.out),
         "dry_run": result.manifest is None,
         "source": plan.checkpoint.identity,
+        "format": plan.format.title,
         "recipe": plan.recipe.as_json(),
         "source_bytes": plan.source_bytes,
         "output_bytes": plan.output_bytes,

@@ -40,6 +40,11 @@ class CompressedTensors(Format):
     scheme: Scheme = "w8a8"
     moe: MoeLoader = "vllm"
 
+    @property
+    def title(self) -> str:
+        """See `Format.title`."""
+        return f"{self.name} {self.scheme}"
+
     def linears(self, structure: Structure) -> tuple[dict[str, str], dict[str, str]]:
         """See `Format.linears`."""
         modules = {name: kind for name, kind in structure.linears.items() if kind != CONV1D}

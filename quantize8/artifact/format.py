@@ -25,6 +25,11 @@ class Format(ABC):
     suffix: str
 
     @property
+    def title(self) -> str:
+        """The format with what was chosen of it."""
+        return self.name
+
+    @property
     def quantizes(self) -> bool:
         """Whether this is an int8 format."""
         return True

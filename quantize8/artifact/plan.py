@@ -56,6 +56,11 @@ class Plan:
         return sum(math.prod(self.checkpoint.tensors[f"{name}.weight"].shape) for name in self.modules)
 
     @property
+    def carries(self) -> bool:
+        """Whether every int8 module has the codes that the source stores."""
+        return bool(self.modules) and all(self.checkpoint.is_int8(f"{name}.weight") for name in self.modules)
+
+    @property
     def weights(self) -> int:
         """How many floating-point numbers the source stands for."""
         return sum(math.prod(info.shape) for info in self.checkpoint.tensors.values() if info.dtype in FLOATING)
