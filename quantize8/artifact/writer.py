@@ -13,6 +13,7 @@ import numpy as np
 from blake3 import blake3
 
 from quantize8.artifact.folder import create, write_at
+from quantize8.artifact.format import Int8Format
 from quantize8.artifact.layout import OutTensor
 from quantize8.artifact.manifest import TensorRecord, digest, summarize
 from quantize8.artifact.plan import Plan
@@ -113,17 +114,18 @@ class Writer:
 
     def _quantize(self, info: TensorInfo, module: str, quantizer: WeightQuantizer) -> dict[str, TensorRecord]:
         """Quantize a weight block by block, or carry over the codes that it is stored as."""
-        plan, kind = self._plan, self._plan.modules[module]
+        plan, kind, output = self._plan, self._plan.modules[module], self._plan.format
+        assert isinstance(output, Int8Format)  # no other has modules
         weight, *others = plan.outputs[info.name]
-        shape = info.shape[::-1] if info.name in plan.transposed else info.shape
-        stats, source, content, position = ColumnStats.empty(shape[1]), blake3(), blake3(), 0
+        rows, columns = plan.shape_of(info)
+        stats, source, content, position = ColumnStats.empty(columns), blake3(), blake3(), 0
         absmax: list[Array] = []
         carried = plan.checkpoint.is_int8(info.name)
         for values, codes, peaks in (self._carry if carried else self._rows)(info, quantizer, stats, source):
             if not np.isfinite(peaks).all():
                 raise _unfit(values, peaks, info, sum(len(done) for done in absmax))
             absmax.append(peaks)
-            packed = plan.format.pack(codes, kind)
+            packed = output.pack(codes, kind)
             content.update(as_bytes(packed))
             self._put(weight.name, packed, position)
             position += packed.nbytes
@@ -133,7 +135,7 @@ class Writer:
         dtype = plan.checkpoint.stored_dtype(info.name)
         record.quantized = summarize(stats, scales, dtype, source.hexdigest(), info.name in plan.transposed)
         records = {weight.name: record}
-        for out, other in zip(others, plan.format.scales(scales, (shape[0], shape[1]), kind), strict=True):
+        for out, other in zip(others, output.scales(scales, (rows, columns), kind), strict=True):
             self._put(out.name, other, 0)
             records[out.name] = self._record(out.name, digest(as_bytes(other)))
         return records
