@@ -78,7 +78,7 @@ class Plan:
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, output: Format, max_shard_size: str = DEFAULT_SHARD_SIZE) -> Plan:
     """Settle which tensors become int8 and where every byte of the output goes; reads headers only."""
     structure = read_structure(checkpoint.config, checkpoint.tensors)
-    modules, kept = _choose(structure, recipe, output, checkpoint.tensors)
+    modules, kept = _choose(structure, recipe, output, checkpoint)
     if not modules and isinstance(output, Int8Format):
         raise SourceError(_nothing(checkpoint, structure, recipe, output))
     skip_list = structure.skip_list(set(modules))
@@ -96,16 +96,17 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, output: Format, max_shard_
 
 
 def _choose(
-    structure: Structure, recipe: Recipe, output: Format, tensors: dict[str, TensorInfo]
+    structure: Structure, recipe: Recipe, output: Format, checkpoint: Checkpoint
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Modules that become int8, and the Linear weights that do not with the reason."""
     if not isinstance(output, Int8Format):
         return {}, {}
+    tensors, head = checkpoint.tensors, structure.output_head
     linears, refused = output.linears(structure)
     modules, kept = dict(linears), structure.kept | refused
-    if recipe.output_head and structure.output_head is not None:
-        modules[structure.output_head] = LINEAR
-        del kept[structure.output_head]
+    if head is not None and (recipe.output_head or checkpoint.is_int8(f"{head}.weight")):
+        modules[head] = LINEAR
+        del kept[head]
     for name in list(modules):
         if reason := _reason_to_keep(name, tensors[f"{name}.weight"], recipe):
             kept[name] = reason
