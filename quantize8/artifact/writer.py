@@ -22,7 +22,7 @@ from quantize8.checkpoint.base import DTYPES, FLOATING
 from quantize8.errors import WeightError
 from quantize8.ops import cpu, q8_0
 from quantize8.ops.q8_0 import Q8_0
-from quantize8.ops.reference import FLOAT16_MAX, STATS_TILE_ROWS, Array, ColumnStats, as_bytes
+from quantize8.ops.reference import FLOAT16_MAX, STATS_TILE_ROWS, Array, ColumnStats, as_bytes, dequantize
 
 Progress = Callable[[int, int], None]  # bytes of source done, bytes in all
 
@@ -149,12 +149,16 @@ class Writer:
         return quantizer.quantize(rows(), stats)
 
     def _carry(self, info: TensorInfo, _: WeightQuantizer, stats: ColumnStats, source: Any) -> _Quantized:
-        """The codes of an int8 source. Statistics are of what they stand for, to which they have no error."""
+        """The codes of an int8 source. Statistics are of what they stand for; an error has only what holds -128."""
+        errors = np.zeros_like(stats.sum_error)
         for first_row, block in self._blocks(info, None, STATS_TILE_ROWS):
             codes, absmax = self._plan.checkpoint.int8_rows(info.name, first_row, first_row + len(block))
             source.update(as_bytes(codes))
             cpu.quantize_rowwise(block, stats)
-            stats.sum_error[:] = 0
+            difference = block - dequantize(codes, absmax)
+            if difference.any():
+                errors += np.square(difference).sum(axis=0, dtype=np.float64)
+            stats.sum_error[:] = errors
             yield block, codes, absmax
 
     def write_computed(self) -> dict[str, TensorRecord]:
