@@ -11,7 +11,7 @@ from torch import nn
 from quantize8 import Int8Linear
 from quantize8.model import training
 from quantize8.model.training import TrainableInt8Linear, weight_gradient
-from quantize8.ops import cpu, packed, reference
+from quantize8.ops import cpu, reference
 
 N, K = 24, 33
 THRESHOLD = 6.0
@@ -293,19 +293,3 @@ def test_what_ran_in_inference_mode_trains(make):
     x.requires_grad_()
     layer(x).sum().backward()
     torch.testing.assert_close(x.grad, quantized(layer_of()).sum(0).float().expand_as(x))
-
-
-@pytest.mark.skipif(not packed.available(), reason="the packed layout needs a processor with VNNI")
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_packed_layer_trains_its_input_and_its_bias(bias):
-    layer = Int8Linear.from_float(layer_of(bias=bias))
-    layer.pack()
-    if bias:
-        layer.bias.requires_grad_()
-        layer(torch.randn(20, K)).sum().backward()  # the input has no gradient, as in a model's first layer
-        assert torch.equal(layer.bias.grad, torch.full((N,), 20.0))
-        layer.pack()
-    x = torch.randn(20, K, requires_grad=True)
-    layer(x).sum().backward()
-    assert layer._packed is None
-    torch.testing.assert_close(x.grad, layer.dequantize().sum(0).expand_as(x))

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from quantize8 import Int8Config, Int8Linear, SourceError, WeightError
 from quantize8.model import linear
 from quantize8.model.training import TrainableInt8Linear, merge_and_unload
+from quantize8.ops import packed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:MatMul8bitLt"),
@@ -216,3 +217,19 @@ def test_an_output_head_that_is_trained_whole_stays_in_float(tmp_path):
     merged.save_pretrained(tmp_path / "merged")
     saved = load_file(tmp_path / "merged" / "model.safetensors")
     assert saved["lm_head.weight"].dtype == torch.float32 and saved[f"{LAYER}.weight"].dtype == torch.int8
+
+
+@pytest.mark.skipif(not packed.available(), reason="the packed layout needs a processor with VNNI")
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_layer_trains_its_input_and_its_bias(bias):
+    layer = Int8Linear.from_float(nn.Linear(33, 24, bias))
+    layer.pack()
+    if bias:
+        layer.bias.requires_grad_()
+        layer(torch.randn(20, 33)).sum().backward()  # the input has no gradient, as in a model's first layer
+        assert torch.equal(layer.bias.grad, torch.full((24,), 20.0))
+        layer.pack()
+    x = torch.randn(20, 33, requires_grad=True)
+    layer(x).sum().backward()
+    assert layer._packed is None
+    torch.testing.assert_close(x.grad, layer.dequantize().sum(0).expand_as(x))
