@@ -69,7 +69,7 @@ def measure(folder: Path, sequences: Tensor, steps: int) -> dict[str, Any]:
     rows["lora, int8, merged"] = {"held_out": loss_of(merge_and_unload(model), held_out)}
     pairs = {how: {key: apart(rows, how, key) for key in ("last", "held_out")} for how in RATES}
     pairs["merged"] = {"held_out": rows["lora, int8, merged"]["held_out"] / rows["lora, int8"]["held_out"] - 1}
-    within = all(abs(value) <= ALLOWED for pair in pairs.values() for value in pair.values())
+    within = all(abs(value) <= ALLOWED for how in RATES for value in pairs[how].values())
     set_up = {"steps": steps, "shapes": SHAPES, "held_out": HELD_OUT, "rates": RATES, "lora": LORA, "dtype": "float32"}
     return {**set_up, "threads": torch.get_num_threads(), "losses": rows, "int8_above_plain": pairs, "within": within}
 
