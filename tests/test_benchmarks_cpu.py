@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import checkpoints, convert, cpu, linear_cpu, model_cpu
+from benchmarks import checkpoints, convert, cpu, linear_cpu, model_cpu, training
 from quantize8.ops import packed
 
 ROOT = Path(__file__).parent.parent
@@ -56,3 +57,13 @@ def test_the_documented_tables_are_the_results():
         assert f"| {row['what']}, {row['cache']} | {row['seconds']['median']:.2f} s |" in page
     for row in json.loads((RESULTS / "model-cpu.json").read_text())["rows"]:
         assert model_cpu.line(row) in page
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT's
+def test_training_is_measured_in_pairs(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "BATCH", 1)
+    checkpoints.make_llama(tmp_path / "source", hidden=64, inner=48, layers=1, vocabulary=64)
+    sequences = torch.arange((training.HELD_OUT + 2) * 20).view(-1, 20) % 64
+    found = training.measure(tmp_path / "source", sequences, steps=2)
+    assert set(found["int8_above_plain"]) == {"full", "lora", "merged"}
+    assert found["within"] and found["losses"]["full, int8"]["last"] != found["losses"]["full, plain"]["last"]

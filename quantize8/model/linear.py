@@ -26,7 +26,7 @@ class Int8Linear(nn.Linear):
 
     weight: int8 [N, K]. SCB: float32 [N], the absmax of each row. weight_format: 0, row-major. bias: [N] or None.
     Inputs are float16, bfloat16 or float32 [..., K]; the output has the input's dtype. Gradients reach the input (for
-    adapters) through the dequantized weight; the weight itself is frozen.
+    adapters) through the dequantized weight, and the bias; the weight itself is frozen.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Int8Linear(nn.Linear):
             return packed
         from quantize8.ops.packed import PackedWeight
 
-        with _PACKING:
+        with _PACKING, torch.inference_mode(False):  # training may follow, and refuses tensors made in inference mode
             if self._packed is None:
                 codes = self.weight.data
                 self._packed = PackedWeight(codes, self.SCB.data)
@@ -100,7 +100,7 @@ class Int8Linear(nn.Linear):
     @torch.compiler.disable
     def unpack(self) -> None:
         """Give `weight` its values back, as training, moving and saving need them."""
-        with _PACKING:
+        with _PACKING, torch.inference_mode(False):
             if self._packed is not None:
                 self.weight.data, self._packed = self._packed.codes(), None
 
@@ -117,7 +117,9 @@ class Int8Linear(nn.Linear):
 
         Tracing does not move weights, so a model is called once before it is compiled.
         """
-        if x.is_cuda or self.mode == "static" or (torch.is_grad_enabled() and x.requires_grad):
+        if x.is_cuda or self.mode == "static":
+            return False
+        if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             return False
         if self.mode == "bitsandbytes" and torch.compiler.is_compiling():
             return False  # that is one operator only on codes that lie as usual

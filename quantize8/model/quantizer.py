@@ -138,8 +138,6 @@ class Int8Quantizer(HfQuantizer):
             if isinstance(module, Int8Experts):
                 state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
                 state |= {f"{name}.{key}": value for key, value in module.dequantized(model.dtype).items()}
-            elif isinstance(module, TrainableInt8Linear) and module.transposed:
-                state[f"{name}.weight"] = state[f"{name}.weight"].t().contiguous()
         return state, {}
 
 

@@ -6,12 +6,13 @@ the weight's gradient in int8 with outlier columns in floating point, x's gradie
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantize8.errors import SourceError
+from quantize8.errors import SourceError, WeightError
 from quantize8.model.linear import Int8Linear, quantize
 from quantize8.ops import cpu
 from quantize8.ops.operator import linear
@@ -19,9 +20,9 @@ from quantize8.ops.reference import DEFAULT_THRESHOLD, INT8_MAX, OutlierMode
 
 
 class TrainableInt8Linear(nn.Linear):
-    """A linear layer whose weight [N, K] stays in floating point, is quantized when it has changed, and is trained.
+    """A linear layer whose weight [N, K] stays in floating point and is trained; its products are in int8.
 
-    transposed: whether it stands for a Conv1D, which is stored [K, N].
+    transposed: whether it stands for a Conv1D, whose weight is [K, N] in a state_dict.
     """
 
     def __init__(
@@ -36,38 +37,79 @@ class TrainableInt8Linear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self.threshold, self.mode, self.transposed = threshold, mode, False
-        self._quantized: tuple[tuple[int, int], Tensor, Tensor] | None = None
+        self._kept: tuple[Tensor, int, Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype."""
         flat = x.reshape(-1, self.in_features)
-        product: Tensor = _Int8Product.apply(flat, self.weight, self.bias, self)
+        weight = self._parameters["weight"]  # not by its name, which forgets the codes
+        product: Tensor = _Int8Product.apply(flat, weight, self.bias, *self.codes(), self.threshold, self.mode)
         return product.view(*x.shape[:-1], self.out_features)
 
     def codes(self) -> tuple[Tensor, Tensor]:
-        """Codes int8 [N, K] and absmax float32 [N] of the weight as it is now."""
-        weight = self.weight.detach()
-        state = (weight.data_ptr(), weight._version)
-        if self._quantized is None or self._quantized[0] != state:
-            self._quantized = (state, *quantize(weight))
-        return self._quantized[1], self._quantized[2]
+        """Codes int8 [N, K] and absmax float32 [N] of the weight as it is now.
+
+        Made anew in each forward of training, since there are optimizers (bitsandbytes') that change a weight and not
+        its version. Else kept until the layer is seen to change: only writes to `.data` of a parameter that was taken
+        from the layer earlier, between two forwards without gradients, go unseen.
+        """
+        parameter: Any = self._parameters["weight"]
+        weight, version = parameter.detach(), parameter._version
+        trained = torch.is_grad_enabled() and parameter.requires_grad
+        kept = self._kept  # with its weight, or a new weight could get the address of the old
+        if kept is not None and not trained and (kept[0].data_ptr(), kept[1]) == (weight.data_ptr(), version):
+            return kept[2], kept[3]
+        with torch.inference_mode(False):  # what is kept may be needed for gradients later
+            codes, absmax = quantize(weight)
+        self._kept = None if trained else (weight, version, codes, absmax)
+        return codes, absmax
 
     def dequantize(self) -> Tensor:
         """The weight that is kept, float32 [N, K]."""
         return self.weight.detach().float()
 
+    def __getattr__(self, name: str) -> Any:
+        """Who takes the weight may write to its `.data`, as PEFT does to merge; that changes no version."""
+        if name == "weight":
+            self.__dict__["_kept"] = None
+        return super().__getattr__(name)
+
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: codes are made anew."""
-        return {**self.__dict__, "_quantized": None}
+        return {**self.__dict__, "_kept": None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainableInt8Linear:
+        self._kept = None
+        super()._apply(fn, recurse)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.transposed:  # as the source has it: Trainer saves and resumes by way of state_dict
+            destination[f"{prefix}weight"] = destination[f"{prefix}weight"].t().contiguous()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        name = f"{prefix}weight"
+        if self.transposed and name in state_dict:
+            state_dict = {**state_dict, name: state_dict[name].t()}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class _Int8Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: TrainableInt8Linear) -> Tensor:
-        codes, absmax = layer.codes()
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        codes: Tensor,
+        absmax: Tensor,
+        threshold: float,
+        mode: OutlierMode,
+    ) -> Tensor:
         ctx.save_for_backward(x, codes, absmax)
-        ctx.threshold, ctx.dtype, ctx.bias = layer.threshold, weight.dtype, None if bias is None else bias.dtype
-        product: Tensor = linear(x, codes, absmax, bias, layer.threshold, layer.mode)
+        ctx.threshold, ctx.dtype, ctx.bias = threshold, weight.dtype, None if bias is None else bias.dtype
+        product: Tensor = linear(x, codes, absmax, bias, threshold, mode)
         return product
 
     @staticmethod
@@ -81,7 +123,7 @@ class _Int8Product(torch.autograd.Function):
             to_weight = weight_gradient(gradient, x.float(), ctx.threshold).to(ctx.dtype)
         if ctx.bias is not None and ctx.needs_input_grad[2]:
             to_bias = gradient.sum(0).to(ctx.bias)
-        return to_x, to_weight, to_bias, None
+        return to_x, to_weight, to_bias, None, None, None, None
 
 
 def weight_gradient(gradient: Tensor, x: Tensor, threshold: float) -> Tensor:
@@ -101,28 +143,40 @@ def weight_gradient(gradient: Tensor, x: Tensor, threshold: float) -> Tensor:
 
 
 def merge_and_unload(model: Any) -> Any:
-    """Merge the adapters of a PEFT model into its int8 layers: dequantized, added to, and quantized again.
+    """Merge the adapters of a PEFT model into its int8 layers: each dequantized, added to, and quantized again.
 
     Args: model, a peft.PeftModel over a model of ours. Returns: the model itself, without adapters, in int8.
-    Raises: SourceError where the model has no adapters to merge.
+    Raises: SourceError where the model has no adapters to merge, or some that are not defined for int8 weights (DoRA);
+    WeightError where a merged weight cannot be int8: the layers before it are merged by then.
     """
     if not hasattr(model, "merge_and_unload"):
         raise SourceError(f"{type(model).__name__}: has no adapters to merge; pass the PEFT model")
-    merged: list[tuple[Any, Int8Linear]] = []
-    for module in model.modules():
-        base = getattr(module, "base_layer", None)
-        if isinstance(base, Int8Linear):
-            plain = nn.Linear(base.in_features, base.out_features, False, device="meta")
-            plain.weight = nn.Parameter(base.dequantize(), requires_grad=False)
-            plain.bias = base.bias
-            module.base_layer = plain
-            merged.append((plain, base))
-    result = model.merge_and_unload()
-    layers = dict(merged)
-    for name, module in list(result.named_modules()):
-        if module in layers:
-            old = layers[module]
-            new = Int8Linear.from_float(module, old.threshold)
-            new.mode, new.transposed = old.mode, old.transposed
-            result.set_submodule(name, new)
-    return result
+    adapted = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "base_layer", None), Int8Linear)
+    }
+    for name, module in adapted.items():
+        if getattr(module, "lora_variant", None):  # they train on norms of the weight, which PEFT takes of the codes
+            raise SourceError(f"{name}: its adapter is a variant of LoRA that cannot be merged into int8; use LoRA")
+    for name, module in adapted.items():
+        model.set_submodule(name, _merged(name, module))
+    return model.merge_and_unload()
+
+
+def _merged(name: str, module: Any) -> Int8Linear:
+    """The int8 layer of an adapted one; one float weight is in memory at a time."""
+    old: Int8Linear = module.base_layer
+    plain = nn.Linear(old.in_features, old.out_features, False, device="meta")
+    plain.weight = nn.Parameter(old.dequantize(), requires_grad=False)
+    plain.bias = None if old.bias is None else nn.Parameter(old.bias.detach().clone(), requires_grad=False)
+    module.base_layer = plain
+    try:
+        module.merge()
+        new = Int8Linear.from_float(plain, old.threshold)
+    except WeightError as error:
+        raise WeightError(f"{name}: {error}") from None
+    finally:
+        module.base_layer = old
+    new.mode, new.transposed = old.mode, old.transposed
+    return new.train(old.training)

@@ -31,9 +31,10 @@ def _on_cpu(
 ) -> Tensor:
     from quantize8.ops import bitsandbytes, cpu
 
-    if mode == "bitsandbytes":
-        return bitsandbytes.linear(x, codes, absmax, bias, threshold)
-    return cpu.linear(x, Int8Weight(codes, absmax), bias, threshold, mode)
+    with torch.autocast("cpu", enabled=False):  # it would round products of float32, and of codes, to 16-bit
+        if mode == "bitsandbytes":
+            return bitsandbytes.linear(x, codes, absmax, bias, threshold)
+        return cpu.linear(x, Int8Weight(codes, absmax), bias, threshold, mode)
 
 
 def _on_gpu(
@@ -70,14 +71,17 @@ def _packed_shape(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(inputs[1], inputs[2])
+    ctx.bias = None if inputs[3] is None else inputs[3].dtype
 
 
 def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """Of x: through the dequantized weight, whose codes are exact in any float; codes and scales are constants."""
+    """Of x, through the dequantized weight, whose codes are exact in any float, and of the bias."""
     codes, absmax = ctx.saved_tensors
     scaled = gradient.float() * (absmax / INT8_MAX)
     numbers = gradient.dtype if gradient.is_cuda else torch.float32  # a CPU is no faster in 16-bit
-    return (scaled.to(numbers) @ codes.to(numbers)).to(gradient.dtype), None, None, None, None, None
+    to_x = (scaled.to(numbers) @ codes.to(numbers)).to(gradient.dtype) if ctx.needs_input_grad[0] else None
+    to_bias = gradient.float().sum(0).to(ctx.bias) if ctx.needs_input_grad[3] else None
+    return to_x, None, None, to_bias, None, None
 
 
 torch.library.register_autograd("quantize8::linear", _gradient, setup_context=_keep, lib=_LIBRARY)
