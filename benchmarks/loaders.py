@@ -22,12 +22,15 @@ import torch
 import transformers
 from torch import Tensor
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from benchmarks.cpu import RESULTS, write
 from benchmarks.llama_cpp import served
+from benchmarks.loaders_table import table, worst
 from quantize8 import Quantize8Error, convert, load
 from quantize8.demo import TEXT, find_model
 from quantize8.model.loading import quiet
+from quantize8.model.quantizer import Int8Quantizer
 
 TOKENS = 48
 STEP = 8  # llama.cpp tells the logits after every so many tokens, as each takes a request
@@ -41,8 +44,6 @@ TARGETS: dict[str, dict[str, str]] = {
     "bfloat16": {"format": "bfloat16"},
     "float32": {"format": "float32"},
 }
-LOADERS = {"bitsandbytes": "transformers, bitsandbytes", "gguf": "llama.cpp"}
-LOADERS |= dict.fromkeys(("w8a8", "w8a8, moe transformers", "w8a16"), "transformers, compressed-tensors")
 MOE_ALONE = "w8a8, moe transformers"  # is w8a8 where a model has no experts
 SOURCES = ("original", "bitsandbytes", "w8a8", "w8a16", "gguf", "bfloat16")
 KEYS = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -162,10 +163,12 @@ def judge(subject: Subject, target: str, out: Path, truth: Tensor, plain: Path |
         convert(str(out), plain, workers=2, format="float32")
     reference = subject.open(plain)
     expected = subject.outputs(reference)
-    compared = partial(_compare, subject, expected, reference.state_dict())
+    compared = partial(_compare, subject, expected, reference)
     cell: dict[str, Any] = {"status": "agrees", "kept": _outputs_apart(subject, expected, truth)["apart"]}
     openers: dict[str, Callable[[], dict[str, Any]]] = {
-        "loader": partial(_llama_cpp, subject, out, expected) if target == "gguf" else partial(_theirs, subject, out),
+        "loader": partial(_llama_cpp, subject, out, expected)
+        if target == "gguf"
+        else partial(_theirs, subject, target, out),
         "load": lambda: {"model": load(out, "cpu", dtype=torch.float32)[0]},
     }
     for name, opener in openers.items():
@@ -200,8 +203,11 @@ def _complaint(found: dict[str, Any], name: str, target: str) -> str | None:
     return None
 
 
-def _theirs(subject: Subject, out: Path) -> dict[str, Any]:
-    model, notes = subject.open(out, output_loading_info=True)
+def _theirs(subject: Subject, target: str, out: Path) -> dict[str, Any]:
+    """In transformers, with the package that it takes for the target."""
+    # asked for another dtype than the stored one, transformers 5.23 mixes the two where bitsandbytes is the quantizer
+    dtype = "auto" if target == "bitsandbytes" else torch.float32
+    model, notes = subject.open(out, output_loading_info=True, dtype=dtype)
     return {"model": model, "keys": sorted(str(key) for kind in KEYS for key in notes[kind])}
 
 
@@ -215,14 +221,25 @@ def _llama_cpp(subject: Subject, out: Path, expected: Tensor) -> dict[str, Any]:
     return _outputs_apart(subject, got, expected[[length - 1 for length in lengths]])
 
 
-def _compare(subject: Subject, expected: Tensor, weights: dict[str, Tensor], model: Any) -> dict[str, Any]:
-    """How far a model's outputs are from those expected, and its weights, dequantized, from `weights`."""
+def _compare(subject: Subject, expected: Tensor, reference: Any, model: Any) -> dict[str, Any]:
+    """How far a model's outputs are from those expected, and its weights from the reference's."""
     got = subject.outputs(model)
     found = _outputs_apart(subject, got, expected)
-    if hasattr(model, "hf_quantizer") and model.config.quantization_config.quant_method != "compressed-tensors":
+    state = _weights(model, reference)
+    values = reference.state_dict().items()
+    return found | {"weights": max(_apart(state[name].float(), value) for name, value in values)}
+
+
+def _weights(model: Any, reference: Any) -> dict[str, Tensor]:
+    """The state of a model with its int8 weights as the numbers that they stand for, float32."""
+    if isinstance(getattr(model, "hf_quantizer", None), Int8Quantizer):
         model = model.dequantize()  # compressed-tensors has done so on the first forward pass
-    state = model.state_dict()
-    return found | {"weights": max(_apart(state[name].float(), value) for name, value in weights.items())}
+    state: dict[str, Tensor] = model.state_dict()
+    for module in [name.removesuffix(".SCB") for name in state if name.endswith(".SCB")]:  # of bitsandbytes
+        values = state[f"{module}.weight"].float() * (state[f"{module}.SCB"][:, None] / 127)
+        turned = isinstance(reference.get_submodule(module), Conv1D)
+        state[f"{module}.weight"] = values.T if turned else values
+    return state
 
 
 def _outputs_apart(subject: Subject, got: Tensor, expected: Tensor) -> dict[str, float]:
@@ -259,42 +276,6 @@ def _package(name: str) -> Path:
     found = importlib.util.find_spec(name)  # finds the package without running it
     assert found is not None and found.submodule_search_locations, f"{name} is not installed: make test installs it"
     return Path(found.submodule_search_locations[0])
-
-
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown: a line for each model and target, a column for each source."""
-    lines = [f"| model | target | {' | '.join(SOURCES)} |", "|---" * (2 + len(SOURCES)) + "|"]
-    for model, target in dict.fromkeys((row["model"], row["target"]) for row in rows):
-        cells = {row["source"]: cell(row) for row in rows if (row["model"], row["target"]) == (model, target)}
-        lines.append(f"| {model} | {target} | {' | '.join(cells[source] for source in SOURCES)} |")
-    return lines
-
-
-def worst(rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown: of each loader, over all models and sources, the figures furthest from equality."""
-    lines = ["| opened by | target | outputs | top-1 | KL | weights |", "|---|---|---|---|---|---|"]
-    for name in ("loader", "load"):
-        for target in TARGETS:
-            found = [row[name] for row in rows if row["target"] == target and "apart" in row.get(name, {})]
-            columns = {key: [each[key] for each in found if key in each] for key in ("apart", "top1", "kl", "weights")}
-            cells = [_short((min if key == "top1" else max)(values, default=None)) for key, values in columns.items()]
-            opened_by = LOADERS.get(target, "transformers") if name == "loader" else "quantize8.load"
-            lines.append(f"| {opened_by} | {target} | {' | '.join(cells)} |")
-    return lines
-
-
-def cell(row: dict[str, Any]) -> str:
-    """One cell: how far the outputs are apart in the target's own loader / in quantize8.load."""
-    if "load" not in row:
-        return str(row["status"])
-    figures = (_short(row[name]["apart"]) if "apart" in row[name] else "cannot" for name in ("loader", "load"))
-    return " / ".join(figures) + (" FAILS" if row["status"] == "fails" else "")
-
-
-def _short(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.0f}" if value in (0, 1) else f"{value:.1e}" if abs(value) < 1e-3 else f"{value:.3f}"
 
 
 if __name__ == "__main__":
