@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from quantize8.artifact.format import Int8Format
 from quantize8.demo import Demo
 from quantize8.operations.convert import Conversion
 from quantize8.operations.environment import Environment
@@ -42,7 +43,7 @@ def conversion(result: Conversion) -> RenderableType:
     table = _table(("", "left"), ("", "left"))
     table.add_row("artifact" if result.manifest else "would write", str(result.out))
     table.add_row("format", plan.format.title)
-    if plan.format.quantizes:
+    if isinstance(plan.format, Int8Format):
         table.add_row("recipe", f"{plan.recipe.name}, threshold {plan.recipe.threshold:g}")
     table.add_row("size", f"{size(plan.source_bytes)} -> {size(plan.output_bytes)} in {len(plan.shards)} file(s)")
     share, density = plan.int8_weights / max(1, plan.weights), f"{numbers['bits_per_weight']} bits a weight"

@@ -176,6 +176,11 @@ def test_minus_128_is_quantized_again_and_only_there(tmp_path):
     assert np.array_equal(np.delete(codes, 3, 0), np.delete(before, 3, 0))
     error = np.abs(reference.dequantize(codes, absmax)[3] - before[3] * scale[3])
     assert error.max() <= scale[3] * 128 / 127 / 2 * 1.001  # half a step of the new, wider scale
+    manifest = convert(str(tmp_path / "out"), tmp_path / "int8").manifest
+    errors = {name: record.quantized.relative_error for name, record in manifest.tensors.items() if record.quantized}
+    original = reference.dequantize(before, scale * 127)
+    assert errors.pop(f"{MODULE}.weight") == pytest.approx(np.linalg.norm(error) / np.linalg.norm(original), rel=1e-3)
+    assert not any(errors.values())  # and the other modules have none
 
 
 def bad_status(config, state):

@@ -1,7 +1,5 @@
 """The Python examples of docs/transformers.md, run as they are written on a local model."""
 
-import os
-
 import pytest
 import torch
 from test_docs import ROOT, fenced
@@ -15,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 
 @pytest.fixture
 def folder(smollm2, tmp_path, monkeypatch):
-    os.symlink(smollm2, tmp_path / "smollm2")
+    (tmp_path / "smollm2").symlink_to(smollm2)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "bitsandbytes_8bit", AUTO_QUANTIZER_MAPPING["bitsandbytes_8bit"])
     return tmp_path

@@ -42,6 +42,14 @@ def test_bitsandbytes_to_compressed_tensors_and_back_changes_no_byte_of_a_tensor
     assert configs[0] == configs[1]
 
 
+def test_an_output_head_that_is_int8_already_keeps_its_codes(tmp_path):
+    convert(str(llama(tmp_path / "source")), tmp_path / "all", recipe="int8-all")
+    convert(str(tmp_path / "all"), tmp_path / "ct", format="compressed-tensors")
+    convert(str(tmp_path / "ct"), tmp_path / "back")
+    assert tensors(tmp_path / "ct")["lm_head.weight"].dtype == torch.int8
+    assert equal(tensors(tmp_path / "all"), tensors(tmp_path / "back"))
+
+
 @pytest.mark.parametrize("first", ["bitsandbytes", "compressed-tensors"])
 def test_dequantizing_gives_the_dtype_asked_for_and_the_values_of_the_codes(first, tmp_path):
     source = llama(tmp_path / "source", dtype=torch.bfloat16)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quantize8.artifact.format import Format
+from quantize8.artifact.format import Int8Format
 from quantize8.artifact.layout import OutTensor
 from quantize8.checkpoint.bitsandbytes import LAYOUT, METHOD, SCALE
 from quantize8.checkpoint.structure import Structure, is_skipped
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class BitsAndBytes(Format):
+class BitsAndBytes(Int8Format):
     """Int8 codes with the absmax of each row; experts stay in floating point, for transformers joins them."""
 
     name: str = METHOD
     suffix: str = "int8"
 
     def linears(self, structure: Structure) -> tuple[dict[str, str], dict[str, str]]:
-        """See `Format.linears`."""
+        """See `Int8Format.linears`."""
         return structure.linears, dict.fromkeys(structure.experts, "experts, which this format cannot hold in int8")
 
     def misfits(self, modules: Mapping[str, str], structure: Structure) -> Mapping[str, str]:
@@ -36,7 +36,7 @@ class BitsAndBytes(Format):
         return dict.fromkeys(caught, "a loader cannot tell it from a module of like name that stays in floating point")
 
     def module_tensors(self, module: str, shape: tuple[int, int], kind: str) -> list[OutTensor]:
-        """See `Format.module_tensors`."""
+        """See `Int8Format.module_tensors`."""
         return [
             OutTensor(f"{module}.weight", "I8", shape),
             OutTensor(f"{module}.{SCALE}", "F32", shape[:1]),
@@ -44,7 +44,7 @@ class BitsAndBytes(Format):
         ]
 
     def scales(self, absmax: Array, shape: tuple[int, int], kind: str) -> list[Array]:
-        """See `Format.scales`."""
+        """See `Int8Format.scales`."""
         return [absmax, np.zeros((), np.uint8)]
 
     def edit_config(self, config: dict[str, Any], plan: Plan) -> dict[str, Any]:

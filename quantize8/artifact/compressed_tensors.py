@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from quantize8.artifact.format import Format, in_float
+from quantize8.artifact.format import Int8Format, in_float
 from quantize8.artifact.layout import OutTensor
 from quantize8.checkpoint.compressed_tensors import METHOD, PACKED, SCALE, SHAPE
 from quantize8.checkpoint.structure import CONV1D, EXPERT, Structure
@@ -32,7 +32,7 @@ _FUSED = re.compile(r"(?:(q|k|v)|(gate|up))_proj$")  # vLLM multiplies by these 
 
 
 @dataclass(frozen=True)
-class CompressedTensors(Format):
+class CompressedTensors(Int8Format):
     """One scale per row in either scheme; `moe` names the loader that the experts are laid out for."""
 
     name: str = METHOD
@@ -46,7 +46,7 @@ class CompressedTensors(Format):
         return f"{self.name} {self.scheme}"
 
     def linears(self, structure: Structure) -> tuple[dict[str, str], dict[str, str]]:
-        """See `Format.linears`."""
+        """See `Int8Format.linears`."""
         modules = {name: kind for name, kind in structure.linears.items() if kind != CONV1D}
         refused = [name for name, kind in structure.linears.items() if kind == CONV1D]
         return modules | dict.fromkeys(structure.experts, EXPERT), dict.fromkeys(
@@ -64,7 +64,7 @@ class CompressedTensors(Format):
         return dict.fromkeys(alone, "vLLM joins it with one in floating point")
 
     def module_tensors(self, module: str, shape: tuple[int, int], kind: str) -> list[OutTensor]:
-        """See `Format.module_tensors`."""
+        """See `Int8Format.module_tensors`."""
         rows, columns = shape
         scale = OutTensor(f"{module}.{SCALE}", "F32", (rows, 1))
         if not self._packs(kind):
@@ -77,7 +77,7 @@ class CompressedTensors(Format):
         ]
 
     def pack(self, codes: Array, kind: str) -> Array:
-        """See `Format.pack`: four codes a word, the first lowest."""
+        """See `Int8Format.pack`: four codes a word, the first lowest."""
         if not self._packs(kind):
             return codes
         rows, columns = codes.shape
@@ -86,7 +86,7 @@ class CompressedTensors(Format):
         return octets.view("<i4")
 
     def scales(self, absmax: Array, shape: tuple[int, int], kind: str) -> list[Array]:
-        """See `Format.scales`."""
+        """See `Int8Format.scales`."""
         scale = scale_of(absmax)[:, None]
         return [scale, np.array(shape, np.int64)] if self._packs(kind) else [scale]
 

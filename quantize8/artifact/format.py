@@ -30,11 +30,6 @@ class Format(ABC):
         return self.name
 
     @property
-    def quantizes(self) -> bool:
-        """Whether this is an int8 format."""
-        return True
-
-    @property
     def is_folder(self) -> bool:
         """Whether an artifact is a model folder of transformers', with its config.json and small files."""
         return True
@@ -45,23 +40,32 @@ class Format(ABC):
         plan.shards = plan_shards(plan.outputs.values(), max_shard_size)
 
     def outputs(self, plan: Plan, info: TensorInfo) -> list[OutTensor]:
-        """What becomes of a tensor of the source."""
-        shape = info.shape[::-1] if info.name in plan.transposed else info.shape
-        if module := plan.module_of(info):
-            return self.module_tensors(module, (shape[0], shape[1]), plan.modules[module])
+        """What becomes of a tensor of the source, by default itself; a decoded one has the model's dtype."""
         decoded = info.name in plan.checkpoint.decoded
         dtype = plan.decoded_dtype if decoded else info.dtype
         if dtype in FLOATING:
             dtype = self.float_dtype(dtype, decoded or dtype == plan.main_dtype)
-        return [OutTensor(info.name, dtype, shape)]
+        return [OutTensor(info.name, dtype, plan.shape_of(info))]
+
+    def float_dtype(self, dtype: str, main: bool) -> str:
+        """What a floating-point tensor is written as; `main` says that `dtype` is the model's own."""
+        return dtype
+
+    @abstractmethod
+    def edit_config(self, config: dict[str, Any], plan: Plan) -> dict[str, Any]:
+        """The artifact's config.json, from the source's without quantization."""
+
+
+class Int8Format(Format):
+    """A format that holds int8 codes with one scale for each row."""
 
     @abstractmethod
     def linears(self, structure: Structure) -> tuple[dict[str, str], dict[str, str]]:
         """The modules that this format can hold in int8 -> their kind, and those that it cannot -> why."""
 
+    @abstractmethod
     def misfits(self, modules: Mapping[str, str], structure: Structure) -> Mapping[str, str]:
         """Of these int8 modules, those that must stay in floating point because others do -> why."""
-        return {}
 
     @abstractmethod
     def module_tensors(self, module: str, shape: tuple[int, int], kind: str) -> list[OutTensor]:
@@ -75,13 +79,12 @@ class Format(ABC):
     def scales(self, absmax: Array, shape: tuple[int, int], kind: str) -> list[Array]:
         """Values of the other `module_tensors`, in their order, for absmax float32 [N]."""
 
-    def float_dtype(self, dtype: str, main: bool) -> str:
-        """What a floating-point tensor is written as; `main` says that `dtype` is the model's own."""
-        return dtype
-
-    @abstractmethod
-    def edit_config(self, config: dict[str, Any], plan: Plan) -> dict[str, Any]:
-        """The artifact's config.json, from the source's without quantization."""
+    def outputs(self, plan: Plan, info: TensorInfo) -> list[OutTensor]:
+        """See `Format.outputs`: of the weight of an int8 module, that module's tensors."""
+        if module := plan.module_of(info):
+            rows, columns = plan.shape_of(info)
+            return self.module_tensors(module, (rows, columns), plan.modules[module])
+        return super().outputs(plan, info)
 
 
 def in_float(plan: Plan) -> Iterable[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quantize8.artifact import gguf
-from quantize8.artifact.floating import Floating
+from quantize8.artifact.format import Format
 from quantize8.artifact.gguf_tokenizer import tokenizer_fields
 from quantize8.artifact.layout import OutTensor, Shard
 from quantize8.checkpoint.gguf import GgufCheckpoint
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Gguf(Floating):
+class Gguf(Format):
     """No rows of int8 codes, so no modules; tensors have llama.cpp's names, and the settings are in the file."""
 
     name: str = gguf.NAME

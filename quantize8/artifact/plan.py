@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from quantize8.artifact.format import Format
+from quantize8.artifact.format import Format, Int8Format
 from quantize8.artifact.layout import DEFAULT_SHARD_SIZE, OutTensor, Shard
 from quantize8.checkpoint import Checkpoint, TensorInfo
 from quantize8.checkpoint.base import FLOATING, QUANTIZABLE, main_dtype, model_dtype
@@ -65,6 +65,10 @@ class Plan:
         """How many floating-point numbers the source stands for."""
         return sum(math.prod(info.shape) for info in self.checkpoint.tensors.values() if info.dtype in FLOATING)
 
+    def shape_of(self, info: TensorInfo) -> tuple[int, ...]:
+        """The shape of a tensor of the source as it is written."""
+        return info.shape[::-1] if info.name in self.transposed else info.shape
+
     def module_of(self, info: TensorInfo) -> str | None:
         """The module that a source tensor is the weight of, if it becomes int8."""
         module = info.name.removesuffix(".weight")
@@ -74,8 +78,8 @@ class Plan:
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, output: Format, max_shard_size: str = DEFAULT_SHARD_SIZE) -> Plan:
     """Settle which tensors become int8 and where every byte of the output goes; reads headers only."""
     structure = read_structure(checkpoint.config, checkpoint.tensors)
-    modules, kept = _choose(structure, recipe, output, checkpoint.tensors)
-    if not modules and output.quantizes:
+    modules, kept = _choose(structure, recipe, output, checkpoint)
+    if not modules and isinstance(output, Int8Format):
         raise SourceError(_nothing(checkpoint, structure, recipe, output))
     skip_list = structure.skip_list(set(modules))
     # an int8 Conv1D is stored [out, in] in every format, a floating-point one [in, out]
@@ -92,16 +96,17 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, output: Format, max_shard_
 
 
 def _choose(
-    structure: Structure, recipe: Recipe, output: Format, tensors: dict[str, TensorInfo]
+    structure: Structure, recipe: Recipe, output: Format, checkpoint: Checkpoint
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Modules that become int8, and the Linear weights that do not with the reason."""
-    if not output.quantizes:
+    if not isinstance(output, Int8Format):
         return {}, {}
+    tensors, head = checkpoint.tensors, structure.output_head
     linears, refused = output.linears(structure)
     modules, kept = dict(linears), structure.kept | refused
-    if recipe.output_head and structure.output_head is not None:
-        modules[structure.output_head] = LINEAR
-        del kept[structure.output_head]
+    if head is not None and (recipe.output_head or checkpoint.is_int8(f"{head}.weight")):
+        modules[head] = LINEAR
+        del kept[head]
     for name in list(modules):
         if reason := _reason_to_keep(name, tensors[f"{name}.weight"], recipe):
             kept[name] = reason
@@ -120,7 +125,7 @@ def _reason_to_keep(module: str, info: TensorInfo, recipe: Recipe) -> str | None
     return "empty" if 0 in info.shape else None
 
 
-def _nothing(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, output: Format) -> str:
+def _nothing(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, output: Int8Format) -> str:
     if refused := output.linears(structure)[1]:
         why = next(iter(refused.values()))
         return f"{checkpoint.name}: all its Linear weights are {why}; choose another --format than {output.name}"

@@ -13,6 +13,7 @@ import numpy as np
 from blake3 import blake3
 
 from quantize8.artifact.folder import create, write_at
+from quantize8.artifact.format import Int8Format
 from quantize8.artifact.layout import OutTensor
 from quantize8.artifact.manifest import TensorRecord, digest, summarize
 from quantize8.artifact.plan import Plan
@@ -21,7 +22,7 @@ from quantize8.checkpoint.base import DTYPES, FLOATING
 from quantize8.errors import WeightError
 from quantize8.ops import cpu, q8_0
 from quantize8.ops.q8_0 import Q8_0
-from quantize8.ops.reference import FLOAT16_MAX, STATS_TILE_ROWS, Array, ColumnStats, as_bytes
+from quantize8.ops.reference import FLOAT16_MAX, STATS_TILE_ROWS, Array, ColumnStats, as_bytes, dequantize
 
 Progress = Callable[[int, int], None]  # bytes of source done, bytes in all
 
@@ -113,17 +114,18 @@ class Writer:
 
     def _quantize(self, info: TensorInfo, module: str, quantizer: WeightQuantizer) -> dict[str, TensorRecord]:
         """Quantize a weight block by block, or carry over the codes that it is stored as."""
-        plan, kind = self._plan, self._plan.modules[module]
+        plan, kind, output = self._plan, self._plan.modules[module], self._plan.format
+        assert isinstance(output, Int8Format)  # no other has modules
         weight, *others = plan.outputs[info.name]
-        shape = info.shape[::-1] if info.name in plan.transposed else info.shape
-        stats, source, content, position = ColumnStats.empty(shape[1]), blake3(), blake3(), 0
+        rows, columns = plan.shape_of(info)
+        stats, source, content, position = ColumnStats.empty(columns), blake3(), blake3(), 0
         absmax: list[Array] = []
         carried = plan.checkpoint.is_int8(info.name)
         for values, codes, peaks in (self._carry if carried else self._rows)(info, quantizer, stats, source):
             if not np.isfinite(peaks).all():
                 raise _unfit(values, peaks, info, sum(len(done) for done in absmax))
             absmax.append(peaks)
-            packed = plan.format.pack(codes, kind)
+            packed = output.pack(codes, kind)
             content.update(as_bytes(packed))
             self._put(weight.name, packed, position)
             position += packed.nbytes
@@ -133,7 +135,7 @@ class Writer:
         dtype = plan.checkpoint.stored_dtype(info.name)
         record.quantized = summarize(stats, scales, dtype, source.hexdigest(), info.name in plan.transposed)
         records = {weight.name: record}
-        for out, other in zip(others, plan.format.scales(scales, (shape[0], shape[1]), kind), strict=True):
+        for out, other in zip(others, output.scales(scales, (rows, columns), kind), strict=True):
             self._put(out.name, other, 0)
             records[out.name] = self._record(out.name, digest(as_bytes(other)))
         return records
@@ -147,12 +149,16 @@ class Writer:
         return quantizer.quantize(rows(), stats)
 
     def _carry(self, info: TensorInfo, _: WeightQuantizer, stats: ColumnStats, source: Any) -> _Quantized:
-        """The codes of an int8 source. Statistics are of what they stand for, to which they have no error."""
+        """The codes of an int8 source. Statistics are of what they stand for; an error has only what holds -128."""
+        errors = np.zeros_like(stats.sum_error)
         for first_row, block in self._blocks(info, None, STATS_TILE_ROWS):
             codes, absmax = self._plan.checkpoint.int8_rows(info.name, first_row, first_row + len(block))
             source.update(as_bytes(codes))
             cpu.quantize_rowwise(block, stats)
-            stats.sum_error[:] = 0
+            difference = block - dequantize(codes, absmax)
+            if difference.any():
+                errors += np.square(difference).sum(axis=0, dtype=np.float64)
+            stats.sum_error[:] = errors
             yield block, codes, absmax
 
     def write_computed(self) -> dict[str, TensorRecord]:

@@ -53,10 +53,10 @@ class Int8Experts(nn.Module):
         """Tokens [T, H], the experts [T, k] of each and their weights [T, k] -> [T, H]; sums in expert order."""
         result = torch.zeros_like(hidden_states)
         gate_up, down = (getattr(self, name) for name in PROJECTIONS)
-        for expert in range(len(down)):
-            token, place = torch.where(top_k_index == expert)
-            if not len(token):
+        for expert in top_k_index.unique().tolist():
+            if expert == len(down):  # which stands for one on another machine
                 continue
+            token, place = torch.where(top_k_index == expert)
             inner = self._source._apply_gate(gate_up[expert](hidden_states[token]))
             output = down[expert](inner) * top_k_weights[token, place, None]
             result.index_add_(0, token, output.to(result.dtype))

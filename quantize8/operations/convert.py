@@ -18,6 +18,7 @@ from queue import SimpleQueue
 
 from quantize8 import __version__
 from quantize8.artifact.folder import check_disk, check_output, staged, write_file
+from quantize8.artifact.format import Int8Format
 from quantize8.artifact.formats import DEFAULT_FORMAT, make_format
 from quantize8.artifact.layout import DEFAULT_SHARD_SIZE, index
 from quantize8.artifact.manifest import MANIFEST_NAME, Manifest, Quantized, TensorRecord, digest
@@ -79,7 +80,7 @@ def convert(
     chosen = load_recipe(recipe, threshold)
     if threshold is not None and output.name != DEFAULT_FORMAT:
         raise OutputError(f"threshold {threshold:g}: --format {output.name} has no place for it; leave it out")
-    if recipe != DEFAULT_RECIPE and not output.quantizes:
+    if recipe != DEFAULT_RECIPE and not isinstance(output, Int8Format):
         raise OutputError(f"recipe {recipe}: --format {output.name} takes none; leave it out")
     checkpoint = open_checkpoint(source, revision=revision, token=token)
     target = Path(out) if out is not None else Path(f"{checkpoint.name}-{output.suffix}")
