@@ -4,19 +4,16 @@ llama.cpp rounds activations to int8 and keeps keys and values in float16, so th
 Rows in a wrong order, lost biases and wrong rotary frequencies make them as far apart as logits of other models.
 """
 
-import contextlib
-import json
-import urllib.request
-
 import pytest
 import torch
 from gguf_files import FAMILIES, assemble, config_of, dequantized, folder_of
 
+from benchmarks.llama_cpp import served
 from quantize8.artifact import gguf
 from quantize8.artifact.gguf_tokenizer import tokenizer_fields
 from quantize8.checkpoint import open_checkpoint
 
-xllamacpp = pytest.importorskip("xllamacpp")
+pytest.importorskip("xllamacpp")
 
 ROPES = {
     "linear": {"rope_type": "linear", "factor": 4.0},
@@ -30,44 +27,6 @@ ROPES = {
     },
 }
 TEXT = "The State of the Union: 12345 isn't 3.14, naïve café — 東京 🦙!\n\n  def f(x):\n\treturn x  # <|im_end|>\n"
-
-
-class Server:
-    """A model in llama.cpp, asked over its local server."""
-
-    def __init__(self, path):
-        params = xllamacpp.CommonParams()
-        params.model.path = str(path)
-        params.n_ctx, params.n_parallel, params.verbosity = 256, 1, 0
-        params.warmup = params.cache_prompt = False
-        params.cpuparams.n_threads = 2
-        self.server = xllamacpp.Server(params)
-
-    def ask(self, route, **body):
-        data, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
-        with urllib.request.urlopen(
-            urllib.request.Request(self.server.listening_address + route, data, kind)
-        ) as answer:
-            return json.load(answer)
-
-    def tokens(self, text, **options):
-        return self.ask("/tokenize", content=text, **options)["tokens"]
-
-    def logprobs(self, ids, size):
-        """Of every token after `ids`, float32 [size]."""
-        answer = self.ask("/completion", prompt=ids, n_predict=1, temperature=0, n_probs=size)
-        entries = answer["completion_probabilities"][0]["top_logprobs"]
-        found = {entry["id"]: entry["logprob"] for entry in entries}
-        return torch.tensor([found[number] for number in range(size)])
-
-
-@contextlib.contextmanager
-def served(path):
-    server = Server(path)
-    try:
-        yield server
-    finally:
-        del server.server
 
 
 def difference(path, model, ids):
