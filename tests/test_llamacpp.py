@@ -13,8 +13,6 @@ from quantize8.artifact import gguf
 from quantize8.artifact.gguf_tokenizer import tokenizer_fields
 from quantize8.checkpoint import open_checkpoint
 
-pytest.importorskip("xllamacpp")
-
 ROPES = {
     "linear": {"rope_type": "linear", "factor": 4.0},
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},

@@ -51,7 +51,6 @@ def test_models_with_experts(make, tmp_path, monkeypatch):
 
 
 def test_a_llama_in_every_loader(tmp_path, monkeypatch):
-    pytest.importorskip("xllamacpp")
     monkeypatch.setattr(loaders, "SOURCES", ("original", "gguf"))
     rows = loaders.measure(Subject("tiny", llama_with_tokenizer(tmp_path / "source"), IDS), tmp_path / "work")
     assert set(statuses(rows).values()) == {"agrees"} and len(rows) == 2 * 7

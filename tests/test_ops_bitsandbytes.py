@@ -1,5 +1,6 @@
 """bitsandbytes' arithmetic: equal to its own functions on hostile activations, packed or not."""
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from test_packed import UNITS
@@ -8,7 +9,6 @@ from quantize8.ops import bitsandbytes as ours
 from quantize8.ops import reference
 from quantize8.ops.packed import PackedWeight
 
-bnb = pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 
 

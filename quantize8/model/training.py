@@ -18,6 +18,8 @@ from quantize8.ops import cpu
 from quantize8.ops.operator import linear
 from quantize8.ops.reference import DEFAULT_THRESHOLD, INT8_MAX, OutlierMode
 
+_ON_A_CODE = 1e-4  # steps: nearer to a code than this is float32's rounding, not what an adapter adds
+
 
 class TrainableInt8Linear(nn.Linear):
     """A linear layer whose weight [N, K] stays in floating point and is trained; its products are in int8.
@@ -143,7 +145,7 @@ def weight_gradient(gradient: Tensor, x: Tensor, threshold: float) -> Tensor:
 
 
 def merge_and_unload(model: Any) -> Any:
-    """Merge the adapters of a PEFT model into its int8 layers: each dequantized, added to, and quantized again.
+    """Merge the adapters of a PEFT model into its int8 layers: each dequantized, added to, and quantized by chance.
 
     Args: model, a peft.PeftModel over a model of ours. Returns: the model itself, without adapters, in int8.
     Raises: SourceError where the model has no adapters to merge, or some that are not defined for int8 weights (DoRA);
@@ -178,5 +180,20 @@ def _merged(name: str, module: Any) -> Int8Linear:
         raise WeightError(f"{name}: {error}") from None
     finally:
         module.base_layer = old
+    new.weight.data = dithered_codes(plain.weight.detach(), new.SCB.detach())
     new.mode, new.transposed = old.mode, old.transposed
     return new.train(old.training)
+
+
+def dithered_codes(weight: Tensor, absmax: Tensor) -> Tensor:
+    """Codes int8 [N, K] of a weight [N, K] with absmax float32 [N], rounded up or down by chance, the nearer likelier.
+
+    A merged weight lies on the old codes but for what an adapter adds, most of it less than half a step: rounding to
+    the nearest would take that away, and this keeps it on average. The same weight gets the same codes.
+    """
+    inverse = torch.where(absmax > 0, INT8_MAX / absmax, torch.zeros_like(absmax))
+    steps = weight.float() * inverse[:, None]
+    nearest = steps.round()
+    steps = torch.where((steps - nearest).abs() < _ON_A_CODE, nearest, steps)
+    chance = torch.rand(steps.shape, generator=torch.Generator().manual_seed(0)).to(steps.device)
+    return (steps + chance).floor().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
