@@ -62,6 +62,17 @@ def test_columns_and_products_of_a_packed_weight(unit):
         assert torch.equal(packed.product(x, peaks), exact)
 
 
+@pytest.mark.parametrize("unit", [None, *UNITS])
+def test_autocast_changes_nothing(unit):
+    codes = torch.randint(-127, 128, (45, 131), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    absmax = torch.linspace(0.1, 3, 45)
+    given = codes if unit is None else PackedWeight(codes, absmax, unit)
+    x = hostile(20, 131, torch.float32)
+    expected = ours.linear(x, given, absmax, None, 6.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ours.linear(x, given, absmax, None, 6.0), expected)
+
+
 def test_no_tokens():
     codes, absmax = torch.ones(4, 8, dtype=torch.int8), torch.ones(4)
     assert ours.linear(torch.empty(0, 8), codes, absmax, None, 6.0).shape == (0, 4)

@@ -27,6 +27,13 @@ def linear(x: Tensor, codes: Tensor | PackedWeight, absmax: Tensor, bias: Tensor
     """
     import torch
 
+    with torch.autocast("cpu", enabled=False):  # it would round products of float32, and of codes, to 16-bit
+        return _steps(x, codes, absmax, bias, threshold)
+
+
+def _steps(x: Tensor, codes: Tensor | PackedWeight, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    import torch
+
     half = x.half()
     columns = None
     if threshold > 0:

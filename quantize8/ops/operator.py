@@ -31,9 +31,9 @@ def _on_cpu(
 ) -> Tensor:
     from quantize8.ops import bitsandbytes, cpu
 
-    with torch.autocast("cpu", enabled=False):  # it would round products of float32, and of codes, to 16-bit
-        if mode == "bitsandbytes":
-            return bitsandbytes.linear(x, codes, absmax, bias, threshold)
+    if mode == "bitsandbytes":
+        return bitsandbytes.linear(x, codes, absmax, bias, threshold)
+    with torch.autocast("cpu", enabled=False):  # as there
         return cpu.linear(x, Int8Weight(codes, absmax), bias, threshold, mode)
 
 
