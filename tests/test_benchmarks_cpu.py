@@ -67,3 +67,18 @@ def test_training_is_measured_in_pairs(tmp_path, monkeypatch):
     found = training.measure(tmp_path / "source", sequences, steps=2)
     assert set(found["int8_above_plain"]) == {"full", "lora", "merged"}
     assert found["within"] and found["losses"]["full, int8"]["last"] != found["losses"]["full, plain"]["last"]
+
+
+def test_the_training_page_shows_what_was_measured():
+    found = json.loads((ROOT / "benchmarks" / "results" / "training.json").read_text())
+    losses, apart = found["losses"], found["int8_above_plain"]
+    page = (ROOT / "docs" / "training.md").read_text()
+    for how, title in (("full", "all weights"), ("lora", "LoRA")):
+        plain, int8 = losses[f"{how}, plain"], losses[f"{how}, int8"]
+        cells = [f"{plain[key]:.3f} / {int8[key]:.3f} ({apart[how][key]:+.2%})" for key in ("last", "held_out")]
+        assert f"| {title}, plain / int8 | {cells[0]} | {cells[1]} |" in page
+    merged = losses["lora, int8, merged"]["held_out"]
+    assert f"| LoRA over int8, merged | | {merged:.3f} ({apart['merged']['held_out']:+.2%}) |" in page
+    nearest = losses["lora, int8, merged to the nearest code"]["held_out"]
+    assert f"(held out {losses['lora, int8']['held_out']:.3f} before merging, {nearest:.3f} after)" in page
+    assert found["within"] and all(abs(value) <= 0.02 for how in ("full", "lora") for value in apart[how].values())
