@@ -36,6 +36,7 @@ def test_compare_runs_the_source_and_finds_where_they_part(smollm2_int8, smollm2
     assert isinstance(result, Comparison)
     ours, theirs = result.generation.tokens, result.source.tokens
     assert result.source.text.startswith(" Paris")
+    assert result.agreement.tokens == 12 and 0 < result.agreement.kl < 0.1 and result.agreement.top1 > 0.7
     part = result.first_difference
     if part is None:
         assert ours == theirs

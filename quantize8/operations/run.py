@@ -148,7 +148,7 @@ def compared(generation: Generation, source: Generation) -> Comparison:
 
 
 def _agreement(model: Any, source: Any, prompts: list[Any], tokens: list[int]) -> Agreement | None:
-    """Both models on their prompts [P] and the source's continuation, in one pass each; None where that says nothing."""
+    """Both models on their prompts [P] and the source's continuation, in one pass each; None where not comparable."""
     import torch
 
     sizes = {each.config.get_text_config().vocab_size for each in (model, source)}
