@@ -39,6 +39,10 @@ class OutlierMode(str, Enum):
 
 
 _Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+_Page = Annotated[
+    str | None,
+    typer.Option("--report", metavar="FILE.html", help="Write a web page with plots too; a page there is replaced."),
+]
 _Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 _Token = Annotated[
     str | None,
@@ -62,8 +66,9 @@ def convert(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     workers: Annotated[int | None, typer.Option(help="Threads.  [default: one a processor]")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and convert nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact at --out.")] = False,
+    page: _Page = None,
     revision: _Revision = None,
     token: _Token = None,
     as_json: _Json = False,
@@ -71,7 +76,9 @@ def convert(
     """Write an int8 artifact that other loaders open as it is, or a plain one of a quantized source."""
     from quantize8 import report
     from quantize8.operations.convert import convert as operation
+    from quantize8.page import build
 
+    build.check(page)
     with _progress("converting") as progress:
         result = operation(
             source,
@@ -91,6 +98,7 @@ def convert(
             progress=progress,
         )
     _show(result, report.conversion(result), as_json)
+    build.write(page, result, source)
 
 
 @app.command()
@@ -102,6 +110,7 @@ def inspect(
     threshold: Annotated[float, typer.Option(help="An outlier has |x| >= this.")] = 6.0,
     layer: Annotated[str, typer.Option(help="Only modules with such names; * for any characters.")] = "*",
     tokens: Annotated[int, typer.Option(min=1, help="Use so many tokens of the text.")] = 1024,
+    page: _Page = None,
     revision: _Revision = None,
     token: _Token = None,
     as_json: _Json = False,
@@ -110,13 +119,16 @@ def inspect(
     from quantize8 import report
     from quantize8.operations.inspect import ActivationReport
     from quantize8.operations.inspect import inspect as operation
+    from quantize8.page import build
 
+    build.check(page)
     result = operation(
         model, text=text, threshold=threshold, layer=layer, tokens=tokens, revision=revision, token=token
     )
     _show(
         result, report.activations(result) if isinstance(result, ActivationReport) else report.weights(result), as_json
     )
+    build.write(page, result, model)
 
 
 @app.command()
