@@ -15,6 +15,7 @@ from pathlib import Path
 from quantize8 import __version__
 from quantize8.artifact.manifest import MANIFEST_NAME
 from quantize8.errors import OutputError
+from quantize8.page.names import plain
 
 _SUFFIXES = (".html", ".htm")  # what may be replaced is a page, never by a slip a weight file
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # a browser then loads nothing else
@@ -61,8 +62,7 @@ footer { margin-top: 22px; font-size: .84em; }
 
 def text(value: object) -> str:
     """Plain text as HTML; signs that a page cannot hold are replaced."""
-    plain = str(value).encode("utf-8", "replace").decode()
-    return html.escape("".join(sign if sign.isprintable() else "\ufffd" for sign in plain))
+    return html.escape(plain(str(value)))
 
 
 def code(value: object) -> str:

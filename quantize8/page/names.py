@@ -20,6 +20,11 @@ PARTS = (ATTENTION, FEED_FORWARD, EXPERTS, ROUTERS, NORMS, EMBEDDINGS, HEAD, OTH
 _USUAL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w3", "w2")
 
 
+def plain(text: str) -> str:
+    """A text without signs that a page cannot hold, such as controls and broken UTF-8."""
+    return "".join(sign if sign.isprintable() else "\ufffd" for sign in text)
+
+
 def part(name: str) -> str:
     """Which part of a model a tensor or module belongs to."""
     return next((found for found, pattern in _PARTS if pattern.search(name)), OTHER)

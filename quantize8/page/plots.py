@@ -15,13 +15,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from xml.etree import ElementTree
 
 import numpy as np
 
 from quantize8.errors import DependencyError
 from quantize8.ops.reference import Array
+from quantize8.page.names import plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,6 +37,7 @@ _LABEL = 26  # characters of a label: half of the width
 _ABREAST = 9  # characters of a label, if four are to stand side by side
 _MARGIN = 1.2  # at both ends of a logarithmic axis
 _ROWS = 40  # of a heatmap whose rows have names, so that they do not touch
+_STEPS = 24  # of a heatmap's scale
 _INK, _MUTED, _GRID = "#010203", "#010204", "#010205"  # stand-ins: no figure has these colours
 _COLOURS = [f"#0{i}0206" for i in range(1, SERIES + 1)]
 _CSS = {_INK: "currentColor", _MUTED: "var(--muted)", _GRID: "var(--grid)"}
@@ -107,7 +109,7 @@ def lines(
         axes.yaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
         axes.grid(visible=False, axis="x")
-        axes.set(xlabel=x, ylabel=y)
+        axes.set(xlabel=plain(x), ylabel=plain(y))
         if rows:
             figure.legend(loc="outside upper left", ncols=abreast, handlelength=1.2, columnspacing=1, borderaxespad=0.1)
         return _svg(figure, alt)
@@ -123,11 +125,11 @@ def bars(
         places = np.arange(len(labels))
         for i, (name, values) in enumerate(groups.items()):
             drawn = axes.barh(
-                places + (i - (len(groups) - 1) / 2) * thick, values, thick * 0.9, color=_COLOURS[i], label=name
+                places + (i - (len(groups) - 1) / 2) * thick, values, thick * 0.9, color=_COLOURS[i], label=_short(name)
             )
             for j, patch in enumerate(drawn):
                 patch.set_gid(f"bar-{i}-{j}")
-            axes.bar_label(drawn, [write(value) for value in values], padding=3, color=_INK)
+            axes.bar_label(drawn, [plain(write(value)) for value in values], padding=3, color=_INK)
         axes.set_yticks(places, [_short(label) for label in labels], color=_INK)
         axes.invert_yaxis()
         axes.set_xlim(0, max([value for values in groups.values() for value in values], default=0) * 1.28 or 1)
@@ -150,16 +152,15 @@ def heatmap(values: Array, rows: Sequence[str], x: str, scale: str, *, alt: str,
 
     values = np.asarray(values, np.float64)[:_ROWS]
     low, high = _limits(values, log)
-    height = 15.5 * len(values)
-    with _drawing(74 + height) as (figure, axes):
+    with _drawing(66 + 15.5 * len(values)) as (figure, axes):
         axes.imshow(_shade(values, low, high, log), aspect="auto", interpolation="none")
         axes.set_yticks(range(len(values)), [_short(name) for name in rows[: len(values)]], color=_INK)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
-        axes.set_xlabel(x)
-        axes.set_title(scale, loc="left", fontsize=_FONT, color=_MUTED, y=1, pad=8)
+        axes.set_xlabel(plain(x))
+        axes.set_title(plain(scale), loc="left", fontsize=_FONT, color=_MUTED, y=1, pad=8)
         axes.grid(visible=False)
         axes.tick_params(axis="y", length=0)
-        _scale(axes, low, high, log, height)
+        _scale(axes, low, high, log)
         return _svg(figure, alt)
 
 
@@ -168,14 +169,19 @@ def banded(series: Sequence[Series]) -> bool:
     return any(len(values) > 1 for entry in series for values in entry.points.values())
 
 
-def _scale(axes: Axes, low: float, high: float, log: bool, height: float) -> None:
-    """The colours from the least to the largest value, above the cells on the right."""
-    bar = axes.inset_axes((0.7, 1 + 7 / height, 0.18, 9 / height))
-    steps = np.geomspace(low, high, 24) if log else np.linspace(low, high, 24)
+def _scale(axes: Axes, low: float, high: float, log: bool) -> None:
+    """The colours from the least to the largest value, above the cells on the right, in the line of the title."""
+    from matplotlib.transforms import Affine2D, ScaledTranslation, blended_transform_factory
+
+    above = Affine2D().scale(axes.figure.dpi * _PX) + ScaledTranslation(0, 1, cast(Any, axes.transAxes))  # px over it
+    place = blended_transform_factory(axes.transAxes, above)
+    bar = axes.inset_axes((0.7, 8, 0.18, 9), transform=place)
+    bar.set_in_layout(False)  # the title has made the room
+    steps = np.geomspace(low, high, _STEPS) if log else np.linspace(low, high, _STEPS)
     bar.imshow(_shade(steps[None], low, high, log), aspect="auto", interpolation="none")
     bar.set_axis_off()
-    for place, value, side in ((-0.05, low, "right"), (1.05, high, "left")):
-        bar.text(place, 0.5, f"{value:.3g}", ha=side, va="center", color=_MUTED, transform=bar.transAxes)
+    for end, value, side in ((-0.05, low, "right"), (1.05, high, "left")):
+        bar.text(end, 0.5, f"{value:.3g}", ha=side, va="center", color=_MUTED, transform=bar.transAxes)
 
 
 def _line(axes: Axes, index: int, entry: Series) -> None:
@@ -231,7 +237,7 @@ def _svg(figure: Figure, alt: str) -> str:
     file = io.BytesIO()
     figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     content = file.getvalue()
-    prefix = f"f{hashlib.sha256(content + alt.encode()).hexdigest()[:8]}-"
+    prefix = f"f{hashlib.sha256(content + alt.encode('utf-8', 'replace')).hexdigest()[:8]}-"
     root = ElementTree.fromstring(content)
     for node in root.iter():
         node.tag = node.tag.rpartition("}")[2]
@@ -239,7 +245,7 @@ def _svg(figure: Figure, alt: str) -> str:
     for parent in list(root.iter()):
         for child in [child for child in parent if child.tag == "style"]:
             parent.remove(child)  # its rules would hold for the whole page, which has them
-    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": alt}
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": plain(alt)}
     return ElementTree.tostring(root, encoding="unicode")
 
 
@@ -257,5 +263,5 @@ def _value(key: str, value: str, prefix: str) -> str:
 
 def _short(label: str) -> str:
     """A label that leaves half of the figure to the data; its end tells modules apart."""
-    label = "".join(sign if sign.isprintable() else "\ufffd" for sign in label)
+    label = plain(label)
     return label if len(label) <= _LABEL else f"…{label[1 - _LABEL :]}"
