@@ -168,6 +168,41 @@ def run(
 
 
 @app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Artifact or checkpoint.")],
+    text: Annotated[str | None, typer.Option(help="Text file.  [default: an address that is shipped]")] = None,
+    reference: Annotated[str | None, typer.Option(help="Checkpoint to compare with, such as the source.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
+    tokens: Annotated[int, typer.Option(help="Use so many tokens of the text.")] = 4096,
+    layers: Annotated[bool, typer.Option("--layers", help="Compare hidden states after each layer, too.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    mode: Annotated[OutlierMode, typer.Option(help="What is corrected for outliers.")] = OutlierMode.dynamic,
+    threshold: Annotated[float | None, typer.Option(help="Outlier threshold.  [default: the artifact's]")] = None,
+    revision: _Revision = None,
+    token: _Token = None,
+    as_json: _Json = False,
+) -> None:
+    """Score a text: perplexity, and with --reference how far the predictions are from its own."""
+    from quantize8 import report
+    from quantize8.operations.evaluate import evaluate as operation
+
+    result = operation(
+        model,
+        text=text,
+        reference=reference,
+        context=context,
+        tokens=tokens,
+        layers=layers,
+        device=device,
+        mode=mode.value,
+        threshold=threshold,
+        revision=revision,
+        token=token,
+    )
+    _show(result, report.evaluation(result), as_json)
+
+
+@app.command()
 def verify(
     artifact: Annotated[str, typer.Argument(help="Folder that convert wrote.")],
     as_json: _Json = False,

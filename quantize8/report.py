@@ -14,11 +14,13 @@ from quantize8.artifact.format import Int8Format
 from quantize8.demo import Demo
 from quantize8.operations.convert import Conversion
 from quantize8.operations.environment import Environment
+from quantize8.operations.evaluate import Divergence, Estimate, Evaluation
 from quantize8.operations.inspect import EMERGENT_LAYERS, EMERGENT_POSITIONS, ActivationReport, Feature, WeightReport
 from quantize8.operations.run import Comparison, Generation
 from quantize8.operations.verify import Verification
 from quantize8.ops.reference import OUTLIER_SIGMAS
 
+_SHOWN_RANGES = 4  # of positions in a window; the JSON has all buckets
 _SHOWN_COLUMNS = 3  # of the worst: a line of a table fits 80 characters for most models
 
 
@@ -104,11 +106,41 @@ def comparison(result: Comparison) -> RenderableType:
     """The source's text beside, and where the two part."""
     same = result.first_difference is None
     where = "the same tokens" if same else f"they part at token {(result.first_difference or 0) + 1}"
+    lines = [Text(f"{where} of {len(result.generation.tokens)}")]
+    if result.agreement is not None:
+        found = result.agreement
+        lines.append(Text(
+            f"over the {found.tokens} tokens of the source's text: KL(source || model) {found.kl:.5f} nats a token, "
+            f"top-1 agreement {found.top1:.1%}"
+        ))  # fmt: skip
     return Group(
         Text(_speed(result.generation)), Text(),
         Text(f"{result.source.model}:"), Text(result.source.text), Text(_speed(result.source)), Text(),
-        Text(f"{where} of {len(result.generation.tokens)}"),
+        *lines,
     )  # fmt: skip
+
+
+def evaluation(result: Evaluation) -> RenderableType:
+    """Perplexity, and how near the predictions are to the reference's."""
+    table = _table(("", "left"), ("", "left"))
+    table.add_row("text", f"{result.tokens} tokens in windows of {result.context}, {result.scored} scored")
+    table.add_row("perplexity", _estimate(result.perplexity, 3))
+    if result.agreement is None:
+        return table
+    found, kl = result.agreement, result.agreement.kl
+    error = "" if kl.standard_error is None else f", standard error {kl.standard_error:.5f}"
+    table.add_row("reference's", _estimate(found.perplexity, 3))
+    table.add_row("ratio", _estimate(found.ratio, 4))
+    table.add_row("KL divergence", f"{kl.mean:.5f} nats a token{error}")
+    table.add_row("", f"median {kl.median:.5f}, 99th percentile {kl.p99:.5f}, largest {kl.max:.5f}")
+    table.add_row("by position", _by_position(kl))
+    table.add_row("top-1 agreement", f"{found.top1:.1%}")
+    if not found.layers:
+        return table
+    layers = _table(("hidden state after", "left"), ("relative error", "right"))
+    for name, value in found.layers.items():
+        layers.add_row(name, f"{value:.4f}")
+    return Group(table, Text(), layers)
 
 
 def verification(result: Verification) -> RenderableType:
@@ -203,6 +235,22 @@ def _speed(result: Generation) -> str:
         f"decode {len(result.tokens)} at {result.decode_tokens_per_s:.1f}/s, "
         f"weights {size(result.weight_bytes)}, peak memory {size(result.peak_rss_bytes)}"
     )
+
+
+def _estimate(found: Estimate, digits: int) -> str:
+    if found.low is None or found.high is None:
+        return f"{found.value:.{digits}f} (too few tokens for an interval)"
+    return f"{found.value:.{digits}f} (95%: {found.low:.{digits}f} to {found.high:.{digits}f})"
+
+
+def _by_position(kl: Divergence) -> str:
+    """The buckets joined to at most four ranges of positions."""
+    width, shown = -(-len(kl.by_position) // _SHOWN_RANGES), []
+    for start in range(0, len(kl.by_position), width):
+        part = kl.by_position[start : start + width]
+        mean = sum(entry.kl * entry.tokens for entry in part) / sum(entry.tokens for entry in part)
+        shown.append(f"{mean:.5f} from {part[0].first}")
+    return ", ".join(shown)
 
 
 def _list(text: str) -> Text:

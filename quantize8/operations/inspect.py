@@ -22,6 +22,7 @@ from quantize8.checkpoint import Checkpoint, open_checkpoint
 from quantize8.checkpoint.base import QUANTIZABLE, READERS
 from quantize8.checkpoint.structure import CONV1D, read_structure
 from quantize8.errors import SourceError
+from quantize8.model.text import read_text
 from quantize8.ops import cpu
 from quantize8.ops.reference import DEFAULT_THRESHOLD, STATS_TILE_ROWS, Array, ColumnStats
 
@@ -157,18 +158,6 @@ def _inspect_text(
     report = activations(loaded, ids, threshold, layer)
     _matching([entry.module for entry in report.linears], layer, model)
     return report
-
-
-def read_text(path: Path) -> str:
-    """A text file in UTF-8."""
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise SourceError(f"{path}: cannot be read as text ({reason}); give a text file") from None
-    if not content.strip():
-        raise SourceError(f"{path}: is empty; give some text")
-    return content
 
 
 def _linear_modules(checkpoint: Checkpoint) -> dict[str, bool]:
