@@ -178,6 +178,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     mode: Annotated[OutlierMode, typer.Option(help="What is corrected for outliers.")] = OutlierMode.dynamic,
     threshold: Annotated[float | None, typer.Option(help="Outlier threshold.  [default: the artifact's]")] = None,
+    page: _Page = None,
     revision: _Revision = None,
     token: _Token = None,
     as_json: _Json = False,
@@ -185,21 +186,15 @@ def evaluate(
     """Score a text: perplexity, and with --reference how far the predictions are from its own."""
     from quantize8 import report
     from quantize8.operations.evaluate import evaluate as operation
+    from quantize8.page import build
 
+    build.check(page)
     result = operation(
-        model,
-        text=text,
-        reference=reference,
-        context=context,
-        tokens=tokens,
-        layers=layers,
-        device=device,
-        mode=mode.value,
-        threshold=threshold,
-        revision=revision,
-        token=token,
-    )
+        model, text=text, reference=reference, context=context, tokens=tokens, layers=layers, device=device,
+        mode=mode.value, threshold=threshold, revision=revision, token=token,
+    )  # fmt: skip
     _show(result, report.evaluation(result), as_json)
+    build.write(page, result, model)
 
 
 @app.command()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from quantize8.operations.convert import Conversion
+from quantize8.operations.evaluate import Evaluation
 from quantize8.operations.inspect import ActivationReport, WeightReport
-from quantize8.page import activations, markup, plots, weights
+from quantize8.page import activations, evaluation, markup, plots, weights
 
-Result = Conversion | list[WeightReport] | ActivationReport
+Result = Conversion | list[WeightReport] | ActivationReport | Evaluation
 
 
 def check(path: str | Path | None) -> None:
@@ -30,4 +31,6 @@ def page(result: Result, name: str) -> bytes:
         return weights.conversion(result)
     if isinstance(result, ActivationReport):
         return activations.activations(result, name)
+    if isinstance(result, Evaluation):
+        return evaluation.evaluation(result)
     return weights.weights(result, name)
