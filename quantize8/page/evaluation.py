@@ -73,8 +73,8 @@ def _positions(found: Agreement, context: int) -> list[str]:
     """KL divergence over the positions of a window."""
     points = {float(entry.first): [entry.kl] for entry in found.kl.by_position}
     caption = (
-        f"Mean over neighbouring positions in the window of {context:,} tokens. A rising curve would say that errors grow "
-        "with the length of the text."
+        f"Mean over neighbouring positions in the window of {context:,} tokens. A rising curve would say that errors "
+        "grow with the length of the text."
     )
     alt = f"Line: KL divergence over {len(points)} ranges of positions, mean {found.kl.mean:.5f}"
     series = [plots.Series("KL divergence", points)]
@@ -88,8 +88,8 @@ def _layers(found: Agreement) -> list[str]:
         return []
     points = {float(i): [value] for i, value in enumerate(found.layers.values())}
     caption = (
-        "||h - h_ref|| / ||h_ref|| of the hidden state h after each decoder layer, against the reference's. It falls where "
-        "a layer adds a few huge numbers to the state, and so to its norm."
+        "||h - h_ref|| / ||h_ref|| of the hidden state h after each decoder layer, against the reference's. It falls "
+        "where a layer adds a few huge numbers to the state, and so to its norm."
     )
     alt = f"Line: relative error of the hidden state after {len(points)} layers"
     svg = plots.lines([plots.Series("hidden state", points)], "layer", "relative error", alt=alt)
