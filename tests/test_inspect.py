@@ -9,9 +9,9 @@ from making import llama
 from safetensors.torch import load_file, save_file
 
 from quantize8 import SourceError, convert, inspect, load
-from quantize8.demo import TEXT
 from quantize8.operations.inspect import activations, emergent_features
 from quantize8.ops import reference
+from quantize8.resources import TEXT
 
 
 @pytest.fixture(scope="module")
