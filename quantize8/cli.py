@@ -117,7 +117,7 @@ def inspect(
 ) -> None:
     """Show outlier statistics of weights, or with --text of activations."""
     from quantize8 import report
-    from quantize8.operations.inspect import ActivationReport
+    from quantize8.model.outliers import ActivationReport
     from quantize8.operations.inspect import inspect as operation
     from quantize8.page import build
 

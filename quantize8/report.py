@@ -12,10 +12,12 @@ from rich.text import Text
 
 from quantize8.artifact.format import Int8Format
 from quantize8.demo import Demo
+from quantize8.model.features import EMERGENT_LAYERS, EMERGENT_POSITIONS, Feature
+from quantize8.model.outliers import ActivationReport
 from quantize8.operations.convert import Conversion
 from quantize8.operations.environment import Environment
 from quantize8.operations.evaluate import Divergence, Estimate, Evaluation
-from quantize8.operations.inspect import EMERGENT_LAYERS, EMERGENT_POSITIONS, ActivationReport, Feature, WeightReport
+from quantize8.operations.inspect import WeightReport
 from quantize8.operations.run import Comparison, Generation
 from quantize8.operations.verify import Verification
 from quantize8.ops.reference import OUTLIER_SIGMAS

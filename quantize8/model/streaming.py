@@ -31,6 +31,7 @@ def streamed(checkpoint: Checkpoint) -> Iterator[Any]:
 
     Memory holds the buffers, and while a unit computes its weights: those of a decoder layer, or the embedding.
     Quantized weights are dequantized, so that the model computes in floating point what the stored numbers stand for.
+    `model.device` says meta, where no values are: inputs go in on the CPU, as they are.
     A module's weights are in place when its forward hooks run, if they are registered with `prepend=True`, and its
     pre-hooks. The results are those of the same model loaded whole, bit for bit.
 
@@ -203,7 +204,9 @@ class _Unit:
         self._weights = weights
         self._places = [(*place, place[0]._parameters[place[1]]) for place in places]  # with what stands for no values
 
-    def read(self, *_: Any) -> None:
+    def read(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if any(isinstance(value, Tensor) and value.is_meta for value in inputs):  # torch would compute with noise
+            raise ValueError("a streamed model takes its inputs on the CPU, not on model.device")
         for module, last, name, _empty in self._places:
             module._parameters[last] = nn.Parameter(self._weights.read(name), requires_grad=False)
 

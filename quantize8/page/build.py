@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from quantize8.model.outliers import ActivationReport
 from quantize8.operations.convert import Conversion
 from quantize8.operations.evaluate import Evaluation
-from quantize8.operations.inspect import ActivationReport, WeightReport
+from quantize8.operations.inspect import WeightReport
 from quantize8.page import activations, evaluation, markup, plots, weights
 
 Result = Conversion | list[WeightReport] | ActivationReport | Evaluation

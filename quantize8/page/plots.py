@@ -34,9 +34,9 @@ SERIES = 6  # colours that a reader can tell apart; more lines repeat them, dash
 _WIDTH, _FONT = 380, 11.5  # px: on a phone 360 px wide the text is still 10 px high
 _PX = 1 / 72  # matplotlib's inch, of which SVG makes 72 units
 _LABEL = 26  # characters of a label: half of the width
-_ABREAST = 9  # characters of a label, if four are to stand side by side
+_ABREAST = 42  # characters of labels that stand side by side, their marks left out
 _MARGIN = 1.2  # at both ends of a logarithmic axis
-_ROWS = 40  # of a heatmap whose rows have names, so that they do not touch
+ROWS = 40  # of a heatmap whose rows have names, so that they do not touch
 _STEPS = 24  # of a heatmap's scale
 _INK, _MUTED, _GRID = "#010203", "#010204", "#010205"  # stand-ins: no figure has these colours
 _COLOURS = [f"#0{i}0206" for i in range(1, SERIES + 1)]
@@ -94,7 +94,7 @@ def lines(
     """Lines with a dot for each point. `ends` are values that y shows at least; its axis begins at 0 or is `log`."""
     from matplotlib.ticker import MaxNLocator
 
-    abreast = 4 if max((len(entry.label) for entry in series), default=0) <= _ABREAST else 2
+    abreast = min(4, max(2, _ABREAST // max((len(entry.label) for entry in series), default=1)))
     rows = math.ceil(len(series) / abreast) if len(series) > 1 else 0
     with _drawing(190 + 18 * rows) as (figure, axes):
         for i, entry in enumerate(series):
@@ -150,7 +150,7 @@ def heatmap(values: Array, rows: Sequence[str], x: str, scale: str, *, alt: str,
     """
     from matplotlib.ticker import MaxNLocator
 
-    values = np.asarray(values, np.float64)[:_ROWS]
+    values = np.asarray(values, np.float64)[:ROWS]
     low, high = _limits(values, log)
     with _drawing(66 + 15.5 * len(values)) as (figure, axes):
         axes.imshow(_shade(values, low, high, log), aspect="auto", interpolation="none")
