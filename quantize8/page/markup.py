@@ -34,14 +34,16 @@ h1 { font-size: 1.5em; line-height: 1.25; margin: 0 0 4px; overflow-wrap: anywhe
 h2 { font-size: 1.05em; line-height: 1.3; margin: 0; }
 p { margin: 4px 0 0; overflow-wrap: anywhere; }
 .muted, figcaption p, dt { color: var(--muted); }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(46%, 220px), 1fr)); gap: 10px; margin: 18px 0; }
+dl { display: grid; grid-template-columns: 1fr 1fr; gap: 10px; margin: 18px 0; }
+@media (min-width: 640px) { dl { grid: auto / auto-flow 1fr; } }
 dl div, figure, details { background: var(--card); border: 1px solid var(--grid); border-radius: 8px; }
 dl div { display: flex; flex-direction: column-reverse; justify-content: flex-end; padding: 10px 12px; }
 dt { font-size: .84em; line-height: 1.35; overflow-wrap: anywhere; }
-dd { margin: 0; font-size: 1.3em; font-weight: 600; line-height: 1.3; }
+dd { margin: 0; font-size: 1.3em; font-weight: 600; line-height: 1.3; text-wrap: balance; }
 .advice { border-left: 4px solid var(--s1); padding: 2px 0 2px 12px; margin: 18px 0; }
 .advice ul { margin: 4px 0 0; padding-left: 20px; }
 .figures { columns: 420px 2; column-gap: 14px; }
+@media print { .figures { columns: 2; } }
 figure { margin: 0 0 14px; padding: 12px 12px 8px; break-inside: avoid; }
 figcaption p { font-size: .88em; line-height: 1.4; margin-bottom: 8px; }
 svg { display: block; width: 100%; max-width: 520px; height: auto; margin: 0 auto; overflow: visible; }
