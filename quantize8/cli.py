@@ -102,6 +102,9 @@ def inspect(
     threshold: Annotated[float, typer.Option(help="An outlier has |x| >= this.")] = 6.0,
     layer: Annotated[str, typer.Option(help="Only modules with such names; * for any characters.")] = "*",
     tokens: Annotated[int, typer.Option(min=1, help="Use so many tokens of the text.")] = 1024,
+    budget: Annotated[
+        float, typer.Option(help="Mean relative error of int8 outputs that the advised threshold keeps to.")
+    ] = 0.025,
     revision: _Revision = None,
     token: _Token = None,
     as_json: _Json = False,
@@ -112,7 +115,14 @@ def inspect(
     from quantize8.operations.inspect import inspect as operation
 
     result = operation(
-        model, text=text, threshold=threshold, layer=layer, tokens=tokens, revision=revision, token=token
+        model,
+        text=text,
+        threshold=threshold,
+        layer=layer,
+        tokens=tokens,
+        budget=budget,
+        revision=revision,
+        token=token,
     )
     _show(
         result, report.activations(result) if isinstance(result, ActivationReport) else report.weights(result), as_json

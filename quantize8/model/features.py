@@ -58,8 +58,8 @@ class LayerInput:
     @classmethod
     def of(cls, name: str, x: Tensor, threshold: float) -> LayerInput:
         """What is kept of x, float32 [T, K]."""
-        magnitudes = x.abs().cpu().numpy()
-        over = np.greater_equal(magnitudes, threshold)
+        magnitudes: Array = x.abs().cpu().numpy()
+        over: Array = np.asarray(magnitudes >= threshold)
         counts = over.sum(axis=0)
         bits = {int(k): np.packbits(over[:, k]) for k in np.flatnonzero(counts)}
         peaks = magnitudes.max(axis=0)
