@@ -102,7 +102,7 @@ def feature_map(inputs: list[LayerInput]) -> FeatureMap | None:
     counts = np.stack([entry.counts for entry in inputs])
     peaks = np.stack([entry.peaks for entry in inputs])
     order = np.lexsort((-peaks.max(axis=0), -counts.sum(axis=0)))
-    reaching = order[counts.any(axis=0)[order]]
+    reaching = order[: np.count_nonzero(counts.sum(axis=0))]
     chosen, count = reaching[:MAP_FEATURES], inputs[0].positions
     later = counts - np.stack([entry.first for entry in inputs])
     later_peaks = np.stack([entry.peaks_after_first for entry in inputs])
