@@ -81,22 +81,10 @@ def convert(
     build.check(page)
     with _progress("converting") as progress:
         result = operation(
-            source,
-            out,
-            format=format,
-            scheme=scheme,
-            moe=moe,
-            threshold=threshold,
-            recipe=recipe,
-            device=device,
-            max_shard_size=max_shard_size,
-            workers=workers,
-            dry_run=dry_run,
-            overwrite=overwrite,
-            revision=revision,
-            token=token,
-            progress=progress,
-        )
+            source, out, format=format, scheme=scheme, moe=moe, threshold=threshold, recipe=recipe, device=device,
+            max_shard_size=max_shard_size, workers=workers, dry_run=dry_run, overwrite=overwrite, revision=revision,
+            token=token, progress=progress,
+        )  # fmt: skip
     _show(result, report.conversion(result), as_json)
     build.write(page, result, source)
 
@@ -110,6 +98,9 @@ def inspect(
     threshold: Annotated[float, typer.Option(help="An outlier has |x| >= this.")] = 6.0,
     layer: Annotated[str, typer.Option(help="Only modules with such names; * for any characters.")] = "*",
     tokens: Annotated[int, typer.Option(min=1, help="Use so many tokens of the text.")] = 1024,
+    budget: Annotated[
+        float, typer.Option(help="Mean relative error of int8 outputs that the advised threshold keeps to.")
+    ] = 0.025,
     page: _Page = None,
     revision: _Revision = None,
     token: _Token = None,
@@ -123,7 +114,7 @@ def inspect(
 
     build.check(page)
     result = operation(
-        model, text=text, threshold=threshold, layer=layer, tokens=tokens, revision=revision, token=token
+        model, text=text, threshold=threshold, layer=layer, tokens=tokens, budget=budget, revision=revision, token=token
     )
     _show(
         result, report.activations(result) if isinstance(result, ActivationReport) else report.weights(result), as_json

@@ -188,7 +188,7 @@ class _Recorder:
         if last is None or (last.values.data_ptr(), last.values.shape, last.version) != (
             x.data_ptr(), x.shape, x._version,
         ):  # fmt: skip
-            self._last = last = _Input(x, x._version, x.double().square().sum(0), input_errors(x))
+            self._last = last = _Input(x, x._version, x.square().sum(0).double(), input_errors(x))
         return last
 
 
@@ -197,7 +197,7 @@ def _output_errors(known: _Input, module: Any, weight: Tensor, y: Tensor | None)
     if y is None:
         return [None] * (1 + len(known.errors))
     product = y if module.bias is None else y - module.bias
-    y_energy, rounded = float(product.double().square().sum()), weight_error(weight)
+    y_energy, rounded = float(torch.linalg.vector_norm(product, dtype=torch.float64)) ** 2, weight_error(weight)
     squares: list[Tensor | float] = [0.0, *(found.squares for found in known.errors)]
     return [relative_error(entry, known.energy, rounded, y_energy) for entry in squares]
 

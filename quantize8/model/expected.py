@@ -47,20 +47,25 @@ class WeightError:
 
 
 def input_errors(x: Tensor, thresholds: tuple[float, ...] = THRESHOLDS) -> list[InputError]:
-    """The errors of x, float32 [T, K], at each threshold, by one pass for each that separates other outliers."""
+    """The errors of x, float32 [T, K], at each of some ascending thresholds.
+
+    A position is quantized again only for thresholds that leave other elements out, so most take one pass in all.
+    """
     magnitudes = x.abs()
-    found: dict[int, tuple[int, float, Tensor]] = {}  # by the number of outliers: the same number is the same elements
-    result = []
-    for threshold in thresholds:
-        outliers = magnitudes >= threshold
-        count = int(outliers.sum())
-        if count not in found:
-            columns = outliers.any(0)
-            squares = _squares(x, magnitudes.masked_fill(outliers, 0) if count else magnitudes)
-            squares[columns] = 0
-            found[count] = int(columns.sum()), float(outliers.any(1).double().mean()), squares
-        result.append(InputError(threshold, *found[count]))
-    return result
+    peaks = magnitudes.amax(1)
+    absmax = peaks.repeat(len(thresholds), 1)  # [thresholds, T], of the elements below the threshold
+    columns, positions = [], []
+    for below, threshold in zip(absmax, thresholds, strict=True):
+        rows = (peaks >= threshold).nonzero().flatten()
+        outliers = magnitudes[rows] >= threshold
+        if len(rows):
+            below[rows] = magnitudes[rows].masked_fill_(outliers, 0).amax(1)
+        columns.append(outliers.any(0))
+        positions.append(len(rows) / len(x))
+    squares = _squares(x, absmax)
+    squares[torch.stack(columns)] = 0
+    counts = [int(found.sum()) for found in columns]
+    return list(map(InputError, thresholds, counts, positions, squares))
 
 
 def weight_error(weight: Tensor) -> WeightError:
@@ -80,10 +85,17 @@ def relative_error(input_squares: Tensor | float, x_energy: Tensor, weight: Weig
     return math.sqrt(expected / y_energy) if y_energy else 0.0
 
 
-def _squares(x: Tensor, magnitudes: Tensor) -> Tensor:
-    """Squared rounding errors of x by column, float64 [K]; magnitudes, those that scales are made of."""
-    absmax = magnitudes.amax(1)
-    steps = x * (absmax.reciprocal() * INT8_MAX).nan_to_num(posinf=0)[:, None]
-    steps -= steps.round()
-    scale = absmax / INT8_MAX
-    return (scale.square() @ steps.square_()).double()
+def _squares(x: Tensor, absmax: Tensor) -> Tensor:
+    """Squared rounding errors of x by column, with the scales of absmax [R, T]: float64 [R, K]."""
+    result = torch.zeros(len(absmax), x.shape[1], dtype=torch.float64)
+    for i, current in enumerate(absmax):
+        rows = slice(None) if i == 0 else (current != absmax[i - 1]).nonzero().flatten()
+        peaks = current[rows]
+        if not len(peaks):
+            continue
+        inverse = torch.where(peaks > 0, INT8_MAX / peaks, 0)
+        steps = (x[rows] * inverse[:, None]).clamp_(-INT8_MAX, INT8_MAX)  # outliers, whose columns do not count
+        steps -= steps.round()
+        same = absmax[i:][:, rows] == peaks  # which thresholds have these scales, position by position
+        result[i:] += (same * (peaks / INT8_MAX).square()) @ steps.square_()
+    return result

@@ -58,8 +58,8 @@ class LayerInput:
     @classmethod
     def of(cls, name: str, x: Tensor, threshold: float) -> LayerInput:
         """What is kept of x, float32 [T, K]."""
-        magnitudes = x.abs().cpu().numpy()
-        over = np.greater_equal(magnitudes, threshold)
+        magnitudes: Array = x.abs().cpu().numpy()
+        over: Array = np.asarray(magnitudes >= threshold)
         counts = over.sum(axis=0)
         bits = {int(k): np.packbits(over[:, k]) for k in np.flatnonzero(counts)}
         peaks = magnitudes.max(axis=0)
@@ -102,7 +102,7 @@ def feature_map(inputs: list[LayerInput]) -> FeatureMap | None:
     counts = np.stack([entry.counts for entry in inputs])
     peaks = np.stack([entry.peaks for entry in inputs])
     order = np.lexsort((-peaks.max(axis=0), -counts.sum(axis=0)))
-    reaching = order[counts.any(axis=0)[order]]
+    reaching = order[: np.count_nonzero(counts.sum(axis=0))]
     chosen, count = reaching[:MAP_FEATURES], inputs[0].positions
     later = counts - np.stack([entry.first for entry in inputs])
     later_peaks = np.stack([entry.peaks_after_first for entry in inputs])
