@@ -102,10 +102,10 @@ def test_nothing_to_score(pair, count, context, message):
 
 def test_a_continuation_is_scored_given_all_before_it(pair):
     ids = token_ids(40)
-    whole, found = compare(*pair, ids, 40), compare_continuation(*pair, ids, 30)
-    assert found.positions.tolist() == list(range(30, 40))
-    for name in ("nll", "reference_nll", "kl"):  # a head over fewer tokens sums in another order
-        np.testing.assert_allclose(getattr(found, name), getattr(whole, name)[29:], atol=1e-2, rtol=0.1)
+    whole, found = compare(*pair, ids, 40), compare_continuation(*pair, ids, 20)  # over 16, where int8 heads decode
+    assert found.positions.tolist() == list(range(20, 40))
+    for name in ("nll", "reference_nll", "kl"):  # a head over fewer tokens may sum in another order
+        np.testing.assert_allclose(getattr(found, name), getattr(whole, name)[19:], rtol=1e-4, atol=1e-6)
 
 
 def test_a_continuation_computes_the_logits_of_its_tokens_only(pair, monkeypatch):

@@ -3,8 +3,8 @@
 A text is cut into windows that do not overlap. Of each window all tokens but the first are scored, from the logits
 [V] over the vocabulary at the token before. All figures of a token are taken from a log-softmax in float32.
 
-Memory, beside the models: the logits of one window, [context, V] in the model's dtype, of each of the two models; a few
-float32 copies of `_CHUNK` logits; with `layers` the hidden states of one window, [layers, context, K], of each.
+Memory, beside the models: the logits of one window, [context, V] in the model's dtype, of each model; copies of
+`_CHUNK` logits, 85 MB in all; with `layers` the hidden states of one window, [layers, context, K], of each model.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Comparison:
     generation: Generation
     source: Generation
     first_difference: int | None  # index of the first token where they part; None where they agree
-    agreement: Agreement | None = None  # None where the two do not share tokenizer and vocabulary, or nobody asked
+    agreement: Agreement | None = None  # None for two tokenizers or vocabularies, and encoder-decoders
 
 
 def run(
@@ -79,9 +79,8 @@ def run(
         return first
     other, its_tokenizer = open_for_text(compare, device, mode, token=token)
     second = generate(compare, other, its_tokenizer, prompt, max_new_tokens, chat)
-    ids = _encode(its_tokenizer, prompt, chat)[0]
-    same = ids.equal(_encode(tokenizer, prompt, chat)[0]) and len(tokenizer) == len(its_tokenizer)
-    return replace(compared(first, second), agreement=_agreement(loaded, other, ids, second) if same else None)
+    prompts = [_encode(each, prompt, chat)[0] for each in (tokenizer, its_tokenizer)]
+    return replace(compared(first, second), agreement=_agreement(loaded, other, prompts, second.tokens))
 
 
 def generate(
@@ -148,12 +147,15 @@ def compared(generation: Generation, source: Generation) -> Comparison:
     return Comparison(generation, source, part)
 
 
-def _agreement(model: Any, source: Any, prompt: Any, generation: Generation) -> Agreement:
-    """Both models on prompt [P] and the source's continuation, in one pass each."""
+def _agreement(model: Any, source: Any, prompts: list[Any], tokens: list[int]) -> Agreement | None:
+    """Both models on their prompts [P] and the source's continuation, in one pass each; None where not comparable."""
     import torch
 
-    ids = torch.cat([prompt, torch.tensor(generation.tokens)])
-    pairs = compare_continuation(model, source, ids, len(prompt))
+    sizes = {each.config.get_text_config().vocab_size for each in (model, source)}
+    if model.config.is_encoder_decoder or len(sizes) > 1 or not prompts[0].equal(prompts[1]):
+        return None
+    ids = torch.cat([prompts[0], torch.tensor(tokens)])
+    pairs = compare_continuation(model, source, ids, len(prompts[0]))
     return Agreement(len(pairs.kl), float(pairs.kl.mean()), float(pairs.same_top1.mean()))
 
 
