@@ -225,6 +225,73 @@ def test_an_evaluation_shows_its_figures_and_says_what_they_mean():
     assert "--reference SOURCE" in read(page(alone, "int8")).text
 
 
+@pytest.fixture(scope="module")
+def activated(tmp_path_factory):
+    """Real activations of a tiny model, whose norms before attention make one feature large."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from quantize8.model.activations import activations
+    from quantize8.model.advice import recommend
+
+    def outlier(state):
+        for layer in range(2):
+            state[f"model.layers.{layer}.input_layernorm.weight"][5] = 40
+
+    folder = llama(tmp_path_factory.mktemp("text") / "source", edit=outlier)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    found = activations(model, torch.arange(40) % 64, 6.0)
+    found.advice = recommend(found)
+    return found
+
+
+def test_activations_show_features_thresholds_and_each_module(activated):
+    data = page(activated, "model")
+    reader = read(data)
+    assert activated.features.columns and activated.emergent  # the page is about something
+    heading = f"Convert with quantize8 convert SOURCE --threshold {activated.advice.threshold:g}"
+    assert heading in reader.text and activated.advice.reason in reader.text
+    rows = {row[0]: row for row in reader.rows}
+    for entry in activated.linears:
+        assert rows[entry.module][2] == str(len(entry.columns)) and rows[entry.module][4] == f"{entry.max:.1f}"
+    for entry in activated.thresholds:
+        assert rows[f"{entry.threshold:g}"][1:3] == [f"{entry.error:.4f}", f"{entry.columns:,}"]
+    joined = 2 * (2 + 2)  # max |x| of two layers: q k v as one, o; gate up as one, down
+    assert dots(data) == 3 * len(activated.thresholds) + 14 + joined
+    assert page(activated, "model") == data
+
+
+def test_the_map_of_features_is_drawn_cell_by_cell(activated):
+    from test_plots import parse, pixels
+
+    content = page(activated, "model").decode()
+    (svg,) = re.findall(r"<h2>Outlier features</h2>.*?(<svg.*?</svg>)", content, re.DOTALL)
+    cells = pixels(parse(svg))[0][..., 3]
+    shares = np.array(activated.features.share).T
+    assert cells.shape == shares.shape and np.array_equal(cells > 0, shares > 0)
+    assert cells.flat[shares.argmax()] == 1
+
+
+def test_the_first_position_is_shown_apart_where_it_differs(activated):
+    from dataclasses import replace
+
+    linears = [replace(entry, max=1000.0) if "down" in entry.module else entry for entry in activated.linears]
+    text = read(page(replace(activated, linears=linears), "m")).text
+    assert "Largest |x| after position 0 in feed-forward" in text and "position 0 in attention" not in text
+
+
+def test_few_or_empty_activations_have_a_page(activated):
+    from dataclasses import replace
+
+    bare = replace(activated, emergent=[], features=None, thresholds=[], advice=None)
+    assert "No feature is emergent" in read(page(bare, "model")).text
+    head = [entry for entry in activated.linears if entry.module == "lm_head"]
+    assert len(head) == 1
+    read(page(replace(bare, linears=head), EVIL))
+    calm = [replace(entry, columns=[], max=0.0, max_after_first=0.0) for entry in activated.linears]
+    read(page(replace(bare, linears=calm), "model"))
+
+
 def test_the_command_line_writes_a_page_after_the_result(quantize8, tmp_path):  # noqa: F811
     source, file = llama(tmp_path / "source"), tmp_path / "a page.html"
     code, text, err = quantize8("convert", source, "--out", tmp_path / "out", "--report", file)

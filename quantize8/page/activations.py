@@ -31,9 +31,10 @@ def activations(report: ActivationReport, name: str) -> bytes:
 def _facts(report: ActivationReport) -> list[tuple[str, str]]:
     share = float(np.mean([len(entry.columns) / entry.in_features for entry in report.linears]))
     peak = max(report.linears, key=lambda entry: entry.max)
-    reach = f": they reach {report.positions_affected:.0%} of the positions" if report.emergent else ""
+    noun = "feature" if len(report.emergent) == 1 else "features"
+    reach = f"; outliers there at {report.positions_affected:.0%} of the positions" if report.emergent else ""
     items = [
-        (f"{len(report.emergent)}", f"emergent outlier features, by the criteria of LLM.int8(){reach}"),
+        (f"{len(report.emergent)}", f"emergent outlier {noun}, by the criteria of LLM.int8(){reach}"),
         (f"{share:.2%}", "of a layer's columns hold outliers, on average"),
         (f"{peak.max:,.1f}", f"the largest |x|, in column {peak.max_column} of {peak.module}"),
     ]
@@ -132,10 +133,11 @@ def _peaks(report: ActivationReport) -> list[str]:
     peaks = {entry.module: entry.max for entry in report.linears}
     later = {entry.module: entry.max_after_first for entry in report.linears}
     drawn = charts.lines(peaks, "Largest |x|", "The largest number in a layer's input.", "max |x|", log=True)
-    if any(peaks[module] > _FIRST_DIFFERS * later[module] for module in peaks):
-        caption = "The same without position 0, where many models gather huge numbers that no other token has."
-        drawn += charts.lines(later, "Largest |x| after position 0", caption, "max |x|", log=True)
-    return drawn
+    differing = {names.part(module) for module in peaks if peaks[module] > _FIRST_DIFFERS * later[module]}
+    later = {module: value for module, value in later.items() if names.part(module) in differing}
+    caption = "The same without position 0, where many models gather huge numbers that no other token has."
+    ends = min(peaks.values()), max(peaks.values())
+    return drawn + charts.lines(later, "Largest |x| after position 0", caption, "max |x|", log=True, ends=ends)
 
 
 def _emergent_table(report: ActivationReport) -> str:

@@ -13,12 +13,23 @@ _Points = Mapping[float, list[float]]
 _BAND = " Lines are medians of the modules of a kind in a layer, such as experts, and bands their range."
 
 
-def lines(values: Mapping[str, float], title: str, caption: str, y: str, *, log: bool = False) -> list[str]:
-    """A figure for each part of the model, with a line for each kind of module; all have the same axis."""
+def lines(
+    values: Mapping[str, float],
+    title: str,
+    caption: str,
+    y: str,
+    *,
+    log: bool = False,
+    ends: tuple[float, float] | None = None,
+) -> list[str]:
+    """A figure for each part of the model, with a line for each kind of module; all have the same axis.
+
+    Its ends are those of the values in layers, or `ends`.
+    """
     drawn, found = [], names.by_layer(values)
-    ends = _ends(
-        [value for kinds in found.values() for points in kinds.values() for v in points.values() for value in v]
-    )
+    if ends is None:
+        inside = [value for name, value in values.items() if names.layer(name) is not None]
+        ends = min(inside, default=0), max(inside, default=0)
     for part, kinds in found.items():
         series = [plots.Series(kind, points) for kind, points in _joined(kinds).items()]
         alt = f"Lines: {y} by layer of {', '.join(kinds)}"
@@ -46,7 +57,3 @@ def _joined(kinds: Mapping[str, _Points]) -> dict[str, _Points]:
         same = next((label for label in found if found[label] == points), None)
         found[kind if same is None else f"{same}, {kind}"] = points if same is None else found.pop(same)
     return found
-
-
-def _ends(values: list[float]) -> tuple[float, float]:
-    return (min(values, default=0), max(values, default=0))
