@@ -126,6 +126,7 @@ def test_env_names_versions_and_remedies(quantize8, monkeypatch):
     monkeypatch.setattr("quantize8.operations.environment._version", lambda _: None)
     text = quantize8("env")[1]
     assert "pip install torch" in text and "open artifacts without quantize8: pip install bitsandbytes" in text
+    assert "write pages with --report: pip install 'quantize8[report]'" in text
 
 
 def test_env_says_what_a_gpu_needs(quantize8, monkeypatch):
