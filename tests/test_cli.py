@@ -70,7 +70,8 @@ def test_inspect_text_names_the_emergent_feature(quantize8, smollm2, tmp_path):
     from quantize8.resources import TEXT
 
     code, text, _ = quantize8("inspect", smollm2, "--text", TEXT, "--layer", "*12.self_attn.q_proj")
-    assert code == 0 and "1 of 576" in text and "247 (layers 25%" in text
+    assert code == 0 and "1 of 576" in text and "247 (layers 25%" in text and "any of them: in 25%" in text
+    assert "advice: threshold" in text and "mean error" in text
     (tmp_path / "short.txt").write_text("Hello there.")
     assert "no emergent outlier feature" in quantize8("inspect", smollm2, "--text", tmp_path / "short.txt")[1]
 

@@ -1,6 +1,7 @@
 """Inspecting: figures on a real model and text agree with those known beforehand, of weights with the reference's."""
 
 import json
+from fnmatch import fnmatchcase
 
 import numpy as np
 import pytest
@@ -9,7 +10,11 @@ from making import llama
 from safetensors.torch import load_file, save_file
 
 from quantize8 import SourceError, convert, inspect
-from quantize8.ops import reference
+from quantize8.checkpoint import open_checkpoint
+from quantize8.model.activations import activations, watch
+from quantize8.model.loading import find_tokenizer
+from quantize8.model.streaming import streamed
+from quantize8.ops import cpu, reference
 from quantize8.resources import TEXT
 
 
@@ -63,6 +68,25 @@ def test_the_advice_is_a_threshold_within_the_budget(smollm2_report, smollm2):
     assert list(errors.values()) == sorted(errors.values())
     assert smollm2_report.advice.met and smollm2_report.advice.threshold == 6.0
     assert smollm2_report.weight_error == pytest.approx(0.0086, abs=5e-4)
+
+
+def test_expected_errors_of_real_layers_are_near_the_measured_ones(smollm2):
+    layers, measured = "model.layers.12.*", {}
+    with streamed(open_checkpoint(str(smollm2))) as model, torch.no_grad():
+        ids = find_tokenizer(open_checkpoint(str(smollm2)))(TEXT.read_text(), return_tensors="pt")["input_ids"][0, :128]
+
+        def measure(name, module, x, y):
+            if fnmatchcase(name, layers):
+                codes, absmax = map(torch.from_numpy, cpu.quantize_rowwise(module.weight.numpy()))
+                product = cpu.mixed_matmul(x, reference.Int8Weight(codes, absmax), None, 4.0)
+                measured[name] = float((product - y).norm() / y.norm())
+
+        with watch(model, measure):
+            model(ids[None])
+        report = activations(model, ids, 6.0, layers)
+    assert len(measured) == len(report.linears) == 7
+    for entry in report.linears:
+        assert entry.thresholds[2].error == pytest.approx(measured[entry.module], rel=0.1)
 
 
 def test_layers_are_chosen_before_the_model_runs(smollm2):

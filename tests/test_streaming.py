@@ -97,7 +97,7 @@ def test_mamba_reads_weights_of_modules_that_it_does_not_call(tmp_path):
     check(tmp_path / "source", tmp_path / "source")
 
 
-def test_a_model_with_missing_weights_is_loaded_whole(tmp_path, minilm):
+def test_a_model_with_missing_weights_is_loaded_whole(tmp_path):
     """As before: transformers starts them at random, so that only the rest can be compared."""
     source = llama(tmp_path / "source", edit=lambda state: state.pop("model.layers.1.mlp.up_proj.weight"))
     with streamed(open_checkpoint(str(source))) as model:
@@ -114,6 +114,22 @@ def test_a_weight_of_another_shape_is_refused_where_it_is_read(tmp_path):
         streamed(open_checkpoint(str(source))) as model,
     ):
         outputs(model)
+
+
+def test_inputs_without_values_are_refused(tmp_path):
+    """torch would look rows of an embedding up by the noise at no address."""
+    with streamed(open_checkpoint(str(llama(tmp_path / "source")))) as model:
+        with pytest.raises(ValueError, match="inputs on the CPU"):
+            model(IDS.to(model.device))
+        assert all(value.is_meta for value in model.parameters())
+
+
+def test_a_model_without_a_class_name_is_opened_as_its_base(tmp_path):
+    source = llama(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    del config["architectures"]
+    (source / "config.json").write_text(json.dumps(config))
+    check(source, source)
 
 
 def test_a_config_that_makes_no_model_is_refused(tmp_path):

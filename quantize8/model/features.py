@@ -63,7 +63,7 @@ class LayerInput:
         counts = over.sum(axis=0)
         bits = {int(k): np.packbits(over[:, k]) for k in np.flatnonzero(counts)}
         peaks = magnitudes.max(axis=0)
-        return cls(name, len(over), counts, peaks, over[0], magnitudes[1:].max(axis=0, initial=0.0), bits)
+        return cls(name, len(over), counts, peaks, over[0].copy(), magnitudes[1:].max(axis=0, initial=0.0), bits)
 
 
 def emergent_features(inputs: list[LayerInput]) -> list[Feature]:

@@ -110,16 +110,13 @@ class _Weights:
 
     def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, dot_natural_key
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key
 
         self._model, self._checkpoint = model, checkpoint
-        self._conversions = get_model_conversion_mapping(model)
-        self._converters = {
-            pattern: entry
-            for entry in self._conversions
-            if isinstance(entry, WeightConverter)
-            for pattern in entry.source_patterns
-        }
+        conversions = get_model_conversion_mapping(model)
+        joining = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        self._rules = ([entry for entry in conversions if isinstance(entry, WeightRenaming)], joining)
+        self._converters = {pattern: entry for entry in joining for pattern in entry.source_patterns}
         # parameter or buffer -> stored tensors, with the pattern of the converter that joins them (None: a renaming)
         self._sources: dict[str, list[tuple[str | None, str]]] = defaultdict(list)
         self._state = model.state_dict()
@@ -149,12 +146,10 @@ class _Weights:
 
     def _target(self, name: str) -> tuple[str, str | None]:
         """The parameter that a stored tensor goes to, and the pattern of its converter, as transformers loads it."""
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
+        from transformers.core_model_loading import rename_source_key
 
-        renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
-        converters = list(dict.fromkeys(self._converters.values()))
         rest = (self._model.base_model_prefix, self._state)
-        target, pattern = rename_source_key(name, renamings, converters, *rest)
+        target, pattern = rename_source_key(name, *self._rules, *rest)
         if target not in self._state and name in self._state:
             target, pattern = rename_source_key(name, [], [], *rest)
         return target, pattern
