@@ -39,6 +39,10 @@ class OutlierMode(str, Enum):
 
 
 _Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+_Page = Annotated[
+    str | None,
+    typer.Option("--report", metavar="FILE.html", help="Write a web page with plots too; a page there is replaced."),
+]
 _Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 _Token = Annotated[
     str | None,
@@ -62,8 +66,9 @@ def convert(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     workers: Annotated[int | None, typer.Option(help="Threads.  [default: one a processor]")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and convert nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact at --out.")] = False,
+    page: _Page = None,
     revision: _Revision = None,
     token: _Token = None,
     as_json: _Json = False,
@@ -71,26 +76,17 @@ def convert(
     """Write an int8 artifact that other loaders open as it is, or a plain one of a quantized source."""
     from quantize8 import report
     from quantize8.operations.convert import convert as operation
+    from quantize8.page import build
 
+    build.check(page)
     with _progress("converting") as progress:
         result = operation(
-            source,
-            out,
-            format=format,
-            scheme=scheme,
-            moe=moe,
-            threshold=threshold,
-            recipe=recipe,
-            device=device,
-            max_shard_size=max_shard_size,
-            workers=workers,
-            dry_run=dry_run,
-            overwrite=overwrite,
-            revision=revision,
-            token=token,
-            progress=progress,
-        )
+            source, out, format=format, scheme=scheme, moe=moe, threshold=threshold, recipe=recipe, device=device,
+            max_shard_size=max_shard_size, workers=workers, dry_run=dry_run, overwrite=overwrite, revision=revision,
+            token=token, progress=progress,
+        )  # fmt: skip
     _show(result, report.conversion(result), as_json)
+    build.write(page, result, source)
 
 
 @app.command()
@@ -102,21 +98,28 @@ def inspect(
     threshold: Annotated[float, typer.Option(help="An outlier has |x| >= this.")] = 6.0,
     layer: Annotated[str, typer.Option(help="Only modules with such names; * for any characters.")] = "*",
     tokens: Annotated[int, typer.Option(min=1, help="Use so many tokens of the text.")] = 1024,
+    budget: Annotated[
+        float, typer.Option(help="Mean relative error of int8 outputs that the advised threshold keeps to.")
+    ] = 0.025,
+    page: _Page = None,
     revision: _Revision = None,
     token: _Token = None,
     as_json: _Json = False,
 ) -> None:
     """Show outlier statistics of weights, or with --text of activations."""
     from quantize8 import report
-    from quantize8.operations.inspect import ActivationReport
+    from quantize8.model.outliers import ActivationReport
     from quantize8.operations.inspect import inspect as operation
+    from quantize8.page import build
 
+    build.check(page)
     result = operation(
-        model, text=text, threshold=threshold, layer=layer, tokens=tokens, revision=revision, token=token
+        model, text=text, threshold=threshold, layer=layer, tokens=tokens, budget=budget, revision=revision, token=token
     )
     _show(
         result, report.activations(result) if isinstance(result, ActivationReport) else report.weights(result), as_json
     )
+    build.write(page, result, model)
 
 
 @app.command()
@@ -166,6 +169,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     mode: Annotated[OutlierMode, typer.Option(help="What is corrected for outliers.")] = OutlierMode.dynamic,
     threshold: Annotated[float | None, typer.Option(help="Outlier threshold.  [default: the artifact's]")] = None,
+    page: _Page = None,
     revision: _Revision = None,
     token: _Token = None,
     as_json: _Json = False,
@@ -173,21 +177,15 @@ def evaluate(
     """Score a text: perplexity, and with --reference how far the predictions are from its own."""
     from quantize8 import report
     from quantize8.operations.evaluate import evaluate as operation
+    from quantize8.page import build
 
+    build.check(page)
     result = operation(
-        model,
-        text=text,
-        reference=reference,
-        context=context,
-        tokens=tokens,
-        layers=layers,
-        device=device,
-        mode=mode.value,
-        threshold=threshold,
-        revision=revision,
-        token=token,
-    )
+        model, text=text, reference=reference, context=context, tokens=tokens, layers=layers, device=device,
+        mode=mode.value, threshold=threshold, revision=revision, token=token,
+    )  # fmt: skip
     _show(result, report.evaluation(result), as_json)
+    build.write(page, result, model)
 
 
 @app.command()

@@ -12,10 +12,12 @@ from rich.text import Text
 
 from quantize8.artifact.format import Int8Format
 from quantize8.demo import Demo
+from quantize8.model.features import EMERGENT_LAYERS, EMERGENT_POSITIONS, Feature
+from quantize8.model.outliers import ActivationReport
 from quantize8.operations.convert import Conversion
 from quantize8.operations.environment import Environment
 from quantize8.operations.evaluate import Divergence, Estimate, Evaluation
-from quantize8.operations.inspect import EMERGENT_LAYERS, EMERGENT_POSITIONS, ActivationReport, Feature, WeightReport
+from quantize8.operations.inspect import WeightReport
 from quantize8.operations.run import Comparison, Generation
 from quantize8.operations.verify import Verification
 from quantize8.ops.reference import OUTLIER_SIGMAS
@@ -81,9 +83,9 @@ def weights(reports: list[WeightReport]) -> RenderableType:
 
 
 def activations(report: ActivationReport) -> RenderableType:
-    """Outliers in each Linear's input, and the emergent features."""
+    """Outliers in each Linear's input, the emergent features, and what each threshold would do."""
     table = _table(
-        ("module", "left"), ("outliers", "right"), ("max |x|", "right"), ("column", "right"),
+        ("module", "left"), ("outliers", "right"), ("max |x|", "right"), ("column", "right"), ("after 1st", "right"),
         ("positions", "right"), (_list("in columns"), "left"), one_line=True,
     )  # fmt: skip
     for entry in report.linears:
@@ -92,9 +94,21 @@ def activations(report: ActivationReport) -> RenderableType:
         )
         count = f"{len(entry.columns)} of {entry.in_features}"
         table.add_row(
-            entry.module, count, f"{entry.max:.1f}", str(entry.max_column), f"{entry.positions:.1%}", _list(shown)
+            entry.module, count, f"{entry.max:.1f}", str(entry.max_column), f"{entry.max_after_first:.1f}",
+            f"{entry.positions:.1%}", _list(shown),
+        )  # fmt: skip
+    notes = ["after 1st: max |x| without the first position", "", _emergent(report)]
+    if report.emergent:
+        notes.append(
+            f"any of them: in {report.layers_affected:.0%} of the layer inputs, "
+            f"at {report.positions_affected:.1%} of their positions"
         )
-    return Group(table, Text(), Text(_emergent(report)))
+    parts: list[RenderableType] = [table, Text(), *map(Text, notes)]
+    if report.thresholds:
+        parts += [Text(), _thresholds(report), Text("error: of int8 outputs, relative, expected")]
+    if report.advice:
+        parts += [Text(), Text(f"advice: threshold {report.advice.threshold:g}: {report.advice.reason}")]
+    return Group(*parts)
 
 
 def generation(result: Generation) -> RenderableType:
@@ -213,6 +227,17 @@ def _by_reason(kept: dict[str, str]) -> dict[str, list[str]]:
     for name, reason in kept.items():
         reasons.setdefault(reason, []).append(name)
     return reasons
+
+
+def _thresholds(report: ActivationReport) -> Table:
+    table = _table(
+        ("threshold", "right"), ("columns in 16-bit", "right"), ("size", "right"), ("mean error", "right"),
+        ("worst", "right"), (_list("in"), "left"), one_line=True,
+    )  # fmt: skip
+    for entry in report.thresholds:
+        errors = (f"{entry.error:.4f}", f"{entry.worst_error:.4f}", _list(entry.worst))
+        table.add_row(f"{entry.threshold:g}", f"{entry.columns:,}", size(entry.bytes), *errors)
+    return table
 
 
 def _emergent(report: ActivationReport) -> str:

@@ -70,7 +70,8 @@ def test_inspect_text_names_the_emergent_feature(quantize8, smollm2, tmp_path):
     from quantize8.resources import TEXT
 
     code, text, _ = quantize8("inspect", smollm2, "--text", TEXT, "--layer", "*12.self_attn.q_proj")
-    assert code == 0 and "1 of 576" in text and "247 (layers 25%" in text
+    assert code == 0 and "1 of 576" in text and "247 (layers 25%" in text and "any of them: in 25%" in text
+    assert "advice: threshold" in text and "mean error" in text
     (tmp_path / "short.txt").write_text("Hello there.")
     assert "no emergent outlier feature" in quantize8("inspect", smollm2, "--text", tmp_path / "short.txt")[1]
 
@@ -126,6 +127,7 @@ def test_env_names_versions_and_remedies(quantize8, monkeypatch):
     monkeypatch.setattr("quantize8.operations.environment._version", lambda _: None)
     text = quantize8("env")[1]
     assert "pip install torch" in text and "open artifacts without quantize8: pip install bitsandbytes" in text
+    assert "write pages with --report: pip install 'quantize8[report]'" in text
 
 
 def test_env_says_what_a_gpu_needs(quantize8, monkeypatch):

@@ -46,12 +46,12 @@ def load(
             device_map = device_map if resolve(device_map) == "cuda" else "cpu"
         given = {"dtype": _dtype(dtype, checkpoint.config, device_map), "device_map": device_map}
         if isinstance(stored, GgufCheckpoint) or (checkpoint.decoded and not is_int8(stored.config)):
-            return _load_decoded(checkpoint, mode, threshold, given), _tokenizer(checkpoint)
+            return _load_decoded(checkpoint, mode, threshold, given), find_tokenizer(checkpoint)
         settings = _model_config(stored, mode, threshold)
-        model = _model_class(stored.config).from_pretrained(
+        model = model_class(stored.config).from_pretrained(
             stored.folder, config=settings, trust_remote_code=False, **given
         )
-        return model.eval(), _tokenizer(checkpoint)
+        return model.eval(), find_tokenizer(checkpoint)
 
 
 @contextlib.contextmanager
@@ -72,7 +72,7 @@ def quiet() -> Iterator[None]:
 
 def _model_config(stored: Checkpoint, mode: OutlierMode, threshold: float | None) -> Any:
     """The model's settings; of an int8 folder in the bitsandbytes format with what our quantizer needs to know."""
-    settings = _settings(stored)
+    settings = model_settings(stored)
     entry = stored.config.get("quantization_config")
     if isinstance(entry, dict):
         asked = float(entry.get("llm_int8_threshold", DEFAULT_THRESHOLD)) if threshold is None else threshold
@@ -84,17 +84,18 @@ def _load_decoded(checkpoint: Checkpoint, mode: OutlierMode, threshold: float | 
     """A model from what our readers make of its weights: int8 as it is, all else in floating point."""
     from quantize8.model.state import plan_loading
 
-    settings, plan = _settings(checkpoint), plan_loading(checkpoint)
+    settings, plan = model_settings(checkpoint), plan_loading(checkpoint)
     if hasattr(settings, "quantization_config"):
         del settings.quantization_config
     if any(tensor.dtype == "I8" for tensor in plan.state.values()):
         asked = DEFAULT_THRESHOLD if threshold is None else threshold
         settings.quantization_config = _entry(asked, plan.skip_modules, mode, plan.int8_experts)
-    model = _model_class(checkpoint.config).from_pretrained(None, config=settings, state_dict=plan.state, **given)
+    model = model_class(checkpoint.config).from_pretrained(None, config=settings, state_dict=plan.state, **given)
     return model.eval()
 
 
-def _settings(checkpoint: Checkpoint) -> Any:
+def model_settings(checkpoint: Checkpoint) -> Any:
+    """transformers' settings of a checkpoint, as its config.json or the GGUF file says."""
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -132,14 +133,16 @@ def _dtype(asked: Any, config: dict[str, Any], device_map: Any) -> Any:
     return torch.float32 if on_cpu and stored == "float16" else getattr(torch, stored)
 
 
-def _model_class(config: dict[str, Any]) -> Any:
+def model_class(config: dict[str, Any]) -> Any:
+    """The class that a config.json names, AutoModel where transformers has none of that name."""
     import transformers
 
     name = (config.get("architectures") or ["AutoModel"])[0]
     return getattr(transformers, name, None) or transformers.AutoModel
 
 
-def _tokenizer(checkpoint: Checkpoint) -> Any:
+def find_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer of a checkpoint; None where it has none."""
     from transformers import AutoTokenizer
 
     if isinstance(checkpoint, GgufCheckpoint):
