@@ -33,6 +33,7 @@ app = typer.Typer(
 class OutlierMode(str, Enum):
     """Values of --mode."""
 
+    static = "static"
     dynamic = "dynamic"
     elementwise = "elementwise"
     bitsandbytes = "bitsandbytes"
@@ -42,6 +43,10 @@ _Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")
 _Page = Annotated[
     str | None,
     typer.Option("--report", metavar="FILE.html", help="Write a web page with plots too; a page there is replaced."),
+]
+_Mode = Annotated[
+    OutlierMode | None,
+    typer.Option(help="What is corrected for outliers.  [default: static where calibrated, else dynamic]"),
 ]
 _Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 _Token = Annotated[
@@ -62,6 +67,8 @@ def convert(
     threshold: Annotated[
         float | None, typer.Option(help="Outlier threshold, 0 for none.  [default: the recipe's]")
     ] = None,
+    calibrate: Annotated[str | None, typer.Option(help="Text file to choose and store outlier columns by.")] = None,
+    outlier_columns: Annotated[str, typer.Option(help="auto, or how many of each weight.")] = "auto",
     recipe: Annotated[str, typer.Option(help="llm-int8, int8, int8-all, or a .toml file.")] = "llm-int8",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
@@ -81,9 +88,9 @@ def convert(
     build.check(page)
     with _progress("converting") as progress:
         result = operation(
-            source, out, format=format, scheme=scheme, moe=moe, threshold=threshold, recipe=recipe, device=device,
-            max_shard_size=max_shard_size, workers=workers, dry_run=dry_run, overwrite=overwrite, revision=revision,
-            token=token, progress=progress,
+            source, out, format=format, scheme=scheme, moe=moe, threshold=threshold, calibrate=calibrate,
+            outlier_columns=outlier_columns, recipe=recipe, device=device, max_shard_size=max_shard_size,
+            workers=workers, dry_run=dry_run, overwrite=overwrite, revision=revision, token=token, progress=progress,
         )  # fmt: skip
     _show(result, report.conversion(result), as_json)
     build.write(page, result, source)
@@ -129,7 +136,7 @@ def run(
     max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 64,
     compare: Annotated[str | None, typer.Option(help="Source checkpoint to run beside.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    mode: Annotated[OutlierMode, typer.Option(help="What is corrected for outliers.")] = OutlierMode.dynamic,
+    mode: _Mode = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
     revision: _Revision = None,
     token: _Token = None,
@@ -147,7 +154,7 @@ def run(
         max_new_tokens=max_new_tokens,
         compare=compare,
         device=device,
-        mode=mode.value,
+        mode=mode.value if mode else None,
         chat=chat,
         revision=revision,
         token=token,
@@ -167,7 +174,7 @@ def evaluate(
     tokens: Annotated[int, typer.Option(help="Use so many tokens of the text.")] = 4096,
     layers: Annotated[bool, typer.Option("--layers", help="Compare hidden states after each layer, too.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    mode: Annotated[OutlierMode, typer.Option(help="What is corrected for outliers.")] = OutlierMode.dynamic,
+    mode: _Mode = None,
     threshold: Annotated[float | None, typer.Option(help="Outlier threshold.  [default: the artifact's]")] = None,
     page: _Page = None,
     revision: _Revision = None,
@@ -182,7 +189,7 @@ def evaluate(
     build.check(page)
     result = operation(
         model, text=text, reference=reference, context=context, tokens=tokens, layers=layers, device=device,
-        mode=mode.value, threshold=threshold, revision=revision, token=token,
+        mode=mode.value if mode else None, threshold=threshold, revision=revision, token=token,
     )  # fmt: skip
     _show(result, report.evaluation(result), as_json)
     build.write(page, result, model)

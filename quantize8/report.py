@@ -55,6 +55,10 @@ def conversion(result: Conversion) -> RenderableType:
         table.add_row("int8", f"{len(plan.modules)} layers, {share:.1%} of the weights; {density}")
     else:
         table.add_row("weights", density)
+    if plan.outliers is not None:
+        wide = sum(len(found.columns) for found in plan.calibrated.values())
+        exact = sum(found.exact for found in plan.calibrated.values())
+        table.add_row("outliers", f"{wide} columns, {exact} of them stored exactly: {size(plan.outliers.nbytes)}")
     for reason, names in sorted(_by_reason(plan.kept).items()):
         table.add_row("kept in float", f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}")
     if plan.carries:
@@ -139,6 +143,8 @@ def evaluation(result: Evaluation) -> RenderableType:
     table = _table(("", "left"), ("", "left"))
     table.add_row("text", f"{result.tokens} tokens in windows of {result.context}, {result.scored} scored")
     table.add_row("perplexity", _estimate(result.perplexity, 3))
+    if result.new_outliers is not None:
+        table.add_row("new outliers", f"{result.new_outliers} columns that calibration did not store")
     if result.agreement is None:
         return table
     found, kl = result.agreement, result.agreement.kl
@@ -255,10 +261,11 @@ def _feature(entry: Feature) -> str:
 
 
 def _speed(result: Generation) -> str:
+    new = "" if result.new_outliers is None else f", {result.new_outliers} outlier columns that are not stored"
     return (
         f"prefill {result.prompt_tokens} tokens at {result.prefill_tokens_per_s:.0f}/s, "
         f"decode {len(result.tokens)} at {result.decode_tokens_per_s:.1f}/s, "
-        f"weights {size(result.weight_bytes)}, peak memory {size(result.peak_rss_bytes)}"
+        f"weights {size(result.weight_bytes)}, peak memory {size(result.peak_rss_bytes)}{new}"
     )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from quantize8.checkpoint import Checkpoint
 from quantize8.errors import SourceError
-from quantize8.model.loading import load
+from quantize8.model.loading import find_tokenizer, load, quiet
 from quantize8.ops.choice import resolve
 from quantize8.ops.reference import OutlierMode
 
@@ -26,7 +29,7 @@ def read_text(path: Path) -> str:
 def open_for_text(
     model: str,
     device: str,
-    mode: OutlierMode = "dynamic",
+    mode: OutlierMode | None = None,
     revision: str | None = None,
     token: str | None = None,
     threshold: float | None = None,
@@ -39,3 +42,36 @@ def open_for_text(
     if not loaded.can_generate():
         raise SourceError(f"{model}: is a {type(loaded).__name__}, which does not generate text")
     return loaded, tokenizer
+
+
+def new_outliers(model: Any) -> int | None:
+    """Columns, summed over layers, that reached the threshold in mode static and are not stored; None in other modes.
+
+    They were multiplied in int8: many of them say that the calibration's text was unlike this one.
+    """
+    from quantize8.model.linear import Int8Linear
+
+    layers = [module for module in model.modules() if isinstance(module, Int8Linear) and module.mode == "static"]
+    return sum(layer.new_outliers() for layer in layers) if layers else None
+
+
+@contextmanager
+def streamed_with_text(checkpoint: Checkpoint, text: str, tokens: int) -> Iterator[tuple[Any, Any]]:
+    """A streamed model, and the first tokens of a text as ids [T], at most as many as the model takes.
+
+    Raises SourceError where the model has no tokenizer, or is an encoder-decoder.
+    """
+    from quantize8.model.streaming import streamed
+
+    with quiet():
+        tokenizer = find_tokenizer(checkpoint)
+    if tokenizer is None:
+        raise SourceError(f"{checkpoint.name}: has no tokenizer, so no text can be given to it")
+    with streamed(checkpoint) as model:
+        if model.config.is_encoder_decoder:
+            raise SourceError(f"{checkpoint.name}: is an encoder-decoder, to which one text cannot be given")
+        limit = min(tokens, getattr(model.config, "max_position_embeddings", None) or tokens)
+        with quiet():
+            ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=limit)["input_ids"][0]
+        model.config.use_cache = False  # nothing follows that would read keys and values again
+        yield model, ids

@@ -80,21 +80,10 @@ def _inspect_text(
     checkpoint: Checkpoint, model: str, text: str, threshold: float, layer: str, tokens: int
 ) -> ActivationReport:
     from quantize8.model.activations import activations, linear_layers
-    from quantize8.model.loading import find_tokenizer, quiet
-    from quantize8.model.streaming import streamed
+    from quantize8.model.text import streamed_with_text
 
-    with quiet():
-        tokenizer = find_tokenizer(checkpoint)
-    if tokenizer is None:
-        raise SourceError(f"{model}: has no tokenizer, so no text can be given to it")
-    with streamed(checkpoint) as loaded:
-        if loaded.config.is_encoder_decoder:
-            raise SourceError(f"{model}: is an encoder-decoder, which is not inspected with a text; leave --text out")
+    with streamed_with_text(checkpoint, text, tokens) as (loaded, ids):
         _matching([name for name, _ in linear_layers(loaded)], layer, model)
-        limit = min(tokens, getattr(loaded.config, "max_position_embeddings", None) or tokens)
-        with quiet():
-            ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=limit)["input_ids"][0]
-        loaded.config.use_cache = False  # nothing follows that would read keys and values again
         return activations(loaded, ids, threshold, layer)
 
 
