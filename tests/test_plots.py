@@ -111,6 +111,7 @@ def test_cells_are_the_fuller_the_larger_and_empty_where_there_is_nothing():
     assert alpha.shape == values.shape and alpha[0, 0] > 0 and alpha[0, 2] == 1
     assert alpha[0, 1] - alpha[0, 0] == pytest.approx(alpha[0, 2] - alpha[0, 1], abs=1 / 255)  # equal factors
     assert alpha[1, 0] == alpha[1, 1] == 0 and np.all(np.diff(scale[0, :, 3]) >= 0)
+    assert "3,790" in texts(parse(plots.heatmap(37.9 * values, ["a", "b"], "layer", "s", alt="a")))
     cells, _ = pixels(parse(plots.heatmap(values, ["a", "b"], "layer", "s", alt="a")))
     np.testing.assert_allclose(cells[0, :, 3], values[0] / 100, atol=0.5 / 255 + 1e-6)
 

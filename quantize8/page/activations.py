@@ -71,8 +71,8 @@ def _features(report: ActivationReport) -> list[str]:
     left_out = found.left_out + max(0, len(found.columns) - plots.ROWS)
     more = f" {left_out:,} features with less are left out." if left_out else ""
     caption = (
-        "A feature is a column of the hidden state. Each layer has two inputs, attention's and feed-forward's, counted "
-        f"from the first; empty where no number reaches {report.threshold:g}.{more}"
+        "A feature is a column of the hidden state. A layer has one input or two, attention's and feed-forward's: "
+        f"they are counted from the first. Empty where no number reaches {report.threshold:g}.{more}"
     )
     rows = [str(column) for column in found.columns]
     alt = f"Heatmap: share of positions with an outlier, of {len(rows)} features at {len(found.inputs)} layer inputs"

@@ -32,13 +32,14 @@ body { margin: 0 auto; max-width: 1080px; padding: 20px 12px 40px; background: v
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", Arial, sans-serif; }
 h1 { font-size: 1.5em; line-height: 1.25; margin: 0 0 4px; overflow-wrap: anywhere; }
 h2 { font-size: 1.05em; line-height: 1.3; margin: 0; }
-p { margin: 4px 0 0; overflow-wrap: anywhere; }
+p { margin: 4px 0 0; }
+p, li, dt, summary { overflow-wrap: anywhere; }
 .muted, figcaption p, dt { color: var(--muted); }
 dl { display: grid; grid-template-columns: 1fr 1fr; gap: 10px; margin: 18px 0; }
 @media (min-width: 640px) { dl { grid: auto / auto-flow 1fr; } }
 dl div, figure, details { background: var(--card); border: 1px solid var(--grid); border-radius: 8px; }
 dl div { display: flex; flex-direction: column-reverse; justify-content: flex-end; padding: 10px 12px; }
-dt { font-size: .84em; line-height: 1.35; overflow-wrap: anywhere; }
+dt { font-size: .84em; line-height: 1.35; }
 dd { margin: 0; font-size: 1.3em; font-weight: 600; line-height: 1.3; text-wrap: balance; }
 .advice { border-left: 4px solid var(--s1); padding: 2px 0 2px 12px; margin: 18px 0; }
 .advice ul { margin: 4px 0 0; padding-left: 20px; }

@@ -175,13 +175,13 @@ def _scale(axes: Axes, low: float, high: float, log: bool) -> None:
 
     above = Affine2D().scale(axes.figure.dpi * _PX) + ScaledTranslation(0, 1, cast(Any, axes.transAxes))  # px over it
     place = blended_transform_factory(axes.transAxes, above)
-    bar = axes.inset_axes((0.7, 8, 0.18, 9), transform=place)
+    bar = axes.inset_axes((0.66, 8, 0.18, 9), transform=place)
     bar.set_in_layout(False)  # the title has made the room
     steps = np.geomspace(low, high, _STEPS) if log else np.linspace(low, high, _STEPS)
     bar.imshow(_shade(steps[None], low, high, log), aspect="auto", interpolation="none")
     bar.set_axis_off()
     for end, value, side in ((-0.05, low, "right"), (1.05, high, "left")):
-        bar.text(end, 0.5, f"{value:.3g}", ha=side, va="center", color=_MUTED, transform=bar.transAxes)
+        bar.text(end, 0.5, f"{float(f'{value:.3g}'):,g}", ha=side, va="center", color=_MUTED, transform=bar.transAxes)
 
 
 def _line(axes: Axes, index: int, entry: Series) -> None:

@@ -120,7 +120,7 @@ def _next_steps(result: Conversion, found: list[_Weight]) -> list[str]:
     if plan.carries:
         tips = ["The int8 codes are those of the source: this conversion has added no error."]
     if plan.format.is_folder:
-        tips.append(f"Try it: {markup.code(f'quantize8 run {out} --prompt TEXT')}")
+        tips.append(f"Measure what it costs: {markup.code(f'quantize8 evaluate {out} --reference SOURCE')}")
     return [*tips, f"After copying it, check every byte: {markup.code(f'quantize8 verify {out}')}"]
 
 
