@@ -32,7 +32,7 @@ class LinearReport:
     rms: float
     columns: list[int]  # with some |x| >= threshold
     positions: float  # share of positions with some |x| >= threshold
-    weight_error: float | None  # the same with exact activations, as it is of int8 weights alone
+    weight_error: float | None  # expected, of int8 weights and exact activations; None as of a threshold
     thresholds: list[LayerThreshold]
 
 
