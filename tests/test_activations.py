@@ -182,6 +182,20 @@ def test_a_layer_without_output_has_no_error():
     assert relative_error(found.squares, torch.zeros(8).double(), weight_error(torch.ones(3, 8)), 0.0) == 0.0
 
 
+def test_a_layer_that_cannot_be_int8_is_left_out_of_the_errors(tmp_path):
+    def edit(state):
+        state["model.layers.0.mlp.up_proj.weight"][3, 4] = 1e6
+
+    source = llama(tmp_path / "source", dtype=torch.float32, edit=edit)
+    with streamed(open_checkpoint(str(source))) as model:
+        report = activations(model, torch.arange(30), 6.0)
+    assert [entry.module for entry in report.linears if entry.weight_error is None] == [
+        "model.layers.0.mlp.up_proj",
+        "lm_head",
+    ]
+    assert all(0 < entry.error < 1 for entry in report.thresholds)
+
+
 def test_watchers_see_inputs_outputs_and_weights_of_a_streamed_model(tmp_path, mgm):
     for source in (llama(tmp_path / "source"), mgm):
         seen = {}

@@ -24,8 +24,8 @@ from quantize8.model.features import LayerInput, affected, emergent_features, fe
 from quantize8.model.linear import Int8Linear
 from quantize8.model.outliers import ActivationReport, LayerThreshold, LinearReport, ThresholdReport
 
-# Called with a layer's name, the layer, its input float32 [T, K], and its output float32 [T, N]: None of the output
-# head, which computes the last position only. Weights are in place, of a streamed model too.
+# Called with a layer's name, the layer, its input float32 [T, K], and its output float32 [T, N], both on the CPU: None
+# of the output head, which computes the last position only. Weights are in place, of a streamed model too.
 Watcher = Callable[[str, nn.Module, Tensor, Tensor | None], None]
 
 _RECENT_NORMS = 8  # norm outputs kept to recognize what a Linear reads; a block applies fewer in a row
@@ -82,7 +82,7 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 
 def _rows(values: Tensor) -> Tensor:
-    return values.detach().reshape(-1, values.shape[-1]).float()
+    return values.detach().reshape(-1, values.shape[-1]).float().cpu()
 
 
 def _head_watcher(name: str, watcher: Watcher) -> Callable[..., Any]:
@@ -159,15 +159,16 @@ class _Recorder:
     def _note_linear(self, name: str, module: nn.Module, x: Tensor, y: Tensor | None) -> None:
         if not fnmatchcase(name, self._layer):
             return
-        magnitudes, known, weight = x.abs(), self._input(x), dense_weight(module)
+        magnitudes, known = x.abs(), self._input(x)
         over, peaks = magnitudes >= self._threshold, magnitudes.amax(0)
         later = magnitudes[1:].amax(0) if len(x) > 1 else torch.zeros_like(peaks)
-        alone, *errors = _output_errors(known, module, weight, y)
+        alone, *errors = _output_errors(known, module, y)
+        width: Any = module.nf if isinstance(module, Conv1D) else module.out_features
         self.linears.append(
             LinearReport(
                 module=name,
                 in_features=x.shape[1],
-                out_features=len(weight),
+                out_features=width,
                 max=float(peaks.max()),
                 max_column=int(peaks.argmax()),
                 max_after_first=float(later.max()),
@@ -177,7 +178,7 @@ class _Recorder:
                 positions=float(over.any(1).double().mean()),
                 weight_error=alone,
                 thresholds=[
-                    LayerThreshold(found.threshold, found.columns, found.positions, 2 * len(weight) * found.columns, e)
+                    LayerThreshold(found.threshold, found.columns, found.positions, 2 * width * found.columns, e)
                     for found, e in zip(known.errors, errors, strict=True)
                 ],
             )
@@ -192,14 +193,19 @@ class _Recorder:
         return last
 
 
-def _output_errors(known: _Input, module: Any, weight: Tensor, y: Tensor | None) -> list[float | None]:
-    """Expected relative errors of a layer's output: of the weight alone, then at each threshold; None without y."""
+def _output_errors(known: _Input, module: Any, y: Tensor | None) -> list[float | None]:
+    """Expected relative errors of a layer's output: of the weight alone, then at each threshold.
+
+    None without y, and where a weight cannot be int8.
+    """
     if y is None:
         return [None] * (1 + len(known.errors))
-    product = y if module.bias is None else y - module.bias
-    y_energy, rounded = float(torch.linalg.vector_norm(product, dtype=torch.float64)) ** 2, weight_error(weight)
+    product = y if module.bias is None else y - module.bias.cpu()
+    y_energy = float(torch.linalg.vector_norm(product, dtype=torch.float64)) ** 2
+    rounded = weight_error(dense_weight(module))
     squares: list[Tensor | float] = [0.0, *(found.squares for found in known.errors)]
-    return [relative_error(entry, known.energy, rounded, y_energy) for entry in squares]
+    errors = [relative_error(entry, known.energy, rounded, y_energy) for entry in squares]
+    return [error if math.isfinite(error) else None for error in errors]
 
 
 def _holds_experts(module: nn.Module) -> bool:

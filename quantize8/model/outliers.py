@@ -15,7 +15,7 @@ class LayerThreshold:
     columns: int  # J, with some |x| >= threshold
     positions: float  # share of positions with some |x| >= threshold
     bytes: int  # of J columns of the weight in 16-bit: 2 N J
-    error: float | None  # expected relative error of the output in int8; None of the output head
+    error: float | None  # expected, relative, of an int8 output; None of the output head, or if it cannot be int8
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class LinearReport:
     rms: float
     columns: list[int]  # with some |x| >= threshold
     positions: float  # share of positions with some |x| >= threshold
-    weight_error: float | None  # expected relative error of the output with int8 weights and exact activations
+    weight_error: float | None  # expected, of int8 weights and exact activations; None as of a threshold
     thresholds: list[LayerThreshold]
 
 
