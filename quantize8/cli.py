@@ -59,6 +59,7 @@ def convert(
         float | None, typer.Option(help="Outlier threshold, 0 for none.  [default: the recipe's]")
     ] = None,
     recipe: Annotated[str, typer.Option(help="llm-int8, int8, int8-all, or a .toml file.")] = "llm-int8",
+    scale: Annotated[str, typer.Option(help="absmax, or mse: the one with the least squared error.")] = "absmax",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     workers: Annotated[int | None, typer.Option(help="Threads.  [default: one a processor]")] = None,
@@ -81,6 +82,7 @@ def convert(
             moe=moe,
             threshold=threshold,
             recipe=recipe,
+            scale=scale,
             device=device,
             max_shard_size=max_shard_size,
             workers=workers,

@@ -15,6 +15,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
+from typing import get_args
 
 from quantize8 import __version__
 from quantize8.artifact.folder import check_disk, check_output, staged, write_file
@@ -28,6 +29,7 @@ from quantize8.checkpoint import TensorInfo, open_checkpoint
 from quantize8.checkpoint.base import CONFIG_NAME
 from quantize8.errors import OutputError
 from quantize8.ops.choice import resolve
+from quantize8.ops.scales import ABSMAX, MSE, Scale, ScaleSearch
 from quantize8.recipe import DEFAULT_RECIPE, load_recipe
 
 _MAX_WORKERS = 8  # beyond this many threads the disk is the limit
@@ -53,6 +55,7 @@ def convert(
     moe: str | None = None,
     threshold: float | None = None,
     recipe: str = DEFAULT_RECIPE,
+    scale: str = ABSMAX,
     device: str = "auto",
     max_shard_size: str = DEFAULT_SHARD_SIZE,
     workers: int | None = None,
@@ -67,15 +70,17 @@ def convert(
     Args: source, a hub id, folder or file; out, the new folder (default: the source's name with what was made of it,
     such as `<name>-int8`, in the current one); format, bitsandbytes, compressed-tensors, gguf, float16, bfloat16 or
     float32; scheme (w8a8 or w8a16) and moe (vllm or transformers), of compressed-tensors alone; threshold, of
-    bitsandbytes, in place of the recipe's; recipe, a shipped name or a .toml file, of the first two formats; device,
-    auto, cpu or cuda (auto: a GPU that kernels can use, else the CPU); workers, threads that read, quantize and write
-    side by side (default: one a processor); progress, called with bytes of source done and in all.
+    bitsandbytes, in place of the recipe's; recipe, a shipped name or a .toml file, of the first two formats; scale,
+    absmax, or mse to search the one with the least squared error (ops/scales.py), of the int8 formats; device, auto,
+    cpu or cuda (auto: a GPU that kernels can use, else the CPU; scales are searched on the CPU alone); workers, threads
+    that read, quantize and write side by side (default: one a processor); progress, called with bytes of source done
+    and in all.
     Raises: SourceError, WeightError, RecipeError, OutputError or DependencyError; then no output folder is left.
     """
     if workers is not None and workers < 1:
         raise OutputError(f"workers {workers}: must be 1 or more")
     start = time.perf_counter()
-    device = resolve(device)
+    device = _device_for(scale, device)
     output = make_format(format, scheme, moe)
     chosen = load_recipe(recipe, threshold)
     if threshold is not None and output.name != DEFAULT_FORMAT:
@@ -86,6 +91,8 @@ def convert(
     target = Path(out) if out is not None else Path(f"{checkpoint.name}-{output.suffix}")
     check_output(target, overwrite, checkpoint.folder)
     plan = make_plan(checkpoint, chosen, output, max_shard_size)
+    if scale == MSE:
+        plan.searches = _searches(plan)
     if dry_run:
         return Conversion(target, plan, time.perf_counter() - start)
     check_disk(target, plan.output_bytes)
@@ -97,6 +104,24 @@ def convert(
             raise OutputError(f"{target}: not written ({error.strerror}{where}); mend that and run again") from None
     errors = {name: record.quantized for name, record in manifest.tensors.items() if record.quantized}
     return Conversion(target, plan, time.perf_counter() - start, manifest, errors)
+
+
+def _device_for(scale: str, device: str) -> str:
+    """Where weights are quantized: cpu or cuda."""
+    if scale not in get_args(Scale):
+        raise OutputError(f"scale {scale}: unknown; name one of {', '.join(get_args(Scale))}")
+    if scale == MSE and device == "cuda":
+        raise OutputError("scale mse: is searched on the CPU; leave out --device cuda")
+    return "cpu" if scale == MSE and device == "auto" else resolve(device)
+
+
+def _searches(plan: Plan) -> dict[str, ScaleSearch]:
+    """A search of the scales of every weight that is quantized here."""
+    if not isinstance(plan.format, Int8Format) and not plan.gguf:
+        raise OutputError(f"scale {MSE}: --format {plan.format.name} has no place for it; leave it out")
+    if not plan.quantized:
+        raise OutputError(f"scale {MSE}: {plan.checkpoint.name} is int8 already, with its scales; leave it out")
+    return dict.fromkeys(plan.quantized, ScaleSearch())
 
 
 def _write(plan: Plan, folder: Path, quantizers: list[WeightQuantizer], progress: Progress | None) -> Manifest:

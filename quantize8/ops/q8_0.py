@@ -4,9 +4,9 @@ A block is 34 bytes: d, float16 little-endian, then 32 codes, int8. d = absmax /
 times 1 / d rounded half away from zero, and only then is d rounded to float16. `gguf.quants` is the definition, and
 what computes where Numba is missing; the compiled loops equal it bit for bit.
 
-A searched scale is the d = absmax / level, of a few levels from 127 down, with which a block is read back with the least
-weighted squared error, summed as in `scales`. The level 127, llama.cpp's own, comes first and stays where errors are
-equal.
+A searched scale is the d = absmax / level, of a few levels from 127 down, with which a block is read back with the
+least weighted squared error, summed as in `scales`. The level 127, llama.cpp's own, comes first and stays where errors
+are equal.
 """
 
 from __future__ import annotations
@@ -116,14 +116,14 @@ def _absmax(blocks: Array) -> Array:
 
 
 def _inverses(scales: Array) -> Array:
-    inverses = np.float32(1) / scales
+    inverses: Array = np.float32(1) / scales
     inverses[np.isinf(inverses)] = 0  # of 0, and of what is so small that codes would be no numbers
     return inverses
 
 
 def _searched(blocks: Array, weights: Array) -> Array:
     """The best scale float32 [B] of each block [B, 32], not yet rounded; weights are [K // 32, 32], for every row."""
-    scales = _absmax(blocks) / _LEVELS[:, None]
+    scales: Array = _absmax(blocks) / _LEVELS[:, None]
     inverses, stored = _inverses(scales), scales.astype("<f2").astype(np.float32)
     best = np.zeros(len(blocks), np.int64)
     if jit.INSTALLED:
@@ -136,8 +136,8 @@ def _searched(blocks: Array, weights: Array) -> Array:
             errors = folded(terms).reshape(-1)
             best[errors < least] = level
             least = np.fmin(errors, least)
-    found: Array = scales[best, np.arange(len(blocks))]
-    return found
+    chosen: Array = scales[best, np.arange(len(blocks))]
+    return chosen
 
 
 def _codes(blocks: Array, inverses: Array) -> Array:

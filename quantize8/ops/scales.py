@@ -14,10 +14,14 @@ in float32, one rounding per operation, summed in halves (`folded`). Of equal er
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 
 from quantize8.ops.reference import Array, codes_of, dequantize, to_float16
+
+Scale = Literal["absmax", "mse"]
+ABSMAX, MSE = get_args(Scale)
 
 # Dense near 1, where a row is most often best: on SmolLM2-135M nine steps of 0.0375 win 3.8% of the error, these 7.7%
 # (weighted; 1.4% unweighted). The last three are for heavy tails, where 0.95 is not enough.
@@ -70,9 +74,10 @@ def search_absmax(weight: Array, search: ScaleSearch) -> Array:
     best, limit, least = peaks.copy(), _errors(values, peaks, weights), _errors(values, peaks, others)
     for candidate in [*(to_float16(np.float32(clip) * peaks).astype(np.float32) for clip in CLIPS[1:]), rest]:
         error, total = _errors(values, candidate, others), _errors(values, candidate, weights)
-        better = (0 < candidate) & (candidate < peaks) & (error < least) & (total <= limit)
+        better = (candidate > 0) & (candidate < peaks) & (error < least) & (total <= limit)
         best[better], least[better] = candidate[better], error[better]
-    return np.where(fit, best, absmax)
+    chosen: Array = np.where(fit, best, absmax)
+    return chosen
 
 
 def folded(terms: Array) -> Array:
