@@ -193,9 +193,9 @@ def _search(blocks: Any, weights: Any, inverses: Any, stored: Any, best: Any) ->
             inverse, scale = inverses[level, b], stored[level, b]
             for k in range(BLOCK):
                 magnitude = abs(block[k] * inverse)
-                whole = np.int32(magnitude)
-                number = whole + np.int32(magnitude - np.float32(whole) >= np.float32(0.5))
-                difference = abs(block[k]) - np.float32(number) * scale
+                whole = np.floor(magnitude)
+                number = whole + np.float32(magnitude - whole >= np.float32(0.5))
+                difference = abs(block[k]) - number * scale
                 terms[k] = weight[k] * (difference * difference)
             for k in range(16):  # as `folded` does, with lengths that a compiler knows
                 terms[k] += terms[16 + k]
