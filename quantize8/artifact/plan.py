@@ -13,6 +13,8 @@ from quantize8.checkpoint import Checkpoint, TensorInfo
 from quantize8.checkpoint.base import FLOATING, QUANTIZABLE, main_dtype, model_dtype
 from quantize8.checkpoint.structure import CONV1D, LINEAR, Structure, read_structure
 from quantize8.errors import SourceError
+from quantize8.ops.q8_0 import Q8_0
+from quantize8.ops.scales import ScaleSearch
 from quantize8.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class Plan:
     gguf: dict[str, GgufTensor] = field(default_factory=dict)  # source tensor, or one that is computed -> its form
     calibrated: dict[str, Calibrated] = field(default_factory=dict)  # module -> its outlier columns
     outliers: Shard | None = None  # the file that holds them
+    searches: dict[str, ScaleSearch] = field(default_factory=dict)  # source tensor -> its scales, if not by absmax
 
     @property
     def files(self) -> list[Shard]:
@@ -67,6 +70,13 @@ class Plan:
     def carries(self) -> bool:
         """Whether every int8 module has the codes that the source stores."""
         return bool(self.modules) and all(self.checkpoint.is_int8(f"{name}.weight") for name in self.modules)
+
+    @property
+    def quantized(self) -> list[str]:
+        """Source tensors that become int8 and are not int8 already."""
+        names = [f"{name}.weight" for name in self.modules]
+        names += [name for name, tensor in self.gguf.items() if tensor.kind == Q8_0 and tensor.values is None]
+        return [name for name in names if not self.checkpoint.is_int8(name)]
 
     @property
     def weights(self) -> int:
