@@ -28,9 +28,10 @@ from benchmarks.cpu import RESULTS, write
 from benchmarks.llama_cpp import served
 from benchmarks.loaders_table import table, worst
 from quantize8 import Quantize8Error, convert, load
-from quantize8.demo import TEXT, find_model
+from quantize8.demo import find_model
 from quantize8.model.loading import quiet
 from quantize8.model.quantizer import Int8Quantizer
+from quantize8.resources import TEXT
 
 TOKENS = 48
 STEP = 8  # llama.cpp tells the logits after every so many tokens, as each takes a request

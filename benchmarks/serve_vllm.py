@@ -26,10 +26,11 @@ from typing import Any
 import quantize8
 from benchmarks import vllm_server
 from benchmarks.cpu import write
-from quantize8.demo import TEXT, find_model
+from quantize8.demo import find_model
 from quantize8.model.loading import load
+from quantize8.model.text import read_text
 from quantize8.operations.evaluate import perplexity
-from quantize8.operations.inspect import read_text
+from quantize8.resources import TEXT
 
 SCHEMES = ("w8a8", "w8a16")
 NEW_TOKENS = 32

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from quantize8.model.quantizer import Int8Config, enable
     from quantize8.model.training import merge_and_unload
     from quantize8.operations.convert import convert
+    from quantize8.operations.evaluate import evaluate
     from quantize8.operations.inspect import inspect
     from quantize8.operations.run import run
     from quantize8.operations.verify import verify
@@ -40,6 +41,7 @@ __all__ = [
     "WeightError",
     "convert",
     "enable",
+    "evaluate",
     "inspect",
     "load",
     "merge_and_unload",
@@ -52,6 +54,7 @@ _HOMES = {
     "Int8Linear": "model.linear",
     "convert": "operations.convert",
     "enable": "model.quantizer",
+    "evaluate": "operations.evaluate",
     "inspect": "operations.inspect",
     "load": "model.loading",
     "merge_and_unload": "model.training",

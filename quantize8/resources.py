@@ -1,8 +1,9 @@
-"""Where the files that ship with the package are: kernels (`cuda/`) and recipes (`configs/`)."""
+"""Where the files that ship with the package are: kernels (`cuda/`), recipes (`configs/`) and a text."""
 
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
+TEXT = _PACKAGE / "texts" / "sotu-1981.txt"  # the address's beginning: public domain (US government)
 
 
 def resource_dir(name: str) -> Path:

@@ -110,3 +110,18 @@ def qwen3_moe(folder: Path) -> Path:
     torch.manual_seed(0)
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, **experts, pad_token_id=0)).save_pretrained(folder)
     return folder
+
+
+def word_tokenizer(folder: Path, words: int = VOCABULARY) -> Path:
+    """Give a checkpoint a tokenizer of the words w0 to w62, and <unk> for all others; with fewer `words` more of it."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0} | {f"w{i}": i + 1 for i in range(words - 1)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<unk>")
+    fast.save_pretrained(folder)
+    return folder

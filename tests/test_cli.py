@@ -11,7 +11,8 @@ from inspect import signature
 from pathlib import Path
 
 import pytest
-from making import llama
+import torch
+from making import llama, word_tokenizer
 
 from quantize8 import __version__, cli
 
@@ -70,17 +71,64 @@ def test_run_streams_the_text_and_then_the_speed(quantize8, smollm2_int8, smollm
     assert code == 0 and text.startswith(" Paris") and "decode 4 at" in text
     code, text, _ = quantize8("run", smollm2_int8, "--max-new-tokens", 4, "--compare", smollm2)
     assert code == 0 and str(smollm2) in text and "of 4" in text
+    assert "over the 4 tokens of the source's text: KL(source || model) 0.0" in text
     value = json.loads(quantize8("run", smollm2_int8, "--max-new-tokens", 2, "--mode", "elementwise", "--json")[1])
     assert len(value["tokens"]) == 2
 
 
 def test_inspect_text_names_the_emergent_feature(quantize8, smollm2, tmp_path):
-    from quantize8.demo import TEXT
+    from quantize8.resources import TEXT
 
     code, text, _ = quantize8("inspect", smollm2, "--text", TEXT, "--layer", "*12.self_attn.q_proj")
-    assert code == 0 and "1 of 576" in text and "247 (layers 25%" in text
+    assert code == 0 and "1 of 576" in text and "247 (layers 25%" in text and "any of them: in 25%" in text
+    assert "advice: threshold" in text and "mean error" in text
     (tmp_path / "short.txt").write_text("Hello there.")
     assert "no emergent outlier feature" in quantize8("inspect", smollm2, "--text", tmp_path / "short.txt")[1]
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """A tiny checkpoint with a tokenizer, its artifact, and a text of 200 tokens."""
+    from quantize8 import convert
+
+    source = word_tokenizer(llama(tmp_path / "source", dtype=torch.float32))
+    convert(str(source), tmp_path / "out", recipe="int8-all")
+    (tmp_path / "text").write_text(" ".join(f"w{i * i % 63}" for i in range(200)))
+    return source, tmp_path / "out", tmp_path / "text"
+
+
+def test_evaluate_shows_perplexity_and_distance_from_the_reference(quantize8, scored):
+    source, out, text = scored
+    code, alone, _ = quantize8("evaluate", out, "--text", text, "--context", 64)
+    assert code == 0 and "200 tokens in windows of 64, 196 scored" in alone and "(95%: " in alone and "KL" not in alone
+    code, both, _ = quantize8("evaluate", out, "--text", text, "--reference", source, "--layers")
+    assert code == 0 and both.count("(95%: ") == 3 and "model.layers.1" in both
+    for row in (
+        "perplexity",
+        "reference's",
+        "ratio",
+        "nats a token, standard error",
+        "99th percentile",
+        "top-1 agreement",
+    ):
+        assert row in both
+    short = quantize8("evaluate", out, "--text", text, "--reference", source, "--tokens", 50)[1]
+    assert short.count("too few tokens for an interval") == 3 and "from 1, " in short and "standard error" not in short
+    code, out_text, err = quantize8("evaluate", out, "--layers")
+    assert code == 1 and out_text == "" and "add --reference" in err
+
+
+def test_json_of_evaluate(quantize8, scored):
+    source, out, text = scored
+    alone = json.loads(quantize8("evaluate", out, "--text", text, "--json")[1])
+    assert set(alone) == {"model", "tokens", "scored", "context", "perplexity", "agreement"}
+    assert set(alone["perplexity"]) == {"value", "low", "high"} and alone["agreement"] is None
+    options = ("--text", text, "--reference", source, "--layers", "--mode", "elementwise", "--threshold", 3)
+    agreement = json.loads(quantize8("evaluate", out, *options, "--json")[1])["agreement"]
+    assert set(agreement) == {"reference", "perplexity", "ratio", "kl", "top1", "layers"}
+    assert set(agreement["kl"]) == {"mean", "standard_error", "median", "p99", "max", "by_position"}
+    assert set(agreement["kl"]["by_position"][0]) == {"first", "tokens", "kl"}
+    assert list(agreement["layers"]) == ["model.layers.0", "model.layers.1"]
 
 
 def test_env_names_versions_and_remedies(quantize8, monkeypatch):
@@ -89,6 +137,7 @@ def test_env_names_versions_and_remedies(quantize8, monkeypatch):
     monkeypatch.setattr("quantize8.operations.environment._version", lambda _: None)
     text = quantize8("env")[1]
     assert "pip install torch" in text and "open artifacts without quantize8: pip install bitsandbytes" in text
+    assert "write pages with --report: pip install 'quantize8[report]'" in text
 
 
 def test_env_says_what_a_gpu_needs(quantize8, monkeypatch):
@@ -102,16 +151,22 @@ def test_version_help_and_usage_errors(quantize8):
     assert quantize8("--version")[1].strip() == __version__
     code, text, _ = quantize8("--help")
     assert code == 0
-    for command in ("convert", "inspect", "run", "verify", "env", "demo"):
+    for command in ("convert", "inspect", "run", "evaluate", "verify", "env", "demo"):
         assert command in text and quantize8(command, "--help")[0] == 0
     assert quantize8("convert")[0] == 2 and quantize8("convert", "x", "--nonsense")[0] == 2
 
 
 def test_defaults_are_the_operations_own():
     """Written again in cli.py, so that --help need not import what they come from."""
-    from quantize8.operations import convert, inspect, run
+    from quantize8.operations import convert, evaluate, inspect, run
 
-    for command, operation in ((cli.convert, convert.convert), (cli.inspect, inspect.inspect), (cli.run, run.run)):
+    pairs = (
+        (cli.convert, convert.convert),
+        (cli.inspect, inspect.inspect),
+        (cli.run, run.run),
+        (cli.evaluate, evaluate.evaluate),
+    )
+    for command, operation in pairs:
         theirs = signature(operation).parameters
         for name, parameter in signature(command).parameters.items():
             if name in theirs:
@@ -120,7 +175,7 @@ def test_defaults_are_the_operations_own():
 
 
 def test_errors_are_one_line_on_stderr_and_exit_code_1(quantize8, tmp_path):
-    for command in ("convert", "inspect", "run", "verify"):
+    for command in ("convert", "inspect", "run", "evaluate", "verify"):
         code, out, err = quantize8(command, tmp_path / "nothing")
         assert code == 1 and out == "" and err.startswith("error: ") and err.count("\n") == 1
 

@@ -1,6 +1,7 @@
-"""Inspecting: figures on a real model and text agree with an independent count, emergent features with planted ones."""
+"""Inspecting: figures on a real model and text agree with those known beforehand, of weights with the reference's."""
 
 import json
+from fnmatch import fnmatchcase
 
 import numpy as np
 import pytest
@@ -8,10 +9,13 @@ import torch
 from making import llama
 from safetensors.torch import load_file, save_file
 
-from quantize8 import SourceError, convert, inspect, load
-from quantize8.demo import TEXT
-from quantize8.operations.inspect import activations, emergent_features
-from quantize8.ops import reference
+from quantize8 import SourceError, convert, inspect
+from quantize8.checkpoint import open_checkpoint
+from quantize8.model.activations import activations, watch
+from quantize8.model.loading import find_tokenizer
+from quantize8.model.streaming import streamed
+from quantize8.ops import cpu, reference
+from quantize8.resources import TEXT
 
 
 @pytest.fixture(scope="module")
@@ -51,56 +55,46 @@ def test_the_artifact_shows_the_same_emergent_feature(smollm2_int8):
     assert len(report.linears) == 30
 
 
-def test_each_figure_equals_a_count_by_hand(tmp_path):
-    model, _ = load(llama(tmp_path / "source", dtype=torch.float32))
-    layer = model.model.layers[1].mlp.down_proj
-    seen = []
-    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0].abs().numpy()))
-    ids = torch.arange(30)
-    threshold = 0.05
-    report = activations(model, ids, threshold, "*.1.mlp.down_proj")
-    hook.remove()
-    (entry,) = report.linears
-    assert entry.module == "model.layers.1.mlp.down_proj" and entry.in_features == 48
-    assert entry.columns == np.flatnonzero((seen[0] >= threshold).any(0)).tolist() != []
-    assert entry.max == seen[0].max() and entry.max_column == seen[0].max(0).argmax()
-    assert entry.positions == pytest.approx((seen[0] >= threshold).any(1).mean())
-
-
-def planted(width: int, features: dict[int, tuple[int, float]], layers: int = 20):
-    """Layer inputs in which each feature is over the threshold in so many layers, at such a share of positions."""
-    inputs = []
-    for layer in range(layers):
-        share, peak = np.zeros(width), np.ones(width)
-        for column, (count, positions) in features.items():
-            if layer < count:
-                share[column], peak[column] = positions, 20 + column
-        inputs.append((share, peak))
-    return inputs
-
-
-def test_emergence_needs_both_a_quarter_of_the_layers_and_six_percent_of_the_positions():
-    inputs = planted(32, {3: (5, 0.24), 7: (4, 1.0), 11: (20, 0.06), 13: (20, 0.05), 17: (5, 0.23)})
-    found = emergent_features(inputs)
-    assert sorted(feature.column for feature in found) == [3, 11]  # 7: 20% of layers; 13: 5%; 17: 5.75% on average
-    three = next(feature for feature in found if feature.column == 3)
-    assert three.layers == 0.25 and three.positions == pytest.approx(0.06) and three.max == 23
-
-
-def test_no_layer_inputs_have_no_features():
-    assert emergent_features([]) == []
-
-
 def test_hidden_states_of_an_encoder_are_recognized(minilm):
     report = inspect(str(minilm), text=TEXT, tokens=128)
     assert report.layer_inputs == 12  # attention and feed-forward of six layers
     assert len(report.linears) == 37
 
 
-def test_conv1d_inputs_are_seen(mgm):
-    model, _ = load(mgm)
-    report = activations(model, torch.arange(5, 25), 6.0)
-    assert report.layer_inputs == 16 and len(report.linears) == 33
+def test_the_advice_is_a_threshold_within_the_budget(smollm2_report, smollm2):
+    """The default budget is what the paper's threshold keeps to; the errors were measured once, see advice.py."""
+    errors = {entry.threshold: entry.error for entry in smollm2_report.thresholds}
+    assert errors[6.0] == pytest.approx(0.0244, abs=2e-4) and errors[2.0] == pytest.approx(0.0163, abs=2e-4)
+    assert list(errors.values()) == sorted(errors.values())
+    assert smollm2_report.advice.met and smollm2_report.advice.threshold == 6.0
+    assert smollm2_report.weight_error == pytest.approx(0.0086, abs=5e-4)
+
+
+def test_expected_errors_of_real_layers_are_near_the_measured_ones(smollm2):
+    layers, measured = "model.layers.12.*", {}
+    with streamed(open_checkpoint(str(smollm2))) as model, torch.no_grad():
+        ids = find_tokenizer(open_checkpoint(str(smollm2)))(TEXT.read_text(), return_tensors="pt")["input_ids"][0, :128]
+
+        def measure(name, module, x, y):
+            if fnmatchcase(name, layers):
+                codes, absmax = map(torch.from_numpy, cpu.quantize_rowwise(module.weight.numpy()))
+                product = cpu.mixed_matmul(x, reference.Int8Weight(codes, absmax), None, 4.0)
+                measured[name] = float((product - y).norm() / y.norm())
+
+        with watch(model, measure):
+            model(ids[None])
+        report = activations(model, ids, 6.0, layers)
+    assert len(measured) == len(report.linears) == 7
+    for entry in report.linears:
+        assert entry.thresholds[2].error == pytest.approx(measured[entry.module], rel=0.1)
+
+
+def test_layers_are_chosen_before_the_model_runs(smollm2):
+    report = inspect(str(smollm2), text=TEXT, tokens=40, layer="*.3.mlp.up_proj", budget=0.001)
+    assert [entry.module for entry in report.linears] == ["model.layers.3.mlp.up_proj"]
+    assert not report.advice.met and {entry.worst for entry in report.thresholds} == {"model.layers.3.mlp.up_proj"}
+    head = inspect(str(smollm2), text=TEXT, tokens=40, layer="lm_head")
+    assert head.thresholds == [] and head.advice is None and head.linears[0].in_features == 576
 
 
 def test_weight_figures_equal_the_reference(tmp_path):
@@ -146,6 +140,7 @@ def test_gpt2_weights_are_reported_as_linear_ones(mgm):
         ({"layer": "nothing*"}, "no Linear layer is called"),
         ({"text": "missing.txt"}, "cannot be read as text"),
         ({"text": TEXT, "threshold": 0.0}, "must be positive"),
+        ({"text": TEXT, "budget": 0.0}, "budget 0: must be positive"),
         ({"text": TEXT}, "has no tokenizer"),
     ],
 )

@@ -159,7 +159,7 @@ def test_tiles_for_a_unit_that_is_not_here_are_refused(monkeypatch):
     _, ours = weight_of(40, 64)
     monkeypatch.setattr(units, "available", lambda: ())
     with pytest.raises(DependencyError, match=f"laid out for {UNITS[0]}, which is not here"):
-        packed.linear(torch.ones(2, 64), ours.tiles, ours.scale, ours.start, None, 40, 6.0, "dynamic")
+        packed.linear(torch.ones(2, 64), ours.parts, None, 40, 6.0, "dynamic")
 
 
 def test_torch_finds_its_own_tiles_as_it_left_them():

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from making import llama
+from making import llama, word_tokenizer
 
-from quantize8 import DependencyError, SourceError, convert, run
-from quantize8.operations.run import Comparison, Generation, compared, open_for_text
+from quantize8 import DependencyError, SourceError, convert, load, run
+from quantize8.model.text import open_for_text
+from quantize8.operations.run import Comparison, Generation, compared
 
 PROMPT = "The capital of France is"
 
@@ -35,11 +36,38 @@ def test_compare_runs_the_source_and_finds_where_they_part(smollm2_int8, smollm2
     assert isinstance(result, Comparison)
     ours, theirs = result.generation.tokens, result.source.tokens
     assert result.source.text.startswith(" Paris")
+    assert result.agreement.tokens == 12 and 0 < result.agreement.kl < 0.1 and result.agreement.top1 > 0.7
     part = result.first_difference
     if part is None:
         assert ours == theirs
     else:
         assert ours[:part] == theirs[:part] and ours[part] != theirs[part]
+
+
+def test_compare_scores_the_sources_continuation_by_both_models(tmp_path):
+    source = word_tokenizer(llama(tmp_path / "source", dtype=torch.float32))
+    convert(str(source), tmp_path / "int8")
+    prompt = " ".join(f"w{i}" for i in range(20))
+    found = run(str(tmp_path / "int8"), prompt, max_new_tokens=12, compare=str(source), device="cpu")
+    logs = []
+    for folder in (tmp_path / "int8", source):
+        model, tokenizer = load(folder, "cpu")
+        ids = tokenizer(prompt)["input_ids"] + found.source.tokens
+        with torch.inference_mode():
+            logs.append(model(torch.tensor([ids])).logits[0, 19:-1].double().log_softmax(-1))
+    (q, p), count = logs, len(found.source.tokens)
+    assert found.agreement.tokens == count == len(p)
+    assert 0 < found.agreement.kl == pytest.approx(float((p.exp() * (p - q)).sum() / count), rel=1e-3)
+    assert found.agreement.top1 == float((p.argmax(-1) == q.argmax(-1)).double().mean())
+    itself = run(str(source), prompt, max_new_tokens=3, compare=str(source), device="cpu").agreement
+    assert (itself.tokens, itself.kl, itself.top1) == (3, 0, 1)
+
+
+def test_models_of_different_tokenizers_are_compared_by_text_alone(tmp_path):
+    first = word_tokenizer(llama(tmp_path / "first", dtype=torch.float32))
+    other = word_tokenizer(llama(tmp_path / "other", dtype=torch.float32), 40)
+    found = run(str(first), "w1 w50", max_new_tokens=2, compare=str(other), device="cpu")
+    assert found.agreement is None and len(found.source.tokens) == 2
 
 
 def generation(*tokens: int) -> Generation:

@@ -58,12 +58,15 @@ def plan_shards(groups: Iterable[list[OutTensor]], max_shard_size: str) -> list[
         size += nbytes
     count = len(files)
     names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)] if count > 1 else [SINGLE_NAME]
-    return [_place(Shard(name, tensors)) for name, tensors in zip(names, files, strict=True)]
+    return [place(Shard(name, tensors)) for name, tensors in zip(names, files, strict=True)]
 
 
-def index(shards: list[Shard]) -> dict[str, bytes]:
-    """The index of several files, as transformers writes it: {file name: content}; nothing for a single file."""
-    if len(shards) == 1:
+def index(shards: list[Shard], always: bool = False) -> dict[str, bytes]:
+    """The index of several files, as transformers writes it: {file name: content}.
+
+    Nothing for a single file, but `always`: loaders without an index read every file with the suffix .safetensors.
+    """
+    if len(shards) == 1 and not always:
         return {}
     weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
     total = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
@@ -79,7 +82,7 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def _place(shard: Shard) -> Shard:
+def place(shard: Shard) -> Shard:
     """Order as the safetensors library does: by dtype, wide ones first, then by name."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for the format
     shard.tensors.sort(key=lambda tensor: ((*_ORDER, *_BYTES).index(tensor.dtype), tensor.name))

@@ -63,10 +63,13 @@ class Manifest:
     kept: dict[str, str] = field(default_factory=dict)  # Linear weights that are not int8 -> why
     headers: dict[str, str] = field(default_factory=dict)  # weight file -> digest of its header
     files: dict[str, str] = field(default_factory=dict)  # every other file -> digest
+    calibration: dict[str, Any] = field(default_factory=dict)  # text and columns asked for, where it was calibrated
 
     def to_bytes(self) -> bytes:
         """The file's content, which ends with a digest of the rest."""
         value: dict[str, Any] = {"format_version": FORMAT_VERSION, **asdict(self)}
+        if not self.calibration:
+            del value["calibration"]
         for record in value["tensors"].values():
             if record["quantized"] is None:
                 del record["quantized"]

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from quantize8.artifact.format import Format, Int8Format
-from quantize8.artifact.layout import DEFAULT_SHARD_SIZE, OutTensor, Shard
+from quantize8.artifact.layout import DEFAULT_SHARD_SIZE, OutTensor, Shard, place
+from quantize8.artifact.outliers import OUTLIERS_NAME, Calibrated
 from quantize8.checkpoint import Checkpoint, TensorInfo
 from quantize8.checkpoint.base import FLOATING, QUANTIZABLE, main_dtype, model_dtype
 from quantize8.checkpoint.structure import CONV1D, LINEAR, Structure, read_structure
@@ -37,11 +38,18 @@ class Plan:
     shards: list[Shard] = field(default_factory=list)
     gguf: dict[str, GgufTensor] = field(default_factory=dict)  # source tensor, or one that is computed -> its form
     searches: dict[str, ScaleSearch] = field(default_factory=dict)  # source tensor -> its scales, if not by absmax
+    calibrated: dict[str, Calibrated] = field(default_factory=dict)  # module -> its outlier columns
+    outliers: Shard | None = None  # the file that holds them
+
+    @property
+    def files(self) -> list[Shard]:
+        """All files that hold tensors."""
+        return self.shards if self.outliers is None else [*self.shards, self.outliers]
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of the weight files."""
-        return sum(shard.nbytes for shard in self.shards)
+        """Bytes of these files."""
+        return sum(shard.nbytes for shard in self.files)
 
     @property
     def source_bytes(self) -> int:
@@ -78,6 +86,13 @@ class Plan:
     def shape_of(self, info: TensorInfo) -> tuple[int, ...]:
         """The shape of a tensor of the source as it is written."""
         return info.shape[::-1] if info.name in self.transposed else info.shape
+
+    def keep_outliers(self, calibrated: dict[str, Calibrated]) -> None:
+        """Give the outlier columns of the int8 modules, where they were calibrated, a place in a file of their own."""
+        self.calibrated = {name: found for name, found in calibrated.items() if name in self.modules}
+        shapes = {name: self.shape_of(self.checkpoint.tensors[f"{name}.weight"]) for name in self.calibrated}
+        tensors = [found.tensors(name, shapes[name][0]) for name, found in self.calibrated.items()]
+        self.outliers = place(Shard(OUTLIERS_NAME, [tensor for group in tensors for tensor in group]))
 
     def module_of(self, info: TensorInfo) -> str | None:
         """The module that a source tensor is the weight of, if it becomes int8."""

@@ -71,7 +71,7 @@ class Writer:
         self._places: dict[str, _Place] = {}
         self._descriptors: list[int] = []
         with contextlib.ExitStack() as files:
-            for shard in plan.shards:
+            for shard in plan.files:
                 descriptor = create(folder / shard.file, shard.header, shard.nbytes)
                 files.callback(os.close, descriptor)
                 self._descriptors.append(descriptor)
@@ -124,11 +124,15 @@ class Writer:
         rows, columns = plan.shape_of(info)
         stats, source, content, position = ColumnStats.empty(columns), blake3(), blake3(), 0
         absmax: list[Array] = []
+        exact: list[Array] = []
+        calibrated = plan.calibrated.get(module)
         carried = plan.checkpoint.is_int8(info.name)
         for values, codes, peaks in (self._carry if carried else self._rows)(info, quantizer, stats, source):
             if not np.isfinite(peaks).all():
                 raise _unfit(values, peaks, info, sum(len(done) for done in absmax))
             absmax.append(peaks)
+            if calibrated is not None:
+                exact.append(calibrated.exact_rows(values))
             packed = output.pack(codes, kind)
             content.update(as_bytes(packed))
             self._put(weight.name, packed, position)
@@ -140,7 +144,11 @@ class Writer:
         record.quantized = summarize(stats, scales, dtype, source.hexdigest(), info.name in plan.transposed)
         record.quantized.scale = MSE if info.name in plan.searches else ABSMAX
         records = {weight.name: record}
-        for out, other in zip(others, output.scales(scales, (rows, columns), kind), strict=True):
+        arrays = list(zip(others, output.scales(scales, (rows, columns), kind), strict=True))
+        if calibrated is not None:
+            found = [*calibrated.values(), np.concatenate(exact)]
+            arrays += zip(calibrated.tensors(module, rows), found, strict=True)
+        for out, other in arrays:
             self._put(out.name, other, 0)
             records[out.name] = self._record(out.name, digest(as_bytes(other)))
         return records

@@ -13,18 +13,23 @@ from quantize8.errors import WeightError
 from quantize8.ops import bitsandbytes
 from quantize8.ops.choice import has_int8_unit
 from quantize8.ops.operator import linear, packed_linear
-from quantize8.ops.reference import DEFAULT_THRESHOLD, INT8_MAX, OutlierMode
+from quantize8.ops.reference import DECODE_TOKENS, DEFAULT_THRESHOLD, INT8_MAX, OutlierMode
 
 if TYPE_CHECKING:
     from quantize8.ops.packed import PackedWeight
 
 _PACKING = threading.Lock()  # two threads may compute with one layer
+# In these modes neither a token's neighbours nor the batch may matter: what is short enough for the decode path goes
+# there in any batch, a few sequences at a time.
+_BATCH_INVARIANT = ("elementwise", "static")
 
 
 class Int8Linear(nn.Linear):
     """A linear layer with LLM.int8() weights, named as the bitsandbytes format names them.
 
     weight: int8 [N, K]. SCB: float32 [N], the absmax of each row. weight_format: 0, row-major. bias: [N] or None.
+    outlier_columns int32 [J] and outlier_weight float16 [N, E]: what mode static goes by, without which it has no
+    outliers; they are no part of a state_dict.
     Inputs are float16, bfloat16 or float32 [..., K]; the output has the input's dtype. Gradients reach the input (for
     adapters) through the dequantized weight, and the bias; the weight itself is frozen.
     """
@@ -49,6 +54,10 @@ class Int8Linear(nn.Linear):
         values = nn.Parameter(torch.empty(out_features, device=device), requires_grad=False) if bias else None
         self.register_parameter("bias", values)
         self.register_buffer("weight_format", torch.zeros((), dtype=torch.uint8, device=device))
+        self.outlier_columns: Tensor | None
+        self.outlier_weight: Tensor | None
+        self.register_buffer("outlier_columns", None, persistent=False)
+        self.register_buffer("outlier_weight", None, persistent=False)
 
     @classmethod
     def from_float(cls, source: nn.Linear, threshold: float = DEFAULT_THRESHOLD) -> Int8Linear:
@@ -69,31 +78,59 @@ class Int8Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype; on a GPU, launches that wait for nothing."""
         flat = x.reshape(-1, self.in_features)
+        if self.mode in _BATCH_INVARIANT and x.dim() > 2 and x.shape[-2] <= DECODE_TOKENS < len(flat):
+            product = torch.cat([self._product(few) for few in flat.split(DECODE_TOKENS)])
+        else:
+            product = self._product(flat)
+        return product.view(*x.shape[:-1], self.out_features)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """x [M, K] -> [M, N] in x's dtype."""
         product: Tensor
-        if not self._packs_for(flat):
+        if not self._packs_for(x):
             if self._packed is not None:
                 self.unpack()
-            product = linear(flat, self.weight, self.SCB, self.bias, self.threshold, self.mode)
+            columns = self._static_columns() if self.mode == "static" else (None, None)
+            product = linear(x, self.weight, self.SCB, self.bias, self.threshold, self.mode, *columns)
         elif torch.compiler.is_compiling():
-            packed, rest = self.pack(), (self.out_features, self.threshold, self.mode)
-            product = packed_linear(flat, packed.tiles, packed.scale, packed.start, self.bias, *rest)
+            product = packed_linear(x, self.pack().parts, self.bias, self.out_features, self.threshold, self.mode)
         elif self.mode == "bitsandbytes":
-            product = bitsandbytes.linear(flat, self.pack(), self.SCB, self.bias, self.threshold)
+            product = bitsandbytes.linear(x, self.pack(), self.SCB, self.bias, self.threshold)
         else:
-            product = self.pack().linear(flat, self.bias, self.threshold, self.mode)
-        return product.view(*x.shape[:-1], self.out_features)
+            product = self.pack().linear(x, self.bias, self.threshold, self.mode)
+        return product
+
+    def new_outliers(self) -> int:
+        """In mode static, how many columns besides the stored ones have reached the threshold at prefill so far.
+
+        On a CPU with an int8 unit, outside of torch.compile; 0 elsewhere, where nothing looks for them.
+        """
+        packed = self._packed
+        return 0 if packed is None or packed.static is None else int(packed.static.marks.sum())
+
+    def _static_columns(self) -> tuple[Tensor, Tensor]:
+        """outlier_columns and outlier_weight; empty where the artifact stores none for this layer."""
+        columns, weight = self.outlier_columns, self.outlier_weight
+        if columns is None or weight is None:
+            device = self.SCB.device
+            columns = torch.zeros(0, dtype=torch.int32, device=device)
+            weight = torch.zeros(self.out_features, 0, dtype=torch.float16, device=device)
+        return columns, weight
 
     def pack(self) -> PackedWeight:
         """Move the weight into the layout of the CPU's int8 units; `weight` keeps its shape, and no values."""
         packed = self._packed
-        if packed is not None:
+        if packed is not None and (packed.static is not None) == (self.mode == "static"):
             return packed
         from quantize8.ops.packed import PackedWeight
 
+        if packed is not None:
+            self.unpack()  # it was laid out for another mode
+
         with _PACKING, torch.inference_mode(False):  # training may follow, and refuses tensors made in inference mode
             if self._packed is None:
-                codes = self.weight.data
-                self._packed = PackedWeight(codes, self.SCB.data)
+                codes, columns = self.weight.data, self._static_columns() if self.mode == "static" else ()
+                self._packed = PackedWeight(codes, self.SCB.data, None, *columns)
                 self.weight.data = codes.new_zeros(()).expand(codes.shape)
             return self._packed
 
@@ -117,7 +154,7 @@ class Int8Linear(nn.Linear):
 
         Tracing does not move weights, so a model is called once before it is compiled.
         """
-        if x.is_cuda or self.mode == "static":
+        if x.is_cuda:
             return False
         if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             return False
@@ -136,8 +173,10 @@ class Int8Linear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
         """Move and cast as nn.Module does, but leave SCB in float32: model.half() must not round scales."""
         self.unpack()
-        scale = self.SCB.data
+        scale, exact = self.SCB.data, self.outlier_weight
         super()._apply(fn, recurse)
+        if exact is not None:
+            self.outlier_weight = exact.to(self.SCB.device)
         if self.SCB.dtype != torch.float32:
             self.SCB.data = scale.to(self.SCB.device)
         return self

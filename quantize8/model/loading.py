@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from quantize8.artifact.outliers import has_outliers, read_outliers
 from quantize8.checkpoint import Checkpoint, QuantizedCheckpoint, open_checkpoint
 from quantize8.checkpoint.bitsandbytes import is_int8
 from quantize8.checkpoint.gguf import GgufCheckpoint
-from quantize8.errors import DependencyError, SourceError, first_line
+from quantize8.checkpoint.structure import read_structure
+from quantize8.errors import ArtifactError, DependencyError, SourceError, first_line
 from quantize8.ops.choice import resolve
 from quantize8.ops.reference import DEFAULT_THRESHOLD, OutlierMode
 
@@ -20,7 +22,7 @@ def load(
     device_map: Any = "auto",
     *,
     dtype: Any = "auto",
-    mode: OutlierMode = "dynamic",
+    mode: OutlierMode | None = None,
     threshold: float | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -32,26 +34,32 @@ def load(
     Args: path, a folder, GGUF file or hub id; device_map, as transformers takes it, but "auto" keeps int8 layers on the
     CPU where no GPU can run their kernels; dtype of the floating-point part, "auto" for the stored one, except that
     float16 is computed in float32 on a CPU, which holds the same numbers and is faster there; mode and threshold of
-    the outlier correction, threshold None for the stored one.
+    the outlier correction: mode None for static where the artifact was calibrated, else dynamic, threshold None for
+    the stored one.
     Returns: the model in eval mode; its tokenizer, None where the folder has none.
     Raises: SourceError where the folder is missing, is quantized in a way not read, or needs code of its own to run.
     """
-    if mode == "static":
-        raise SourceError(f"{path}: holds no calibrated outlier columns for mode static; use dynamic or elementwise")
     with quiet():
         # opening tells what is missing, cut or lying in one line, before transformers meets it
         checkpoint = open_checkpoint(str(path), revision=revision, token=token)
         stored = checkpoint.stored if isinstance(checkpoint, QuantizedCheckpoint) else checkpoint
+        calibrated = has_outliers(stored.folder)
+        if mode == "static" and not calibrated:
+            raise SourceError(f"{path}: holds no outlier columns for mode static; convert its source with --calibrate")
+        mode = mode or ("static" if calibrated else "dynamic")
         if checkpoint.decoded and device_map in ("auto", "cuda"):
             device_map = device_map if resolve(device_map) == "cuda" else "cpu"
         given = {"dtype": _dtype(dtype, checkpoint.config, device_map), "device_map": device_map}
         if isinstance(stored, GgufCheckpoint) or (checkpoint.decoded and not is_int8(stored.config)):
-            return _load_decoded(checkpoint, mode, threshold, given), _tokenizer(checkpoint)
-        settings = _model_config(stored, mode, threshold)
-        model = _model_class(stored.config).from_pretrained(
-            stored.folder, config=settings, trust_remote_code=False, **given
-        )
-        return model.eval(), _tokenizer(checkpoint)
+            model = _load_decoded(checkpoint, mode, threshold, given)
+        else:
+            settings = _model_config(stored, mode, threshold)
+            model = model_class(stored.config).from_pretrained(
+                stored.folder, config=settings, trust_remote_code=False, **given
+            )
+        if mode == "static":
+            _give_outliers(model, checkpoint, stored.folder)
+        return model.eval(), find_tokenizer(checkpoint)
 
 
 @contextlib.contextmanager
@@ -72,7 +80,7 @@ def quiet() -> Iterator[None]:
 
 def _model_config(stored: Checkpoint, mode: OutlierMode, threshold: float | None) -> Any:
     """The model's settings; of an int8 folder in the bitsandbytes format with what our quantizer needs to know."""
-    settings = _settings(stored)
+    settings = model_settings(stored)
     entry = stored.config.get("quantization_config")
     if isinstance(entry, dict):
         asked = float(entry.get("llm_int8_threshold", DEFAULT_THRESHOLD)) if threshold is None else threshold
@@ -84,17 +92,36 @@ def _load_decoded(checkpoint: Checkpoint, mode: OutlierMode, threshold: float | 
     """A model from what our readers make of its weights: int8 as it is, all else in floating point."""
     from quantize8.model.state import plan_loading
 
-    settings, plan = _settings(checkpoint), plan_loading(checkpoint)
+    settings, plan = model_settings(checkpoint), plan_loading(checkpoint)
     if hasattr(settings, "quantization_config"):
         del settings.quantization_config
     if any(tensor.dtype == "I8" for tensor in plan.state.values()):
         asked = DEFAULT_THRESHOLD if threshold is None else threshold
         settings.quantization_config = _entry(asked, plan.skip_modules, mode, plan.int8_experts)
-    model = _model_class(checkpoint.config).from_pretrained(None, config=settings, state_dict=plan.state, **given)
+    model = model_class(checkpoint.config).from_pretrained(None, config=settings, state_dict=plan.state, **given)
     return model.eval()
 
 
-def _settings(checkpoint: Checkpoint) -> Any:
+def _give_outliers(model: Any, checkpoint: Checkpoint, folder: Path) -> None:
+    """Give the int8 layers of a model the outlier columns that were stored for them."""
+    import torch
+
+    from quantize8.model.linear import Int8Linear
+
+    names = read_structure(checkpoint.config, checkpoint.tensors).model_names
+    layers = dict(model.named_modules())
+    for name, found in read_outliers(folder).items():
+        layer = layers.get(names.get(name, name))
+        shape = found.weight.shape[0], int(found.columns.max(initial=-1))
+        if not isinstance(layer, Int8Linear) or shape[0] != layer.out_features or shape[1] >= layer.in_features:
+            raise ArtifactError(f"{folder}: its outlier columns of {name} fit no int8 layer; convert the source again")
+        device = torch.device("cpu") if layer.SCB.is_meta else layer.SCB.device
+        layer.outlier_columns = torch.from_numpy(found.columns).to(device)
+        layer.outlier_weight = torch.from_numpy(found.weight).to(device)
+
+
+def model_settings(checkpoint: Checkpoint) -> Any:
+    """transformers' settings of a checkpoint, as its config.json or the GGUF file says."""
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -132,14 +159,16 @@ def _dtype(asked: Any, config: dict[str, Any], device_map: Any) -> Any:
     return torch.float32 if on_cpu and stored == "float16" else getattr(torch, stored)
 
 
-def _model_class(config: dict[str, Any]) -> Any:
+def model_class(config: dict[str, Any]) -> Any:
+    """The class that a config.json names, AutoModel where transformers has none of that name."""
     import transformers
 
     name = (config.get("architectures") or ["AutoModel"])[0]
     return getattr(transformers, name, None) or transformers.AutoModel
 
 
-def _tokenizer(checkpoint: Checkpoint) -> Any:
+def find_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer of a checkpoint; None where it has none."""
     from transformers import AutoTokenizer
 
     if isinstance(checkpoint, GgufCheckpoint):

@@ -27,14 +27,18 @@ class LazyTensor:
     dtype: str  # by its safetensors name
 
     def __getitem__(self, _: Any) -> Tensor:
-        values = self.read()
-        if self.dtype in _DTYPES:
-            return torch.from_numpy(values.view(np.int16)).view(_DTYPES[self.dtype])
-        return torch.from_numpy(values)
+        return to_torch(self.read(), self.dtype)
 
     def get_dtype(self) -> str:
         """As safetensors names it."""
         return self.dtype
+
+
+def to_torch(values: Array, dtype: str) -> Tensor:
+    """An array as a tensor on the same memory; dtype, by its safetensors name."""
+    if dtype in _DTYPES:
+        return torch.from_numpy(values.view(np.int16)).view(_DTYPES[dtype])
+    return torch.from_numpy(values)
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,15 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
-from typing import get_args
+from typing import Any, get_args
 
 from quantize8 import __version__
 from quantize8.artifact.folder import check_disk, check_output, staged, write_file
-from quantize8.artifact.format import Int8Format
+from quantize8.artifact.format import Format, Int8Format
 from quantize8.artifact.formats import DEFAULT_FORMAT, make_format
 from quantize8.artifact.layout import DEFAULT_SHARD_SIZE, index
 from quantize8.artifact.manifest import MANIFEST_NAME, Manifest, Quantized, TensorRecord, digest
+from quantize8.artifact.outliers import Calibrated
 from quantize8.artifact.plan import Plan, make_plan
 from quantize8.artifact.writer import CpuQuantizer, Progress, WeightQuantizer, Writer
 from quantize8.checkpoint import TensorInfo, open_checkpoint
@@ -54,6 +55,8 @@ def convert(
     scheme: str | None = None,
     moe: str | None = None,
     threshold: float | None = None,
+    calibrate: str | Path | None = None,
+    outlier_columns: int | str = "auto",
     recipe: str = DEFAULT_RECIPE,
     scale: str = ABSMAX,
     device: str = "auto",
@@ -70,11 +73,12 @@ def convert(
     Args: source, a hub id, folder or file; out, the new folder (default: the source's name with what was made of it,
     such as `<name>-int8`, in the current one); format, bitsandbytes, compressed-tensors, gguf, float16, bfloat16 or
     float32; scheme (w8a8 or w8a16) and moe (vllm or transformers), of compressed-tensors alone; threshold, of
-    bitsandbytes, in place of the recipe's; recipe, a shipped name or a .toml file, of the first two formats; scale,
-    absmax, or mse to search the one with the least squared error (ops/scales.py), of the int8 formats; device, auto,
-    cpu or cuda (auto: a GPU that kernels can use, else the CPU; scales are searched on the CPU alone); workers, threads
-    that read, quantize and write side by side (default: one a processor); progress, called with bytes of source done
-    and in all.
+    bitsandbytes, in place of the recipe's; calibrate, a text file by which outlier columns are chosen, to be stored
+    beside the weights; outlier_columns of each weight, "auto" for as many as are worth it; recipe, a shipped name or a
+    .toml file, of the first two formats; scale, absmax, or mse to search the one with the least squared error
+    (ops/scales.py), of the int8 formats, weighted by what calibrate says of the inputs; device, auto, cpu or cuda
+    (auto: a GPU that kernels can use, else the CPU; scales are searched on the CPU alone); workers, threads that read,
+    quantize and write side by side (default: one a processor); progress, called with bytes of source done and in all.
     Raises: SourceError, WeightError, RecipeError, OutputError or DependencyError; then no output folder is left.
     """
     if workers is not None and workers < 1:
@@ -87,18 +91,23 @@ def convert(
         raise OutputError(f"threshold {threshold:g}: --format {output.name} has no place for it; leave it out")
     if recipe != DEFAULT_RECIPE and not isinstance(output, Int8Format):
         raise OutputError(f"recipe {recipe}: --format {output.name} takes none; leave it out")
+    text = _calibration_text(calibrate, output)
+    columns = _count(outlier_columns, text is not None)
     checkpoint = open_checkpoint(source, revision=revision, token=token)
     target = Path(out) if out is not None else Path(f"{checkpoint.name}-{output.suffix}")
     check_output(target, overwrite, checkpoint.folder)
     plan = make_plan(checkpoint, chosen, output, max_shard_size)
     if scale == MSE:
-        plan.searches = _searches(plan)
+        _check_searchable(plan)
+    calibration = {} if text is None else _calibrate(plan, text, columns)
+    if scale == MSE:
+        plan.searches = {name: _search(plan.calibrated.get(name.removesuffix(".weight"))) for name in plan.quantized}
     if dry_run:
         return Conversion(target, plan, time.perf_counter() - start)
     check_disk(target, plan.output_bytes)
     with staged(target, overwrite) as folder:
         try:
-            manifest = _write(plan, folder, _quantizers(device, workers), progress)
+            manifest = _write(plan, folder, _quantizers(device, workers), calibration, progress)
         except OSError as error:
             where = f" at {error.filename}" if error.filename else ""
             raise OutputError(f"{target}: not written ({error.strerror}{where}); mend that and run again") from None
@@ -115,31 +124,79 @@ def _device_for(scale: str, device: str) -> str:
     return "cpu" if scale == MSE and device == "auto" else resolve(device)
 
 
-def _searches(plan: Plan) -> dict[str, ScaleSearch]:
-    """A search of the scales of every weight that is quantized here."""
+def _check_searchable(plan: Plan) -> None:
+    """Refuse to search scales where no weight gets one here."""
     if not isinstance(plan.format, Int8Format) and not plan.gguf:
         raise OutputError(f"scale {MSE}: --format {plan.format.name} has no place for it; leave it out")
     if not plan.quantized:
         raise OutputError(f"scale {MSE}: {plan.checkpoint.name} is int8 already, with its scales; leave it out")
-    return dict.fromkeys(plan.quantized, ScaleSearch())
 
 
-def _write(plan: Plan, folder: Path, quantizers: list[WeightQuantizer], progress: Progress | None) -> Manifest:
+def _search(found: Calibrated | None) -> ScaleSearch:
+    """What the scales of a weight are searched for: all alike, or as calibration found its inputs."""
+    return ScaleSearch() if found is None else ScaleSearch(found.mean_square, found.columns[: found.exact])
+
+
+def _calibration_text(path: str | Path | None, output: Format) -> str | None:
+    """The text to calibrate with, if any."""
+    if path is None:
+        return None
+    if not isinstance(output, Int8Format):
+        raise OutputError(f"calibrate {path}: --format {output.name} has no place for outlier columns; leave it out")
+    from quantize8.model.text import read_text
+
+    return read_text(Path(path))
+
+
+def _count(columns: int | str, calibrates: bool) -> int | None:
+    """How many outlier columns each weight gets; None where calibration decides."""
+    if columns == "auto":
+        return None
+    if not calibrates:
+        raise OutputError(f"outlier-columns {columns}: are chosen from a text; add --calibrate FILE")
+    if not str(columns).isdecimal():
+        raise OutputError(f"outlier-columns {columns}: must be auto, or a number from 0")
+    return int(columns)
+
+
+def _calibrate(plan: Plan, text: str, columns: int | None) -> dict[str, Any]:
+    """Choose the plan's outlier columns; returns what the manifest says of it."""
+    from quantize8.model.calibration import DEFAULT_TOKENS, calibrate
+
+    plan.keep_outliers(calibrate(plan.checkpoint, text, columns))
+    asked = "auto" if columns is None else columns
+    return {"text_blake3": digest(text.encode()), "tokens": DEFAULT_TOKENS, "outlier_columns": asked}
+
+
+def _write(
+    plan: Plan,
+    folder: Path,
+    quantizers: list[WeightQuantizer],
+    calibration: dict[str, Any],
+    progress: Progress | None,
+) -> Manifest:
     """Fill an empty folder with the artifact; returns its manifest, which is written last."""
     checkpoint = plan.checkpoint
     manifest = Manifest(
-        __version__, plan.format.name, checkpoint.identity, plan.recipe.as_json(), plan.source_bytes, kept=plan.kept
+        __version__,
+        plan.format.name,
+        checkpoint.identity,
+        plan.recipe.as_json(),
+        plan.source_bytes,
+        kept=plan.kept,
+        calibration=calibration,
     )
     with Writer(plan, folder, progress) as writer:
         for record in _in_threads(writer.write, list(checkpoint.tensors.values()), quantizers):
             manifest.tensors.update(record)
         manifest.tensors.update(writer.write_computed())
         writer.flush()
-    manifest.headers = {shard.file: digest(shard.header) for shard in plan.shards}
+    manifest.headers = {shard.file: digest(shard.header) for shard in plan.files}
     if plan.format.is_folder:
         checkpoint.write_companions(folder)
         config = plan.format.edit_config(checkpoint.config, plan)
-        for name, data in {**index(plan.shards), CONFIG_NAME: json.dumps(config, indent=2).encode() + b"\n"}.items():
+        indexed = index(plan.shards, always=plan.outliers is not None)
+        for name, data in {**indexed, CONFIG_NAME: json.dumps(config, indent=2).encode() + b"\n"}.items():
             write_file(folder / name, data)
     others = (path for path in sorted(folder.rglob("*")) if path.is_file())
     manifest.files = {

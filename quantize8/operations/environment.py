@@ -15,6 +15,7 @@ from quantize8.ops import choice, nvrtc
 _PACKAGES = ("torch", "transformers", "numpy", "numba", "safetensors", "huggingface_hub", "gguf", "accelerate")
 _OPTIONAL = {
     "bitsandbytes": ("open artifacts without quantize8", "pip install bitsandbytes"),
+    "matplotlib": ("write pages with --report", "pip install 'quantize8[report]'"),
 }
 _CUPY_PACKAGES = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
 
@@ -37,7 +38,7 @@ class Environment:
 def environment() -> Environment:
     """Look at the installed packages and the devices; reads no environment variable and no credential."""
     versions: dict[str, str | None] = {"quantize8": __version__}
-    versions |= {name: _version(name) for name in (*_PACKAGES, "bitsandbytes")}
+    versions |= {name: _version(name) for name in (*_PACKAGES, *_OPTIONAL)}
     versions["cupy"] = next((found for name in _CUPY_PACKAGES if (found := _version(name))), None)
     advice = {
         f"{name}: not installed, needed to {purpose}": command

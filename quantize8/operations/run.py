@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from quantize8.errors import SourceError
-from quantize8.model.loading import load, quiet
-from quantize8.ops.choice import resolve
+from quantize8.model.loading import quiet
+from quantize8.model.scoring import compare_continuation
+from quantize8.model.text import new_outliers, open_for_text
 from quantize8.ops.reference import OutlierMode
 
 DEFAULT_PROMPT = "The capital of France is"
@@ -29,6 +30,16 @@ class Generation:
     decode_tokens_per_s: float  # 0 where a single token was generated
     weight_bytes: int  # parameters and buffers
     peak_rss_bytes: int  # of this process so far
+    new_outliers: int | None = None  # in mode static: columns, summed over layers, that were no outliers in calibration
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How near the model's predictions are to the source's at each token of the source's continuation."""
+
+    tokens: int
+    kl: float  # KL(source || model), nats a token, mean
+    top1: float  # share of tokens at which both find the same token the likeliest
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,7 @@ class Comparison:
     generation: Generation
     source: Generation
     first_difference: int | None  # index of the first token where they part; None where they agree
+    agreement: Agreement | None = None  # None for two tokenizers or vocabularies, and encoder-decoders
 
 
 def run(
@@ -47,7 +59,7 @@ def run(
     max_new_tokens: int = DEFAULT_NEW_TOKENS,
     compare: str | None = None,
     device: str = "auto",
-    mode: OutlierMode = "dynamic",
+    mode: OutlierMode | None = None,
     chat: bool = False,
     revision: str | None = None,
     token: str | None = None,
@@ -55,31 +67,22 @@ def run(
 ) -> Generation | Comparison:
     """Continue a prompt greedily with an artifact or a plain checkpoint.
 
-    Args: model and compare, folders, GGUF files or hub ids; device, auto, cpu or cuda; chat, put the prompt through the
-    model's chat template; revision, of `model` on the hub; on_text, called with pieces of the continuation.
+    With `compare` the source continues it, too, and both then predict the source's continuation token by token; both
+    models are in memory at once.
+
+    Args: model and compare, folders, GGUF files or hub ids; device, auto, cpu or cuda; mode, as in `load`, static for
+    `model` alone; chat, put the prompt through the model's chat template; revision, of `model` on the hub; on_text,
+    called with pieces of the continuation.
     Raises: SourceError where a model cannot be opened or does not generate text.
     """
-    opened = open_for_text(model, device, mode, revision, token)
-    first = generate(model, *opened, prompt, max_new_tokens, chat, on_text)
+    loaded, tokenizer = open_for_text(model, device, mode, revision, token)
+    first = generate(model, loaded, tokenizer, prompt, max_new_tokens, chat, on_text)
     if compare is None:
         return first
-    opened = open_for_text(compare, device, mode, token=token)
-    second = generate(compare, *opened, prompt, max_new_tokens, chat)
-    return compared(first, second)
-
-
-def open_for_text(
-    model: str, device: str, mode: OutlierMode = "dynamic", revision: str | None = None, token: str | None = None
-) -> tuple[Any, Any]:
-    """Load a model that can generate: (model, tokenizer)."""
-    loaded, tokenizer = load(
-        model, "cpu" if resolve(device) == "cpu" else "auto", mode=mode, revision=revision, token=token
-    )
-    if tokenizer is None:
-        raise SourceError(f"{model}: has no tokenizer, so no text can be given to it")
-    if not loaded.can_generate():
-        raise SourceError(f"{model}: is a {type(loaded).__name__}, which does not generate text")
-    return loaded, tokenizer
+    other, its_tokenizer = open_for_text(compare, device, None if mode == "static" else mode, token=token)
+    second = generate(compare, other, its_tokenizer, prompt, max_new_tokens, chat)
+    prompts = [_encode(each, prompt, chat)[0] for each in (tokenizer, its_tokenizer)]
+    return replace(compared(first, second), agreement=_agreement(loaded, other, prompts, second.tokens))
 
 
 def generate(
@@ -134,6 +137,7 @@ def generate(
         decode_tokens_per_s=(len(tokens) - 1) / (last - first) if len(tokens) > 1 else 0.0,
         weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         peak_rss_bytes=peak_rss(),
+        new_outliers=new_outliers(model),
     )
 
 
@@ -144,6 +148,18 @@ def compared(generation: Generation, source: Generation) -> Comparison:
     if part is None and len(generation.tokens) != len(source.tokens):
         part = min(len(generation.tokens), len(source.tokens))
     return Comparison(generation, source, part)
+
+
+def _agreement(model: Any, source: Any, prompts: list[Any], tokens: list[int]) -> Agreement | None:
+    """Both models on their prompts [P] and the source's continuation, in one pass each; None where not comparable."""
+    import torch
+
+    sizes = {each.config.get_text_config().vocab_size for each in (model, source)}
+    if model.config.is_encoder_decoder or len(sizes) > 1 or not prompts[0].equal(prompts[1]):
+        return None
+    ids = torch.cat([prompts[0], torch.tensor(tokens)])
+    pairs = compare_continuation(model, source, ids, len(prompts[0]))
+    return Agreement(len(pairs.kl), float(pairs.kl.mean()), float(pairs.same_top1.mean()))
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:

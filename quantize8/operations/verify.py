@@ -11,6 +11,7 @@ from blake3 import blake3
 
 from quantize8.artifact.gguf import NAME as GGUF
 from quantize8.artifact.manifest import MANIFEST_NAME, Manifest, TensorRecord, digest, read_manifest
+from quantize8.artifact.outliers import open_outliers, read_outliers
 from quantize8.checkpoint import Checkpoint, QuantizedCheckpoint, bitsandbytes, compressed_tensors
 from quantize8.checkpoint.base import CONFIG_NAME, READERS
 from quantize8.checkpoint.encoding import Encoding, RowwiseInt8
@@ -50,7 +51,9 @@ def verify(artifact: str | Path) -> Verification:
 def _check_folder(folder: Path, manifest: Manifest) -> int:
     """Compare the tensors of a safetensors folder with their records, and config.json with the format."""
     stored = open_safetensors(folder, {"id": folder.name}, folder.name)
-    if stored is None or set(stored.tensors) != set(manifest.tensors):
+    beside = open_outliers(folder) if manifest.calibration else None
+    apart = {} if beside is None else beside.tensors
+    if stored is None or {*stored.tensors, *apart} != set(manifest.tensors):
         raise ArtifactError(f"{folder}: its weight files do not hold the tensors that {MANIFEST_NAME} lists")
     decoded = decode(stored)
     _check_config(stored, manifest)
@@ -60,8 +63,15 @@ def _check_folder(folder: Path, manifest: Manifest) -> int:
     for name, record in records:
         if (record.quantized is not None) != (name in codes):
             raise ArtifactError(f"{folder}: {name} is not quantized as {MANIFEST_NAME} says; convert the source again")
+    if beside is not None:
+        read_outliers(folder)
+
+    def check(name: str) -> int:
+        where = stored if beside is None or name not in apart else beside
+        return _check_tensor(where, name, manifest.tensors[name], codes.get(name))
+
     with ThreadPoolExecutor(READERS) as pool:
-        return sum(pool.map(lambda item: _check_tensor(stored, item[0], item[1], codes.get(item[0])), records))
+        return sum(pool.map(check, manifest.tensors))
 
 
 def _check_gguf(folder: Path, manifest: Manifest) -> int:

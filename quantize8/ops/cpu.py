@@ -147,9 +147,9 @@ def weight_only_matmul(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Te
     import torch
 
     tokens = x.to(torch.float32, copy=weight.outlier_columns is not None).contiguous()
-    columns = weight.outlier_columns
     exact = None
-    if columns is not None:
+    if weight.outlier_columns is not None:
+        columns = weight.outlier_columns[: weight.outlier_weight.shape[1]]
         exact = tokens[:, columns]
         tokens[:, columns] = 0
     product = torch.empty(len(x), len(weight.codes))
@@ -177,11 +177,9 @@ def _float_columns(weight: Int8Weight, columns: Tensor) -> Tensor:
     """float32 [N, J]: columns of the weight, exact where the artifact stores them, else dequantized."""
     values: Tensor = weight.codes[:, columns].float() * (weight.absmax / INT8_MAX)[:, None]
     if weight.outlier_columns is not None:
-        import torch
-
-        stored = torch.isin(columns, weight.outlier_columns)
-        place = torch.searchsorted(weight.outlier_columns, columns[stored].to(weight.outlier_columns.dtype))
-        values[:, stored] = weight.outlier_weight[:, place].float()
+        same = columns[:, None] == weight.outlier_columns[: weight.outlier_weight.shape[1]]
+        here, stored = same.nonzero(as_tuple=True)
+        values[:, here] = weight.outlier_weight[:, stored].float()
     return values
 
 

@@ -16,40 +16,53 @@ from quantize8.ops.reference import INT8_MAX, Int8Weight, OutlierMode
 
 _LIBRARY = torch.library.Library("quantize8", "DEF")
 _LIBRARY.define(
-    "linear(Tensor x, Tensor codes, Tensor absmax, Tensor? bias, float threshold, str mode) -> Tensor",
+    "linear(Tensor x, Tensor codes, Tensor absmax, Tensor? bias, float threshold, str mode, "
+    "Tensor? outlier_columns=None, Tensor? outlier_weight=None) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _LIBRARY.define(
-    "packed_linear(Tensor x, Tensor tiles, Tensor scale, Tensor start, Tensor? bias, int out_features, "
-    "float threshold, str mode) -> Tensor",
+    "packed_linear(Tensor x, Tensor[] packed, Tensor? bias, int out_features, float threshold, str mode) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
 def _on_cpu(
-    x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float, mode: OutlierMode
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    mode: OutlierMode,
+    *outliers: Tensor | None,
 ) -> Tensor:
     from quantize8.ops import bitsandbytes, cpu
 
     if mode == "bitsandbytes":
         return bitsandbytes.linear(x, codes, absmax, bias, threshold)
     with torch.autocast("cpu", enabled=False):  # as there
-        return cpu.linear(x, Int8Weight(codes, absmax), bias, threshold, mode)
+        return cpu.linear(x, Int8Weight(codes, absmax, *outliers), bias, threshold, mode)
 
 
 def _on_gpu(
-    x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float, mode: OutlierMode
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    mode: OutlierMode,
+    *outliers: Tensor | None,
 ) -> Tensor:
     from quantize8.ops import gpu
 
     # bitsandbytes' kernels round otherwise than its CPU code, and are not reproduced
-    return gpu.linear(x, Int8Weight(codes, absmax), bias, threshold, "dynamic" if mode == "bitsandbytes" else mode)
+    mode = "dynamic" if mode == "bitsandbytes" else mode
+    return gpu.linear(x, Int8Weight(codes, absmax, *outliers), bias, threshold, mode)
 
 
-def _packed(x: Tensor, tiles: Tensor, scale: Tensor, start: Tensor, *rest: Any) -> Tensor:
+def _packed(x: Tensor, parts: list[Tensor], *rest: Any) -> Tensor:
     from quantize8.ops import packed
 
-    return packed.linear(x, tiles, scale, start, *rest)
+    return packed.linear(x, parts, *rest)
 
 
 _LIBRARY.impl("linear", _on_cpu, "CPU")
@@ -58,14 +71,12 @@ _LIBRARY.impl("packed_linear", _packed, "CPU")
 
 
 @torch.library.register_fake("quantize8::linear", lib=_LIBRARY)
-def _shape(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float, mode: str) -> Tensor:
+def _shape(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
     return x.new_empty((x.shape[0], codes.shape[0]))
 
 
 @torch.library.register_fake("quantize8::packed_linear", lib=_LIBRARY)
-def _packed_shape(
-    x: Tensor, tiles: Tensor, scale: Tensor, start: Tensor, bias: Tensor | None, out_features: int, *_: Any
-) -> Tensor:
+def _packed_shape(x: Tensor, parts: list[Tensor], bias: Tensor | None, out_features: int, *_: Any) -> Tensor:
     return x.new_empty((x.shape[0], out_features))
 
 
@@ -81,7 +92,7 @@ def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     numbers = gradient.dtype if gradient.is_cuda else torch.float32  # a CPU is no faster in 16-bit
     to_x = (scaled.to(numbers) @ codes.to(numbers)).to(gradient.dtype) if ctx.needs_input_grad[0] else None
     to_bias = gradient.float().sum(0).to(ctx.bias) if ctx.needs_input_grad[3] else None
-    return to_x, None, None, to_bias, None, None
+    return to_x, None, None, to_bias, None, None, None, None
 
 
 torch.library.register_autograd("quantize8::linear", _gradient, setup_context=_keep, lib=_LIBRARY)

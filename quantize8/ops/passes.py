@@ -32,27 +32,40 @@ _PAIR = 2 * TILE_ROWS  # rows that one call of `multiply` takes at most
 
 @compiled(nogil=True, parallel=True, fastmath={"contract"})
 def decode(
-    bits: Any, count: int, weight: Any, scale: Any, start: Any, shift: int, bias: Any, digits: Any, parts: int, out: Any
+    bits: Any,
+    count: int,
+    exact: Any,
+    weight: Any,
+    scale: Any,
+    start: Any,
+    shift: int,
+    bias: Any,
+    digits: Any,
+    parts: int,
+    out: Any,
 ) -> None:
     """Few tokens with exact activations: out [M, N] = x times the weight transposed, plus bias.
 
-    Args: bits [M, K] of x; count, digits a token, all of which fit into two pairs of tiles; weight [N / 32, K / 64,
-    2048]; scale, start [N / 32, 32]; shift of the unit's activations; bias [N], or empty; digits [tiles, K / 64, 16,
-    64], to work in; parts that the outputs are divided into; out, bits [M, N].
+    Args: bits [M, K] of x; count, digits a token, all of which fit into two pairs of tiles; exact [E], columns of the
+    weight that have a second digit, in tiles after those of K; weight [N / 32, K / 64, 2048]; scale, start [N / 32,
+    32]; shift of the unit's activations; bias [N], or empty; digits [tiles, K / 64, 16, 64], to work in; parts that
+    the outputs are divided into; out, bits [M, N].
     """
     tokens = len(bits)
     steps, marks, nothing = np.empty(TILE_ROWS, np.float32), np.empty(0, np.uint32), np.empty((1, 0), np.float32)
     for m in prange(tokens):
         steps[m] = _to_digits(bits[m], NOTHING, count, m, tokens, shift, digits, marks)
-    rows, added = count * tokens, _blocks(bias, len(weight))
+        if len(exact):
+            _repeat_digits(exact, bits.shape[1], count, m, tokens, digits)
+    rows, added = count * tokens, bias_blocks(bias, len(weight))
     for part in prange(parts):
         prepare(weight)
         sums = np.empty((2 * _PAIR, BLOCK), np.int32)
         for block in range(part * len(weight) // parts, (part + 1) * len(weight) // parts):
             for first in range(0, rows, _PAIR):
                 here = min(_PAIR, rows - first)
-                _multiply(weight, block, digits, first // TILE_ROWS, here, start, sums[first:])
-            _finish(sums, count, steps, scale, nothing, nothing, added, block, out, 0, tokens)
+                multiply_block(weight, block, digits, first // TILE_ROWS, here, start, sums[first:])
+            finish_block(sums, count, steps, scale, nothing, nothing, added, block, out, 0, tokens)
         release(weight)
 
 
@@ -94,7 +107,7 @@ def prefill(
                 shift,
                 residual[m],
             )
-    added = _blocks(bias, len(weight))
+    added = bias_blocks(bias, len(weight))
     for part in prange(parts):
         prepare(weight)
         first, last = part * len(weight) // parts, (part + 1) * len(weight) // parts
@@ -102,14 +115,14 @@ def prefill(
         for row in range(0, tokens, _PAIR):
             here = min(_PAIR, tokens - row)
             for block in range(first, last):
-                _multiply(weight, block, digits, row // TILE_ROWS, here, start, sums)
+                multiply_block(weight, block, digits, row // TILE_ROWS, here, start, sums)
                 right = beside[block - first]
                 if row == 0:
                     for j in range(len(outliers)):
                         read_column(
                             weight[block].ctypes.data, outliers[j], scale[block].ctypes.data, right[j].ctypes.data
                         )
-                _finish(sums, 1, steps, scale, residual, right, added, block, out, row, here)
+                finish_block(sums, 1, steps, scale, residual, right, added, block, out, row, here)
         release(weight)
 
 
@@ -131,13 +144,13 @@ def product(
         for row in range(0, tokens, _PAIR):
             here = min(_PAIR, tokens - row)
             for block in range(part * len(weight) // parts, (part + 1) * len(weight) // parts):
-                _multiply(weight, block, digits, row // TILE_ROWS, here, start, sums)
-                _finish(sums, 1, steps, scale, nothing, nothing, none, block, out, row, here)
+                multiply_block(weight, block, digits, row // TILE_ROWS, here, start, sums)
+                finish_block(sums, 1, steps, scale, nothing, nothing, none, block, out, row, here)
         release(weight)
 
 
 @compiled(nogil=True)
-def _inverse(absmax: Any) -> Any:
+def inverse_of(absmax: Any) -> Any:
     """By the reference's rule: 0 where there is none."""
     if absmax == 0:
         return np.float32(0)
@@ -159,7 +172,7 @@ def _to_digits(row: Any, limit: Any, count: int, first: int, step: int, shift: i
     if peak >= limit:
         peak = _without_outliers(row, limit, marks)
     absmax = as_float(peak)
-    inverse = _inverse(absmax)
+    inverse = inverse_of(absmax)
     rest = np.empty(padded, np.float32)
     for k in range(columns):
         value = value_of(row[k])
@@ -176,6 +189,18 @@ def _to_digits(row: Any, limit: Any, count: int, first: int, step: int, shift: i
             for k in range(padded):
                 rest[k] = (rest[k] - ((rest[k] + rounder) - rounder)) * _BASE
     return absmax / np.float32(INT8_MAX)
+
+
+@compiled(nogil=True)
+def _repeat_digits(exact: Any, columns: int, count: int, first: int, step: int, digits: Any) -> None:
+    """For the second digits of a weight, each worth 1 / 254: a token's digits again, one place lower."""
+    padded = -(-columns // TILE_COLUMNS) * TILE_COLUMNS
+    for d in range(1, count):
+        place, above = first + d * step, first + (d - 1) * step
+        for j in range(len(exact)):
+            k, beside = exact[j], padded + j
+            digit = digits[above // TILE_ROWS, k // TILE_COLUMNS, above % TILE_ROWS, k % TILE_COLUMNS]
+            digits[place // TILE_ROWS, beside // TILE_COLUMNS, place % TILE_ROWS, beside % TILE_COLUMNS] = digit
 
 
 @compiled(nogil=True)
@@ -217,14 +242,15 @@ def _residual(
 
 
 @compiled(nogil=True)
-def _multiply(weight: Any, block: int, digits: Any, tile: int, rows: int, start: Any, sums: Any) -> None:
+def multiply_block(weight: Any, block: int, digits: Any, tile: int, rows: int, start: Any, sums: Any) -> None:
+    """Sums int32 [rows, 32] of activations in `digits` from a tile on, times a block of a weight: `units.multiply`."""
     fetched = LINES if tile == 0 else 0  # the other tiles find the block in a cache
     right, left = weight[block].ctypes.data, digits[tile].ctypes.data
-    multiply(weight, right, left, rows, weight.shape[1], start[block].ctypes.data, sums.ctypes.data, fetched)
+    multiply(weight, right, left, rows, digits.shape[1], start[block].ctypes.data, sums.ctypes.data, fetched)
 
 
 @compiled(nogil=True)
-def _finish(
+def finish_block(
     sums: Any,
     count: int,
     steps: Any,
@@ -257,7 +283,7 @@ def _finish(
 
 
 @compiled(nogil=True)
-def _blocks(values: Any, count: int) -> Any:
+def bias_blocks(values: Any, count: int) -> Any:
     """Values [N], or none, as [count, 32] with zeros at the end."""
     padded = np.zeros((count, BLOCK), np.float32)
     flat = padded.reshape(-1)

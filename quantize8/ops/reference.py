@@ -60,8 +60,8 @@ class Int8Weight:
 
     codes: Any  # int8 [N, K]
     absmax: Any  # float32 [N], largest magnitude of the row; scale = absmax / 127
-    outlier_columns: Any = None  # int32 [J], ascending: columns kept exactly as well (calibrated artifacts)
-    outlier_weight: Any = None  # float16 [N, J], those columns
+    outlier_columns: Any = None  # int32 [J]: columns that a calibrated artifact treats apart, the most important first
+    outlier_weight: Any = None  # float16 [N, E], E <= J: the first of those columns, exactly
 
 
 def quantize_rowwise(weight: Array, absmax: Array | None = None) -> tuple[Array, Array]:
@@ -138,7 +138,7 @@ def mixed_matmul(
 
     Args: x [M, K]; bias [N] or None; threshold, 0 for plain int8. mode "dynamic": a column with one outlier element is
     corrected for every token (LLM.int8() as published). "elementwise": only the outlier elements are corrected, so a
-    token does not depend on its neighbours. "static": the columns stored with the weight are exact, no others.
+    token does not depend on its neighbours. "static": the columns listed with the weight are, and no others.
     Raises ValueError for mode "static" where the weight has no stored columns.
     Returns: float64 [M, N], exact but for float64's own rounding.
     """
@@ -212,5 +212,5 @@ def _float_weight(weight: Int8Weight) -> Array:
     """float64 [N, K]: dequantized, with the stored exact columns in their places."""
     values: Array = weight.codes.astype(np.float64) * scale_of(weight.absmax)[:, None].astype(np.float64)
     if weight.outlier_columns is not None:
-        values[:, weight.outlier_columns] = weight.outlier_weight
+        values[:, weight.outlier_columns[: weight.outlier_weight.shape[1]]] = weight.outlier_weight
     return values

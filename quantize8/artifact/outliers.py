@@ -1,0 +1,96 @@
+"""outliers.safetensors: the columns of each int8 weight that a calibration text makes outliers, and why these.
+
+It lies beside the weight files, outside of their index, so that other loaders do not read it: to them the artifact is
+the one that is written without calibration, byte for byte.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from quantize8.artifact.layout import OutTensor
+from quantize8.checkpoint.base import contained
+from quantize8.checkpoint.safetensors import SafetensorsCheckpoint
+from quantize8.errors import ArtifactError
+from quantize8.ops.reference import Array
+
+OUTLIERS_NAME = "outliers.safetensors"
+_COLUMNS, _WEIGHT = "outlier_columns", "outlier_weight"
+_MEAN_SQUARE, _ABSMAX = "input_mean_square", "input_absmax"
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What calibration says of one weight [N, K]."""
+
+    columns: Array  # int32 [J], outlier columns, the most important first
+    exact: int  # E <= J: the first so many are stored exactly too
+    mean_square: Array  # float32 [K], of the layer's input over the text
+    absmax: Array  # float32 [K], largest magnitude of the same
+
+    def tensors(self, module: str, rows: int) -> list[OutTensor]:
+        """What is stored of it, the exact columns last."""
+        wide = (len(self.mean_square),)
+        return [
+            OutTensor(f"{module}.{_COLUMNS}", "I32", (len(self.columns),)),
+            OutTensor(f"{module}.{_MEAN_SQUARE}", "F32", wide),
+            OutTensor(f"{module}.{_ABSMAX}", "F32", wide),
+            OutTensor(f"{module}.{_WEIGHT}", "F16", (rows, self.exact)),
+        ]
+
+    def values(self) -> list[Array]:
+        """Values of `tensors` but the last."""
+        return [self.columns.astype(np.int32), self.mean_square, self.absmax]
+
+    def exact_rows(self, block: Array) -> Array:
+        """Of rows [n, K] of the weight the exact columns, float16 [n, E]."""
+        chosen = block[:, self.columns[: self.exact]].astype(np.float32)
+        return np.ascontiguousarray(chosen.astype(np.float16))
+
+
+@dataclass(frozen=True)
+class StoredOutliers:
+    """Outlier columns of one weight [N, K] in an artifact: int32 [J], and float16 [N, E] of the first E of them."""
+
+    columns: Array
+    weight: Array
+
+
+def has_outliers(folder: Path) -> bool:
+    """Whether an artifact was calibrated."""
+    return (folder / OUTLIERS_NAME).is_file()
+
+
+def open_outliers(folder: Path) -> SafetensorsCheckpoint:
+    """The file's tensors."""
+    contained(folder / OUTLIERS_NAME, folder)
+    return SafetensorsCheckpoint(folder, [OUTLIERS_NAME], {"id": folder.name}, folder.name)
+
+
+def read_outliers(folder: Path) -> dict[str, StoredOutliers]:
+    """The outlier columns of each module; raises ArtifactError where they are not what this module writes."""
+    stored = open_outliers(folder)
+    found = {}
+    for name in stored.tensors:
+        if name.endswith(f".{_COLUMNS}"):
+            module = name.removesuffix(f".{_COLUMNS}")
+            found[module] = _module(stored, module)
+    return found
+
+
+def _module(stored: SafetensorsCheckpoint, module: str) -> StoredOutliers:
+    names = [f"{module}.{last}" for last in (_COLUMNS, _WEIGHT, _MEAN_SQUARE)]
+    infos = [stored.tensors.get(name) for name in names]
+    columns, weight, wide = infos
+    good = columns is not None and weight is not None and wide is not None
+    if not good or [info.dtype for info in infos if info] != ["I32", "F16", "F32"]:
+        raise ArtifactError(f"{stored.folder / OUTLIERS_NAME}: {module} lacks a tensor; copy the artifact again")
+    assert columns is not None and weight is not None and wide is not None
+    values = stored.rows(names[0], 0, columns.shape[0])
+    fits = len(weight.shape) == 2 and weight.shape[1] <= len(values)
+    if not fits or len(set(values.tolist())) != len(values) or any(not 0 <= k < wide.shape[0] for k in values.tolist()):
+        raise ArtifactError(f"{stored.folder / OUTLIERS_NAME}: {module} lists wrong columns; copy the artifact again")
+    return StoredOutliers(values, stored.rows(names[1], 0, weight.shape[0]))

@@ -1,0 +1,235 @@
+"""What a text does to the inputs of a model's Linear layers: outliers, and the features that they gather in.
+
+Emergent outlier features are told by the criteria of LLM.int8() (section 4): a feature (column of the hidden state)
+with magnitudes of at least 6 in at least 25% of the layer inputs and at 6% of the positions. A layer input is the
+output of a norm that Linear layers or experts read: the inputs of the attention and of the feed-forward block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from quantize8.model.expected import THRESHOLDS, InputError, input_errors, relative_error, weight_error
+from quantize8.model.features import LayerInput, affected, emergent_features, feature_map
+from quantize8.model.linear import Int8Linear
+from quantize8.model.outliers import ActivationReport, LayerThreshold, LinearReport, ThresholdReport
+
+# Called with a layer's name, the layer, its input float32 [T, K], and its output float32 [T, N], both on the CPU: None
+# of the output head, which computes the last position only. Weights are in place, of a streamed model too.
+Watcher = Callable[[str, nn.Module, Tensor, Tensor | None], None]
+
+_RECENT_NORMS = 8  # norm outputs kept to recognize what a Linear reads; a block applies fewer in a row
+
+
+def activations(model: Any, ids: Tensor, threshold: float, layer: str = "*") -> ActivationReport:
+    """Outliers in the inputs of a model's Linear layers over token ids [T], one sequence.
+
+    Args: model, loaded or streamed; layer, a glob of the module names to report.
+    """
+    recorder = _Recorder(model, threshold, layer)
+    with recorder.recording(), torch.no_grad():
+        model(ids[None] if model.device.type == "meta" else ids[None].to(model.device))  # a streamed one says meta
+    inputs = recorder.inputs
+    report = ActivationReport(len(ids), threshold, recorder.linears, len(inputs))
+    report.emergent = emergent_features(inputs)
+    report.layers_affected, report.positions_affected = affected(inputs, report.emergent)
+    report.features = feature_map(inputs)
+    _sum_up(report)
+    return report
+
+
+@contextmanager
+def watch(model: Any, watcher: Watcher) -> Iterator[None]:
+    """Call `watcher` after each Linear or Conv1D layer of a model has computed, while the context lasts.
+
+    Of the output head only the last position is computed: nobody here reads the rest, which may be the largest product.
+    """
+    head = model.get_output_embeddings()
+    with ExitStack() as stack:
+        for name, module in linear_layers(model):
+            if module is head:
+                hook = module.register_forward_pre_hook(_head_watcher(name, watcher))
+            else:  # first of all, as the last drops the weight of a streamed layer
+                hook = module.register_forward_hook(_layer_watcher(name, watcher), prepend=True)
+            stack.callback(hook.remove)
+        yield
+
+
+def linear_layers(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The layers that `watch` sees, by their names in the model."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            yield name, module
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight of a Linear or Conv1D layer, dequantized if need be: float32 [N, K] on the CPU."""
+    if isinstance(module, Int8Linear):
+        return module.dequantize().cpu()
+    stored: Any = module.weight
+    weight: Tensor = stored.detach().t() if isinstance(module, Conv1D) else stored.detach()
+    return weight.float().cpu()
+
+
+def _rows(values: Tensor) -> Tensor:
+    return values.detach().reshape(-1, values.shape[-1]).float().cpu()
+
+
+def _head_watcher(name: str, watcher: Watcher) -> Callable[..., Any]:
+    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        watcher(name, module, _rows(inputs[0]), None)
+        return (inputs[0][..., -1:, :], *inputs[1:])
+
+    return note
+
+
+def _layer_watcher(name: str, watcher: Watcher) -> Callable[..., None]:
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        watcher(name, module, _rows(inputs[0]), _rows(output))
+
+    return note
+
+
+@dataclass
+class _Input:
+    """What is known of an input that several layers may read: q, k and v the same one."""
+
+    values: Tensor  # held, so that no later tensor takes its place in memory
+    version: int
+    energy: Tensor  # float64 [K], sum of x^2
+    errors: list[InputError]
+
+
+@dataclass
+class _NormOutput:
+    name: str
+    values: Tensor  # held, as above
+    counted: bool = False
+
+
+class _Recorder:
+    """Notes the outliers of each Linear's input, and the layer inputs, during one forward pass."""
+
+    def __init__(self, model: Any, threshold: float, layer: str) -> None:
+        self.linears: list[LinearReport] = []
+        self.inputs: list[LayerInput] = []
+        self._model, self._threshold, self._layer = model, threshold, layer
+        self._norms: deque[_NormOutput] = deque(maxlen=_RECENT_NORMS)
+        self._last: _Input | None = None
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        head = self._model.get_output_embeddings()
+        with ExitStack() as stack:
+            for name, module in self._model.named_modules():
+                if "norm" in type(module).__name__.lower():
+                    stack.callback(module.register_forward_hook(self._norm_noter(name)).remove)
+                elif module is not head and (isinstance(module, nn.Linear | Conv1D) or _holds_experts(module)):
+                    stack.callback(module.register_forward_pre_hook(self._note_layer_input).remove)
+            stack.enter_context(watch(self._model, self._note_linear))
+            yield
+
+    def _norm_noter(self, name: str) -> Callable[..., None]:
+        def note(_module: Any, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):  # some norms return a residual beside it, and are not recognized
+                self._norms.append(_NormOutput(name, output))
+
+        return note
+
+    def _note_layer_input(self, _module: Any, inputs: tuple[Any, ...]) -> None:
+        """Count x where it is the output of a norm that no layer has read before."""
+        x = inputs[0]
+        for norm in self._norms:
+            if norm.values.data_ptr() == x.data_ptr() and norm.values.numel() == x.numel():
+                if not norm.counted:
+                    self.inputs.append(LayerInput.of(norm.name, _rows(x), self._threshold))
+                norm.counted = True
+                return
+
+    def _note_linear(self, name: str, module: nn.Module, x: Tensor, y: Tensor | None) -> None:
+        if not fnmatchcase(name, self._layer):
+            return
+        magnitudes, known = x.abs(), self._input(x)
+        over, peaks = magnitudes >= self._threshold, magnitudes.amax(0)
+        later = magnitudes[1:].amax(0) if len(x) > 1 else torch.zeros_like(peaks)
+        alone, *errors = _output_errors(known, module, y)
+        width: Any = module.nf if isinstance(module, Conv1D) else module.out_features
+        self.linears.append(
+            LinearReport(
+                module=name,
+                in_features=x.shape[1],
+                out_features=width,
+                max=float(peaks.max()),
+                max_column=int(peaks.argmax()),
+                max_after_first=float(later.max()),
+                max_after_first_column=int(later.argmax()),
+                rms=math.sqrt(float(known.energy.sum()) / x.numel()),
+                columns=over.any(0).nonzero().flatten().tolist(),
+                positions=float(over.any(1).double().mean()),
+                weight_error=alone,
+                thresholds=[
+                    LayerThreshold(found.threshold, found.columns, found.positions, 2 * width * found.columns, e)
+                    for found, e in zip(known.errors, errors, strict=True)
+                ],
+            )
+        )
+
+    def _input(self, x: Tensor) -> _Input:
+        last = self._last
+        if last is None or (last.values.data_ptr(), last.values.shape, last.version) != (
+            x.data_ptr(), x.shape, x._version,
+        ):  # fmt: skip
+            self._last = last = _Input(x, x._version, x.square().sum(0).double(), input_errors(x))
+        return last
+
+
+def _output_errors(known: _Input, module: Any, y: Tensor | None) -> list[float | None]:
+    """Expected relative errors of a layer's output: of the weight alone, then at each threshold.
+
+    None without y, and where a weight cannot be int8.
+    """
+    if y is None:
+        return [None] * (1 + len(known.errors))
+    product = y if module.bias is None else y - module.bias.cpu()
+    y_energy = float(torch.linalg.vector_norm(product, dtype=torch.float64)) ** 2
+    rounded = weight_error(dense_weight(module))
+    squares: list[Tensor | float] = [0.0, *(found.squares for found in known.errors)]
+    errors = [relative_error(entry, known.energy, rounded, y_energy) for entry in squares]
+    return [error if math.isfinite(error) else None for error in errors]
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    """Whether a module holds experts, as transformers joins them: tensors [E, N, K]."""
+    return any(value is not None and value.dim() == 3 for value in module._parameters.values())
+
+
+def _sum_up(report: ActivationReport) -> None:
+    """All layers but the output head together, at each threshold."""
+    judged = [entry for entry in report.linears if entry.weight_error is not None]
+    if not judged:
+        return
+    report.weight_error = sum(entry.weight_error or 0.0 for entry in judged) / len(judged)
+    for i, threshold in enumerate(THRESHOLDS):
+        layers = [entry.thresholds[i] for entry in judged]
+        errors = [layer.error or 0.0 for layer in layers]
+        worst = errors.index(max(errors))
+        report.thresholds.append(
+            ThresholdReport(
+                threshold=threshold,
+                columns=sum(layer.columns for layer in layers),
+                bytes=sum(layer.bytes for layer in layers),
+                error=sum(errors) / len(errors),
+                worst_error=errors[worst],
+                worst=judged[worst].module,
+            )
+        )

@@ -1,0 +1,232 @@
+"""A model that is larger than the memory: each weight is read when its module computes, and dropped after.
+
+The model is built without storage. A unit is a block of layers that transformers never splits over devices (a decoder
+layer: its forward may use any weight within), or outside of such blocks a single module. Reading a unit follows
+transformers' own rules of loading: names are mapped, and the experts of a layer joined, by its conversion mapping.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantize8.checkpoint import Checkpoint
+from quantize8.checkpoint.base import FLOATING
+from quantize8.errors import SourceError, first_line
+from quantize8.model.loading import model_class, model_settings, quiet
+from quantize8.model.state import LazyTensor, to_torch
+from quantize8.ops.reference import Array
+
+
+@contextmanager
+def streamed(checkpoint: Checkpoint) -> Iterator[Any]:
+    """The transformers model of a checkpoint, float32 on the CPU, for as many forward passes as are wanted.
+
+    Memory holds the buffers, and while a unit computes its weights: those of a decoder layer, or the embedding.
+    Quantized weights are dequantized, so that the model computes in floating point what the stored numbers stand for.
+    `model.device` says meta, where no values are: inputs go in on the CPU, as they are.
+    A module's weights are in place when its forward hooks run, if they are registered with `prepend=True`, and its
+    pre-hooks. The results are those of the same model loaded whole, bit for bit.
+
+    A model whose weights do not map one to one, or many to one, onto the checkpoint's is loaded whole: one that
+    transformers would split a stored tensor for, or start with random weights.
+    Raises: SourceError where transformers cannot run the architecture, or a weight does not have the model's shape.
+    """
+    with quiet():
+        model = _empty_model(checkpoint)
+        weights = _Weights(model, checkpoint)
+        if not weights.complete:
+            yield _whole_model(checkpoint)
+            return
+        hooks = []
+        for module, places in _units(model):
+            unit = _Unit(weights, places)
+            hooks.append(module.register_forward_pre_hook(unit.read))
+            hooks.append(module.register_forward_hook(unit.drop, always_call=True))
+    try:
+        yield model
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _empty_model(checkpoint: Checkpoint) -> Any:
+    """The model with its parameters on the meta device, and its buffers as they are at first."""
+    from accelerate import init_empty_weights
+
+    kind = model_class(checkpoint.config)
+    build = getattr(kind, "_from_config", None) or kind.from_config
+    try:
+        settings = _plain_settings(checkpoint)
+        with init_empty_weights(include_buffers=False):
+            return build(settings, dtype=torch.float32).eval()
+    except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError, RuntimeError) as error:
+        raise SourceError(
+            f"{checkpoint.folder}: transformers cannot build {kind.__name__} from its config ({first_line(error)})"
+        ) from None
+
+
+def _whole_model(checkpoint: Checkpoint) -> Any:
+    """The model with all its weights, dequantized, in float32."""
+    state = {name: LazyTensor(partial(_rows, checkpoint, name), "F32") for name in checkpoint.tensors}
+    given = {"state_dict": state, "dtype": torch.float32, "device_map": "cpu"}
+    return model_class(checkpoint.config).from_pretrained(None, config=_plain_settings(checkpoint), **given).eval()
+
+
+def _rows(checkpoint: Checkpoint, name: str) -> Array:
+    values: Array = _read(checkpoint, name).numpy()
+    return values
+
+
+def _plain_settings(checkpoint: Checkpoint) -> Any:
+    settings = model_settings(checkpoint)
+    if hasattr(settings, "quantization_config"):
+        del settings.quantization_config
+    return settings
+
+
+def _read(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A stored tensor, in float32 if it is floating point; block by block, so that memory holds it once."""
+    info = checkpoint.tensors[name]
+    if info.dtype not in FLOATING or not info.shape:
+        value = to_torch(checkpoint.rows(name, 0, info.shape[0] if info.shape else 1), info.dtype)
+        return value.float() if value.is_floating_point() else value
+    values, start = torch.empty(info.shape), 0
+    for block in checkpoint.blocks(name):
+        values[start : start + len(block)] = to_torch(block, info.dtype)
+        start += len(block)
+    return values
+
+
+class _Weights:
+    """Where each parameter of a model lies in a checkpoint, and its values; persistent buffers are read at once."""
+
+    def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key
+
+        self._model, self._checkpoint = model, checkpoint
+        conversions = get_model_conversion_mapping(model)
+        joining = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        self._rules = ([entry for entry in conversions if isinstance(entry, WeightRenaming)], joining)
+        self._converters = {pattern: entry for entry in joining for pattern in entry.source_patterns}
+        # parameter or buffer -> stored tensors, with the pattern of the converter that joins them (None: a renaming)
+        self._sources: dict[str, list[tuple[str | None, str]]] = defaultdict(list)
+        self._state = model.state_dict()
+        for name in sorted(checkpoint.tensors, key=dot_natural_key):  # experts by number, as transformers joins them
+            target, pattern = self._target(name)
+            if target in self._state:
+                self._sources[target].append((pattern, name))
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._tie(parameters)
+        split = any(self._splits(entries) for entries in self._sources.values())
+        self.complete = not split and all(name in self._sources for name in parameters)
+        if self.complete:
+            self._read_buffers(set(parameters))
+
+    def read(self, name: str) -> Tensor:
+        """A parameter or buffer of the model by its name."""
+        entries = self._sources[name]
+        pattern, stored = entries[0]
+        value = _read(self._checkpoint, stored) if pattern is None else self._joined(name, pattern, entries)
+        expected = self._state[name].shape
+        if value.shape != expected:
+            raise SourceError(
+                f"{self._checkpoint.folder}: {stored} gives {name} the shape {list(value.shape)}, and not "
+                f"{list(expected)} as config.json says; fetch the checkpoint again"
+            )
+        return value
+
+    def _target(self, name: str) -> tuple[str, str | None]:
+        """The parameter that a stored tensor goes to, and the pattern of its converter, as transformers loads it."""
+        from transformers.core_model_loading import rename_source_key
+
+        rest = (self._model.base_model_prefix, self._state)
+        target, pattern = rename_source_key(name, *self._rules, *rest)
+        if target not in self._state and name in self._state:
+            target, pattern = rename_source_key(name, [], [], *rest)
+        return target, pattern
+
+    def _tie(self, parameters: dict[str, Any]) -> None:
+        """Give tied parameters that are stored once the same source."""
+        groups: dict[str, set[str]] = defaultdict(set)
+        for target, source in self._model.all_tied_weights_keys.items():
+            groups[source] |= {target, source}
+        for names in groups.values():
+            stored = next((self._sources[name] for name in sorted(names) if name in self._sources), None)
+            if stored is not None:
+                for name in names & set(parameters):
+                    self._sources.setdefault(name, stored)
+
+    def _splits(self, entries: list[tuple[str | None, str]]) -> bool:
+        pattern = entries[0][0]
+        return pattern is not None and len(self._converters[pattern].target_patterns) > 1
+
+    def _joined(self, name: str, pattern: str, entries: list[tuple[str | None, str]]) -> Tensor:
+        """What transformers makes of several stored tensors."""
+        converter = copy.deepcopy(self._converters[pattern])
+        for part, stored in entries:
+            converter.add_tensor(name, stored, part, partial(_read, self._checkpoint, stored))
+        try:
+            made = converter.convert(name, model=self._model, config=self._model.config)
+        except (RuntimeError, ValueError, KeyError, IndexError) as error:
+            raise SourceError(
+                f"{self._checkpoint.folder}: {entries[0][1]} and others do not make {name} ({first_line(error)}); "
+                "fetch the checkpoint again"
+            ) from None
+        value: Tensor = made[name][0] if isinstance(made[name], list) else made[name]
+        return value
+
+    def _read_buffers(self, parameters: set[str]) -> None:
+        for name in self._sources.keys() - parameters:
+            module, _, last = name.rpartition(".")
+            buffers = self._model.get_submodule(module)._buffers
+            if last in buffers:
+                buffers[last] = self.read(name)
+
+
+class _Unit:
+    """Hooks on a module: its parameters are read before its forward, and dropped after."""
+
+    def __init__(self, weights: _Weights, places: list[tuple[nn.Module, str, str]]) -> None:
+        self._weights = weights
+        self._places = [(*place, place[0]._parameters[place[1]]) for place in places]  # with what stands for no values
+
+    def read(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if any(isinstance(value, Tensor) and value.is_meta for value in inputs):  # torch would compute with noise
+            raise ValueError("a streamed model takes its inputs on the CPU, not on model.device")
+        for module, last, name, _empty in self._places:
+            module._parameters[last] = nn.Parameter(self._weights.read(name), requires_grad=False)
+
+    def drop(self, *_: Any) -> None:
+        for module, last, _name, empty in self._places:
+            module._parameters[last] = empty
+
+
+def _units(model: Any) -> list[tuple[nn.Module, list[tuple[nn.Module, str, str]]]]:
+    """Modules that read weights, and which: (owner, name in the owner, name in the model) of each."""
+    blocks, units = set(model._no_split_modules or ()), []
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        whole = bool(prefix) and (type(module).__name__ in blocks or isinstance(module, nn.MultiheadAttention))
+        owners = dict(module.named_modules()) if whole else {"": module}
+        places = [
+            (owner, last, ".".join(filter(None, (prefix, path, last))))
+            for path, owner in owners.items()
+            for last, value in owner._parameters.items()
+            if value is not None
+        ]
+        if places:
+            units.append((module, places))
+        for last, child in () if whole else module.named_children():
+            visit(child, ".".join(filter(None, (prefix, last))))
+
+    visit(model, "")
+    return units

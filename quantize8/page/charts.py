@@ -1,0 +1,59 @@
+"""Figures of a value that every module has: over the layers of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from quantize8.page import markup, names, plots
+
+_Points = Mapping[float, list[float]]
+
+_BAND = " Lines are medians of the modules of a kind in a layer, such as experts, and bands their range."
+
+
+def lines(
+    values: Mapping[str, float],
+    title: str,
+    caption: str,
+    y: str,
+    *,
+    log: bool = False,
+    ends: tuple[float, float] | None = None,
+) -> list[str]:
+    """A figure for each part of the model, with a line for each kind of module; all have the same axis.
+
+    Its ends are those of the values in layers, or `ends`.
+    """
+    drawn, found = [], names.by_layer(values)
+    if ends is None:
+        inside = [value for name, value in values.items() if names.layer(name) is not None]
+        ends = min(inside, default=0), max(inside, default=0)
+    for part, kinds in found.items():
+        series = [plots.Series(kind, points) for kind, points in _joined(kinds).items()]
+        alt = f"Lines: {y} by layer of {', '.join(kinds)}"
+        svg = plots.lines(series, "layer", y, alt=alt, ends=ends, log=log)
+        drawn.append(markup.figure(f"{title} in {part}", caption + (_BAND if plots.banded(series) else ""), svg))
+    return drawn
+
+
+def heatmap(values: Mapping[str, float], title: str, caption: str, scale: str) -> list[str]:
+    """One figure, of means by kind of module and layer on a logarithmic scale; none where all values are 0."""
+    kinds = {kind: points for part in names.by_layer(values).values() for kind, points in _joined(part).items()}
+    if not any(any(found) for points in kinds.values() for found in points.values()):
+        return []
+    layers = int(max(max(points) for points in kinds.values())) + 1
+    cells = [[float(np.mean(points[i])) if i in points else np.nan for i in range(layers)] for points in kinds.values()]
+    alt = f"Heatmap: {scale}, by kind of module and layer"
+    svg = plots.heatmap(np.array(cells), list(kinds), "layer", scale, alt=alt, log=True)
+    return [markup.figure(title, caption, svg)]
+
+
+def _joined(kinds: Mapping[str, _Points]) -> dict[str, _Points]:
+    """Kinds with the same values everywhere as one, such as q, k and v, which read the same input."""
+    found: dict[str, _Points] = {}
+    for kind, points in kinds.items():
+        same = next((label for label in found if found[label] == points), None)
+        found[kind if same is None else f"{same}, {kind}"] = points if same is None else found.pop(same)
+    return found

@@ -1,0 +1,235 @@
+"""Pages about weights: a conversion, or the weights of a checkpoint or artifact."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from quantize8.artifact.format import Int8Format
+from quantize8.artifact.plan import Plan
+from quantize8.checkpoint import QuantizedCheckpoint
+from quantize8.operations.convert import Conversion
+from quantize8.operations.inspect import WeightReport
+from quantize8.ops.reference import OUTLIER_SIGMAS
+from quantize8.page import charts, markup, names, plots
+from quantize8.report import size
+
+_STANDS_OUT = 2  # times the median error: such a layer adds 4 times the squared error of the others
+_SHOWN = 3  # names in a sentence
+_BARS = 12  # columns in a figure
+_TABLE = 1000  # rows of a table: a model of experts has tens of thousands of modules, and the page is to open at once
+_SCALES = "scales"
+_ERROR = "How far int8 weights are from the source's: ||w - int8(w)|| / ||w||. The axes are alike in all parts."
+_OUTLIERS = (
+    f"Weights beyond {OUTLIER_SIGMAS} times the root mean square of their row: one such weight makes the steps of its "
+    "whole row coarser."
+)
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """What a page says of one int8 weight [N, K]."""
+
+    module: str
+    shape: tuple[int, ...]
+    error: float | None
+    outliers: int
+    absmax: float
+    worst_columns: list[tuple[int, int, float]]
+
+
+def conversion(result: Conversion) -> bytes:
+    """What a conversion did, or a dry run found."""
+    plan, found = result.plan, _converted(result)
+    share = plan.int8_weights / max(1, plan.weights)
+    layers = f"; {share:.1%} of the weights are int8, in {len(plan.modules):,} layers" if plan.modules else ""
+    items = [
+        (f"{size(plan.source_bytes)} → {size(plan.output_bytes)}", "weights on disk, source and artifact"),
+        (f"{8 * plan.output_bytes / max(1, plan.weights):.2f} bits", f"a weight in the artifact{layers}"),
+    ]
+    items += _error_facts(found)
+    did = "Converted" if result.manifest else "A dry run, nothing is converted:"
+    how = f"in the format {plan.format.title}"
+    if isinstance(plan.format, Int8Format):
+        how += f", by the recipe {plan.recipe.name}, threshold {plan.recipe.threshold:g}"
+    source = plan.checkpoint.identity.get("id", plan.checkpoint.name)
+    lead = f"{did} {markup.code(source)} to {markup.code(result.out)}, {markup.text(how)}."
+    parts = [markup.facts(items), markup.advice(_next_steps(result, found))]
+    parts.append(markup.figures([_sizes(plan), *_figures(found)]))
+    if found:
+        parts.append(_table(found, "quantize8.json in the artifact lists all"))
+    if plan.kept:
+        parts.append(_kept(plan))
+    title = f"{'Conversion' if result.manifest else 'Plan of a conversion'} of {plan.checkpoint.name}"
+    return markup.document(title, lead, parts)
+
+
+def weights(reports: list[WeightReport], name: str) -> bytes:
+    """Statistics of the Linear weights of a model that the user calls `name`."""
+    found = [
+        _Weight(entry.module, entry.shape, entry.relative_error, entry.outliers, entry.absmax, entry.worst_columns)
+        for entry in reports
+    ]
+    count, outliers = sum(math.prod(entry.shape) for entry in found), sum(entry.outliers for entry in found)
+    items = [(f"{len(found):,}", f"Linear layers with {count:,} weights"), *_error_facts(found)]
+    rate = 1e6 * outliers / max(1, count)
+    items.append((f"{rate:.3g}", f"outliers in a million weights, beyond {OUTLIER_SIGMAS} rms of their row"))
+    lead = f"The Linear weights of {markup.code(name)}, stored as {markup.text(_dtypes(reports))}."
+    command = markup.code(f"quantize8 inspect {shlex.quote(name)} --text FILE")
+    tips = [
+        *_stand_out(found),
+        f"See the outliers in activations too, which cost more than those in weights: {command}",
+    ]
+    parts = [markup.facts(items), markup.advice(tips), markup.figures([*_figures(found), *_columns(found)])]
+    return markup.document(f"Weights of {Path(name).name or name}", lead, [*parts, _table(found, "--json lists all")])
+
+
+def _converted(result: Conversion) -> list[_Weight]:
+    """The int8 weights of a conversion, in the order of its source; no errors where codes are the source's own."""
+    plan, found = result.plan, []
+    written = {tensor.name: source for source, group in plan.outputs.items() for tensor in group}
+    sources = {written[name]: entry for name, entry in result.errors.items()}
+    for info in plan.checkpoint.tensors.values():
+        if entry := sources.get(info.name):
+            error = None if plan.checkpoint.is_int8(info.name) else entry.relative_error
+            module, peak = info.name.removesuffix(".weight"), entry.absmax_range[1]
+            found.append(_Weight(module, plan.shape_of(info), error, entry.outliers, peak, entry.worst_columns))
+    return found
+
+
+def _error_facts(found: list[_Weight]) -> list[tuple[str, str]]:
+    errors = [(entry.error, entry.module) for entry in found if entry.error is not None]
+    if not errors:
+        return []
+    worst, module = max(errors)
+    mean = sum(error for error, _ in errors) / len(errors)
+    return [(f"{mean:.4f}", "mean relative error of the int8 weights"), (f"{worst:.4f}", f"the largest, in {module}")]
+
+
+def _next_steps(result: Conversion, found: list[_Weight]) -> list[str]:
+    plan, out = result.plan, shlex.quote(str(result.out))
+    if result.manifest is None:
+        return ["Run the same command without --dry-run."]
+    tips = _stand_out(found)
+    if plan.carries:
+        tips = ["The int8 codes are those of the source: this conversion has added no error."]
+    if plan.format.is_folder:
+        tips.append(f"Measure what it costs: {markup.code(f'quantize8 evaluate {out} --reference SOURCE')}")
+    return [*tips, f"After copying it, check every byte: {markup.code(f'quantize8 verify {out}')}"]
+
+
+def _stand_out(found: list[_Weight]) -> list[str]:
+    """Layers whose error is far above the others', and what keeps them out of int8."""
+    errors = {entry.module: entry.error for entry in found if entry.error is not None}
+    if not errors:
+        return []
+    middle = float(np.median(list(errors.values())))
+    worst = sorted((name for name in errors if errors[name] > _STANDS_OUT * middle), key=lambda name: -errors[name])
+    if not worst:
+        return [f"No layer stands out: none has more than {_STANDS_OUT} times the median error, {middle:.4f}."]
+    more = f" and {len(worst) - _SHOWN:,} more" if len(worst) > _SHOWN else ""
+    shown = ", ".join(f"{markup.code(name)} ({errors[name]:.4f})" for name in worst[:_SHOWN])
+    skip = markup.code(f"skip = {json.dumps(worst[:_SHOWN], ensure_ascii=False)}")
+    return [
+        f"More than {_STANDS_OUT} times the median error, {middle:.4f}: {shown}{more}. "
+        f"To keep such layers in floating point, convert by a recipe with {skip}."
+    ]
+
+
+def _sizes(plan: Plan) -> str:
+    """Bytes of each part of the model, in the source and in the artifact."""
+    before, after = _stored(plan), _written(plan)
+    shown = [part for part in (*names.PARTS, _SCALES) if before.get(part) or after.get(part)]
+    groups = {"source": [before.get(part, 0) for part in shown], "artifact": [after.get(part, 0) for part in shown]}
+    caption = "Bytes of tensors by part of the model."
+    if _SCALES in shown:
+        caption += " Scales are those of int8, one number a row."
+    return markup.figure("Size by part", caption, plots.bars(shown, groups, size, alt=_alt_sizes(shown, groups)))
+
+
+def _stored(plan: Plan) -> dict[str, int]:
+    """Bytes by part of the source's tensors, as stored."""
+    checkpoint = plan.checkpoint
+    scales: set[str] = set()
+    if isinstance(checkpoint, QuantizedCheckpoint):
+        scales = {name for encoding in checkpoint.encodings.values() for name in encoding.tensors[1:]}
+        checkpoint = checkpoint.stored
+    tensors = checkpoint.tensors.values()
+    return _sums((_SCALES if info.name in scales else names.part(info.name), info.nbytes) for info in tensors)
+
+
+def _written(plan: Plan) -> dict[str, int]:
+    """Bytes by part of the artifact's tensors; of a tensor that became several, the first holds the codes."""
+    pairs = ((names.part(source), group) for source, group in plan.outputs.items())
+    return _sums((_SCALES if i else part, tensor.nbytes) for part, group in pairs for i, tensor in enumerate(group))
+
+
+def _sums(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
+    totals: dict[str, int] = {}
+    for part, nbytes in pairs:
+        totals[part] = totals.get(part, 0) + nbytes
+    return totals
+
+
+def _alt_sizes(shown: Sequence[str], groups: Mapping[str, Sequence[int]]) -> str:
+    return "Bars: " + "; ".join(
+        f"{part} {size(before)} to {size(after)}" for part, before, after in zip(shown, *groups.values(), strict=True)
+    )
+
+
+def _figures(found: list[_Weight]) -> list[str]:
+    """Error by layer of each part of the model, and outliers of each kind of module by layer."""
+    errors = {entry.module: entry.error for entry in found if entry.error is not None}
+    rates = {entry.module: 1e6 * entry.outliers / max(1, math.prod(entry.shape)) for entry in found}
+    return [
+        *charts.lines(errors, "Error of int8", _ERROR, "relative error"),
+        *charts.heatmap(rates, "Outliers among the weights", _OUTLIERS, "outliers in a million weights"),
+    ]
+
+
+def _columns(found: list[_Weight]) -> list[str]:
+    """The input columns with most outliers over all modules, as far as the modules' worst columns tell."""
+    totals: dict[tuple[int, int], int] = {}
+    for entry in found:
+        for column, outliers, _ in entry.worst_columns:
+            key = column, entry.shape[1]
+            totals[key] = totals.get(key, 0) + outliers
+    worst = [key for key in sorted(totals, key=lambda key: -totals[key]) if totals[key]][:_BARS]
+    if not worst:
+        return []
+    labels, values = [f"{column} of {width:,}" for column, width in worst], [totals[key] for key in worst]
+    caption = "Outlier weights by input column, summed over the worst columns of every module with as many columns."
+    svg = plots.bars(labels, {"outliers": values}, "{:,.0f}".format, alt=f"Bars: {', '.join(labels)}")
+    return [markup.figure("Columns with most outliers", caption, svg)]
+
+
+def _table(found: list[_Weight], rest: str) -> str:
+    """One line for each module, the largest errors first where there are too many."""
+    shown = sorted(found, key=lambda entry: -(entry.error or 0))[:_TABLE]
+    whole = len(shown) == len(found)
+    title = f"All {len(found):,} modules" if whole else f"The worst {_TABLE:,} of {len(found):,} modules; {rest}"
+    rows = []
+    for entry in sorted(shown, key=lambda entry: names.natural(entry.module)):
+        worst = ", ".join(f"{column} ({count})" for column, count, _ in entry.worst_columns[:_SHOWN] if count)
+        error = "" if entry.error is None else f"{entry.error:.4f}"
+        rows.append(
+            (entry.module, names.shape(entry.shape), error, f"{entry.absmax:.3g}", f"{entry.outliers:,}", worst)
+        )
+    return markup.table(title, ["<module", "shape", "error", "max |w|", "outliers", "<in columns"], rows)
+
+
+def _kept(plan: Plan) -> str:
+    """Linear weights in floating point, and why."""
+    shapes = {name: plan.checkpoint.tensors[f"{name}.weight"].shape for name in plan.kept}
+    rows = [(name, names.shape(shapes[name]), why) for name, why in plan.kept.items()]
+    return markup.table(f"Kept in floating point: {len(rows):,}", ["<module", "shape", "<why"], rows[:_TABLE])
+
+
+def _dtypes(reports: list[WeightReport]) -> str:
+    return " and ".join(sorted({entry.dtype for entry in reports}))
