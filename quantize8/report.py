@@ -21,7 +21,6 @@ from quantize8.operations.inspect import WeightReport
 from quantize8.operations.run import Comparison, Generation
 from quantize8.operations.verify import Verification
 from quantize8.ops.reference import OUTLIER_SIGMAS
-from quantize8.ops.scales import ABSMAX, MSE
 
 _SHOWN_RANGES = 4  # of positions in a window; the JSON has all buckets
 _SHOWN_COLUMNS = 3  # of the worst: a line of a table fits 80 characters for most models
@@ -47,11 +46,9 @@ def conversion(result: Conversion) -> RenderableType:
     plan, numbers = result.plan, _conversion_json(result)
     table = _table(("", "left"), ("", "left"))
     table.add_row("artifact" if result.manifest else "would write", str(result.out))
-    table.add_row("format", plan.format.title)
+    table.add_row("format", plan.format.title + (", scales of the least error" if plan.searches else ""))
     if isinstance(plan.format, Int8Format):
         table.add_row("recipe", f"{plan.recipe.name}, threshold {plan.recipe.threshold:g}")
-    if plan.searches:
-        table.add_row("scales", f"least squared error, of {len(plan.searches)} weights")
     table.add_row("size", f"{size(plan.source_bytes)} -> {size(plan.output_bytes)} in {len(plan.shards)} file(s)")
     share, density = plan.int8_weights / max(1, plan.weights), f"{numbers['bits_per_weight']} bits a weight"
     if plan.modules:
@@ -220,7 +217,7 @@ def _conversion_json(result: Conversion) -> dict[str, Any]:
         "source": plan.checkpoint.identity,
         "format": plan.format.title,
         "recipe": plan.recipe.as_json(),
-        "scale": MSE if plan.searches else ABSMAX,
+        "scale": "mse" if plan.searches else "absmax",
         "source_bytes": plan.source_bytes,
         "output_bytes": plan.output_bytes,
         "bits_per_weight": round(8 * plan.output_bytes / max(1, plan.weights), 2),

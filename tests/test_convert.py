@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from quantize8 import convert, verify
 from quantize8.artifact.manifest import read_manifest
+from quantize8.artifact.outliers import Calibrated
 from quantize8.artifact.writer import CpuQuantizer, Writer
 from quantize8.checkpoint import open_checkpoint
 from quantize8.errors import OutputError
@@ -138,6 +139,32 @@ def test_searched_scales_do_not_depend_on_workers_or_blocks(tmp_path, monkeypatc
     monkeypatch.setattr("quantize8.ops.jit.INSTALLED", False)
     convert(str(source), tmp_path / "slow", scale="mse")
     assert digests(tmp_path / "whole") == digests(tmp_path / "blocks") == digests(tmp_path / "slow")
+
+
+def test_calibration_weighs_the_search(tmp_path, monkeypatch):
+    """By the mean square of each layer's inputs, for the columns that are not stored exactly."""
+    source, rng = llama(tmp_path / "source", hidden=160), np.random.default_rng(0)
+    original = load_file(source / "model.safetensors")
+    names = [name.removesuffix(".weight") for name in original if "_proj" in name and "layers.0" in name]
+    found = {}
+    for name in names:
+        wide = original[f"{name}.weight"].shape[1]
+        mean_square = np.exp(2 * rng.normal(size=wide)).astype(np.float32)
+        found[name] = Calibrated(rng.permutation(wide)[:9].astype(np.int32), 5, mean_square, mean_square)
+    monkeypatch.setattr("quantize8.model.calibration.calibrate", lambda *_: found)
+    (tmp_path / "text").write_text("words")
+    convert(str(source), tmp_path / "out", scale="mse", calibrate=tmp_path / "text")
+    stored, unlike = load_file(tmp_path / "out" / "model.safetensors"), 0
+    for name, value in original.items():
+        if f"{name.removesuffix('.weight')}.SCB" not in stored:
+            continue
+        module, weight = name.removesuffix(".weight"), value.numpy()
+        one = found.get(module)
+        search = ScaleSearch() if one is None else ScaleSearch(one.mean_square, one.columns[:5])
+        np.testing.assert_array_equal(stored[f"{module}.SCB"], search_absmax(weight, search), name)
+        if one is not None:
+            unlike += (search_absmax(weight, ScaleSearch(one.mean_square)) != stored[f"{module}.SCB"].numpy()).any()
+    assert unlike and verify(tmp_path / "out")
 
 
 def test_conv1d_and_importance_by_column(mgm, tmp_path):
