@@ -13,6 +13,7 @@ No threshold is asked: on a small model 6.0 leaves most of the loss, on a large 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from quantize8.artifact.outliers import Calibrated
 from quantize8.checkpoint import Checkpoint
 from quantize8.checkpoint.structure import read_structure
+from quantize8.errors import SourceError
 from quantize8.model.activations import dense_weight, watch
 from quantize8.model.expected import WeightError, weight_error
 from quantize8.model.text import streamed_with_text
@@ -35,21 +37,29 @@ _PEAK_POWER, _PEAK_LIMIT = 8, 30.0  # a sum of 8th powers is nearly its largest;
 
 
 def calibrate(
-    checkpoint: Checkpoint, text: str, columns: int | None = None, tokens: int = DEFAULT_TOKENS
+    checkpoint: Checkpoint,
+    text: str,
+    modules: Collection[str],
+    columns: int | None = None,
+    tokens: int = DEFAULT_TOKENS,
 ) -> dict[str, Calibrated]:
-    """Outlier columns by module, as the checkpoint names it, for each Linear layer that the text reaches.
+    """Outlier columns of those `modules`, as the checkpoint names them, that are Linear layers of the model.
 
     The model runs once over the first `tokens` tokens, layer by layer, in float32 on the CPU. `columns` of each weight
     are kept, exactly in weight and activation; None: as many as are worth it. Experts that transformers joins are not
-    calibrated. Raises SourceError where the model cannot run, or has no tokenizer.
+    calibrated. Raises SourceError where the model cannot run, has no tokenizer, or computes NaN or infinity.
     """
     structure = read_structure(checkpoint.config, checkpoint.tensors)
     stored = {model: name for name, model in structure.model_names.items()}
     found: dict[str, Calibrated] = {}
 
     def note(name: str, module: nn.Module, x: Tensor, y: Tensor | None) -> None:
-        if y is not None:  # the output head computes one position only
-            found[stored.get(name, name)] = _calibrated(x, dense_weight(module), columns)
+        in_checkpoint = stored.get(name, name)
+        if in_checkpoint not in modules:
+            return
+        if not x.isfinite().all():
+            raise SourceError(f"{checkpoint.name}: the text makes the input of {name} NaN or infinite; take another one")
+        found[in_checkpoint] = _calibrated(x, dense_weight(module), columns)
 
     with streamed_with_text(checkpoint, text, tokens) as (model, ids), watch(model, note), torch.no_grad():
         model(ids[None])
@@ -68,7 +78,7 @@ def choose_columns(x: Tensor, rounded: WeightError, most: int | None = None) -> 
         return first, len(first)
     limit = min(_WIDE, width // _MOST_OF_K)
     first = costs.topk(min(_EXACT, limit)).indices
-    worth = int((costs[first] >= _LEAST_SHARE * costs.sum()).sum())
+    worth = int(((costs[first] >= _LEAST_SHARE * costs.sum()) & (costs[first] > 0)).sum())
     rms = x.square().mean(1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     peaks = (x.abs() / rms).clamp_(max=_PEAK_LIMIT).pow_(_PEAK_POWER).sum(0)
     peaks[first] = -1

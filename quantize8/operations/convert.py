@@ -133,7 +133,7 @@ def _calibrate(plan: Plan, text: str, columns: int | None) -> dict[str, Any]:
     """Choose the plan's outlier columns; returns what the manifest says of it."""
     from quantize8.model.calibration import DEFAULT_TOKENS, calibrate
 
-    plan.keep_outliers(calibrate(plan.checkpoint, text, columns))
+    plan.keep_outliers(calibrate(plan.checkpoint, text, plan.modules, columns))
     asked = "auto" if columns is None else columns
     return {"text_blake3": digest(text.encode()), "tokens": DEFAULT_TOKENS, "outlier_columns": asked}
 
