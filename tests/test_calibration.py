@@ -109,7 +109,10 @@ def plainly(source, ids: list[int]):
     seen, hooks = {}, []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-            note = lambda module, inputs, name=name: seen.__setitem__(name, inputs[0].reshape(-1, inputs[0].shape[-1]))
+
+            def note(module, inputs, name=name):
+                seen[name] = inputs[0].reshape(-1, inputs[0].shape[-1])
+
             hooks.append(module.register_forward_pre_hook(note))
     with torch.no_grad():
         model(torch.tensor([ids]))

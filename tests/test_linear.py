@@ -1,4 +1,4 @@
-"""Int8Linear in mode static: which layout it keeps for which mode, what moving, copying and saving do to its columns."""
+"""Int8Linear in mode static: which layout it keeps for which mode, what copying and casting do to its columns."""
 
 import copy
 import pickle

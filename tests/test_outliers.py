@@ -4,7 +4,6 @@ import hashlib
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from making import llama, mixtral, word_tokenizer
@@ -17,6 +16,7 @@ from quantize8.artifact.outliers import OUTLIERS_NAME, read_outliers
 from quantize8.checkpoint import open_checkpoint
 from quantize8.checkpoint.hub import needed_files
 from quantize8.operations.run import Comparison
+from quantize8.resources import TEXT as ADDRESS
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 
@@ -78,7 +78,7 @@ def test_the_artifact_is_the_one_without_calibration_and_a_file_beside_it(sound)
 def test_stored_columns_are_those_of_the_source_in_float16(dtype, tmp_path):
     source, out = made(tmp_path, dtype)
     weights, stored, found = load_file(source / "model.safetensors"), load_file(out / OUTLIERS_NAME), read_outliers(out)
-    assert set(found) == set(read_manifest(out).tensors) & set() or len(found) == 14
+    assert len(found) == 14
     for module, entry in found.items():
         rows, width = weights[f"{module}.weight"].shape
         columns = stored[f"{module}.outlier_columns"].long()
@@ -125,9 +125,7 @@ def test_mode_static_is_the_default_and_nearer_to_the_source(sound):
     errors = {mode: (logits(load(sound / "out", "cpu", mode=mode)[0]) - exact).norm() for mode in ("static", "dynamic")}
     assert torch.equal(logits(model), logits(load(sound / "out", "cpu", mode="static")[0]))
     assert errors["static"] < errors["dynamic"]
-    assert torch.equal(
-        *(logits(load(sound / name, "cpu", mode="dynamic")[0]) for name in ("plain", "out"))
-    )
+    assert torch.equal(*(logits(load(sound / name, "cpu", mode="dynamic")[0]) for name in ("plain", "out")))
     assert {module.mode for module in load(sound / "plain", "cpu")[0].modules() if isinstance(module, Int8Linear)} == {
         "dynamic"
     }
@@ -154,9 +152,8 @@ def test_a_calibrated_artifact_is_a_source_like_any_other(sound, artifact, tmp_p
     for name in ("float", "w8a16"):
         assert not (tmp_path / name / OUTLIERS_NAME).exists()
         assert not [key for key in open_checkpoint(str(tmp_path / name)).tensors if "outlier" in key]
-    again = read_outliers(tmp_path / "again")[MODULE]
-    dequantized = load(artifact, "cpu")[0].get_submodule(MODULE).dequantize()
-    assert np.array_equal(again.weight, dequantized[:, again.columns[: again.weight.shape[1]].tolist()].half())
+    for module, entry in read_outliers(tmp_path / "again").items():
+        assert len(entry.columns) and not entry.weight.size, module  # what is int8 already has nothing to lose
 
 
 def test_names_of_a_checkpoint_without_its_models_prefix(tmp_path):
@@ -164,7 +161,7 @@ def test_names_of_a_checkpoint_without_its_models_prefix(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=128)).half()
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=128)).half().eval()
     source = tmp_path / "source"
     model.save_pretrained(source)
     state = {name.removeprefix("transformer."): value.contiguous() for name, value in model.state_dict().items()}
@@ -173,7 +170,8 @@ def test_names_of_a_checkpoint_without_its_models_prefix(tmp_path):
     (tmp_path / "text").write_text(TEXT)
     convert(str(word_tokenizer(source)), tmp_path / "out", calibrate=tmp_path / "text", outlier_columns=2)
     found = read_outliers(tmp_path / "out")
-    assert set(found) == {name.removesuffix(".weight") for name, value in state.items() if ".c_" in name and value.dim() > 1}
+    weights = [name for name, value in state.items() if ".c_" in name and value.dim() > 1]
+    assert set(found) == {name.removesuffix(".weight") for name in weights}
     loaded, _ = load(tmp_path / "out", "cpu")
     for name, entry in found.items():
         assert torch.equal(torch.from_numpy(entry.weight), state[f"{name}.weight"].t()[:, entry.columns.tolist()])
@@ -225,7 +223,8 @@ def test_arguments_that_are_wrong(options, message, sound, tmp_path, monkeypatch
 
 
 def test_a_dry_run_foretells_the_size_of_both_files(sound, tmp_path):
-    plan = convert(str(sound / "source"), tmp_path / "out", calibrate=sound / "text", recipe="int8-all", dry_run=True).plan
+    options = {"calibrate": sound / "text", "recipe": "int8-all", "dry_run": True}
+    plan = convert(str(sound / "source"), tmp_path / "out", **options).plan
     sizes = {path.name: path.stat().st_size for path in (sound / "out").glob("*.safetensors")}
     assert {shard.file: shard.nbytes for shard in plan.files} == sizes and plan.output_bytes == sum(sizes.values())
     assert not (tmp_path / "out").exists()
@@ -350,7 +349,8 @@ def test_saving_a_calibrated_model_leaves_its_columns_behind(artifact, tmp_path)
     logits(model)
     assert not [name for name in model.state_dict() if "outlier" in name]
     model.save_pretrained(tmp_path / "saved")
-    assert not [name for path in (tmp_path / "saved").glob("*.safetensors") for name in load_file(path) if "outl" in name]
+    assert [path.name for path in (tmp_path / "saved").glob("*.safetensors")] == ["model.safetensors"]
+    assert not [name for name in load_file(tmp_path / "saved" / "model.safetensors") if "outlier" in name]
     assert "static" not in (tmp_path / "saved" / "config.json").read_text()
     torch.testing.assert_close(logits(load(tmp_path / "saved", "cpu")[0]), expected)
 
@@ -371,18 +371,22 @@ def test_run_and_evaluate_take_mode_static_and_tell_of_new_outliers(sound):
         evaluate(plain, mode="static", **options)
 
 
-BATCHES = pytest.mark.parametrize("length", [1, 5, 16, 17, 40])
+LENGTHS = (1, 5, 16, 17, 40)
 
 
-@BATCHES
 @pytest.mark.parametrize("mode", ["static", "elementwise"])
-def test_a_sequence_has_the_same_logits_alone_and_in_a_batch(length, mode, sound):
-    """With the output head in int8 as well, to the last bit."""
-    model, _ = load(sound / "out", "cpu", mode=mode)
-    ids = torch.arange(8 * length).view(8, length) * 7 % 60
-    together = logits(model, ids)
-    for i in range(8):
-        assert torch.equal(logits(model, ids[i : i + 1])[0], together[i]), i
+def test_a_sequence_has_the_same_logits_alone_and_in_a_batch(mode, tmp_path, monkeypatch):
+    """To the last bit, with the output head in int8 too, and an inner width that is a multiple of 32.
+
+    torch computes SiLU in vectors of 32 numbers, and in another way what is left of a tensor.
+    """
+    monkeypatch.setattr("making.INNER", 64)
+    model, _ = load(made(tmp_path, recipe="int8-all")[1], "cpu", mode=mode)
+    for length in LENGTHS:
+        ids = torch.arange(8 * length).view(8, length) * 7 % 60
+        together = logits(model, ids)
+        for i in range(8):
+            assert torch.equal(logits(model, ids[i : i + 1])[0], together[i]), (length, i)
 
 
 def test_in_mode_dynamic_a_neighbours_outlier_shows(sound, tmp_path):
@@ -400,25 +404,26 @@ def test_in_mode_dynamic_a_neighbours_outlier_shows(sound, tmp_path):
         assert torch.equal(together[:1], alone) == same
 
 
-@pytest.fixture(scope="session")
-def smollm2_calibrated(smollm2_gguf, tmp_path_factory):
-    from quantize8.resources import TEXT as ADDRESS
-
+@pytest.fixture(scope="module")
+def calibrated(smollm2, tmp_path_factory):
+    """The real model in mode static, and some ids."""
     folder = tmp_path_factory.mktemp("calibrated")
-    (folder / "text").write_text(ADDRESS.read_text()[:1000])
-    convert(str(smollm2_gguf), folder / "out", calibrate=folder / "text")
-    return folder / "out"
+    (folder / "text").write_text(ADDRESS.read_text()[:500])
+    convert(str(smollm2), folder / "out", calibrate=folder / "text")
+    model, tokenizer = load(folder / "out", "cpu")
+    return model, tokenizer(ADDRESS.read_text()[2000:6000], return_tensors="pt")["input_ids"][0]
 
 
-@BATCHES
 @pytest.mark.parametrize("mode", ["static", "elementwise"])
-def test_the_real_model_has_the_same_states_alone_and_in_a_batch(length, mode, smollm2_calibrated):
+def test_the_real_model_has_the_same_states_alone_and_in_a_batch(mode, calibrated):
     """Up to the output head, which is the embedding, in floating point: BLAS adds otherwise for few rows."""
-    model, tokenizer = load(smollm2_calibrated, "cpu", mode=mode)
-    from quantize8.resources import TEXT as ADDRESS
-
-    ids = tokenizer(ADDRESS.read_text()[2000:6000], return_tensors="pt")["input_ids"][0, : 8 * length].view(8, length)
-    with torch.inference_mode():
-        together, alone = model.model(ids)[0], model.model(ids[3:4])[0]
-        assert torch.equal(together[3:4], alone)
-        torch.testing.assert_close(model(ids).logits[3:4], model(ids[3:4]).logits)
+    model, text = calibrated
+    for module in model.modules():
+        if isinstance(module, Int8Linear):
+            module.mode = mode
+    for length in LENGTHS:
+        ids = text[: 8 * length].view(8, length)
+        with torch.inference_mode():
+            together, alone = model.model(ids)[0], model.model(ids[3:4])[0]
+            assert torch.equal(together[3:4], alone), length
+            torch.testing.assert_close(model.lm_head(together)[3:4], model.lm_head(alone), atol=1e-3, rtol=1e-3)

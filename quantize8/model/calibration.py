@@ -58,7 +58,9 @@ def calibrate(
         if in_checkpoint not in modules:
             return
         if not x.isfinite().all():
-            raise SourceError(f"{checkpoint.name}: the text makes the input of {name} NaN or infinite; take another one")
+            raise SourceError(
+                f"{checkpoint.name}: the text makes the input of {name} NaN or infinite; take another one"
+            )
         found[in_checkpoint] = _calibrated(x, dense_weight(module), columns)
 
     with streamed_with_text(checkpoint, text, tokens) as (model, ids), watch(model, note), torch.no_grad():
