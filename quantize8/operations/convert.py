@@ -101,7 +101,15 @@ def convert(
     found = {} if text is None else _calibrate(plan, text, columns)
     if scale == MSE:
         plan.searches = _searches(plan, found)
-    calibration = {} if text is None else {"text_blake3": digest(text.encode()), "outlier_columns": outlier_columns}
+    calibration = {}
+    if text is not None:
+        from quantize8.model.calibration import DEFAULT_TOKENS
+
+        calibration = {
+            "text_blake3": digest(text.encode()),
+            "tokens": DEFAULT_TOKENS,
+            "outlier_columns": outlier_columns,
+        }
     if dry_run:
         return Conversion(target, plan, time.perf_counter() - start)
     check_disk(target, plan.output_bytes)
@@ -141,7 +149,8 @@ def _calibrate(plan: Plan, text: str, columns: int | None) -> dict[str, Calibrat
     """What the text says of each weight; where the format has int8 modules, their outlier columns get their place."""
     from quantize8.model.calibration import calibrate
 
-    found = calibrate(plan.checkpoint, text, columns)
+    weights = [*plan.quantized, *(f"{name}.weight" for name in plan.modules)]
+    found = calibrate(plan.checkpoint, text, {name.removesuffix(".weight") for name in weights}, columns)
     if isinstance(plan.format, Int8Format):
         plan.keep_outliers(found)
     return found
