@@ -69,6 +69,7 @@ def convert(
     ] = None,
     calibrate: Annotated[str | None, typer.Option(help="Text file to choose and store outlier columns by.")] = None,
     outlier_columns: Annotated[str, typer.Option(help="auto, or how many of each weight.")] = "auto",
+    smooth: Annotated[float | None, typer.Option(help="SmoothQuant's alpha, by that text: 0.5.")] = None,
     recipe: Annotated[str, typer.Option(help="llm-int8, int8, int8-all, or a .toml file.")] = "llm-int8",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
@@ -89,7 +90,7 @@ def convert(
     with _progress("converting") as progress:
         result = operation(
             source, out, format=format, scheme=scheme, moe=moe, threshold=threshold, calibrate=calibrate,
-            outlier_columns=outlier_columns, recipe=recipe, device=device, max_shard_size=max_shard_size,
+            outlier_columns=outlier_columns, smooth=smooth, recipe=recipe, device=device, max_shard_size=max_shard_size,
             workers=workers, dry_run=dry_run, overwrite=overwrite, revision=revision, token=token, progress=progress,
         )  # fmt: skip
     _show(result, report.conversion(result), as_json)

@@ -55,6 +55,7 @@ def convert(
     threshold: float | None = None,
     calibrate: str | Path | None = None,
     outlier_columns: int | str = "auto",
+    smooth: float | None = None,
     recipe: str = DEFAULT_RECIPE,
     device: str = "auto",
     max_shard_size: str = DEFAULT_SHARD_SIZE,
@@ -71,8 +72,9 @@ def convert(
     such as `<name>-int8`, in the current one); format, bitsandbytes, compressed-tensors, gguf, float16, bfloat16 or
     float32; scheme (w8a8 or w8a16) and moe (vllm or transformers), of compressed-tensors alone; threshold, of
     bitsandbytes, in place of the recipe's; calibrate, a text file by which outlier columns are chosen, to be stored
-    beside the weights; outlier_columns of each weight, "auto" for as many as are worth it; recipe, a shipped name or a
-    .toml file, of the first two formats; device, auto, cpu or cuda (auto: a GPU that kernels can use, else the CPU);
+    beside the weights; outlier_columns of each weight, "auto" for as many as are worth it; smooth, SmoothQuant's alpha
+    between 0 and 1, to move outliers of activations into the weights by that text; recipe, a shipped name or a .toml
+    file, of the first two formats; device, auto, cpu or cuda (auto: a GPU that kernels can use, else the CPU);
     workers, threads that read, quantize and write side by side (default: one a processor); progress, called with bytes
     of source done and in all.
     Raises: SourceError, WeightError, RecipeError, OutputError or DependencyError; then no output folder is left.
@@ -89,11 +91,12 @@ def convert(
         raise OutputError(f"recipe {recipe}: --format {output.name} takes none; leave it out")
     text = _calibration_text(calibrate, output)
     columns = _count(outlier_columns, text is not None)
+    _check_alpha(smooth, text is not None)
     checkpoint = open_checkpoint(source, revision=revision, token=token)
     target = Path(out) if out is not None else Path(f"{checkpoint.name}-{output.suffix}")
     check_output(target, overwrite, checkpoint.folder)
     plan = make_plan(checkpoint, chosen, output, max_shard_size)
-    calibration = {} if text is None else _calibrate(plan, text, columns)
+    calibration = {} if text is None else _calibrate(plan, text, columns, smooth)
     if dry_run:
         return Conversion(target, plan, time.perf_counter() - start)
     check_disk(target, plan.output_bytes)
@@ -129,13 +132,25 @@ def _count(columns: int | str, calibrates: bool) -> int | None:
     return int(columns)
 
 
-def _calibrate(plan: Plan, text: str, columns: int | None) -> dict[str, Any]:
-    """Choose the plan's outlier columns; returns what the manifest says of it."""
-    from quantize8.model.calibration import DEFAULT_TOKENS, calibrate
+def _check_alpha(smooth: float | None, calibrates: bool) -> None:
+    if smooth is not None and not calibrates:
+        raise OutputError(f"smooth {smooth:g}: is measured on a text; add --calibrate FILE")
+    if smooth is not None and not 0 < smooth < 1:
+        raise OutputError(f"smooth {smooth:g}: must lie between 0 and 1")
 
+
+def _calibrate(plan: Plan, text: str, columns: int | None, alpha: float | None) -> dict[str, Any]:
+    """Choose the plan's outlier columns, of smoothed weights if asked; returns what the manifest says of it."""
+    from quantize8.model.calibration import DEFAULT_TOKENS, calibrate
+    from quantize8.model.smoothing import check_smoothable, smooth
+
+    smoothing = {} if alpha is None else {"smooth": alpha}
+    if alpha is not None:
+        check_smoothable(plan.checkpoint)
+        plan.checkpoint = smooth(plan.checkpoint, calibrate(plan.checkpoint, text, 0), alpha)
     plan.keep_outliers(calibrate(plan.checkpoint, text, columns))
     asked = "auto" if columns is None else columns
-    return {"text_blake3": digest(text.encode()), "tokens": DEFAULT_TOKENS, "outlier_columns": asked}
+    return {"text_blake3": digest(text.encode()), "tokens": DEFAULT_TOKENS, "outlier_columns": asked, **smoothing}
 
 
 def _write(
