@@ -20,13 +20,13 @@ class Factors:
     rows: Array | None = None  # [N]
     columns: Array | None = None  # [K]
 
-    def block(self, start: int, stop: int) -> Array:
-        """The factors of rows start..stop, broadcasting to them: of [n, K], or [n] where there are no columns."""
-        rows = None if self.rows is None else self.rows[start:stop]
-        if self.columns is None:
-            assert rows is not None
-            return rows
-        return self.columns[None] if rows is None else rows[:, None] * self.columns
+    def of(self, block: Array, start: int) -> Array:
+        """The factors of a block of rows [n, K] or [n], the first of them row `start`, in a shape to multiply by."""
+        if self.rows is None:
+            assert self.columns is not None
+            return self.columns
+        rows = self.rows[start : start + len(block)].reshape(-1, *(1,) * (block.ndim - 1))
+        return rows if self.columns is None else rows * self.columns
 
 
 class SmoothedCheckpoint(Checkpoint):
@@ -93,7 +93,7 @@ class SmoothedCheckpoint(Checkpoint):
         by_row, start = self.factors[name].rows is not None, 0
         found: list[Array] = []
         for values in self.inner.blocks(name):
-            factor = self.factors[name].block(start, start + len(values))
+            factor = self.factors[name].of(values, start)
             with np.errstate(over="ignore", invalid="ignore"):
                 back = self._scaled(name, values, start).astype(np.float32) / factor
             # a power of two changes no digit: what does not come back has overflowed, or lost digits as a subnormal
@@ -104,7 +104,7 @@ class SmoothedCheckpoint(Checkpoint):
         return whole if by_row else np.asarray(whole.any(axis=0))
 
     def _scaled(self, name: str, values: Array, start: int) -> Array:
-        factor = self.factors[name].block(start, start + len(values))
+        factor = self.factors[name].of(values, start)
         with np.errstate(over="ignore"):  # `lossy` tells of it
             scaled: Array = (values.astype(np.float32) * factor).astype(values.dtype)
         return scaled
