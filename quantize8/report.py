@@ -111,7 +111,8 @@ def activations(report: ActivationReport) -> RenderableType:
     if report.thresholds:
         parts += [Text(), _thresholds(report), Text("error: of int8 outputs, relative, expected")]
     if report.advice:
-        parts += [Text(), Text(f"advice: threshold {report.advice.threshold:g}: {report.advice.reason}")]
+        what = "--calibrate" if report.advice.calibrate else f"threshold {report.advice.threshold:g}"
+        parts += [Text(), Text(f"advice: {what}: {report.advice.reason}")]
     return Group(*parts)
 
 

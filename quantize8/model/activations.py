@@ -19,10 +19,19 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from quantize8.model.expected import THRESHOLDS, InputError, input_errors, relative_error, weight_error
+from quantize8.model.columns import choose_columns
+from quantize8.model.expected import (
+    THRESHOLDS,
+    InputError,
+    input_errors,
+    relative_error,
+    static_errors,
+    weight_error,
+    without,
+)
 from quantize8.model.features import LayerInput, affected, emergent_features, feature_map
 from quantize8.model.linear import Int8Linear
-from quantize8.model.outliers import ActivationReport, LayerThreshold, LinearReport, ThresholdReport
+from quantize8.model.outliers import ActivationReport, LayerThreshold, LinearReport, StaticColumns, ThresholdReport
 
 # Called with a layer's name, the layer, its input float32 [T, K], and its output float32 [T, N], both on the CPU: None
 # of the output head, which computes the last position only. Weights are in place, of a streamed model too.
@@ -162,7 +171,7 @@ class _Recorder:
         magnitudes, known = x.abs(), self._input(x)
         over, peaks = magnitudes >= self._threshold, magnitudes.amax(0)
         later = magnitudes[1:].amax(0) if len(x) > 1 else torch.zeros_like(peaks)
-        alone, *errors = _output_errors(known, module, y)
+        alone, errors, static = _output_errors(known, module, y)
         width: Any = module.nf if isinstance(module, Conv1D) else module.out_features
         self.linears.append(
             LinearReport(
@@ -181,6 +190,7 @@ class _Recorder:
                     LayerThreshold(found.threshold, found.columns, found.positions, 2 * width * found.columns, e)
                     for found, e in zip(known.errors, errors, strict=True)
                 ],
+                static=static,
             )
         )
 
@@ -193,19 +203,25 @@ class _Recorder:
         return last
 
 
-def _output_errors(known: _Input, module: Any, y: Tensor | None) -> list[float | None]:
-    """Expected relative errors of a layer's output: of the weight alone, then at each threshold.
+def _output_errors(
+    known: _Input, module: Any, y: Tensor | None
+) -> tuple[float | None, list[float | None], StaticColumns | None]:
+    """Expected relative errors of a layer's output: of the weight alone, at each threshold, and with stored columns.
 
     None without y, and where a weight cannot be int8.
     """
-    if y is None:
-        return [None] * (1 + len(known.errors))
+    weight = dense_weight(module)
+    rounded = None if y is None else weight_error(weight)
+    if y is None or rounded is None or not rounded.squares.isfinite().all():
+        return None, [None] * len(known.errors), None
     product = y if module.bias is None else y - module.bias.cpu()
     y_energy = float(torch.linalg.vector_norm(product, dtype=torch.float64)) ** 2
-    rounded = weight_error(dense_weight(module))
     squares: list[Tensor | float] = [0.0, *(found.squares for found in known.errors)]
     errors = [relative_error(entry, known.energy, rounded, y_energy) for entry in squares]
-    return [error if math.isfinite(error) else None for error in errors]
+    columns, exact = choose_columns(known.values, rounded)
+    left = without(rounded, columns[:exact])
+    error = relative_error(static_errors(known.values, columns), known.energy, left, y_energy)
+    return errors[0], [*errors[1:]], StaticColumns(len(columns), 2 * len(weight) * exact, error)
 
 
 def _holds_experts(module: nn.Module) -> bool:
@@ -219,6 +235,12 @@ def _sum_up(report: ActivationReport) -> None:
     if not judged:
         return
     report.weight_error = sum(entry.weight_error or 0.0 for entry in judged) / len(judged)
+    static = [entry.static for entry in judged if entry.static is not None]
+    report.static = StaticColumns(
+        columns=sum(entry.columns for entry in static),
+        bytes=sum(entry.bytes for entry in static),
+        error=sum(entry.error for entry in static) / len(static),
+    )
     for i, threshold in enumerate(THRESHOLDS):
         layers = [entry.thresholds[i] for entry in judged]
         errors = [layer.error or 0.0 for layer in layers]

@@ -1,15 +1,4 @@
-"""Which columns of each weight are outliers: chosen beforehand, from what a text brings about in the layers' inputs.
-
-Two things make int8 lose: a token's largest elements set the step of all the others, and the columns that the largest
-inputs meet carry most of the weight's rounding error. So of each weight [N, K], met by inputs x [T, K],
-
-    the columns with most  (sum_t x_tk^2) (sum_n dw_nk^2)   are kept exactly, in weight and activation: it is what
-        rounding that column of the weight costs the output, where its share of all is worth the bytes;
-    the columns with most  sum_t min(|x_tk| / rms_t, c)^8   are kept exactly in the activation: it grows with how
-        often a column has the largest element of a token, and by how much.
-
-No threshold is asked: on a small model 6.0 leaves most of the loss, on a large one it takes more than helps.
-"""
+"""Calibration: a text is put through a model once, and of each layer's weight the outlier columns are chosen."""
 
 from __future__ import annotations
 
@@ -22,16 +11,11 @@ from quantize8.artifact.outliers import Calibrated
 from quantize8.checkpoint import Checkpoint
 from quantize8.checkpoint.structure import read_structure
 from quantize8.model.activations import dense_weight, watch
-from quantize8.model.expected import WeightError, weight_error
+from quantize8.model.columns import choose_columns
+from quantize8.model.expected import weight_error
 from quantize8.model.text import streamed_with_text
 
 DEFAULT_TOKENS = 1024  # of the text; as many as a model with a context of 1024 sees at once
-# Columns of an activation: one tile of the CPU's int8 units, in which 64 cost no more than one does
-_WIDE = 64
-_EXACT = 16  # columns of a weight at most: 32 bytes a row, 1.6% at K = 2048
-_LEAST_SHARE = 0.005  # of a weight's expected error, for a column to be worth storing
-_MOST_OF_K = 8  # a narrow weight has at most K / 8 outlier columns
-_PEAK_POWER, _PEAK_LIMIT = 8, 30.0  # a sum of 8th powers is nearly its largest; one massive token is not everything
 
 
 def calibrate(
@@ -54,25 +38,6 @@ def calibrate(
     with streamed_with_text(checkpoint, text, tokens) as (model, ids), watch(model, note), torch.no_grad():
         model(ids[None])
     return found
-
-
-def choose_columns(x: Tensor, rounded: WeightError, most: int | None = None) -> tuple[Tensor, int]:
-    """Outlier columns int64 [J] for inputs x float32 [T, K], and how many of them, the first, are stored exactly.
-
-    `most`: so many, all stored; None: as many as are worth it, at most 64, of which 16 are stored.
-    """
-    width = x.shape[1]
-    costs = x.square().sum(0).double() * rounded.squares
-    if most is not None:
-        first = costs.topk(min(most, width)).indices
-        return first, len(first)
-    limit = min(_WIDE, width // _MOST_OF_K)
-    first = costs.topk(min(_EXACT, limit)).indices
-    worth = int((costs[first] >= _LEAST_SHARE * costs.sum()).sum())
-    rms = x.square().mean(1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-    peaks = (x.abs() / rms).clamp_(max=_PEAK_LIMIT).pow_(_PEAK_POWER).sum(0)
-    peaks[first] = -1
-    return torch.cat([first, peaks.topk(limit - len(first)).indices]), worth
 
 
 def _calibrated(x: Tensor, weight: Tensor, most: int | None) -> Calibrated:

@@ -68,11 +68,22 @@ def input_errors(x: Tensor, thresholds: tuple[float, ...] = THRESHOLDS) -> list[
     return list(map(InputError, thresholds, counts, positions, squares))
 
 
+def static_errors(x: Tensor, columns: Tensor) -> Tensor:
+    """The squared errors of x, float32 [T, K], by column, float64 [K], if the columns int [J] alone are exact."""
+    rest = x.index_fill(1, columns, 0)
+    return _squares(rest, rest.abs().amax(1)[None])[0]
+
+
 def weight_error(weight: Tensor) -> WeightError:
     """The errors of a weight, float32 [N, K] on the CPU, quantized row by row."""
     stats = ColumnStats.empty(weight.shape[1])
     cpu.quantize_rowwise(weight.contiguous().numpy(), stats)
     return WeightError(torch.from_numpy(stats.sum_square), torch.from_numpy(stats.sum_error))
+
+
+def without(weight: WeightError, columns: Tensor) -> WeightError:
+    """The error that is left of a weight when some of its columns int [E] are stored exactly."""
+    return WeightError(weight.energy, weight.squares.index_fill(0, columns, 0))
 
 
 def relative_error(input_squares: Tensor | float, x_energy: Tensor, weight: WeightError, y_energy: float) -> float:

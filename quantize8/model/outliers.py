@@ -19,6 +19,15 @@ class LayerThreshold:
 
 
 @dataclass(frozen=True)
+class StaticColumns:
+    """What outlier columns that calibration by the same text stores would do: to one layer, or all together."""
+
+    columns: int  # J
+    bytes: int  # of those of them that are stored exactly: 2 N E
+    error: float  # expected relative error of the output in mode static; of all layers, the mean
+
+
+@dataclass(frozen=True)
 class LinearReport:
     """Outliers in the input of one Linear layer, [T, K]."""
 
@@ -34,6 +43,7 @@ class LinearReport:
     positions: float  # share of positions with some |x| >= threshold
     weight_error: float | None  # expected, of int8 weights and exact activations; None as of a threshold
     thresholds: list[LayerThreshold]
+    static: StaticColumns | None = None  # None of the output head
 
 
 @dataclass(frozen=True)
@@ -50,12 +60,13 @@ class ThresholdReport:
 
 @dataclass(frozen=True)
 class Advice:
-    """A threshold for convert, and one sentence that says why."""
+    """A threshold for convert, or calibrated columns in its place, and one sentence that says why."""
 
     budget: float
     threshold: float
-    met: bool  # whether its error keeps to the budget
+    met: bool  # whether the advice keeps to the budget
     reason: str
+    calibrate: bool = False  # whether columns stored by calibration are advised, and no threshold
 
 
 @dataclass
@@ -72,4 +83,5 @@ class ActivationReport:
     features: FeatureMap | None = None  # of all features that reach the threshold anywhere; None without layer inputs
     weight_error: float = 0.0  # of all layers but the output head, the mean of theirs
     thresholds: list[ThresholdReport] = field(default_factory=list)  # the same layers
+    static: StaticColumns | None = None  # the same layers
     advice: Advice | None = None

@@ -17,7 +17,15 @@ from torch import Tensor
 from quantize8.ops import kernels
 from quantize8.ops.device import gpu_of
 from quantize8.ops.kernels import CHUNK, TENSOR_CORES, WARP, Capability, ceil_div
-from quantize8.ops.reference import DECODE_TOKENS, STATS_TILE_ROWS, ColumnStats, Int8Weight, OutlierMode
+from quantize8.ops.reference import (
+    DECODE_TOKENS,
+    INT8_MAX,
+    STATS_TILE_ROWS,
+    ColumnStats,
+    Int8Weight,
+    OutlierMode,
+    fixed_columns,
+)
 
 _ROWS_OF_A_BLOCK = 16  # of quantize_rowwise without statistics; with them it is a tile, whose sums one block makes
 _LIBRARY_TOKENS = 24  # the least M, a multiple of 8 over 16, that torch._int_mm takes everywhere
@@ -120,9 +128,9 @@ def quantize_activations(x: Tensor, threshold: float) -> Activations:
 def mixed_matmul(
     x: Tensor, weight: Int8Weight, bias: Tensor | None, threshold: float, mode: OutlierMode = "dynamic"
 ) -> Tensor:
-    """`reference.mixed_matmul`, modes dynamic and elementwise: x [M, K] -> [M, N] in x's dtype, summed in float32."""
+    """`reference.mixed_matmul`: x [M, K] -> [M, N] in x's dtype, summed in float32."""
     if mode == "static":
-        raise ValueError("mode static needs a weight with stored outlier columns, which kernels do not take yet")
+        return _static_matmul(x, weight, bias)
     x = _dense(x)
     (tokens, columns), rows = x.shape, len(weight.codes)
     y = x.new_empty((tokens, rows))
@@ -146,8 +154,33 @@ def mixed_matmul(
     return y
 
 
+def _static_matmul(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
+    """Mode static: the kernel for all columns but the outliers, and a product of torch's for these.
+
+    Their sum is rounded to x's dtype once more than in the other modes. No launch waits for the host.
+    """
+    columns = fixed_columns(weight, "static").long()
+    plain = Int8Weight(weight.codes, weight.absmax)
+    product = mixed_matmul(x.index_fill(1, columns, 0), plain, bias, 0.0)
+    beside = weight.codes.index_select(1, columns).float().mul_((weight.absmax / INT8_MAX)[:, None])
+    beside[:, : weight.outlier_weight.shape[1]] = weight.outlier_weight
+    return product.addmm_(x.index_select(1, columns), beside.to(x.dtype).t())
+
+
 def weight_only_matmul(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
-    """`reference.weight_only_matmul`: x [M, K], M <= 16 -> [M, N] in x's dtype, summed in float32."""
+    """`reference.weight_only_matmul`: x [M, K], M <= 16 -> [M, N] in x's dtype, summed in float32.
+
+    Stored columns add what they have beyond their codes in a product of torch's, which rounds once more.
+    """
+    product = _weight_only(x, weight, bias)
+    if weight.outlier_columns is None or not weight.outlier_weight.shape[1]:
+        return product
+    columns = weight.outlier_columns[: weight.outlier_weight.shape[1]].long()
+    codes = weight.codes.index_select(1, columns).float().mul_((weight.absmax / INT8_MAX)[:, None])
+    return product.addmm_(x.index_select(1, columns), (weight.outlier_weight.float() - codes).to(x.dtype).t())
+
+
+def _weight_only(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
     x = _dense(x)
     (tokens, columns), rows = x.shape, len(weight.codes)
     y = x.new_empty((tokens, rows))

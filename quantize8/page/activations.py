@@ -40,7 +40,11 @@ def _facts(report: ActivationReport) -> list[tuple[str, str]]:
     ]
     if report.advice is not None:
         chosen = next(entry for entry in report.thresholds if entry.threshold == report.advice.threshold)
-        items.append((f"{chosen.threshold:g}", f"the threshold to convert with: expected error {chosen.error:.4f}"))
+        items.append(
+            (f"{chosen.threshold:g}", f"the best threshold to convert with: expected error {chosen.error:.4f}")
+        )
+    if report.static is not None:
+        items.append((f"{report.static.error:.4f}", "the expected error with columns stored by calibration"))
     return items
 
 
@@ -51,7 +55,8 @@ def _advice(report: ActivationReport) -> list[str]:
     )
     tips = []
     if report.advice is not None:
-        command = markup.code(f"quantize8 convert SOURCE --threshold {report.advice.threshold:g}")
+        option = "--calibrate FILE" if report.advice.calibrate else f"--threshold {report.advice.threshold:g}"
+        command = markup.code(f"quantize8 convert SOURCE {option}")
         tips.append(f"Convert with {command}: {markup.text(report.advice.reason)}.")
     if report.emergent:
         found = ", ".join(str(entry.column) for entry in report.emergent[:_SHOWN])

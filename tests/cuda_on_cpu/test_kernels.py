@@ -302,7 +302,22 @@ def test_inputs_that_start_or_lie_anyhow(on):
     assert torch.equal(gpu.linear(strided[:3], in_a_file, None, 6.0), gpu.linear(strided[:3], weight, None, 6.0))
 
 
-def test_static_columns_are_refused_until_kernels_take_them(on):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 16, 17, 40])
+@pytest.mark.parametrize("exact", [0, 2, 5])
+def test_static_columns_up_to_two_roundings(on, dtype, tokens, exact):
+    """The kernel's result is rounded, and the sum with the product of the outlier columns once more."""
     on()
-    with pytest.raises(ValueError, match="static"):
-        gpu.mixed_matmul(torch.zeros(17, 16), layer_of(4, 16), None, 6.0, "static")
+    weight = layer_of(24, 48)
+    columns = torch.tensor([40, 3, 17, 0, 31], dtype=torch.int32)
+    stored = weight_of(24, 48, torch.float32, 1).clamp(-2, 2)[:, columns[:exact].long()].half()
+    calibrated = Int8Weight(weight.codes, weight.absmax, columns, stored)
+    x, bias = activations_of(tokens, 48, dtype, 3), torch.linspace(-1, 1, 24).to(dtype)
+    x[:, 17] *= 100
+    y = gpu.linear(x, calibrated, bias, 6.0, "static")
+    assert y.dtype == dtype and y.shape == (tokens, 24)
+    plain = Int8Weight(weight.codes.numpy(), weight.absmax.numpy(), columns.numpy(), stored.numpy())
+    expected = reference.linear(numpy(x), plain, numpy(bias), 6.0, "static")
+    least = np.linalg.norm(torch.from_numpy(expected).to(dtype).double().numpy() - expected)
+    assert np.linalg.norm(y.double().numpy() - expected) <= 2 * least
+    assert gpu.linear(x[:0], calibrated, bias, 6.0, "static").shape == (0, 24)

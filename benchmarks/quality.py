@@ -1,0 +1,296 @@
+"""What int8 costs a model in quality, and what wins it back at what cost: every mode, and bitsandbytes itself.
+
+A text's first tokens are scored against the float32 model; columns, scales and smoothing are chosen on other text. All
+models compute in float32, so that what is left is int8's doing. The cost of a variant is the time of the linear layers
+of three blocks at prefill, over that of plain int8, which corrects no outlier; least of interleaved rounds.
+
+Run: python -m benchmarks.quality [--model GGUF_OR_FOLDER --name NAME], some 10 minutes for SmolLM2
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from benchmarks.cpu import write
+from quantize8 import Int8Linear, convert, load
+from quantize8.checkpoint import open_checkpoint
+from quantize8.demo import MODEL, find_model
+from quantize8.model.loading import find_tokenizer, quiet
+from quantize8.model.scoring import Pairs, compare
+from quantize8.ops.reference import DECODE_TOKENS
+from quantize8.resources import TEXT
+
+TOKENS, CONTEXT = 2048, 1024  # scored in two windows; what follows in the text is for calibration
+ROUNDS, TIMED_TOKENS = 15, 512
+ALPHA = 0.5  # of smoothing, SmoothQuant's own
+Wrap = Callable[[Any], contextlib.AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to make and run an int8 model. `made` are options of convert; mode None: bitsandbytes' own layers."""
+
+    name: str
+    made: dict[str, Any]
+    mode: str | None = "dynamic"
+    threshold: float | None = None
+    wrap: Wrap | None = None  # changes the layers while it is scored; then it has no cost of its own to measure
+
+
+def variants() -> list[Variant]:
+    """Bitsandbytes first, to which all others are compared."""
+    plain: dict[str, Any] = {}
+    auto, mse = {"calibrate": True}, {"calibrate": True, "scale": "mse"}
+    rows = [
+        Variant("bitsandbytes, threshold 6", plain, None),
+        Variant("bitsandbytes, a calibrated artifact", auto, None),
+        Variant("plain int8, no outliers", plain, threshold=0.0),
+        *(Variant(f"dynamic, threshold {t:g}", plain, threshold=t) for t in (6.0, 3.0)),
+        *(Variant(f"elementwise, threshold {t:g}", plain, "elementwise", t) for t in (6.0, 3.0, 2.0)),
+        *(Variant(f"static, {n} columns", {**auto, "outlier_columns": n}, "static") for n in (4, 8, 16, 32, 64)),
+        Variant("static, auto", auto, "static"),
+        Variant("static, auto, scale mse", mse, "static"),
+        Variant(f"static, auto, smoothing {ALPHA:g}", {**auto, "smooth": ALPHA}, "static"),
+        Variant(f"static, auto, scale mse, smoothing {ALPHA:g}", {**mse, "smooth": ALPHA}, "static"),
+        *(
+            Variant(f"plain, top {k} of a token exact", plain, threshold=0.0, wrap=partial(_exact, top=k))
+            for k in (4, 16)
+        ),
+        *(Variant(f"static, auto, top {k} exact", auto, "static", wrap=partial(_exact, top=k)) for k in (1, 2, 4)),
+        Variant("static, auto, scale mse, top 4 exact", mse, "static", wrap=partial(_exact, top=4)),
+        Variant("static, auto, down_proj in 16-bit", auto, "static", wrap=partial(_decode, only="down_proj")),
+        Variant("weights only, plain", plain, "dynamic", wrap=_decode),
+        Variant(
+            "weights only, scale mse", {"scale": "mse", "calibrate": True, "outlier_columns": 0}, "static", wrap=_decode
+        ),
+        *(
+            Variant(f"weights only, {n} columns", {**auto, "outlier_columns": n}, "static", wrap=_decode)
+            for n in (8, 16)
+        ),
+        Variant("weights only, auto", auto, "static", wrap=_decode),
+        Variant("weights only, auto, scale mse", mse, "static", wrap=_decode),
+    ]
+    return rows
+
+
+def main() -> None:
+    """Score every variant, then time them; print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=None, help="a checkpoint; SmolLM2-135M-Instruct if left out")
+    parser.add_argument("--name", default=MODEL)
+    parser.add_argument("--only", default="", help="variants whose names hold this")
+    arguments = parser.parse_args()
+    source = arguments.model or find_model()
+    chosen = [variant for variant in variants() if arguments.only in variant.name]
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(source, Path(folder), chosen)
+    print(table(found["rows"]))
+    print(f"written to {write(f'quality-{arguments.name}'.lower(), {'model': arguments.name, **found})}")
+
+
+def measure(source: str, folder: Path, chosen: list[Variant]) -> dict[str, Any]:
+    """The figures of each variant, by name."""
+    ids, calibration = texts(source, folder)
+    reference, _ = load(source, "cpu", dtype="float32")
+    makers = Artifacts(source, folder, calibration)
+    rows: dict[str, dict[str, Any]] = {}
+    layers: dict[str, dict[str, nn.Module]] = {}
+    blocks = _sampled(reference.config.num_hidden_layers)
+    for variant in chosen:
+        model = makers.load(variant)
+        with variant.wrap(model) if variant.wrap else contextlib.nullcontext(), torch.inference_mode():
+            rows[variant.name] = figures(compare(model, reference, ids, CONTEXT))
+        rows[variant.name]["bytes"] = makers.size(variant)
+        print(variant.name, rows[variant.name], flush=True)
+        if variant.wrap is None:
+            layers[variant.name] = {
+                name: copy.deepcopy(layer)
+                for name, layer in _int8_layers(model).items()
+                if name.split(".")[2] in blocks
+            }
+        del model
+    inputs = _inputs(reference, ids[:TIMED_TOKENS], set().union(*layers.values()))
+    for name, cost in costs(layers, inputs).items():
+        rows[name]["cost"] = cost
+    base = next(iter(rows.values()))["kl"]
+    for row in rows.values():
+        row["ratio"] = round(row["kl"] / base, 3)
+    return {"tokens": len(ids), "context": CONTEXT, "rows": rows}
+
+
+def texts(source: str, folder: Path) -> tuple[Tensor, Path]:
+    """Token ids to score, and a file with the text that follows them."""
+    with quiet():
+        tokenizer = find_tokenizer(open_checkpoint(source))
+        encoded = tokenizer(TEXT.read_text(), return_offsets_mapping=True, return_tensors="pt")
+    rest = TEXT.read_text()[int(encoded["offset_mapping"][0, TOKENS - 1, 1]) :]
+    path = folder / "calibration.txt"
+    path.write_text(rest)
+    return encoded["input_ids"][0, :TOKENS], path
+
+
+class Artifacts:
+    """Artifacts by the options they were made with, each made once."""
+
+    def __init__(self, source: str, folder: Path, calibration: Path) -> None:
+        self._source, self._folder, self._calibration = source, folder, calibration
+        self._made: dict[str, Path] = {}
+
+    def load(self, variant: Variant) -> Any:
+        folder = self._artifact(variant.made)
+        if variant.mode is None:
+            with quiet():
+                return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        mode: Any = variant.mode
+        return load(folder, "cpu", dtype="float32", mode=mode, threshold=variant.threshold)[0]
+
+    def size(self, variant: Variant) -> int:
+        return sum(path.stat().st_size for path in self._artifact(variant.made).glob("*.safetensors"))
+
+    def _artifact(self, made: dict[str, Any]) -> Path:
+        key = repr(sorted(made.items()))
+        if key not in self._made:
+            options = {**made, "calibrate": self._calibration} if made.get("calibrate") else made
+            self._made[key] = convert(self._source, self._folder / str(len(self._made)), **options).out
+        return self._made[key]
+
+
+def figures(pairs: Pairs) -> dict[str, Any]:
+    """KL in nats a token, top-1 agreement and perplexities."""
+    return {
+        "kl": round(float(pairs.kl.mean()), 6),
+        "median": round(float(np.median(pairs.kl)), 6),
+        "p99": round(float(np.quantile(pairs.kl, 0.99)), 5),
+        "top1": round(float(pairs.same_top1.mean()), 4),
+        "perplexity": round(float(np.exp(pairs.nll.mean())), 3),
+        "reference": round(float(np.exp(pairs.reference_nll.mean())), 3),
+        "scored": len(pairs.nll),
+    }
+
+
+def costs(layers: dict[str, dict[str, nn.Module]], inputs: dict[str, Tensor]) -> dict[str, float]:
+    """Time of each variant's layers over plain int8's."""
+    base = "plain int8, no outliers"
+    if base not in layers:
+        return {}
+    least = dict.fromkeys(layers, 0.0)
+    with torch.inference_mode():
+        for module, x in inputs.items():
+            times: dict[str, list[float]] = {name: [] for name in layers}
+            for _ in range(ROUNDS + 1):  # the first packs and compiles
+                for name, own in layers.items():
+                    start = time.perf_counter()
+                    own[module](x)
+                    times[name].append(time.perf_counter() - start)
+            for name, found in times.items():
+                least[name] += min(found[1:])
+    return {name: round(total / least[base], 3) for name, total in least.items()}
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    smallest = min(row["bytes"] for row in rows.values())
+    lines = [
+        "| | KL | of bitsandbytes' | 99% | top-1 | perplexity | time | bytes |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        cost = f"{row['cost']:.2f}" if "cost" in row else ""
+        more = f"{row['bytes'] / smallest - 1:+.1%}" if row["bytes"] != smallest else ""
+        lines.append(
+            f"| {name} | {row['kl']:.5f} | {row['ratio']:.2f} | {row['p99']:.3f} | {row['top1']:.1%} | "
+            f"{row['perplexity']:.3f} | {cost} | {more} |"
+        )
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _exact(model: Any, top: int) -> Iterator[None]:
+    """The `top` largest elements of each token, beside the stored columns, exactly: emulated."""
+
+    def wrapped(layer: Int8Linear, x: Tensor) -> Tensor:
+        known = torch.zeros(layer.in_features, dtype=torch.bool)
+        if layer.mode == "static" and layer.outlier_columns is not None:
+            known[layer.outlier_columns.long()] = True
+        largest = x.masked_fill(known, 0).abs().topk(top, -1).indices
+        rest = x.scatter(-1, largest, 0)
+        return Int8Linear.forward(layer, rest) + functional.linear(x - rest, _dense(layer))
+
+    with _forwards(model, wrapped):
+        yield
+
+
+@contextlib.contextmanager
+def _decode(model: Any, only: str = "") -> Iterator[None]:
+    """The decode path for any number of tokens, in layers whose names hold `only`."""
+
+    def wrapped(layer: Int8Linear, x: Tensor) -> Tensor:
+        few = x.reshape(-1, layer.in_features).split(DECODE_TOKENS)
+        return torch.cat([Int8Linear.forward(layer, part) for part in few]).view(*x.shape[:-1], -1)
+
+    with _forwards(model, wrapped, only):
+        yield
+
+
+@contextlib.contextmanager
+def _forwards(model: Any, wrapped: Callable[[Any, Tensor], Tensor], only: str = "") -> Iterator[None]:
+    layers = [layer for name, layer in _int8_layers(model).items() if only in name]
+    for layer in layers:
+        layer.forward = partial(wrapped, layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _dense(layer: Int8Linear) -> Tensor:
+    weight = layer.dequantize()
+    if layer.outlier_columns is not None and layer.outlier_weight is not None:
+        weight[:, layer.outlier_columns[: layer.outlier_weight.shape[1]].long()] = layer.outlier_weight.float()
+    return weight
+
+
+def _int8_layers(model: Any) -> dict[str, nn.Module]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.weight.dtype == torch.int8
+    }
+
+
+def _sampled(layers: int) -> set[str]:
+    return {str(number) for number in (1, layers // 2, layers - 2)}
+
+
+def _inputs(reference: Any, ids: Tensor, names: set[str]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, _: Any, inputs: tuple[Tensor, ...]) -> None:
+        found[name] = inputs[0][0].clone()
+
+    hooks = [reference.get_submodule(name).register_forward_pre_hook(partial(keep, name)) for name in names]
+    with torch.inference_mode():
+        reference(ids[None])
+    for hook in hooks:
+        hook.remove()
+    return dict(sorted(found.items()))
+
+
+if __name__ == "__main__":
+    main()
