@@ -46,15 +46,15 @@ def conversion(result: Conversion) -> RenderableType:
     plan, numbers = result.plan, _conversion_json(result)
     table = _table(("", "left"), ("", "left"))
     table.add_row("artifact" if result.manifest else "would write", str(result.out))
-    table.add_row("format", plan.format.title)
+    table.add_row("format", plan.format.title + (", scales of the least error" if plan.searches else ""))
     if isinstance(plan.format, Int8Format):
         table.add_row("recipe", f"{plan.recipe.name}, threshold {plan.recipe.threshold:g}")
     table.add_row("size", f"{size(plan.source_bytes)} -> {size(plan.output_bytes)} in {len(plan.shards)} file(s)")
     share, density = plan.int8_weights / max(1, plan.weights), f"{numbers['bits_per_weight']} bits a weight"
-    if plan.modules:
-        table.add_row("int8", f"{len(plan.modules)} layers, {share:.1%} of the weights; {density}")
-    else:
-        table.add_row("weights", density)
+    layers = f"{len(plan.modules)} layers, {share:.1%} of the weights; {density}"
+    table.add_row(*(("int8", layers) if plan.modules else ("weights", density)))
+    if plan.smoothed:
+        table.add_row("smoothed", plan.smoothed)
     if plan.outliers is not None:
         wide = sum(len(found.columns) for found in plan.calibrated.values())
         exact = sum(found.exact for found in plan.calibrated.values())
@@ -217,6 +217,7 @@ def _conversion_json(result: Conversion) -> dict[str, Any]:
         "source": plan.checkpoint.identity,
         "format": plan.format.title,
         "recipe": plan.recipe.as_json(),
+        "scale": "mse" if plan.searches else "absmax",
         "source_bytes": plan.source_bytes,
         "output_bytes": plan.output_bytes,
         "bits_per_weight": round(8 * plan.output_bytes / max(1, plan.weights), 2),

@@ -12,6 +12,7 @@ from quantize8.artifact import gguf
 from quantize8.artifact.gguf_tokenizer import tokenizer_fields
 from quantize8.checkpoint import open_checkpoint
 from quantize8.ops import q8_0
+from quantize8.ops.scales import ScaleSearch
 
 SIZES = {
     "hidden_size": 64,
@@ -124,10 +125,10 @@ def encoded(tensor: gguf.GgufTensor, checkpoint, first: int, last: int) -> np.nd
     return rows if tensor.kind == gguf.F32 else q8_0.quantize_rows(rows)
 
 
-def dequantized(config: dict):
+def dequantized(config: dict, search: ScaleSearch | None = None):
     """The same model in plain transformers with the weights that Q8_0 leaves, float32."""
     model = model_of(config)
     for value in model.parameters():
         if value.ndim == 2:
-            value.data = torch.from_numpy(q8_0.dequantize_rows(q8_0.quantize_rows(value.detach().numpy())))
+            value.data = torch.from_numpy(q8_0.dequantize_rows(q8_0.quantize_rows(value.detach().numpy(), search)))
     return model

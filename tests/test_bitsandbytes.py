@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from making import llama
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -45,6 +46,22 @@ def test_gguf_gives_the_same_artifact_as_the_float16_folder(smollm2_gguf, smollm
     convert(str(smollm2_gguf), tmp_path / "out")
     ours, theirs = (folder / "model.safetensors" for folder in (tmp_path / "out", smollm2_int8))
     assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_searched_scales_are_read_as_what_they_stand_for(tmp_path):
+    """A layer of bitsandbytes' own, on the identity: its weight is SCB * code / 127, up to the float16 that it uses."""
+    source = llama(tmp_path / "source", hidden=160)
+    convert(str(source), tmp_path / "out", scale="mse")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map="cpu", dtype=torch.float16)
+    layer = model.model.layers[0].mlp.up_proj
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    codes, absmax = (stored[f"model.layers.0.mlp.up_proj.{name}"] for name in ("weight", "SCB"))
+    assert torch.equal(layer.weight.data, codes) and torch.equal(layer.weight.SCB, absmax)
+    plain = load_file(source / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].abs().amax(1).float()
+    assert (absmax < plain).any() and (codes.abs() == 127).sum(1).max() >= 1
+    with torch.inference_mode():
+        weight = layer(torch.eye(160, dtype=torch.float16)[None])[0].T.float()
+    torch.testing.assert_close(weight, codes * absmax[:, None] / 127, rtol=2**-10, atol=1e-6)
 
 
 def test_gpt2_with_conv1d_from_its_bin(mgm, tmp_path):

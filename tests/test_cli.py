@@ -43,6 +43,16 @@ def test_convert_verify_and_inspect(quantize8, tmp_path):
     assert code == 0 and text.count("model.layers.0.mlp") == 3
 
 
+def test_scale_of_least_squared_error(quantize8, tmp_path):
+    source = llama(tmp_path / "source")
+    code, text, err = quantize8("convert", source, "--out", tmp_path / "out", "--scale", "mse")
+    assert (code, err) == (0, "") and "scales of the least error" in text
+    planned = json.loads(quantize8("convert", source, "--out", tmp_path / "new", "--dry-run", "--json")[1])
+    assert planned["scale"] == "absmax"
+    code, _, err = quantize8("convert", source, "--out", tmp_path / "new", "--scale", "least")
+    assert code == 1 and err == "error: scale least: unknown; name one of absmax, mse\n"
+
+
 def test_json_of_each_command(quantize8, tmp_path):
     source, out = llama(tmp_path / "source"), tmp_path / "out"
     planned = json.loads(quantize8("convert", source, "--out", out, "--dry-run", "--json")[1])

@@ -12,9 +12,14 @@ import torch
 from making import llama
 from safetensors.torch import load_file, save_file
 
-from quantize8 import convert
+from quantize8 import convert, verify
 from quantize8.artifact.manifest import read_manifest
+from quantize8.artifact.outliers import Calibrated
+from quantize8.artifact.writer import CpuQuantizer, Writer
+from quantize8.checkpoint import open_checkpoint
+from quantize8.errors import OutputError
 from quantize8.ops import reference
+from quantize8.ops.scales import ScaleSearch, search_absmax
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -93,6 +98,116 @@ def test_manifest_tells_source_recipe_and_errors(tmp_path):
     column, outliers, peak = entry.worst_columns[0]
     assert outliers == stats.outliers.max() and peak == stats.absmax[column]
     assert manifest.kept == {"lm_head": "output head"}
+
+
+@pytest.mark.parametrize("format", ["bitsandbytes", "compressed-tensors"])
+def test_searched_scales_are_what_the_definition_says(format, tmp_path):
+    source = llama(tmp_path / "source")
+    result = convert(str(source), tmp_path / "out", format=format, scale="mse")
+    plain = convert(str(source), tmp_path / "plain", format=format)
+    checkpoint, original = open_checkpoint(str(tmp_path / "out")), load_file(source / "model.safetensors")
+    for module in result.plan.modules:
+        weight = original[f"{module}.weight"].numpy()
+        codes, absmax = reference.quantize_rowwise(weight, search_absmax(weight, ScaleSearch()))
+        for found, expected in zip(
+            checkpoint.int8_rows(f"{module}.weight", 0, len(weight)), (codes, absmax), strict=True
+        ):
+            np.testing.assert_array_equal(found, expected)
+        entry, other = (each.errors[f"{module}.weight"] for each in (result, plain))
+        assert (entry.scale, other.scale) == ("mse", "absmax") and entry.relative_error <= other.relative_error
+        assert entry.absmax_range == (absmax.min(), absmax.max())
+    assert sum(each.relative_error for each in result.errors.values()) < sum(
+        each.relative_error for each in plain.errors.values()
+    )
+    manifest = verify(tmp_path / "out") and read_manifest(tmp_path / "out")
+    assert manifest == result.manifest
+    assert '"scale"' not in (tmp_path / "plain" / "quantize8.json").read_text()
+
+
+def test_searched_scales_pass_through_other_formats_untouched(tmp_path):
+    convert(str(llama(tmp_path / "source")), tmp_path / "out", scale="mse")
+    convert(str(tmp_path / "out"), tmp_path / "other", format="compressed-tensors")
+    convert(str(tmp_path / "other"), tmp_path / "back")
+    assert digests(tmp_path / "back")["model.safetensors"] == digests(tmp_path / "out")["model.safetensors"]
+
+
+def test_searched_scales_do_not_depend_on_workers_or_blocks(tmp_path, monkeypatch):
+    source = llama(tmp_path / "source", hidden=160)
+    convert(str(source), tmp_path / "whole", scale="mse", workers=1)
+    monkeypatch.setattr("quantize8.checkpoint.base.BLOCK_BYTES", 1)
+    convert(str(source), tmp_path / "blocks", scale="mse", workers=3)
+    monkeypatch.setattr("quantize8.ops.jit.INSTALLED", False)
+    convert(str(source), tmp_path / "slow", scale="mse")
+    assert digests(tmp_path / "whole") == digests(tmp_path / "blocks") == digests(tmp_path / "slow")
+
+
+def test_calibration_weighs_the_search(tmp_path, monkeypatch):
+    """By the mean square of each layer's inputs, for the columns that are not stored exactly."""
+    source, rng = llama(tmp_path / "source", hidden=160), np.random.default_rng(0)
+    original = load_file(source / "model.safetensors")
+    names = [name.removesuffix(".weight") for name in original if "_proj" in name and "layers.0" in name]
+    found = {}
+    for name in names:
+        wide = original[f"{name}.weight"].shape[1]
+        mean_square = np.exp(2 * rng.normal(size=wide)).astype(np.float32)
+        found[name] = Calibrated(rng.permutation(wide)[:9].astype(np.int32), 5, mean_square, mean_square)
+    monkeypatch.setattr("quantize8.model.calibration.calibrate", lambda *_: found)
+    (tmp_path / "text").write_text("words")
+    convert(str(source), tmp_path / "out", scale="mse", calibrate=tmp_path / "text")
+    stored, unlike = load_file(tmp_path / "out" / "model.safetensors"), 0
+    for name, value in original.items():
+        if f"{name.removesuffix('.weight')}.SCB" not in stored:
+            continue
+        module, weight = name.removesuffix(".weight"), value.numpy()
+        one = found.get(module)
+        search = ScaleSearch() if one is None else ScaleSearch(one.mean_square, one.columns[:5])
+        np.testing.assert_array_equal(stored[f"{module}.SCB"], search_absmax(weight, search), name)
+        if one is not None:
+            unlike += (search_absmax(weight, ScaleSearch(one.mean_square)) != stored[f"{module}.SCB"].numpy()).any()
+    assert unlike and verify(tmp_path / "out")
+
+
+def test_conv1d_and_importance_by_column(mgm, tmp_path):
+    """GPT-2 stores [K, N]: the importance is of the columns that are written."""
+    plan = convert(str(mgm), tmp_path / "out", scale="mse", dry_run=True).plan
+    name = next(name for name in plan.transposed if name in plan.searches)
+    columns = plan.shape_of(plan.checkpoint.tensors[name])[1]
+    plan.searches = {name: ScaleSearch(np.linspace(0, 1, columns, dtype=np.float32))}
+    with Writer(plan, tmp_path, None) as writer:
+        record = writer.write(plan.checkpoint.tensors[name], CpuQuantizer())[name]
+        other = next(info for key, info in plan.checkpoint.tensors.items() if key in plan.transposed and key != name)
+        assert writer.write(other, CpuQuantizer())[other.name].quantized.scale == "absmax"
+    weight = np.concatenate(list(plan.checkpoint.blocks(name))).T
+    absmax = search_absmax(weight, plan.searches[name])
+    assert (absmax < search_absmax(weight, ScaleSearch())).any()  # or nothing would be tested
+    assert record.quantized.scale == "mse"
+    assert record.quantized.absmax_range == (absmax.min(), absmax.max())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": "l2"}, "scale l2: unknown; name one of absmax, mse"),
+        ({"scale": "mse", "device": "cuda"}, "scale mse: is searched on the CPU; leave out --device cuda"),
+        ({"scale": "mse", "format": "float16"}, "scale mse: --format float16 has no place for it; leave it out"),
+    ],
+)
+def test_scales_that_cannot_be_are_refused(options, message, tmp_path):
+    with pytest.raises(OutputError) as caught:
+        convert(str(llama(tmp_path / "source")), tmp_path / "out", **options)
+    assert str(caught.value) == message and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"format": "compressed-tensors"}, {"dry_run": True}])
+def test_an_int8_source_has_no_scales_to_search(options, tmp_path):
+    convert(str(llama(tmp_path / "source")), tmp_path / "int8", recipe="int8")
+    with pytest.raises(OutputError, match=r"scale mse: int8 is int8 already, with its scales; leave it out"):
+        convert(str(tmp_path / "int8"), tmp_path / "out", scale="mse", **options)
+
+
+def test_scales_are_searched_on_the_cpu_where_a_gpu_would_be_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr("quantize8.operations.convert.resolve", lambda device: pytest.fail("asked for a device"))
+    convert(str(llama(tmp_path / "source")), tmp_path / "out", scale="mse")
 
 
 def test_dry_run_foretells_the_size_and_writes_nothing(tmp_path):

@@ -9,9 +9,11 @@ import torch
 from gguf_files import FAMILIES, assemble, config_of, dequantized, folder_of
 
 from benchmarks.llama_cpp import served
+from quantize8 import convert
 from quantize8.artifact import gguf
 from quantize8.artifact.gguf_tokenizer import tokenizer_fields
 from quantize8.checkpoint import open_checkpoint
+from quantize8.ops.scales import ScaleSearch
 
 ROPES = {
     "linear": {"rope_type": "linear", "factor": 4.0},
@@ -44,6 +46,17 @@ def test_logits_of_each_family(family, tmp_path):
     config = config_of(family)
     assemble(folder_of(tmp_path / "model", config), tmp_path / "tiny.gguf")
     assert difference(tmp_path / "tiny.gguf", dequantized(config), IDS) < 0.1
+
+
+def test_logits_with_searched_scales(tmp_path):
+    config = config_of("llama")
+    source = folder_of(tmp_path / "model", config)
+    for path in (source / "tokenizer").iterdir():
+        path.rename(source / path.name)
+    convert(str(source), tmp_path / "out", format="gguf", scale="mse")
+    (path,) = (tmp_path / "out").glob("*.gguf")
+    assert difference(path, dequantized(config, ScaleSearch()), IDS) < 0.1
+    assert difference(path, dequantized(config), IDS) > 0.1  # or nothing would be tested
 
 
 def test_rows_in_transformers_order_would_show(tmp_path, monkeypatch):

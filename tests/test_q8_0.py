@@ -5,6 +5,7 @@ import pytest
 from gguf import GGMLQuantizationType, quants
 
 from quantize8.ops import jit, q8_0
+from quantize8.ops.scales import ScaleSearch
 
 
 @pytest.fixture(params=["compiled", "numpy"])
@@ -81,12 +82,60 @@ def test_errors_are_the_same_in_any_company(way):
     np.testing.assert_array_equal(np.concatenate([part for _, part in alone]), errors)
 
 
-@pytest.mark.skipif(not jit.INSTALLED, reason="without Numba there is one way only")
-def test_both_ways_are_equal_bit_for_bit(monkeypatch):
+def importances(columns=1024):
+    """Log-normal, one column without any, one with most of it."""
+    importance = np.exp(np.random.default_rng(5).normal(size=columns) * 2).astype(np.float32)
+    importance[3], importance[40] = 0, 1e6
+    return importance
+
+
+def read_back(block, weights, level):
+    """The weighted error of a block by d = absmax / level, in float64, and its 34 bytes."""
+    scale = np.abs(block).max() / np.float32(level)
+    with np.errstate(all="ignore"):  # 1 / 0, and scales beyond float16
+        inverse, stored = np.float32(1) / scale, scale.astype("<f2")
+        scaled = np.abs(block * (inverse if np.isfinite(inverse) else np.float32(0))).astype(np.float64)
+        codes = np.sign(block) * np.floor(scaled + 0.5)
+        error = (weights * (block.astype(np.float64) - codes * np.float64(stored)) ** 2).sum()
+    return error, stored.tobytes() + codes.astype(np.int8).tobytes()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_searched_scales_are_those_of_brute_force(weighted, way):
+    values = hostile(rows=24)
+    importance = importances() if weighted else np.ones(1024, np.float32)
+    plain = q8_0.quantize_rows(values).reshape(-1, 34)
+    packed = q8_0.quantize_rows(values, ScaleSearch(importance if weighted else None)).reshape(-1, 34)
+    weights = np.resize(importance, values.size).reshape(-1, 32)
+    for number, block in enumerate(values.reshape(-1, 32)):
+        found = [read_back(block, weights[number], level) for level in range(127, 118, -1)]
+        assert found[0][1] == plain[number].tobytes()
+        least = min(error for error, _ in found if np.isfinite(error))
+        ties = {data for error, data in found if error <= least * (1 + 1e-5)}  # float32 sums may take one for another
+        assert packed[number].tobytes() in ties
+
+
+def test_a_search_gains_on_plain_weights(way):
+    values = np.random.default_rng(0).normal(size=(64, 1024)).astype(np.float32)
+    plain, found = (q8_0.row_errors(values, q8_0.quantize_rows(values, how))[1].sum() for how in (None, ScaleSearch()))
+    assert (found / plain) ** 0.5 < 0.92
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 8.4e6])
+def test_a_search_leaves_what_no_scale_can_hold_to_be_found(bad, way):
     values = hostile()
-    packed = q8_0.quantize_rows(values)
+    values[17, 5] = bad
+    assert q8_0.first_unfit(q8_0.quantize_rows(values, ScaleSearch())) == 17
+    assert q8_0.quantize_rows(np.empty((0, 64), np.float32), ScaleSearch()).shape == (0, 68)
+
+
+@pytest.mark.skipif(not jit.INSTALLED, reason="without Numba there is one way only")
+@pytest.mark.parametrize("search", [None, ScaleSearch(), ScaleSearch(importances())], ids=["plain", "mse", "weighted"])
+def test_both_ways_are_equal_bit_for_bit(search, monkeypatch):
+    values = hostile()
+    packed = q8_0.quantize_rows(values, search)
     compiled = q8_0.row_errors(values, packed)
     monkeypatch.setattr(jit, "INSTALLED", False)
-    np.testing.assert_array_equal(q8_0.quantize_rows(values), packed)
+    np.testing.assert_array_equal(q8_0.quantize_rows(values, search), packed)
     for ours, theirs in zip(compiled, q8_0.row_errors(values, packed), strict=True):
         np.testing.assert_array_equal(ours, theirs)

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf_files import assemble, config_of, folder_of
+from gguf_files import assemble, config_of, folder_of, write_tokenizer
 from making import llama, mixtral, word_tokenizer
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from quantize8 import SourceError, convert, load, verify
+from quantize8 import SourceError, convert, load, report, verify
 from quantize8.artifact.manifest import digest, read_manifest
 from quantize8.artifact.outliers import Calibrated
 from quantize8.checkpoint import open_checkpoint
@@ -123,7 +124,7 @@ def test_factors_are_the_papers_rounded_to_a_power_of_two(alpha, tmp_path):
     heads = expected([f"{ATTENTION}.o_proj"]).reshape(2, 2, 16)  # value heads, query heads of each, columns
     largest = np.repeat(heads.max(1, keepdims=True), 2, axis=1).ravel()
     np.testing.assert_array_equal(powers(smoothed.factors[f"{ATTENTION}.o_proj.weight"].columns), largest)
-    assert smoothed.columns == 2 * (64 + 64 + 32 + 96)  # by layer: two norms, value rows, up rows
+    assert smoothed.features == 2 * (64 + 64 + 32 + 96)  # by layer: two norms, value rows, up rows
 
 
 def hostile(state: dict[str, torch.Tensor]) -> None:
@@ -223,6 +224,21 @@ def test_a_quantized_source_is_refused(tmp_path):
         smooth(open_checkpoint(str(tmp_path / "int8")), {}, 0.5)
 
 
+def test_the_report_says_how_much_is_smoothed(tmp_path):
+    source = word_tokenizer(llama(tmp_path / "source"))  # float16: not all of it can be
+    (tmp_path / "text").write_text(TEXT)
+    result = convert(str(source), tmp_path / "out", calibrate=tmp_path / "text", smooth=0.9, dry_run=True)
+    left = result.plan.checkpoint.left
+    assert left and not (tmp_path / "out").exists()
+    console = Console(width=160)
+    with console.capture() as shown:
+        console.print(report.conversion(result))
+    whole = 2 * (32 + 32 + 16 + 48)
+    assert f"{whole - left} features; {left} left, whose weights would overflow or lose digits" in shown.get()
+    plain = convert(str(source), tmp_path / "out", calibrate=tmp_path / "text", dry_run=True)
+    assert plain.plan.smoothed == ""
+
+
 @pytest.mark.parametrize("heads", [None, 0, 5, 64, "4"])
 def test_heads_that_do_not_fit(heads, tmp_path):
     source = llama(tmp_path / "source")
@@ -309,8 +325,22 @@ def test_a_gguf_file_is_smoothed_too(tmp_path):
     assemble(source, tmp_path / "tiny.gguf")
     (tmp_path / "text").write_text("the an and and the, an the and. the the an, and an the")
     convert(str(tmp_path / "tiny.gguf"), tmp_path / "out", calibrate=tmp_path / "text", smooth=0.5)
-    stored = open_checkpoint(str(tmp_path / "out"))
-    before = open_checkpoint(str(tmp_path / "tiny.gguf"))
-    name = f"{LAYER}.input_layernorm.weight"
-    ratio = values(before, name) / values(stored, name)
+    before, after = (open_checkpoint(str(tmp_path / name)) for name in ("tiny.gguf", "out"))
+    ratio = values(before, f"{LAYER}.input_layernorm.weight") / values(after, f"{LAYER}.input_layernorm.weight")
     assert len(set(powers(ratio).tolist())) > 1
+
+
+def test_a_gguf_file_of_smoothed_weights(tmp_path):
+    source = folder_of(tmp_path / "source", config_of("llama"), tokenizer=False)
+    write_tokenizer(tmp_path / "tokenizer")
+    for path in (tmp_path / "tokenizer").iterdir():
+        path.rename(source / path.name)
+    (tmp_path / "text").write_text("the an and and the, an the and. the the an, and an the")
+    given = {"format": "gguf", "scale": "mse", "calibrate": tmp_path / "text"}
+    for smooth_by in (None, 0.5):
+        convert(str(source), tmp_path / str(smooth_by), smooth=smooth_by, **given)
+    plain, smoothed = (open_checkpoint(str(tmp_path / str(smooth_by))) for smooth_by in (None, 0.5))
+    ratio = values(plain, f"{LAYER}.input_layernorm.weight") / values(smoothed, f"{LAYER}.input_layernorm.weight")
+    assert len(set(powers(ratio).tolist())) > 1
+    expected, found = logits(plain), logits(smoothed)
+    assert torch.linalg.vector_norm(found - expected) < 0.02 * torch.linalg.vector_norm(expected)

@@ -17,6 +17,7 @@ from blake3 import blake3
 
 from quantize8.errors import ArtifactError
 from quantize8.ops.reference import ColumnStats
+from quantize8.ops.scales import ABSMAX
 
 MANIFEST_NAME = "quantize8.json"
 FORMAT_VERSION = 1
@@ -35,6 +36,7 @@ class Quantized:
     outliers: int  # weights beyond 6 standard deviations of their row
     worst_columns: list[tuple[int, int, float]]  # input column, its outliers, its largest |w|; most outliers first
     transposed: bool = False  # stored [in, out] in the source (GPT-2's Conv1D)
+    scale: str = ABSMAX  # or mse, where scales were searched
 
 
 @dataclass
@@ -71,6 +73,8 @@ class Manifest:
         for record in value["tensors"].values():
             if record["quantized"] is None:
                 del record["quantized"]
+            elif record["quantized"]["scale"] == ABSMAX:
+                del record["quantized"]["scale"]
         value["tensors"] = dict(sorted(value["tensors"].items()))
         value[_DIGEST] = _digest_of(value)
         return json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"

@@ -16,6 +16,7 @@ from quantize8.checkpoint.base import contained
 from quantize8.checkpoint.safetensors import SafetensorsCheckpoint
 from quantize8.errors import ArtifactError
 from quantize8.ops.reference import Array
+from quantize8.ops.scales import ScaleSearch
 
 OUTLIERS_NAME = "outliers.safetensors"
 _COLUMNS, _WEIGHT = "outlier_columns", "outlier_weight"
@@ -30,6 +31,11 @@ class Calibrated:
     exact: int  # E <= J: the first so many are stored exactly too
     mean_square: Array  # float32 [K], of the layer's input over the text
     absmax: Array  # float32 [K], largest magnitude of the same
+
+    @property
+    def search(self) -> ScaleSearch:
+        """What scales that fit the text are searched for."""
+        return ScaleSearch(self.mean_square, self.columns[: self.exact])
 
     def tensors(self, module: str, rows: int) -> list[OutTensor]:
         """What is stored of it, the exact columns last."""

@@ -11,8 +11,11 @@ from quantize8.artifact.layout import DEFAULT_SHARD_SIZE, OutTensor, Shard, plac
 from quantize8.artifact.outliers import OUTLIERS_NAME, Calibrated
 from quantize8.checkpoint import Checkpoint, TensorInfo
 from quantize8.checkpoint.base import FLOATING, QUANTIZABLE, main_dtype, model_dtype
+from quantize8.checkpoint.smoothing import SmoothedCheckpoint
 from quantize8.checkpoint.structure import CONV1D, LINEAR, Structure, read_structure
 from quantize8.errors import SourceError
+from quantize8.ops.q8_0 import Q8_0
+from quantize8.ops.scales import ScaleSearch
 from quantize8.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ class Plan:
     gguf: dict[str, GgufTensor] = field(default_factory=dict)  # source tensor, or one that is computed -> its form
     calibrated: dict[str, Calibrated] = field(default_factory=dict)  # module -> its outlier columns
     outliers: Shard | None = None  # the file that holds them
+    searches: dict[str, ScaleSearch] = field(default_factory=dict)  # source tensor -> its scales, if not by absmax
 
     @property
     def files(self) -> list[Shard]:
@@ -69,9 +73,21 @@ class Plan:
         return bool(self.modules) and all(self.checkpoint.is_int8(f"{name}.weight") for name in self.modules)
 
     @property
+    def quantized(self) -> list[str]:
+        """Source tensors that become int8 and are not int8 already."""
+        names = [f"{name}.weight" for name in self.modules]
+        names += [name for name, tensor in self.gguf.items() if tensor.kind == Q8_0 and tensor.values is None]
+        return [name for name in names if not self.checkpoint.is_int8(name)]
+
+    @property
     def weights(self) -> int:
         """How many floating-point numbers the source stands for."""
         return sum(math.prod(info.shape) for info in self.checkpoint.tensors.values() if info.dtype in FLOATING)
+
+    @property
+    def smoothed(self) -> str:
+        """How much of the source is smoothed, in words; empty where nothing is."""
+        return self.checkpoint.summary if isinstance(self.checkpoint, SmoothedCheckpoint) else ""
 
     def shape_of(self, info: TensorInfo) -> tuple[int, ...]:
         """The shape of a tensor of the source as it is written."""

@@ -23,6 +23,7 @@ from quantize8.errors import WeightError
 from quantize8.ops import cpu, q8_0
 from quantize8.ops.q8_0 import Q8_0
 from quantize8.ops.reference import FLOAT16_MAX, STATS_TILE_ROWS, Array, ColumnStats, as_bytes, dequantize
+from quantize8.ops.scales import ABSMAX, MSE, ScaleSearch
 
 Progress = Callable[[int, int], None]  # bytes of source done, bytes in all
 
@@ -39,14 +40,17 @@ class WeightQuantizer(Protocol):
 
 
 class CpuQuantizer:
-    """The WeightQuantizer that needs no GPU."""
+    """The WeightQuantizer that needs no GPU, and the one that searches scales."""
 
     block_bytes = None
+
+    def __init__(self, search: ScaleSearch | None = None) -> None:
+        self._search = search
 
     def quantize(self, blocks: Iterator[Array], stats: ColumnStats) -> Iterator[tuple[Array, Array, Array]]:
         """One fused pass over each block."""
         for block in blocks:
-            yield (block, *cpu.quantize_rowwise(block, stats))
+            yield (block, *cpu.quantize_rowwise(block, stats, self._search))
 
 
 _Quantized = Iterator[tuple[Array, Array, Array]]  # blocks of a weight, their codes and absmax
@@ -138,6 +142,7 @@ class Writer:
         record = self._record(weight.name, content.hexdigest())
         dtype = plan.checkpoint.stored_dtype(info.name)
         record.quantized = summarize(stats, scales, dtype, source.hexdigest(), info.name in plan.transposed)
+        record.quantized.scale = MSE if info.name in plan.searches else ABSMAX
         records = {weight.name: record}
         arrays = list(zip(others, output.scales(scales, (rows, columns), kind), strict=True))
         if calibrated is not None:
@@ -149,6 +154,9 @@ class Writer:
         return records
 
     def _rows(self, info: TensorInfo, quantizer: WeightQuantizer, stats: ColumnStats, source: Any) -> _Quantized:
+        if search := self._plan.searches.get(info.name):
+            quantizer = CpuQuantizer(search)
+
         def rows() -> Iterator[Array]:
             for _, block in self._blocks(info, quantizer.block_bytes, STATS_TILE_ROWS):
                 source.update(as_bytes(block))
@@ -193,7 +201,7 @@ class Writer:
                 rows = checkpoint.int8_rows(info.name, first_row, first_row + len(block))
                 data = q8_0.carry_rows(*map(tensor.arrange, rows))
             elif tensor.kind == Q8_0:
-                data = q8_0.quantize_rows(values)
+                data = q8_0.quantize_rows(values, self._plan.searches.get(info.name))
             if tensor.kind == Q8_0:
                 _check_scales(data, info, first_row)
                 cpu.quantize_rowwise(values, stats)
@@ -209,6 +217,7 @@ class Writer:
             stats.sum_square, stats.sum_error = np.concatenate(squares), np.concatenate(errors)
             dtype = checkpoint.stored_dtype(info.name)
             record.quantized = summarize(stats, np.concatenate(peaks), dtype, source.hexdigest(), False)
+            record.quantized.scale = MSE if info.name in self._plan.searches else ABSMAX
         return {tensor.name: record}
 
     def _put(self, name: str, values: Array, position: int) -> None:

@@ -32,10 +32,16 @@ class Factors:
 class SmoothedCheckpoint(Checkpoint):
     """`inner` with some of its tensors multiplied, in the dtype that they are stored in."""
 
-    def __init__(self, inner: Checkpoint, factors: Mapping[str, Factors], columns: int = 0, left: int = 0) -> None:
+    def __init__(self, inner: Checkpoint, factors: Mapping[str, Factors], features: int = 0, left: int = 0) -> None:
         super().__init__(inner.folder, inner.name, inner.identity, inner.tensors)
         self.inner, self.factors = inner, factors
-        self.columns, self.left = columns, left  # how many were to be multiplied, and how many of them are not
+        self.features, self.left = features, left  # rows that have a factor of their own; those where it had to be 1
+
+    @property
+    def summary(self) -> str:
+        """How many features are smoothed, for a report."""
+        left = f"; {self.left} left, whose weights would overflow or lose digits" if self.left else ""
+        return f"{self.features - self.left} features{left}"
 
     @property
     def config(self) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def smooth(checkpoint: Checkpoint, calibrated: Mapping[str, Calibrated], alpha: 
     """
     check_smoothable(checkpoint)
     factors: dict[str, Factors] = {}
-    columns = left = 0
+    features = left = 0
     for group in _groups(checkpoint):
         absmax = calibrated[group.readers[0].removesuffix(".weight")].absmax
         rows = checkpoint.tensors[group.makers[0]].shape[0]
@@ -92,9 +92,9 @@ def smooth(checkpoint: Checkpoint, calibrated: Mapping[str, Calibrated], alpha: 
             lost |= group.shared(trial.lossy(name), rows)
         for name in group.makers:
             lost |= trial.lossy(name)
-        columns, left = columns + rows, left + int(lost.sum())
+        features, left = features + rows, left + int(lost.sum())
         factors |= _multiplied(group, np.where(lost, 0, power), factors, len(absmax))
-    return SmoothedCheckpoint(checkpoint, factors, columns, left)
+    return SmoothedCheckpoint(checkpoint, factors, features, left)
 
 
 def _groups(checkpoint: Checkpoint) -> Iterator[_Group]:

@@ -15,20 +15,23 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, get_args
 
 from quantize8 import __version__
 from quantize8.artifact.folder import check_disk, check_output, staged, write_file
 from quantize8.artifact.format import Format, Int8Format
 from quantize8.artifact.formats import DEFAULT_FORMAT, make_format
+from quantize8.artifact.gguf import NAME as GGUF
 from quantize8.artifact.layout import DEFAULT_SHARD_SIZE, index
 from quantize8.artifact.manifest import MANIFEST_NAME, Manifest, Quantized, TensorRecord, digest
+from quantize8.artifact.outliers import Calibrated
 from quantize8.artifact.plan import Plan, make_plan
 from quantize8.artifact.writer import CpuQuantizer, Progress, WeightQuantizer, Writer
 from quantize8.checkpoint import TensorInfo, open_checkpoint
 from quantize8.checkpoint.base import CONFIG_NAME
 from quantize8.errors import OutputError
 from quantize8.ops.choice import resolve
+from quantize8.ops.scales import ABSMAX, MSE, Scale, ScaleSearch
 from quantize8.recipe import DEFAULT_RECIPE, load_recipe
 
 _MAX_WORKERS = 8  # beyond this many threads the disk is the limit
@@ -57,6 +60,7 @@ def convert(
     outlier_columns: int | str = "auto",
     smooth: float | None = None,
     recipe: str = DEFAULT_RECIPE,
+    scale: str = ABSMAX,
     device: str = "auto",
     max_shard_size: str = DEFAULT_SHARD_SIZE,
     workers: int | None = None,
@@ -72,31 +76,37 @@ def convert(
     such as `<name>-int8`, in the current one); format, bitsandbytes, compressed-tensors, gguf, float16, bfloat16 or
     float32; scheme (w8a8 or w8a16) and moe (vllm or transformers), of compressed-tensors alone; threshold, of
     bitsandbytes, in place of the recipe's; calibrate, a text file by which outlier columns are chosen, to be stored
-    beside the weights; outlier_columns of each weight, "auto" for as many as are worth it; smooth, SmoothQuant's alpha
-    between 0 and 1, to move outliers of activations into the weights by that text; recipe, a shipped name or a .toml
-    file, of the first two formats; device, auto, cpu or cuda (auto: a GPU that kernels can use, else the CPU);
-    workers, threads that read, quantize and write side by side (default: one a processor); progress, called with bytes
-    of source done and in all.
+    beside the weights, and which inputs the scales of mse matter for; outlier_columns of each weight, "auto" for as
+    many as are worth it; smooth, SmoothQuant's alpha between 0 and 1, to move outliers of activations into the weights
+    by that text; recipe, a shipped name or a .toml file, of the first two formats; scale, absmax, or mse to search the
+    one with the least squared error (ops/scales.py), of the int8 formats; device, auto, cpu or cuda (auto: a GPU that
+    kernels can use, else the CPU; scales are searched on the CPU alone); workers, threads that read, quantize and write
+    side by side (default: one a processor); progress, called with bytes of source done and in all.
     Raises: SourceError, WeightError, RecipeError, OutputError or DependencyError; then no output folder is left.
     """
     if workers is not None and workers < 1:
         raise OutputError(f"workers {workers}: must be 1 or more")
     start = time.perf_counter()
-    device = resolve(device)
+    device = _device_for(scale, device)
     output = make_format(format, scheme, moe)
     chosen = load_recipe(recipe, threshold)
     if threshold is not None and output.name != DEFAULT_FORMAT:
         raise OutputError(f"threshold {threshold:g}: --format {output.name} has no place for it; leave it out")
     if recipe != DEFAULT_RECIPE and not isinstance(output, Int8Format):
         raise OutputError(f"recipe {recipe}: --format {output.name} takes none; leave it out")
-    text = _calibration_text(calibrate, output)
+    text = _calibration_text(calibrate, output, scale)
     columns = _count(outlier_columns, text is not None)
     _check_alpha(smooth, text is not None)
     checkpoint = open_checkpoint(source, revision=revision, token=token)
     target = Path(out) if out is not None else Path(f"{checkpoint.name}-{output.suffix}")
     check_output(target, overwrite, checkpoint.folder)
     plan = make_plan(checkpoint, chosen, output, max_shard_size)
-    calibration = {} if text is None else _calibrate(plan, text, columns, smooth)
+    found = {} if text is None else _calibrate(plan, text, columns, smooth)
+    if scale == MSE:
+        plan.searches = _searches(plan, found)
+    calibration: dict[str, Any] = {}
+    if text is not None:
+        calibration = {"text_blake3": digest(text.encode()), "outlier_columns": outlier_columns, "smooth": smooth}
     if dry_run:
         return Conversion(target, plan, time.perf_counter() - start)
     check_disk(target, plan.output_bytes)
@@ -110,11 +120,11 @@ def convert(
     return Conversion(target, plan, time.perf_counter() - start, manifest, errors)
 
 
-def _calibration_text(path: str | Path | None, output: Format) -> str | None:
+def _calibration_text(path: str | Path | None, output: Format, scale: str) -> str | None:
     """The text to calibrate with, if any."""
     if path is None:
         return None
-    if not isinstance(output, Int8Format):
+    if not isinstance(output, Int8Format) and not (output.name == GGUF and scale == MSE):
         raise OutputError(f"calibrate {path}: --format {output.name} has no place for outlier columns; leave it out")
     from quantize8.model.text import read_text
 
@@ -139,18 +149,40 @@ def _check_alpha(smooth: float | None, calibrates: bool) -> None:
         raise OutputError(f"smooth {smooth:g}: must lie between 0 and 1")
 
 
-def _calibrate(plan: Plan, text: str, columns: int | None, alpha: float | None) -> dict[str, Any]:
-    """Choose the plan's outlier columns, of smoothed weights if asked; returns what the manifest says of it."""
-    from quantize8.model.calibration import DEFAULT_TOKENS, calibrate
+def _calibrate(plan: Plan, text: str, columns: int | None, alpha: float | None) -> dict[str, Calibrated]:
+    """What the text says of each weight, which is smoothed first with an `alpha`.
+
+    Where the format has int8 modules, their outlier columns get their place.
+    """
+    from quantize8.model.calibration import calibrate
     from quantize8.model.smoothing import check_smoothable, smooth
 
-    smoothing = {} if alpha is None else {"smooth": alpha}
     if alpha is not None:
         check_smoothable(plan.checkpoint)
         plan.checkpoint = smooth(plan.checkpoint, calibrate(plan.checkpoint, text, 0), alpha)
-    plan.keep_outliers(calibrate(plan.checkpoint, text, columns))
-    asked = "auto" if columns is None else columns
-    return {"text_blake3": digest(text.encode()), "tokens": DEFAULT_TOKENS, "outlier_columns": asked, **smoothing}
+    found = calibrate(plan.checkpoint, text, columns)
+    if isinstance(plan.format, Int8Format):
+        plan.keep_outliers(found)
+    return found
+
+
+def _device_for(scale: str, device: str) -> str:
+    """Where weights are quantized: cpu or cuda."""
+    if scale not in get_args(Scale):
+        raise OutputError(f"scale {scale}: unknown; name one of {', '.join(get_args(Scale))}")
+    if scale == MSE and device == "cuda":
+        raise OutputError("scale mse: is searched on the CPU; leave out --device cuda")
+    return "cpu" if scale == MSE and device == "auto" else resolve(device)
+
+
+def _searches(plan: Plan, calibrated: dict[str, Calibrated]) -> dict[str, ScaleSearch]:
+    """A search of the scales of every weight that is quantized here."""
+    if not isinstance(plan.format, Int8Format) and not plan.gguf:
+        raise OutputError(f"scale {MSE}: --format {plan.format.name} has no place for it; leave it out")
+    if not plan.quantized:
+        raise OutputError(f"scale {MSE}: {plan.checkpoint.name} is int8 already, with its scales; leave it out")
+    known = {f"{name}.weight": found for name, found in calibrated.items()}
+    return {name: known[name].search if name in known else ScaleSearch() for name in plan.quantized}
 
 
 def _write(

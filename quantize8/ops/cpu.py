@@ -24,6 +24,7 @@ from quantize8.ops.reference import (
     OutlierMode,
     fixed_columns,
 )
+from quantize8.ops.scales import ScaleSearch, search_absmax
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,25 +33,30 @@ _BITS = {np.dtype(np.float16): np.int16, np.dtype(ml_dtypes.bfloat16): np.uint16
 _FLOAT_EXACT = 1024  # products of codes whose sum float32 holds exactly: 1024 * 127^2 < 2^24
 
 
-def quantize_rowwise(weight: Array, stats: ColumnStats | None = None) -> tuple[Array, Array]:
+def quantize_rowwise(
+    weight: Array, stats: ColumnStats | None = None, search: ScaleSearch | None = None
+) -> tuple[Array, Array]:
     """`reference.quantize_rowwise`, and `reference.column_stats` added to `stats` in the same pass.
 
-    Args: weight, contiguous float16, bfloat16 or float32 [N, K]; stats, to add to (rows so far a multiple of 64).
+    Args: weight, contiguous float16, bfloat16 or float32 [N, K]; stats, to add to (rows so far a multiple of 64);
+    search, for the absmax of `scales.search_absmax`.
     Returns: codes int8 [N, K], absmax float32 [N], non-finite where a row cannot be quantized.
     """
     if not jit.INSTALLED:
-        codes, absmax = reference.quantize_rowwise(weight)
+        codes, absmax = reference.quantize_rowwise(weight, search_absmax(weight, search) if search else None)
         if stats is not None:
             reference.column_stats(weight, codes, absmax, stats)
         return codes, absmax
-    from quantize8.ops.rows import quantize_rows
+    from quantize8.ops.rows import quantize_rows, search_rows
 
     rows, columns = weight.shape
     codes, absmax = np.empty((rows, columns), np.int8), np.empty(rows, np.float32)
     stats = ColumnStats.empty(columns) if stats is None else stats
     if weight.size:
-        sums = (stats.absmax, stats.sum_square, stats.sum_error, stats.outliers)
-        quantize_rows(weight.view(_BITS[weight.dtype]), codes, absmax, *sums)
+        bits, sums = weight.view(_BITS[weight.dtype]), (stats.absmax, stats.sum_square, stats.sum_error, stats.outliers)
+        if search is not None:
+            search_rows(bits, search.weights(columns), search.kept(columns), absmax)
+        quantize_rows(bits, codes, absmax, *sums, search is not None)
     else:
         absmax.fill(0)
     stats.rows += rows

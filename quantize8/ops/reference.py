@@ -64,16 +64,16 @@ class Int8Weight:
     outlier_weight: Any = None  # float16 [N, E], E <= J: the first of those columns, exactly
 
 
-def quantize_rowwise(weight: Array) -> tuple[Array, Array]:
+def quantize_rowwise(weight: Array, absmax: Array | None = None) -> tuple[Array, Array]:
     """Row-wise absmax quantization of a weight (paper, section 3.1), by the rule of bitsandbytes.
 
-    Args: weight, float16, bfloat16 or float32 [N, K].
+    Args: weight, float16, bfloat16 or float32 [N, K]; absmax float32 [N], where it is chosen otherwise (ops/scales.py).
     Returns: codes int8 [N, K] in [-127, 127], absmax float32 [N]. A zero row has absmax 0 and codes 0. A row with
     NaN, infinity, or a |w| beyond float16 has a non-finite absmax and codes 0: the caller decides what to do with it.
     """
     values = to_float16(weight).astype(np.float32)
-    absmax = np.abs(values).max(axis=1, initial=0.0)
-    return _codes(values, absmax), absmax
+    absmax = np.abs(values).max(axis=1, initial=0.0) if absmax is None else absmax
+    return codes_of(values, absmax), absmax
 
 
 def column_stats(weight: Array, codes: Array, absmax: Array, stats: ColumnStats | None = None) -> ColumnStats:
@@ -122,7 +122,7 @@ def quantize_activations(x: Array, threshold: float, columns: Array | None = Non
         outliers = np.abs(values) >= threshold if threshold > 0 else np.zeros(values.shape, np.bool_)
     values = np.where(outliers, np.float32(0), values)
     absmax = np.abs(values).max(axis=1, initial=0.0)
-    return _codes(values, absmax), scale_of(absmax), outliers
+    return codes_of(values, absmax), scale_of(absmax), outliers
 
 
 def int8_matmul(a: Array, b: Array) -> Array:
@@ -187,18 +187,19 @@ def scale_of(absmax: Array) -> Array:
     return scale
 
 
-def _codes(values: Array, absmax: Array) -> Array:
+def codes_of(values: Array, absmax: Array) -> Array:
     """Codes of values float32 [R, K], by bitsandbytes' order: the reciprocal, times 127, times the value.
 
     Each step rounds to float32. 127 / absmax in one step, or w / absmax * 127, differs in some 1e-5 of codes. A row
-    whose absmax is 0, not finite, or so small (below 4e-37) that the inverse is not, gets codes 0.
+    whose absmax is 0, not finite, or so small (below 4e-37) that the inverse is not, gets codes 0. A value beyond its
+    absmax gets the last code.
     """
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.float32(1) / absmax * np.float32(INT8_MAX)
     usable = np.isfinite(absmax) & np.isfinite(inverse)
     inverse = np.where(usable, inverse, np.float32(0))
     finite = np.where(usable[:, None], values, np.float32(0))
-    codes: Array = np.rint(finite * inverse[:, None]).astype(np.int8)
+    codes: Array = np.clip(np.rint(finite * inverse[:, None]), -INT8_MAX, INT8_MAX).astype(np.int8)
     return codes
 
 

@@ -1,4 +1,4 @@
-"""One compiled pass over a weight: each row is rounded to float16, quantized, and counted down its columns."""
+"""Compiled passes over a weight: each row is rounded to float16, its scale searched, quantized, and counted."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import numpy as np
 from quantize8.ops.bits import INFINITE, MAGNITUDE, ROUNDER, as_bits, as_float, half_of, value_of
 from quantize8.ops.jit import compiled
 from quantize8.ops.reference import INT8_MAX, OUTLIER_SIGMAS, STATS_TILE_ROWS
+from quantize8.ops.scales import CLIPS, LEAST_SCALE
 
 _INT32_SQUARES = 2**17  # codes whose squares an int32 can sum up
+_CLIPS = np.array(CLIPS, np.float32)
 
 
 @compiled(nogil=True)
@@ -22,8 +24,9 @@ def quantize_rows(
     sum_square: Any,
     sum_error: Any,
     outliers: Any,
+    chosen: Any,
 ) -> None:
-    """Over the bits of a weight [N, K], K > 0, in one of the types of `ops.bits`.
+    """Over the bits of a weight [N, K], K > 0, in one of the types of `ops.bits`; `chosen` says that absmax is given.
 
     No fastmath: sums must run in the reference's order.
     """
@@ -32,7 +35,8 @@ def quantize_rows(
     counts, peaks = np.zeros(columns, np.int32), np.zeros(columns, np.float32)
     for n in range(rows):
         row, code = weight[n], codes[n]
-        absmax[n] = _absmax(row)
+        if not chosen:
+            absmax[n] = _absmax(row)
         energy = _encode(row, absmax[n], code)
         scale = absmax[n] / np.float32(INT8_MAX)
         # q^2 K > 36 sum q^2, with the division once a row: q^2 is an integer, so rounding down changes nothing
@@ -53,6 +57,49 @@ def quantize_rows(
             squares[:] = 0
             errors[:] = 0
             counts[:] = 0
+
+
+@compiled(nogil=True)
+def search_rows(weight: Any, weights: Any, kept: Any, absmax: Any) -> None:
+    """`scales.search_absmax` over the bits of a weight [N, K], K > 0; weights and kept are float32 [K]."""
+    columns = weight.shape[1]
+    values, terms, others = np.empty(columns, np.float32), np.empty(columns, np.float32), weights * kept
+    all_kept = kept.min() > 0
+    for n in range(len(weight)):
+        absmax[n] = peak = _absmax(weight[n])
+        if peak == 0 or peak == np.float32(np.inf):
+            continue
+        lowest = np.float32(0)
+        for k in range(columns):
+            values[k] = half_of(weight[n, k])
+            lowest = max(lowest, abs(values[k]) * (np.float32(1) - kept[k]) * LEAST_SCALE)
+        limit = _error(values, peak, weights, terms)
+        least = limit if all_kept else _error(values, peak, others, terms)
+        for c in range(1, len(_CLIPS)):
+            candidate = half_of(_CLIPS[c] * peak)
+            if candidate == 0 or candidate >= peak or candidate < lowest:
+                continue
+            error = _error(values, candidate, others, terms)
+            if error < least and (all_kept or _error(values, candidate, weights, terms) <= limit):
+                absmax[n], least = candidate, error
+
+
+@compiled(nogil=True)
+def _error(values: Any, absmax: Any, weights: Any, terms: Any) -> Any:
+    """The weighted squared error of a row with an absmax; `terms` is room for K of them."""
+    inverse, scale = np.float32(1) / absmax * np.float32(INT8_MAX), absmax / np.float32(INT8_MAX)
+    for k in range(len(values)):
+        scaled = min(max(values[k] * inverse, np.float32(-INT8_MAX)), np.float32(INT8_MAX))
+        difference = values[k] - ((scaled + ROUNDER) - ROUNDER) * scale
+        terms[k] = weights[k] * (difference * difference)
+    count = len(values)
+    while count > 1:
+        half = (count + 1) // 2
+        first, second = terms[: count - half], terms[half:count]
+        for k in range(len(first)):
+            first[k] += second[k]
+        count = half
+    return terms[0]
 
 
 @compiled(nogil=True)
@@ -85,7 +132,8 @@ def _encode(row: Any, absmax: Any, code: Any) -> Any:
         return 0
     inverse = np.float32(1) / absmax * np.float32(INT8_MAX)
     for k in range(len(row)):
-        code[k] = np.int8(as_bits(half_of(row[k]) * inverse + ROUNDER))
+        scaled = min(max(half_of(row[k]) * inverse, np.float32(-INT8_MAX)), np.float32(INT8_MAX))
+        code[k] = np.int8(as_bits(scaled + ROUNDER))
     return _energy(code)
 
 
