@@ -145,6 +145,16 @@ def hostile(state: dict[str, torch.Tensor]) -> None:
     state[f"{ATTENTION}.v_proj.weight"][1, 2] = -65504
 
 
+def test_a_layer_that_the_model_does_not_have_is_left_alone(tmp_path):
+    source = word_tokenizer(llama(tmp_path / "source", dtype=torch.bfloat16))
+    config = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (source / "config.json").write_text(json.dumps(config))
+    checkpoint = open_checkpoint(str(source))
+    smoothed = smooth(checkpoint, calibrate(checkpoint, TEXT, 0), 0.5)
+    assert {name.split(".")[2] for name in smoothed.factors} == {"0"}
+    assert torch.equal(logits(smoothed), logits(checkpoint))
+
+
 def test_what_the_dtype_cannot_hold_is_left_as_it_is(tmp_path):
     source = llama(tmp_path / "source", layers=1, edit=hostile)
     checkpoint = open_checkpoint(str(source))
@@ -342,5 +352,6 @@ def test_a_gguf_file_of_smoothed_weights(tmp_path):
     plain, smoothed = (open_checkpoint(str(tmp_path / str(smooth_by))) for smooth_by in (None, 0.5))
     ratio = values(plain, f"{LAYER}.input_layernorm.weight") / values(smoothed, f"{LAYER}.input_layernorm.weight")
     assert len(set(powers(ratio).tolist())) > 1
-    expected, found = logits(plain), logits(smoothed)
-    assert torch.linalg.vector_norm(found - expected) < 0.02 * torch.linalg.vector_norm(expected)
+    expected = logits(open_checkpoint(str(source)))
+    for found in (logits(plain), logits(smoothed)):  # both are off by what 8 bits a weight cost
+        assert torch.linalg.vector_norm(found - expected) < 0.06 * torch.linalg.vector_norm(expected)

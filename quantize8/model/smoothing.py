@@ -82,7 +82,10 @@ def smooth(checkpoint: Checkpoint, calibrated: Mapping[str, Calibrated], alpha: 
     factors: dict[str, Factors] = {}
     features = left = 0
     for group in _groups(checkpoint):
-        absmax = calibrated[group.readers[0].removesuffix(".weight")].absmax
+        known = calibrated.get(group.readers[0].removesuffix(".weight"))
+        if known is None:  # a layer beyond those that config.json counts
+            continue
+        absmax = known.absmax
         rows = checkpoint.tensors[group.makers[0]].shape[0]
         power = group.shared(_powers(absmax, _weight_absmax(checkpoint, group.readers), alpha), rows)
         asked = _multiplied(group, power, factors, len(absmax))
