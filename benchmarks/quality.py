@@ -93,10 +93,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="a checkpoint; SmolLM2-135M-Instruct if left out")
     parser.add_argument("--name", default=MODEL)
-    parser.add_argument("--only", default="", help="variants whose names hold this")
+    parser.add_argument("--only", default="", help="names of variants, with semicolons between; all if left out")
     arguments = parser.parse_args()
     source = arguments.model or find_model()
-    chosen = [variant for variant in variants() if arguments.only in variant.name]
+    names = [name.strip() for name in arguments.only.split(";") if name.strip()]
+    chosen = [variant for variant in variants() if not names or variant.name in names]
     with tempfile.TemporaryDirectory() as folder:
         found = measure(source, Path(folder), chosen)
     print(table(found["rows"]))

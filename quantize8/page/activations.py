@@ -87,17 +87,18 @@ def _features(report: ActivationReport) -> list[str]:
 
 def _thresholds(report: ActivationReport) -> list[str]:
     """What each threshold costs: error, and columns in 16-bit."""
-    found = report.thresholds
+    found, stored = report.thresholds, [report.static] if report.static is not None else []
     if not found:
         return []
     series = [
         plots.Series("mean", {entry.threshold: [entry.error] for entry in found}),
         plots.Series("worst layer", {entry.threshold: [entry.worst_error] for entry in found}),
         plots.Series("weights alone", {entry.threshold: [report.weight_error] for entry in found}),
+        *(plots.Series("calibrated", {entry.threshold: [static.error] for entry in found}) for static in stored),
     ]
     caption = (
         "Expected relative error of the layers' outputs in int8. What rounding the weights brings about stays, "
-        "whatever the threshold."
+        "whatever the threshold; calibrated: with columns that --calibrate chooses by this text, and no threshold."
     )
     svg = plots.lines(series, "threshold", "relative error", alt="Lines: expected error by threshold")
     drawn = [markup.figure("Error by threshold", caption, svg)]
