@@ -69,6 +69,7 @@ def convert(
     ] = None,
     calibrate: Annotated[str | None, typer.Option(help="Text file to choose and store outlier columns by.")] = None,
     outlier_columns: Annotated[str, typer.Option(help="auto, or how many of each weight.")] = "auto",
+    smooth: Annotated[float | None, typer.Option(help="SmoothQuant's alpha, by that text: 0.5.")] = None,
     recipe: Annotated[str, typer.Option(help="llm-int8, int8, int8-all, or a .toml file.")] = "llm-int8",
     scale: Annotated[str, typer.Option(help="absmax, or mse: the one with the least squared error.")] = "absmax",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -90,7 +91,7 @@ def convert(
     with _progress("converting") as progress:
         result = operation(
             source, out, format=format, scheme=scheme, moe=moe, threshold=threshold, calibrate=calibrate,
-            outlier_columns=outlier_columns, recipe=recipe, scale=scale, device=device,
+            outlier_columns=outlier_columns, smooth=smooth, recipe=recipe, scale=scale, device=device,
             max_shard_size=max_shard_size, workers=workers, dry_run=dry_run, overwrite=overwrite,
             revision=revision, token=token, progress=progress,
         )  # fmt: skip

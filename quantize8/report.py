@@ -51,10 +51,10 @@ def conversion(result: Conversion) -> RenderableType:
         table.add_row("recipe", f"{plan.recipe.name}, threshold {plan.recipe.threshold:g}")
     table.add_row("size", f"{size(plan.source_bytes)} -> {size(plan.output_bytes)} in {len(plan.shards)} file(s)")
     share, density = plan.int8_weights / max(1, plan.weights), f"{numbers['bits_per_weight']} bits a weight"
-    if plan.modules:
-        table.add_row("int8", f"{len(plan.modules)} layers, {share:.1%} of the weights; {density}")
-    else:
-        table.add_row("weights", density)
+    layers = f"{len(plan.modules)} layers, {share:.1%} of the weights; {density}"
+    table.add_row(*(("int8", layers) if plan.modules else ("weights", density)))
+    if plan.smoothed:
+        table.add_row("smoothed", plan.smoothed)
     if plan.outliers is not None:
         wide = sum(len(found.columns) for found in plan.calibrated.values())
         exact = sum(found.exact for found in plan.calibrated.values())

@@ -101,7 +101,7 @@ def test_inputs_of_zeros_need_nothing_stored():
 def calibrated(source, text: str = TEXT, **options):
     checkpoint = open_checkpoint(str(source))
     modules = read_structure(checkpoint.config, checkpoint.tensors).linears
-    return calibrate(checkpoint, text, [*modules, "lm_head"], **options)
+    return calibrate(checkpoint, text, modules=[*modules, "lm_head"], **options)
 
 
 def plainly(source, ids: list[int]):
@@ -151,9 +151,9 @@ def test_a_planted_feature_is_found_in_each_layer_that_reads_it(tmp_path):
 def test_only_the_modules_asked_for_and_so_many_columns(tmp_path):
     checkpoint = open_checkpoint(str(word_tokenizer(llama(tmp_path / "source"))))
     name = "model.layers.1.mlp.up_proj"
-    found = calibrate(checkpoint, TEXT, [name], columns=3)
+    found = calibrate(checkpoint, TEXT, 3, modules=[name])
     assert set(found) == {name} and (len(found[name].columns), found[name].exact) == (3, 3)
-    assert calibrate(checkpoint, TEXT, []) == {}
+    assert calibrate(checkpoint, TEXT, modules=[]) == {}
 
 
 def test_one_token_and_more_than_the_model_takes(tmp_path):
@@ -172,7 +172,7 @@ def test_modules_that_the_checkpoint_names_otherwise(minilm, tmp_path):
     """An encoder saved without the prefix that its model has, and GPT-2's Conv1D: names are the checkpoint's."""
     checkpoint = open_checkpoint(str(minilm))
     structure = read_structure(checkpoint.config, checkpoint.tensors)
-    found = calibrate(checkpoint, "Some text", structure.linears)
+    found = calibrate(checkpoint, "Some text", modules=structure.linears)
     assert set(found) <= {name.removesuffix(".weight") for name in checkpoint.tensors} and len(found) >= 36
 
 
@@ -182,7 +182,7 @@ def test_names_are_mapped_back_to_the_checkpoint(tmp_path):
     checkpoint = open_checkpoint(str(source))
     structure = read_structure(checkpoint.config, checkpoint.tensors)
     everything = [*structure.linears, *structure.kept, *structure.experts]
-    found = calibrate(checkpoint, TEXT, everything)
+    found = calibrate(checkpoint, TEXT, modules=everything)
     stored = {name.removesuffix(".weight") for name in checkpoint.tensors}
     assert set(found) <= stored and not set(found) & set(structure.experts)
     assert {f"model.layers.{i}.self_attn.{n}_proj" for i in range(2) for n in "qkvo"} <= set(found)

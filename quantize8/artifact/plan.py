@@ -11,6 +11,7 @@ from quantize8.artifact.layout import DEFAULT_SHARD_SIZE, OutTensor, Shard, plac
 from quantize8.artifact.outliers import OUTLIERS_NAME, Calibrated
 from quantize8.checkpoint import Checkpoint, TensorInfo
 from quantize8.checkpoint.base import FLOATING, QUANTIZABLE, main_dtype, model_dtype
+from quantize8.checkpoint.smoothing import SmoothedCheckpoint
 from quantize8.checkpoint.structure import CONV1D, LINEAR, Structure, read_structure
 from quantize8.errors import SourceError
 from quantize8.ops.q8_0 import Q8_0
@@ -82,6 +83,11 @@ class Plan:
     def weights(self) -> int:
         """How many floating-point numbers the source stands for."""
         return sum(math.prod(info.shape) for info in self.checkpoint.tensors.values() if info.dtype in FLOATING)
+
+    @property
+    def smoothed(self) -> str:
+        """How much of the source is smoothed, in words; empty where nothing is."""
+        return self.checkpoint.summary if isinstance(self.checkpoint, SmoothedCheckpoint) else ""
 
     def shape_of(self, info: TensorInfo) -> tuple[int, ...]:
         """The shape of a tensor of the source as it is written."""

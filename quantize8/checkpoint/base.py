@@ -87,6 +87,11 @@ class Checkpoint(ABC):
         return read_config(self.folder)
 
     @property
+    def origin(self) -> Checkpoint:
+        """The checkpoint as it was opened, by whose kind its settings and tokenizer are found."""
+        return self
+
+    @property
     def decoded(self) -> frozenset[str]:
         """Weights [N, K] that are stored quantized, and that `rows` gives in float32."""
         return frozenset()

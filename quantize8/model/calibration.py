@@ -23,11 +23,12 @@ DEFAULT_TOKENS = 1024  # of the text; as many as a model with a context of 1024 
 def calibrate(
     checkpoint: Checkpoint,
     text: str,
-    modules: Collection[str],
     columns: int | None = None,
     tokens: int = DEFAULT_TOKENS,
+    *,
+    modules: Collection[str] | None = None,
 ) -> dict[str, Calibrated]:
-    """Outlier columns of those `modules`, as the checkpoint names them, that are Linear layers of the model.
+    """Outlier columns by module, as the checkpoint names it: of all Linear layers, or of those in `modules`.
 
     The model runs once over the first `tokens` tokens, layer by layer, in float32 on the CPU. `columns` of each weight
     are kept, exactly in weight and activation; None: as many as are worth it. Experts that transformers joins are not
@@ -39,7 +40,7 @@ def calibrate(
 
     def note(name: str, module: nn.Module, x: Tensor, y: Tensor | None) -> None:
         in_checkpoint = stored.get(name, name)
-        if in_checkpoint not in modules:
+        if modules is not None and in_checkpoint not in modules:
             return
         if not x.isfinite().all():
             raise SourceError(

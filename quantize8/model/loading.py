@@ -131,7 +131,7 @@ def model_settings(checkpoint: Checkpoint) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    if isinstance(checkpoint, GgufCheckpoint):
+    if isinstance(checkpoint.origin, GgufCheckpoint):
         return CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(checkpoint.config)
     try:
         return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
@@ -177,8 +177,8 @@ def find_tokenizer(checkpoint: Checkpoint) -> Any:
     """The tokenizer of a checkpoint; None where it has none."""
     from transformers import AutoTokenizer
 
-    if isinstance(checkpoint, GgufCheckpoint):
-        return checkpoint.tokenizer
+    if isinstance(origin := checkpoint.origin, GgufCheckpoint):
+        return origin.tokenizer
     folder = checkpoint.folder
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return None

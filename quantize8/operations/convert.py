@@ -58,6 +58,7 @@ def convert(
     threshold: float | None = None,
     calibrate: str | Path | None = None,
     outlier_columns: int | str = "auto",
+    smooth: float | None = None,
     recipe: str = DEFAULT_RECIPE,
     scale: str = ABSMAX,
     device: str = "auto",
@@ -76,10 +77,11 @@ def convert(
     float32; scheme (w8a8 or w8a16) and moe (vllm or transformers), of compressed-tensors alone; threshold, of
     bitsandbytes, in place of the recipe's; calibrate, a text file by which outlier columns are chosen, to be stored
     beside the weights, and which inputs the scales of mse matter for; outlier_columns of each weight, "auto" for as
-    many as are worth it; recipe, a shipped name or a .toml file, of the first two formats; scale, absmax, or mse to
-    search the one with the least squared error (ops/scales.py), of the int8 formats; device, auto, cpu or cuda (auto: a
-    GPU that kernels can use, else the CPU; scales are searched on the CPU alone); workers, threads that read, quantize
-    and write side by side (default: one a processor); progress, called with bytes of source done and in all.
+    many as are worth it; smooth, SmoothQuant's alpha between 0 and 1, to move outliers of activations into the weights
+    by that text; recipe, a shipped name or a .toml file, of the first two formats; scale, absmax, or mse to search the
+    one with the least squared error (ops/scales.py), of the int8 formats; device, auto, cpu or cuda (auto: a GPU that
+    kernels can use, else the CPU; scales are searched on the CPU alone); workers, threads that read, quantize and write
+    side by side (default: one a processor); progress, called with bytes of source done and in all.
     Raises: SourceError, WeightError, RecipeError, OutputError or DependencyError; then no output folder is left.
     """
     if workers is not None and workers < 1:
@@ -94,22 +96,15 @@ def convert(
         raise OutputError(f"recipe {recipe}: --format {output.name} takes none; leave it out")
     text = _calibration_text(calibrate, output, scale)
     columns = _count(outlier_columns, text is not None)
+    _check_alpha(smooth, text is not None)
     checkpoint = open_checkpoint(source, revision=revision, token=token)
     target = Path(out) if out is not None else Path(f"{checkpoint.name}-{output.suffix}")
     check_output(target, overwrite, checkpoint.folder)
     plan = make_plan(checkpoint, chosen, output, max_shard_size)
-    found = {} if text is None else _calibrate(plan, text, columns)
+    found = {} if text is None else _calibrate(plan, text, columns, smooth)
     if scale == MSE:
         plan.searches = _searches(plan, found)
-    calibration = {}
-    if text is not None:
-        from quantize8.model.calibration import DEFAULT_TOKENS
-
-        calibration = {
-            "text_blake3": digest(text.encode()),
-            "tokens": DEFAULT_TOKENS,
-            "outlier_columns": outlier_columns,
-        }
+    calibration = {} if text is None else _calibration_entry(text, outlier_columns, smooth)
     if dry_run:
         return Conversion(target, plan, time.perf_counter() - start)
     check_disk(target, plan.output_bytes)
@@ -145,12 +140,34 @@ def _count(columns: int | str, calibrates: bool) -> int | None:
     return int(columns)
 
 
-def _calibrate(plan: Plan, text: str, columns: int | None) -> dict[str, Calibrated]:
-    """What the text says of each weight; where the format has int8 modules, their outlier columns get their place."""
-    from quantize8.model.calibration import calibrate
+def _check_alpha(smooth: float | None, calibrates: bool) -> None:
+    if smooth is not None and not calibrates:
+        raise OutputError(f"smooth {smooth:g}: is measured on a text; add --calibrate FILE")
+    if smooth is not None and not 0 < smooth < 1:
+        raise OutputError(f"smooth {smooth:g}: must lie between 0 and 1")
 
+
+def _calibration_entry(text: str, columns: int | str, smooth: float | None) -> dict[str, Any]:
+    """What the manifest says of the calibration."""
+    from quantize8.model.calibration import DEFAULT_TOKENS
+
+    digested = digest(text.encode())
+    return {"text_blake3": digested, "tokens": DEFAULT_TOKENS, "outlier_columns": columns, "smooth": smooth}
+
+
+def _calibrate(plan: Plan, text: str, columns: int | None, alpha: float | None) -> dict[str, Calibrated]:
+    """What the text says of each weight, which is smoothed first with an `alpha`.
+
+    Where the format has int8 modules, their outlier columns get their place.
+    """
+    from quantize8.model.calibration import calibrate
+    from quantize8.model.smoothing import check_smoothable, smooth
+
+    if alpha is not None:
+        check_smoothable(plan.checkpoint)
+        plan.checkpoint = smooth(plan.checkpoint, calibrate(plan.checkpoint, text, 0), alpha)
     weights = [*plan.quantized, *(f"{name}.weight" for name in plan.modules)]
-    found = calibrate(plan.checkpoint, text, {name.removesuffix(".weight") for name in weights}, columns)
+    found = calibrate(plan.checkpoint, text, columns, modules={name.removesuffix(".weight") for name in weights})
     if isinstance(plan.format, Int8Format):
         plan.keep_outliers(found)
     return found
