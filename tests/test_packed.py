@@ -105,6 +105,21 @@ def test_codes_scales_and_marks_equal_the_reference_in_every_bit(dtype, shift):
         np.testing.assert_array_equal(marks.astype(bool), outliers.any(0))
 
 
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+def test_each_prefill_result_is_that_of_the_references_codes(threshold, unit):
+    """Element by element, so that one code off by a step shows; inputs of few bits fall on ties often."""
+    ours, theirs = weight_of(45, 131, unit)
+    for seed in range(10):
+        x = tokens_of(40, 131, torch.bfloat16, seed=seed).float()
+        exact = reference.linear(x.numpy(), ours, None, threshold)
+        codes, scale, _ = reference.quantize_activations(x.numpy(), threshold)
+        sums = (np.abs(codes.astype(float)) @ np.abs(ours.codes.T.astype(float))) * scale[:, None] * ours.absmax / 127
+        sums += np.abs(x.numpy()) @ np.abs(reference.dequantize(ours.codes, ours.absmax)).T
+        y = theirs.linear(x, None, threshold, "dynamic").double().numpy()
+        assert (np.abs(y - exact) <= 1e-6 * sums).all(), seed
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
 def test_decode_keeps_small_features_beside_massive_ones(scale):
     """A feature of 2000 beside ones of 1, as in real models, whose weights are nothing: digits reach that far down."""

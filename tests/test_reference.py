@@ -161,7 +161,7 @@ def test_the_first_static_columns_may_be_exact_in_the_weight_and_all_are_in_the_
     columns = np.array([9, 1, 4], np.int32)
     stored = values[:, columns[:1]] * np.float16(2)  # unlike the codes, so that it shows
     weight = weight_of(values, outlier_columns=columns, outlier_weight=stored)
-    meant = reference.dequantize(weight.codes, weight.absmax).astype(np.float64)
+    meant = weight.codes * reference.scale_of(weight.absmax).astype(np.float64)[:, None]
     meant[:, 9] = stored[:, 0]
     x = np.zeros((20, 12), np.float32)
     x[:, columns] = rng.normal(size=(20, 3)) * 50

@@ -142,7 +142,7 @@ def test_prefill_is_the_integer_product_up_to_one_rounding(shape, dtype, unit):
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_prefill_differs_from_exact_columns_by_what_their_digits_leave_out(shape, unit):
-    """At most half a step of an outlier column's x, the product low * second, half a 254th of a stored weight's step.
+    """At most half a step of an outlier column's x, low * second, and half a 254th of a stored weight's step.
 
     Where the step grew, also half of it and of the old one in the other columns.
     """
