@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from quantize8 import SourceError, convert, load, report, verify
 from quantize8.artifact.manifest import digest, read_manifest
 from quantize8.artifact.outliers import Calibrated
-from quantize8.checkpoint import open_checkpoint
+from quantize8.checkpoint import base, open_checkpoint
 from quantize8.checkpoint.smoothing import Factors, SmoothedCheckpoint
 from quantize8.checkpoint.structure import _NAMES_SUFFICE
 from quantize8.errors import OutputError
@@ -155,7 +155,7 @@ def test_a_layer_that_the_model_does_not_have_is_left_alone(tmp_path):
     assert torch.equal(logits(smoothed), logits(checkpoint))
 
 
-def test_what_the_dtype_cannot_hold_is_left_as_it_is(tmp_path):
+def test_what_the_dtype_cannot_hold_is_left_as_it_is(tmp_path, monkeypatch):
     source = llama(tmp_path / "source", layers=1, edit=hostile)
     checkpoint = open_checkpoint(str(source))
     found = statistics(source)
@@ -167,6 +167,11 @@ def test_what_the_dtype_cannot_hold_is_left_as_it_is(tmp_path):
     found[f"{FEED}.down_proj"].absmax[9] = 1e-9
     found[f"{FEED}.down_proj"].absmax[13:16] = [0, np.nan, np.inf]
     smoothed = smooth(checkpoint, found, 0.5)
+    monkeypatch.setattr(base, "BLOCK_BYTES", 300)  # a few rows each
+    in_blocks = smooth(checkpoint, found, 0.5)
+    for name, factors in smoothed.factors.items():
+        for part in ("rows", "columns"):
+            np.testing.assert_array_equal(getattr(factors, part), getattr(in_blocks.factors[name], part))
 
     def unscaled(name: str, part: str) -> list[int]:
         return np.flatnonzero(powers(getattr(smoothed.factors[name], part)) == 0).tolist()
