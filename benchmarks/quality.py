@@ -175,7 +175,7 @@ def figures(pairs: Pairs) -> dict[str, Any]:
     """KL in nats a token, top-1 agreement and perplexities."""
     return {
         "kl": round(float(pairs.kl.mean()), 6),
-        "median": round(float(np.median(pairs.kl)), 6),
+        "median": round(float(np.median(pairs.kl)), 8),
         "p99": round(float(np.quantile(pairs.kl, 0.99)), 5),
         "top1": round(float(pairs.same_top1.mean()), 4),
         "perplexity": round(float(np.exp(pairs.nll.mean())), 3),

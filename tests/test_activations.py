@@ -11,9 +11,16 @@ from quantize8 import load
 from quantize8.checkpoint import open_checkpoint
 from quantize8.model.activations import activations, dense_weight, watch
 from quantize8.model.advice import recommend
-from quantize8.model.expected import THRESHOLDS, input_errors, relative_error, weight_error
+from quantize8.model.expected import (
+    THRESHOLDS,
+    input_errors,
+    relative_error,
+    static_errors,
+    weight_error,
+    without,
+)
 from quantize8.model.features import MAP_FEATURES, LayerInput, affected, comparable, emergent_features, feature_map
-from quantize8.model.outliers import ActivationReport, ThresholdReport
+from quantize8.model.outliers import ActivationReport, StaticColumns, ThresholdReport
 from quantize8.model.streaming import streamed
 from quantize8.ops import cpu, reference
 from quantize8.report import as_json
@@ -281,3 +288,37 @@ def test_without_one_within_the_budget_the_least_error_is_advised():
     assert (advice.threshold, advice.met) == (3.0, False)
     assert advice.reason.startswith("no threshold keeps the expected error within 0.009; the least is 0.0100")
     assert "0.0080 comes of rounding the weights" in advice.reason
+
+
+def test_stored_columns_are_advised_where_no_threshold_keeps_the_budget():
+    report = table(0.010, 0.010, 0.012)
+    report.static = StaticColumns(640, 2 * 10**6, 0.006)
+    advice = recommend(report, 0.009)
+    assert (advice.calibrate, advice.met) == (True, True)
+    assert advice.reason.startswith("0.0060 with 640 columns stored by --calibrate (2.0 MB); no threshold keeps")
+    assert not recommend(report, 0.005).met and recommend(report, 0.005).calibrate
+    assert not recommend(report, 0.011).calibrate  # a threshold does, and needs no artifact of another kind
+    report.static = StaticColumns(640, 2 * 10**6, 0.02)
+    assert not recommend(report, 0.009).calibrate
+
+
+def test_the_expected_error_with_stored_columns_is_near_the_measured_one():
+    """Of the reference's mode static, which has them exactly in the activation, and some in the weight."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(200, 96)).astype(np.float32)
+    x[:, [5, 40]] *= [30, 12]
+    weight = random.normal(size=(64, 96)).astype(np.float16)
+    columns = torch.tensor([5, 40, 7])
+    rounded = weight_error(torch.from_numpy(weight).float())
+    y = x.astype(np.float64) @ weight.T.astype(np.float64)
+    energy = torch.from_numpy(x).square().sum(0).double()
+    for exact in (0, 1, 3):
+        left = without(rounded, columns[:exact])
+        squares = static_errors(torch.from_numpy(x), columns)
+        expected = relative_error(squares, energy, left, float((y * y).sum()))
+        layer = reference.Int8Weight(
+            *reference.quantize_rowwise(weight), columns.numpy(), weight[:, columns[:exact].numpy()]
+        )
+        measured = np.linalg.norm(reference.mixed_matmul(x, layer, None, 6.0, "static") - y) / np.linalg.norm(y)
+        assert 0.9 < expected / measured < 1.1
+    assert not squares[columns].any()

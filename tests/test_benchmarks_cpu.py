@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import checkpoints, convert, cpu, linear_cpu, model_cpu, training
+from benchmarks import checkpoints, convert, cpu, linear_cpu, model_cpu, quality, training
 from quantize8.ops import packed
 
 ROOT = Path(__file__).parent.parent
@@ -82,3 +82,29 @@ def test_the_training_page_shows_what_was_measured():
     nearest = losses["lora, int8, merged to the nearest code"]["held_out"]
     assert f"(held out {losses['lora, int8']['held_out']:.3f} before merging, {nearest:.3f} after)" in page
     assert found["within"] and all(abs(value) <= 0.02 for how in ("full", "lora") for value in apart[how].values())
+
+
+def test_quality_is_measured_of_every_kind_of_variant(tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    checkpoints.make_llama(source, hidden=64, inner=128, layers=3, vocabulary=checkpoints.TOKENIZER_SIZE)
+    checkpoints.add_tokenizer(source)
+    for name, value in {"TOKENS": 48, "CONTEXT": 24, "ROUNDS": 1, "TIMED_TOKENS": 20}.items():
+        monkeypatch.setattr(quality, name, value)
+    names = ["bitsandbytes, threshold 6", "plain int8, no outliers", "static, 8 columns", "static, auto, top 2 exact"]
+    names += ["weights only, 8 columns"]
+    chosen = [variant for variant in quality.variants() if variant.name in names]
+    (tmp_path / "work").mkdir()
+    found = quality.measure(str(source), tmp_path / "work", chosen)
+    rows = found["rows"]
+    assert set(rows) == set(names) and found["tokens"] == 48
+    assert all(row["scored"] == 46 and row["kl"] >= 0 for row in rows.values())
+    assert rows["plain int8, no outliers"]["cost"] == 1 and "cost" not in rows["weights only, 8 columns"]
+    assert rows["weights only, 8 columns"]["median"] != rows["static, 8 columns"]["median"]  # the same artifact
+    assert rows["static, 8 columns"]["bytes"] > rows["plain int8, no outliers"]["bytes"]
+    assert quality.table(rows).count("\n") == 1 + len(names)
+
+
+@pytest.mark.parametrize("result", sorted(RESULTS.glob("quality-*.json")), ids=lambda path: path.stem)
+def test_the_page_on_accuracy_shows_what_was_measured(result):
+    page = (ROOT / "docs" / "accuracy.md").read_text()
+    assert quality.table(json.loads(result.read_text())["rows"]) in page

@@ -66,6 +66,25 @@ def test_json_of_each_command(quantize8, tmp_path):
     assert json.loads(quantize8("env", "--json")[1])["versions"]["quantize8"] == __version__
 
 
+def test_calibration_and_what_follows_from_it(quantize8, tmp_path):
+    source, out = word_tokenizer(llama(tmp_path / "source")), tmp_path / "out"
+    (tmp_path / "text").write_text(" ".join(f"w{i}" for i in range(60)))
+    given = ("convert", source, "--out", out, "--calibrate", tmp_path / "text")
+    code, text, err = quantize8(*given, "--outlier-columns", "junk")
+    assert (code, text) == (1, "") and err.count("\n") == 1 and "outlier-columns junk: must be auto" in err
+    code, text, err = quantize8(*given, "--outlier-columns", "5")
+    assert (code, err) == (0, "") and "70 columns, 70 of them stored exactly" in text
+    assert quantize8("verify", out)[0] == 0
+    asked = ("--text", tmp_path / "text", "--device", "cpu")
+    assert json.loads(quantize8("evaluate", out, *asked, "--json")[1])["new_outliers"] >= 0
+    assert json.loads(quantize8("evaluate", out, *asked, "--mode", "dynamic", "--json")[1])["new_outliers"] is None
+    assert "new outliers" in quantize8("evaluate", out, *asked)[1]
+    prompt = ("--prompt", "w1 w2", "--max-new-tokens", "2", "--device", "cpu")
+    assert "outlier columns that are not stored" in quantize8("run", out, *prompt)[1]
+    code, _, err = quantize8("run", source, *prompt, "--mode", "static")
+    assert code == 1 and "convert its source with --calibrate" in err
+
+
 def test_run_streams_the_text_and_then_the_speed(quantize8, smollm2_int8, smollm2):
     code, text, _ = quantize8("run", smollm2_int8, "--prompt", "The capital of France is", "--max-new-tokens", 4)
     assert code == 0 and text.startswith(" Paris") and "decode 4 at" in text

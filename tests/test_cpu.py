@@ -202,6 +202,22 @@ assert codes.tolist() == [[64, -127]] and absmax.tolist() == [2]
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
 
 
+@pytest.mark.parametrize("stored", [0, 1, 2, 3])
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_the_first_columns_only_may_be_stored(tokens, stored):
+    """In the order of the list, which is not that of the columns; the others are outliers with dequantized weights."""
+    ours, theirs = int8_weight(19, 37, [30, 3, 11])
+    cut = [Int8Weight(w.codes, w.absmax, w.outlier_columns, w.outlier_weight[:, :stored]) for w in (ours, theirs)]
+    x = activations(tokens, 37, torch.float32)
+    x[:, [3, 30]] *= 10
+    expected, product = (
+        reference.linear(x.numpy(), cut[0], None, 6.0, "static"),
+        cpu.linear(x, cut[1], None, 6.0, "static"),
+    )
+    for row in range(19):
+        assert_within_rounding(product[:, row], expected[:, row])
+
+
 def test_plain_int8_without_decomposition():
     ours, theirs = int8_weight(12, 40)
     x = activations(33, 40, torch.float32)

@@ -38,7 +38,7 @@ def test_the_operator_on_tiles_keeps_them_too_and_is_what_a_compiled_model_calls
     made, x = layer(bias=bias), torch.randn(tokens, 32)
     tiles = made.pack()
     rest = (made.bias, 12, 6.0, "dynamic")
-    torch.library.opcheck(packed_linear, (x, tiles.tiles, tiles.scale, tiles.start, *rest))
+    torch.library.opcheck(packed_linear, (x, tiles.parts, *rest))
     names = []
 
     def look(graph, inputs):
@@ -48,6 +48,43 @@ def test_the_operator_on_tiles_keeps_them_too_and_is_what_a_compiled_model_calls
     with torch.no_grad():
         assert torch.equal(torch.compile(made, fullgraph=True, backend=look, dynamic=False)(x), made(x))
     assert any("packed_linear" in name for name in names) and made._packed is tiles
+
+
+def static_layer(bias: bool = True) -> Int8Linear:
+    made = layer(bias=bias)
+    made.mode, made.outlier_columns = "static", torch.tensor([5, 0, 31], dtype=torch.int32)
+    made.outlier_weight = (made.dequantize()[:, [5, 0]] * 1.001).half()
+    return made
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_stored_outlier_columns_keep_the_rules_too(tokens, gradient):
+    made = static_layer()
+    x = torch.randn(tokens, 32, requires_grad=gradient)
+    rest = (made.bias.data, 6.0, "static", made.outlier_columns, made.outlier_weight)
+    torch.library.opcheck(linear, (x, made.weight.data, made.SCB.data, *rest))
+
+
+@pytest.mark.skipif(not has_int8_unit(32), reason="weights go into tiles on processors with AMX or AVX512-VNNI")
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_a_compiled_static_layer_gives_the_same_bits(tokens):
+    made, x = static_layer(), torch.randn(tokens, 32)
+    tiles = made.pack()
+    assert len(tiles.parts) == 7
+    torch.library.opcheck(packed_linear, (x, tiles.parts, made.bias, 12, 6.0, "static"))
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager", dynamic=False)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), made(x)) and made._packed is tiles
+        assert torch.equal(compiled(x[None]), made(x[None]))
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_the_gradient_of_a_static_layer_reaches_its_input(tokens):
+    made = static_layer()
+    x = torch.randn(tokens, 32, requires_grad=True)
+    made(x).sum().backward()
+    np.testing.assert_allclose(x.grad, made.dequantize().sum(0).expand(tokens, -1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [3, 40])

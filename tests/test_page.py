@@ -249,16 +249,24 @@ def test_activations_show_features_thresholds_and_each_module(activated):
     data = page(activated, "model")
     reader = read(data)
     assert activated.features.columns and activated.emergent  # the page is about something
-    heading = f"Convert with quantize8 convert SOURCE --threshold {activated.advice.threshold:g}"
-    assert heading in reader.text and activated.advice.reason in reader.text
+    assert activated.advice.reason in reader.text
     rows = {row[0]: row for row in reader.rows}
     for entry in activated.linears:
         assert rows[entry.module][2] == str(len(entry.columns)) and rows[entry.module][4] == f"{entry.max:.1f}"
     for entry in activated.thresholds:
         assert rows[f"{entry.threshold:g}"][1:3] == [f"{entry.error:.4f}", f"{entry.columns:,}"]
     joined = 2 * (2 + 2)  # max |x| of two layers: q k v as one, o; gate up as one, down
-    assert dots(data) == 3 * len(activated.thresholds) + 14 + joined
+    assert dots(data) == 4 * len(activated.thresholds) + 14 + joined
     assert page(activated, "model") == data
+
+
+@pytest.mark.parametrize("calibrates", [True, False])
+def test_the_command_that_is_advised_is_shown(activated, calibrates):
+    from dataclasses import replace
+
+    advised = replace(activated, advice=replace(activated.advice, calibrate=calibrates))
+    option = "--calibrate FILE" if calibrates else f"--threshold {activated.advice.threshold:g}"
+    assert f"Convert with quantize8 convert SOURCE {option}" in read(page(advised, "model")).text
 
 
 def test_the_map_of_features_is_drawn_cell_by_cell(activated):

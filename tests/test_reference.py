@@ -155,6 +155,21 @@ def test_static_columns_are_exact_in_activation_and_weight():
     np.testing.assert_allclose(product, x.astype(np.float64) @ values.astype(np.float64).T, rtol=1e-12)
 
 
+def test_the_first_static_columns_may_be_exact_in_the_weight_and_all_are_in_the_activation():
+    rng = np.random.default_rng(5)
+    values = rng.normal(size=(7, 12)).astype(np.float16)
+    columns = np.array([9, 1, 4], np.int32)
+    stored = values[:, columns[:1]] * np.float16(2)  # unlike the codes, so that it shows
+    weight = weight_of(values, outlier_columns=columns, outlier_weight=stored)
+    meant = reference.dequantize(weight.codes, weight.absmax).astype(np.float64)
+    meant[:, 9] = stored[:, 0]
+    x = np.zeros((20, 12), np.float32)
+    x[:, columns] = rng.normal(size=(20, 3)) * 50
+    for tokens in (20, 16):
+        product = reference.linear(x[:tokens], weight, None, 6.0, "static")
+        np.testing.assert_allclose(product, x[:tokens].astype(np.float64) @ meant.T, rtol=1e-12)
+
+
 def test_nan_and_infinity_in_a_token_stay_visible_and_in_their_row():
     weight = weight_of(np.random.default_rng(6).normal(size=(3, 4)))
     x = np.ones((20, 4), np.float32)

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from making import llama, mixtral
+from making import llama, mixtral, word_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from quantize8 import Int8Config, Int8Linear, SourceError, WeightError
+from quantize8 import Int8Config, Int8Linear, SourceError, WeightError, convert
+from quantize8 import load as load_artifact
 from quantize8.model import linear
 from quantize8.model.training import TrainableInt8Linear, dithered_codes, merge_and_unload
 from quantize8.ops import packed
@@ -176,6 +177,32 @@ def test_merging_quantizes_the_sum_and_saves_what_bitsandbytes_opens(name, reque
     assert not isinstance(again.get_submodule(next(iter(found))), Int8Linear)
     assert torch.equal(logits(again), logits(merged))
     assert train(with_adapters(merged), tmp_path / "out", 1)  # adapters again
+
+
+def test_adapters_train_over_a_calibrated_model_and_merge_into_its_columns(tmp_path):
+    source = word_tokenizer(llama(tmp_path / "source"))
+    (tmp_path / "text").write_text(" ".join(f"w{i}" for i in range(60)))
+    convert(str(source), tmp_path / "out", calibrate=tmp_path / "text", outlier_columns=3)
+    model = with_adapters(load_artifact(tmp_path / "out", "cpu")[0])
+    adapted, dynamic = logits(model), with_adapters(load_artifact(tmp_path / "out", "cpu", mode="dynamic")[0])
+    losses = train(model, tmp_path / "trained")
+    assert losses[-1] < losses[0]
+    model, plain = with_adapters(load_artifact(tmp_path / "out", "cpu")[0]), merge_and_unload(dynamic)
+    expected = {}
+    for key, module in model.named_modules():
+        if isinstance(base := getattr(module, "base_layer", None), Int8Linear):
+            columns = base.outlier_columns.long()
+            delta = module.get_delta_weight("default").detach()[:, columns]
+            expected[key.removeprefix("base_model.model.")] = columns, base.outlier_weight.float() + delta
+    merged = merge_and_unload(model)
+    for key, (columns, total) in expected.items():
+        layer = merged.get_submodule(key)
+        assert layer.mode == "static" and layer.outlier_columns.tolist() == columns.tolist()
+        torch.testing.assert_close(layer.outlier_weight, total.half(), rtol=2e-3, atol=1e-4)
+        step = layer.SCB[:, None] / 127
+        assert ((layer.dequantize()[:, columns] - total).abs() <= 0.51 * step + 1e-6).all()  # the nearest code
+    apart = (logits(merged) - adapted).norm() / adapted.norm()
+    assert apart < 0.2 and plain.get_submodule(LAYER).mode == "dynamic"
 
 
 def test_merging_sees_the_adapters_of_a_model_that_keeps_its_weights(tmp_path):

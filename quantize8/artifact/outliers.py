@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from quantize8.artifact.layout import OutTensor
-from quantize8.checkpoint.base import contained
+from quantize8.checkpoint.base import TensorInfo, contained
 from quantize8.checkpoint.safetensors import SafetensorsCheckpoint
 from quantize8.errors import ArtifactError
 from quantize8.ops.reference import Array
@@ -21,6 +21,7 @@ from quantize8.ops.scales import ScaleSearch
 OUTLIERS_NAME = "outliers.safetensors"
 _COLUMNS, _WEIGHT = "outlier_columns", "outlier_weight"
 _MEAN_SQUARE, _ABSMAX = "input_mean_square", "input_absmax"
+_KINDS = {_COLUMNS: ("I32", 1), _MEAN_SQUARE: ("F32", 1), _ABSMAX: ("F32", 1), _WEIGHT: ("F16", 2)}  # dtype, dimensions
 
 
 @dataclass(frozen=True)
@@ -79,24 +80,20 @@ def open_outliers(folder: Path) -> SafetensorsCheckpoint:
 def read_outliers(folder: Path) -> dict[str, StoredOutliers]:
     """The outlier columns of each module; raises ArtifactError where they are not what this module writes."""
     stored = open_outliers(folder)
-    found = {}
-    for name in stored.tensors:
-        if name.endswith(f".{_COLUMNS}"):
-            module = name.removesuffix(f".{_COLUMNS}")
-            found[module] = _module(stored, module)
-    return found
+    modules: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in stored.tensors.items():
+        module, _, last = name.rpartition(".")
+        modules.setdefault(module, {})[last] = info
+    return {module: _module(stored, module, found) for module, found in modules.items()}
 
 
-def _module(stored: SafetensorsCheckpoint, module: str) -> StoredOutliers:
-    names = [f"{module}.{last}" for last in (_COLUMNS, _WEIGHT, _MEAN_SQUARE)]
-    infos = [stored.tensors.get(name) for name in names]
-    columns, weight, wide = infos
-    good = columns is not None and weight is not None and wide is not None
-    if not good or [info.dtype for info in infos if info] != ["I32", "F16", "F32"]:
-        raise ArtifactError(f"{stored.folder / OUTLIERS_NAME}: {module} lacks a tensor; copy the artifact again")
-    assert columns is not None and weight is not None and wide is not None
-    values = stored.rows(names[0], 0, columns.shape[0])
-    fits = len(weight.shape) == 2 and weight.shape[1] <= len(values)
-    if not fits or len(set(values.tolist())) != len(values) or any(not 0 <= k < wide.shape[0] for k in values.tolist()):
-        raise ArtifactError(f"{stored.folder / OUTLIERS_NAME}: {module} lists wrong columns; copy the artifact again")
-    return StoredOutliers(values, stored.rows(names[1], 0, weight.shape[0]))
+def _module(stored: SafetensorsCheckpoint, module: str, found: dict[str, TensorInfo]) -> StoredOutliers:
+    where = f"{stored.folder / OUTLIERS_NAME}: {module}"
+    if {last: (info.dtype, len(info.shape)) for last, info in found.items()} != _KINDS:
+        raise ArtifactError(f"{where} has other tensors than a calibration's; convert the source again")
+    columns, weight = (stored.rows(found[last].name, 0, found[last].shape[0]) for last in (_COLUMNS, _WEIGHT))
+    width, count = found[_MEAN_SQUARE].shape[0], len(columns)
+    inside = bool(((columns >= 0) & (columns < width)).all()) and len(np.unique(columns)) == count
+    if not inside or weight.shape[1] > count or found[_ABSMAX].shape != (width,) or not np.isfinite(weight).all():
+        raise ArtifactError(f"{where} lists columns that cannot be; convert the source again")
+    return StoredOutliers(columns, weight)

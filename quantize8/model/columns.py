@@ -38,7 +38,7 @@ def choose_columns(x: Tensor, rounded: WeightError, most: int | None = None) -> 
         return first, len(first)
     limit = min(_WIDE, width // _MOST_OF_K)
     first = costs.topk(min(_EXACT, limit)).indices
-    worth = int((costs[first] >= _LEAST_SHARE * costs.sum()).sum())
+    worth = int(((costs[first] >= _LEAST_SHARE * costs.sum()) & (costs[first] > 0)).sum())
     rms = x.square().mean(1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     peaks = (x.abs() / rms).clamp_(max=_PEAK_LIMIT).pow_(_PEAK_POWER).sum(0)
     peaks[first] = -1

@@ -190,6 +190,13 @@ class Int8Linear(nn.Linear):
         self.unpack()
         super()._load_from_state_dict(*arguments)
 
+    def __copy__(self) -> Int8Linear:
+        """A layer with the same tensors, but a parameter of its own: packing takes the values out of it."""
+        made, state = type(self).__new__(type(self)), self.__getstate__()
+        weight = nn.Parameter(self.weight.data, requires_grad=False)
+        made.__dict__.update({**state, "_parameters": {**self._parameters, "weight": weight}})
+        return made
+
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle, which cannot take a packed weight."""
         self.unpack()

@@ -103,7 +103,10 @@ def _load_decoded(checkpoint: Checkpoint, mode: OutlierMode, threshold: float | 
 
 
 def _give_outliers(model: Any, checkpoint: Checkpoint, folder: Path) -> None:
-    """Give the int8 layers of a model the outlier columns that were stored for them."""
+    """Give the int8 layers of a model the outlier columns that were stored for them.
+
+    Layers that were not calibrated, such as experts, look for their outliers element by element: alone, too.
+    """
     import torch
 
     from quantize8.model.linear import Int8Linear
@@ -118,6 +121,9 @@ def _give_outliers(model: Any, checkpoint: Checkpoint, folder: Path) -> None:
         device = torch.device("cpu") if layer.SCB.is_meta else layer.SCB.device
         layer.outlier_columns = torch.from_numpy(found.columns).to(device)
         layer.outlier_weight = torch.from_numpy(found.weight).to(device)
+    for layer in layers.values():
+        if isinstance(layer, Int8Linear) and layer.outlier_columns is None:
+            layer.mode = "elementwise"
 
 
 def model_settings(checkpoint: Checkpoint) -> Any:

@@ -170,7 +170,11 @@ def _merged(name: str, module: Any) -> Int8Linear:
     """The int8 layer of an adapted one; one float weight is in memory at a time."""
     old: Int8Linear = module.base_layer
     plain = nn.Linear(old.in_features, old.out_features, False, device="meta")
-    plain.weight = nn.Parameter(old.dequantize(), requires_grad=False)
+    weight, columns, exact = old.dequantize(), old.outlier_columns, old.outlier_weight
+    if columns is not None and exact is not None:
+        columns = columns.long()
+        weight[:, columns[: exact.shape[1]]] = exact.float()
+    plain.weight = nn.Parameter(weight, requires_grad=False)
     plain.bias = None if old.bias is None else nn.Parameter(old.bias.detach().clone(), requires_grad=False)
     module.base_layer = plain
     try:
@@ -180,7 +184,11 @@ def _merged(name: str, module: Any) -> Int8Linear:
         raise WeightError(f"{name}: {error}") from None
     finally:
         module.base_layer = old
-    new.weight.data = dithered_codes(plain.weight.detach(), new.SCB.detach())
+    nearest, new.weight.data = new.weight.data, dithered_codes(plain.weight.detach(), new.SCB.detach())
+    if columns is not None and exact is not None:  # which need no chance to be exact
+        stored = columns[: exact.shape[1]]
+        new.weight.data[:, stored] = nearest[:, stored]
+        new.outlier_columns, new.outlier_weight = old.outlier_columns, plain.weight.detach()[:, stored].half()
     new.mode, new.transposed = old.mode, old.transposed
     return new.train(old.training)
 

@@ -104,9 +104,7 @@ def convert(
     found = {} if text is None else _calibrate(plan, text, columns, smooth)
     if scale == MSE:
         plan.searches = _searches(plan, found)
-    calibration: dict[str, Any] = {}
-    if text is not None:
-        calibration = {"text_blake3": digest(text.encode()), "outlier_columns": outlier_columns, "smooth": smooth}
+    calibration = {} if text is None else _calibration_entry(text, outlier_columns, smooth)
     if dry_run:
         return Conversion(target, plan, time.perf_counter() - start)
     check_disk(target, plan.output_bytes)
@@ -149,6 +147,14 @@ def _check_alpha(smooth: float | None, calibrates: bool) -> None:
         raise OutputError(f"smooth {smooth:g}: must lie between 0 and 1")
 
 
+def _calibration_entry(text: str, columns: int | str, smooth: float | None) -> dict[str, Any]:
+    """What the manifest says of the calibration."""
+    from quantize8.model.calibration import DEFAULT_TOKENS
+
+    digested = digest(text.encode())
+    return {"text_blake3": digested, "tokens": DEFAULT_TOKENS, "outlier_columns": columns, "smooth": smooth}
+
+
 def _calibrate(plan: Plan, text: str, columns: int | None, alpha: float | None) -> dict[str, Calibrated]:
     """What the text says of each weight, which is smoothed first with an `alpha`.
 
@@ -160,7 +166,8 @@ def _calibrate(plan: Plan, text: str, columns: int | None, alpha: float | None) 
     if alpha is not None:
         check_smoothable(plan.checkpoint)
         plan.checkpoint = smooth(plan.checkpoint, calibrate(plan.checkpoint, text, 0), alpha)
-    found = calibrate(plan.checkpoint, text, columns)
+    weights = [*plan.quantized, *(f"{name}.weight" for name in plan.modules)]
+    found = calibrate(plan.checkpoint, text, columns, modules={name.removesuffix(".weight") for name in weights})
     if isinstance(plan.format, Int8Format):
         plan.keep_outliers(found)
     return found

@@ -158,7 +158,7 @@ def inverse_of(absmax: Any) -> Any:
     return inverse if np.isfinite(inverse) and np.isfinite(absmax) else np.float32(0)
 
 
-@compiled(nogil=True)
+@compiled(nogil=True, fastmath=False)  # or it would be its caller's
 def _to_digits(row: Any, limit: Any, count: int, first: int, step: int, shift: int, digits: Any, marks: Any) -> Any:
     """A token [K] as `count` digits in rows first, first + step ... of the tiles, each `shift` higher; its scale.
 

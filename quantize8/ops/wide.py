@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from quantize8.ops.bits import MAGNITUDE, ROUNDER, as_bits, as_float, value_of
+from quantize8.ops.bits import INFINITE, MAGNITUDE, ROUNDER, as_bits, as_float, value_of
 from quantize8.ops.jit import compiled, prange
 from quantize8.ops.passes import bias_blocks, finish_block, inverse_of, multiply_block
 from quantize8.ops.reference import INT8_MAX
@@ -73,7 +73,7 @@ def static(
         release(weight)
 
 
-@compiled(nogil=True)
+@compiled(nogil=True, fastmath=False)  # else Numba takes the caller's: a product rounded with its sum is another code
 def _to_codes(
     row: Any, limit: Any, wide: Any, exact: int, m: int, shift: int, digits: Any, high_digits: Any, marks: Any
 ) -> Any:
@@ -92,7 +92,8 @@ def _to_codes(
         peak = max(peak, as_bits(values[k]) & MAGNITUDE)
     if peak >= limit:
         for k in range(columns):
-            if as_bits(values[k]) & MAGNITUDE >= limit:
+            magnitude = as_bits(values[k]) & MAGNITUDE
+            if limit <= magnitude <= INFINITE:  # NaN is no outlier
                 marks[k] = 1
     absmax = as_float(max(peak, as_bits(as_float(largest) / _BASE)))  # two digits hold 127 * 254 steps
     inverse, rounder = inverse_of(absmax), ROUNDER + np.float32(shift)
