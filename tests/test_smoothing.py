@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from quantize8 import SourceError, convert, load, report, verify
 from quantize8.artifact.manifest import digest, read_manifest
 from quantize8.artifact.outliers import Calibrated
-from quantize8.checkpoint import open_checkpoint
+from quantize8.checkpoint import base, open_checkpoint
 from quantize8.checkpoint.smoothing import Factors, SmoothedCheckpoint
 from quantize8.checkpoint.structure import _NAMES_SUFFICE
 from quantize8.errors import OutputError
@@ -100,7 +100,7 @@ def test_query_heads_share_the_factors_of_their_value_head(family, kv_heads, tmp
     assert columns.any() and smoothed.left == 0
 
 
-@pytest.mark.parametrize("alpha", [0.25, 0.5, 0.9])
+@pytest.mark.parametrize("alpha", [0.25, 0.5, 0.6])
 def test_factors_are_the_papers_rounded_to_a_power_of_two(alpha, tmp_path):
     source = tiny(tmp_path / "source", "llama")
     found, state = statistics(source), load_file(source / "model.safetensors")
@@ -155,7 +155,7 @@ def test_a_layer_that_the_model_does_not_have_is_left_alone(tmp_path):
     assert torch.equal(logits(smoothed), logits(checkpoint))
 
 
-def test_what_the_dtype_cannot_hold_is_left_as_it_is(tmp_path):
+def test_what_the_dtype_cannot_hold_is_left_as_it_is(tmp_path, monkeypatch):
     source = llama(tmp_path / "source", layers=1, edit=hostile)
     checkpoint = open_checkpoint(str(source))
     found = statistics(source)
@@ -165,8 +165,14 @@ def test_what_the_dtype_cannot_hold_is_left_as_it_is(tmp_path):
     found[f"{ATTENTION}.q_proj"].absmax[2] = 1e7
     found[f"{FEED}.gate_proj"].absmax[7] = 1e-9  # the least s there is, by which 60000 would be divided
     found[f"{FEED}.down_proj"].absmax[9] = 1e-9
+    found[f"{FEED}.down_proj"].absmax[:4] = 1e-3  # a factor unlike those of the rows in later blocks
     found[f"{FEED}.down_proj"].absmax[13:16] = [0, np.nan, np.inf]
     smoothed = smooth(checkpoint, found, 0.5)
+    monkeypatch.setattr(base, "BLOCK_BYTES", 300)  # a few rows each
+    in_blocks = smooth(checkpoint, found, 0.5)
+    for name, factors in smoothed.factors.items():
+        for part in ("rows", "columns"):
+            np.testing.assert_array_equal(getattr(factors, part), getattr(in_blocks.factors[name], part))
 
     def unscaled(name: str, part: str) -> list[int]:
         return np.flatnonzero(powers(getattr(smoothed.factors[name], part)) == 0).tolist()
@@ -183,6 +189,22 @@ def test_what_the_dtype_cannot_hold_is_left_as_it_is(tmp_path):
     assert smoothed.left == 1 + 2 + 2
     for name in checkpoint.tensors:
         assert np.isfinite(values(smoothed, name)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_stay_in_the_range_of_float16_that_int8_starts_from(dtype, tmp_path):
+    source = llama(tmp_path / "source", layers=1, dtype=dtype)
+    found = statistics(source)
+    found[f"{ATTENTION}.q_proj"].absmax[5:8] = 3e38  # by itself s would be 2^15
+    found[f"{FEED}.down_proj"].absmax[9] = 1e-38
+    state = load_file(source / "model.safetensors")
+    state[f"{ATTENTION}.q_proj.weight"][3, 5] = 4
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = open_checkpoint(str(source))
+    smoothed = smooth(checkpoint, found, 0.9)
+    assert smoothed.factors[f"{ATTENTION}.q_proj.weight"].columns[5] == 1 and smoothed.left
+    assert max(np.abs(values(smoothed, name)).max() for name in checkpoint.tensors) <= reference.FLOAT16_MAX
+    assert torch.equal(logits(smoothed), logits(checkpoint))
 
 
 def test_rows_and_blocks_of_any_size_are_the_same_numbers(tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from quantize8.checkpoint.base import Checkpoint
-from quantize8.ops.reference import Array
+from quantize8.ops.reference import FLOAT16_MAX, Array
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ class SmoothedCheckpoint(Checkpoint):
         self.inner.write_companions(folder)
 
     def lossy(self, name: str) -> Array:
-        """Elements of a multiplied tensor, row by row reduced: where its dtype does not hold the product exactly.
+        """Elements of a multiplied tensor, row by row reduced: where its dtype does not hold the product, or
+        float16, from which int8 starts, is exceeded.
 
         Returns bool [N] of rows for a tensor that has row factors, else bool [K] of columns. NaN counts as lost.
         """
@@ -101,9 +102,9 @@ class SmoothedCheckpoint(Checkpoint):
         for values in self.inner.blocks(name):
             factor = self.factors[name].of(values, start)
             with np.errstate(over="ignore", invalid="ignore"):
-                back = self._scaled(name, values, start).astype(np.float32) / factor
-            # a power of two changes no digit: what does not come back has overflowed, or lost digits as a subnormal
-            lost = back != values.astype(np.float32)
+                scaled = self._scaled(name, values, start).astype(np.float32)
+                # a power of two changes no digit: what does not come back has overflowed, or lost some as a subnormal
+                lost = (scaled / factor != values.astype(np.float32)) | (np.abs(scaled) > FLOAT16_MAX)
             found.append(lost.reshape(len(lost), -1).any(axis=1) if by_row else lost.any(axis=0)[None])
             start += len(values)
         whole: Array = np.concatenate(found)

@@ -33,7 +33,7 @@ from quantize8.ops.reference import Array
 # Norms with a plain gain that only these layers read, and a gated feed-forward. Gemma stores its gains less 1.
 _KNOWN = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
 _LAYER = re.compile(r"(model\.layers\.\d+)\.self_attn\.o_proj\.weight")
-_MOST = 15  # of |log2 s|: float16 has 30 powers of two for normal numbers
+_MOST = 15  # of |log2 s|: float16 has 30 powers of two for normal numbers; float32 holds the factors of two groups
 
 
 @dataclass(frozen=True)
