@@ -60,6 +60,7 @@ def variants() -> list[Variant]:
         Variant("bitsandbytes, threshold 6", plain, None),
         Variant("bitsandbytes, a calibrated artifact", auto, None),
         Variant("plain int8, no outliers", plain, threshold=0.0),
+        Variant(f"plain int8, smoothing {ALPHA:g}", {**auto, "outlier_columns": 0, "smooth": ALPHA}, threshold=0.0),
         *(Variant(f"dynamic, threshold {t:g}", plain, threshold=t) for t in (6.0, 3.0)),
         *(Variant(f"elementwise, threshold {t:g}", plain, "elementwise", t) for t in (6.0, 3.0, 2.0)),
         *(Variant(f"static, {n} columns", {**auto, "outlier_columns": n}, "static") for n in (4, 8, 16, 32, 64)),

@@ -101,7 +101,7 @@ def test_blocks_do_not_show_in_the_columns(sound, tmp_path, monkeypatch):
 
 def test_the_manifest_tells_text_and_columns(sound):
     manifest = read_manifest(sound / "out")
-    assert set(manifest.calibration) == {"text_blake3", "tokens", "outlier_columns"}
+    assert set(manifest.calibration) == {"text_blake3", "tokens", "outlier_columns", "smooth"}
     assert manifest.calibration["outlier_columns"] == "auto" and len(manifest.calibration["text_blake3"]) == 64
     assert read_manifest(sound / "plain").calibration == {}
     assert b"calibration" not in (sound / "plain" / "quantize8.json").read_bytes()

@@ -104,7 +104,7 @@ def convert(
     found = {} if text is None else _calibrate(plan, text, columns, smooth)
     if scale == MSE:
         plan.searches = _searches(plan, found)
-    calibration = {} if text is None else _calibration_entry(text, outlier_columns, smooth)
+    calibration = {} if text is None else _calibration_entry(text, columns, smooth)
     if dry_run:
         return Conversion(target, plan, time.perf_counter() - start)
     check_disk(target, plan.output_bytes)
@@ -147,12 +147,12 @@ def _check_alpha(smooth: float | None, calibrates: bool) -> None:
         raise OutputError(f"smooth {smooth:g}: must lie between 0 and 1")
 
 
-def _calibration_entry(text: str, columns: int | str, smooth: float | None) -> dict[str, Any]:
+def _calibration_entry(text: str, columns: int | None, smooth: float | None) -> dict[str, Any]:
     """What the manifest says of the calibration."""
     from quantize8.model.calibration import DEFAULT_TOKENS
 
-    digested = digest(text.encode())
-    return {"text_blake3": digested, "tokens": DEFAULT_TOKENS, "outlier_columns": columns, "smooth": smooth}
+    asked: dict[str, Any] = {"outlier_columns": "auto" if columns is None else columns, "smooth": smooth}
+    return {"text_blake3": digest(text.encode()), "tokens": DEFAULT_TOKENS, **asked}
 
 
 def _calibrate(plan: Plan, text: str, columns: int | None, alpha: float | None) -> dict[str, Calibrated]:
