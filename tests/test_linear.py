@@ -12,7 +12,6 @@ from torch import nn
 from quantize8 import Int8Linear
 from quantize8.model import linear as layers
 from quantize8.ops import reference
-from quantize8.ops.choice import has_int8_unit
 from quantize8.ops.reference import Int8Weight
 
 MODES = ("static", "dynamic", "elementwise", "bitsandbytes")
@@ -120,8 +119,10 @@ def test_threads_may_share_a_layer_even_while_its_mode_changes():
     assert torch.equal(made.codes(), layer().weight)
 
 
-@pytest.mark.skipif(not has_int8_unit(40), reason="only the tiles of AMX or AVX512-VNNI count them")
-def test_new_outliers_are_counted_at_prefill():
+@pytest.mark.parametrize("unit", [True, False])
+def test_new_outliers_are_counted_at_prefill(unit, monkeypatch):
+    if not unit:
+        monkeypatch.setattr(layers, "has_int8_unit", lambda columns: False)
     made = layer()
     with torch.no_grad():
         assert made.new_outliers() == 0
@@ -132,6 +133,9 @@ def test_new_outliers_are_counted_at_prefill():
         made.mode = "dynamic"
         made(tokens(30))
         assert made.new_outliers() == 0
+    made = layer()
+    made(tokens(30).requires_grad_())  # a path of its own
+    assert made.new_outliers() == 1
 
 
 @pytest.mark.parametrize("mode", ["static", "elementwise"])

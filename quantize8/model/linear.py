@@ -48,6 +48,9 @@ class Int8Linear(nn.Linear):
         self.threshold, self.mode = threshold, mode
         self.transposed = False  # whether it stands for a Conv1D, which is stored [K, N] in floating point
         self._packed: PackedWeight | None = None
+        self._seen: Tensor | None = (
+            None  # bool [K], columns that joined the outliers on other paths than the packed one
+        )
         codes = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.SCB = nn.Parameter(torch.empty(out_features, dtype=torch.float32, device=device), requires_grad=False)
@@ -91,6 +94,8 @@ class Int8Linear(nn.Linear):
             if self._packed is not None:
                 self.unpack()
             columns = self._static_columns() if self.mode == "static" else (None, None)
+            if self.mode == "static" and not x.is_cuda and not torch.compiler.is_compiling():
+                self._look_for_outliers(x)
             product = linear(x, self.weight, self.SCB, self.bias, self.threshold, self.mode, *columns)
         elif torch.compiler.is_compiling():
             product = packed_linear(x, self.pack().parts, self.bias, self.out_features, self.threshold, self.mode)
@@ -103,10 +108,21 @@ class Int8Linear(nn.Linear):
     def new_outliers(self) -> int:
         """In mode static, how many columns besides the stored ones have reached the threshold at prefill so far.
 
-        On a CPU with an int8 unit, outside of torch.compile; 0 elsewhere, where nothing looks for them.
+        On a GPU and under torch.compile nothing looks for them.
         """
-        packed = self._packed
-        return 0 if packed is None or packed.static is None else int(packed.static.marks.sum())
+        packed, seen = self._packed, self._seen
+        if self.mode != "static":
+            return 0
+        if packed is not None and packed.static is not None:
+            seen = packed.static.marks > 0 if seen is None else seen | (packed.static.marks > 0)
+        return 0 if seen is None else int(seen.sum())
+
+    def _look_for_outliers(self, x: Tensor) -> None:
+        """What the packed weight does by the way, for other paths: note columns that join the outliers at prefill."""
+        if self.threshold > 0 and len(x) > DECODE_TOKENS:
+            over = (x.detach().abs() >= self.threshold).any(0)
+            over[self._static_columns()[0].long()] = False
+            self._seen = over if self._seen is None else self._seen | over
 
     def _static_columns(self) -> tuple[Tensor, Tensor]:
         """outlier_columns and outlier_weight; empty where the artifact stores none for this layer."""
