@@ -140,7 +140,7 @@ def test_evaluate_shows_perplexity_and_distance_from_the_reference(quantize8, sc
 def test_json_of_evaluate(quantize8, scored):
     source, out, text = scored
     alone = json.loads(quantize8("evaluate", out, "--text", text, "--json")[1])
-    assert set(alone) == {"model", "tokens", "scored", "context", "perplexity", "agreement"}
+    assert set(alone) == {"model", "tokens", "scored", "context", "perplexity", "agreement", "new_outliers"}
     assert set(alone["perplexity"]) == {"value", "low", "high"} and alone["agreement"] is None
     options = ("--text", text, "--reference", source, "--layers", "--mode", "elementwise", "--threshold", 3)
     agreement = json.loads(quantize8("evaluate", out, *options, "--json")[1])["agreement"]
