@@ -151,7 +151,7 @@ def test_calibration_weighs_the_search(tmp_path, monkeypatch):
         wide = original[f"{name}.weight"].shape[1]
         mean_square = np.exp(2 * rng.normal(size=wide)).astype(np.float32)
         found[name] = Calibrated(rng.permutation(wide)[:9].astype(np.int32), 5, mean_square, mean_square)
-    monkeypatch.setattr("quantize8.model.calibration.calibrate", lambda *_: found)
+    monkeypatch.setattr("quantize8.model.calibration.calibrate", lambda *_, **__: found)
     (tmp_path / "text").write_text("words")
     convert(str(source), tmp_path / "out", scale="mse", calibrate=tmp_path / "text")
     stored, unlike = load_file(tmp_path / "out" / "model.safetensors"), 0

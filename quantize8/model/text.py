@@ -63,11 +63,11 @@ def streamed_with_text(checkpoint: Checkpoint, text: str, tokens: int) -> Iterat
     """
     from quantize8.model.streaming import streamed
 
-    with quiet():
-        tokenizer = find_tokenizer(checkpoint)
-    if tokenizer is None:
-        raise SourceError(f"{checkpoint.name}: has no tokenizer, so no text can be given to it")
     with streamed(checkpoint) as model:
+        with quiet():
+            tokenizer = find_tokenizer(checkpoint)
+        if tokenizer is None:
+            raise SourceError(f"{checkpoint.name}: has no tokenizer, so no text can be given to it")
         if model.config.is_encoder_decoder:
             raise SourceError(f"{checkpoint.name}: is an encoder-decoder, to which one text cannot be given")
         limit = min(tokens, getattr(model.config, "max_position_embeddings", None) or tokens)
