@@ -210,10 +210,13 @@ def _output_errors(
 
     None without y, and where a weight cannot be int8.
     """
+    nothing: list[float | None] = [None] * len(known.errors)
+    if y is None:
+        return None, nothing, None
     weight = dense_weight(module)
-    rounded = None if y is None else weight_error(weight)
-    if y is None or rounded is None or not rounded.squares.isfinite().all():
-        return None, [None] * len(known.errors), None
+    rounded = weight_error(weight)
+    if not rounded.squares.isfinite().all():
+        return None, nothing, None
     product = y if module.bias is None else y - module.bias.cpu()
     y_energy = float(torch.linalg.vector_norm(product, dtype=torch.float64)) ** 2
     squares: list[Tensor | float] = [0.0, *(found.squares for found in known.errors)]

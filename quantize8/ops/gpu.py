@@ -162,7 +162,7 @@ def _static_matmul(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor
     columns = fixed_columns(weight, "static").long()
     plain = Int8Weight(weight.codes, weight.absmax)
     product = mixed_matmul(x.index_fill(1, columns, 0), plain, bias, 0.0)
-    beside = weight.codes.index_select(1, columns).float().mul_((weight.absmax / INT8_MAX)[:, None])
+    beside = _dequantized(weight, columns)
     beside[:, : weight.outlier_weight.shape[1]] = weight.outlier_weight
     return product.addmm_(x.index_select(1, columns), beside.to(x.dtype).t())
 
@@ -176,8 +176,14 @@ def weight_only_matmul(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Te
     if weight.outlier_columns is None or not weight.outlier_weight.shape[1]:
         return product
     columns = weight.outlier_columns[: weight.outlier_weight.shape[1]].long()
-    codes = weight.codes.index_select(1, columns).float().mul_((weight.absmax / INT8_MAX)[:, None])
-    return product.addmm_(x.index_select(1, columns), (weight.outlier_weight.float() - codes).to(x.dtype).t())
+    beyond = weight.outlier_weight.float() - _dequantized(weight, columns)
+    return product.addmm_(x.index_select(1, columns), beyond.to(x.dtype).t())
+
+
+def _dequantized(weight: Int8Weight, columns: Tensor) -> Tensor:
+    """float32 [N, J]: columns int64 [J] of a weight, by its codes."""
+    values: Tensor = weight.codes.index_select(1, columns).float().mul_((weight.absmax / INT8_MAX)[:, None])
+    return values
 
 
 def _weight_only(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:

@@ -127,7 +127,7 @@ class PackedWeight:
 class StaticColumns:
     """What mode static needs beside a packed weight: its outlier columns' codes apart, and who joined them since.
 
-    wide: int64 [J]; exact, how many of them have a second digit; marks: uint32 [K], 1 at another column that reached
+    wide: int64 [J]; exact, how many of them have a second digit; marks: int32 [K], 1 at another column that reached
     the threshold.
     """
 

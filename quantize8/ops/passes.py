@@ -27,7 +27,7 @@ from quantize8.ops.units import (
 
 NOTHING = np.uint32(0x80000000)  # above the bits of every magnitude: no element is an outlier
 _BASE = np.float32(DIGIT_BASE)
-_PAIR = 2 * TILE_ROWS  # rows that one call of `multiply` takes at most
+PAIR = 2 * TILE_ROWS  # rows that one call of `multiply` takes at most
 
 
 @compiled(nogil=True, parallel=True, fastmath={"contract"})
@@ -60,10 +60,10 @@ def decode(
     rows, added = count * tokens, bias_blocks(bias, len(weight))
     for part in prange(parts):
         prepare(weight)
-        sums = np.empty((2 * _PAIR, BLOCK), np.int32)
+        sums = np.empty((2 * PAIR, BLOCK), np.int32)
         for block in range(part * len(weight) // parts, (part + 1) * len(weight) // parts):
-            for first in range(0, rows, _PAIR):
-                here = min(_PAIR, rows - first)
+            for first in range(0, rows, PAIR):
+                here = min(PAIR, rows - first)
                 multiply_block(weight, block, digits, first // TILE_ROWS, here, start, sums[first:])
             finish_block(sums, count, steps, scale, nothing, nothing, added, block, out, 0, tokens)
         release(weight)
@@ -111,9 +111,9 @@ def prefill(
     for part in prange(parts):
         prepare(weight)
         first, last = part * len(weight) // parts, (part + 1) * len(weight) // parts
-        sums, beside = np.empty((_PAIR, BLOCK), np.int32), np.empty((last - first, len(outliers), BLOCK), np.float32)
-        for row in range(0, tokens, _PAIR):
-            here = min(_PAIR, tokens - row)
+        sums, beside = np.empty((PAIR, BLOCK), np.int32), np.empty((last - first, len(outliers), BLOCK), np.float32)
+        for row in range(0, tokens, PAIR):
+            here = min(PAIR, tokens - row)
             for block in range(first, last):
                 multiply_block(weight, block, digits, row // TILE_ROWS, here, start, sums)
                 right = beside[block - first]
@@ -140,9 +140,9 @@ def product(
     nothing, none = np.empty((1, 0), np.float32), np.zeros((len(weight), BLOCK), np.float32)
     for part in prange(parts):
         prepare(weight)
-        sums = np.empty((_PAIR, BLOCK), np.int32)
-        for row in range(0, tokens, _PAIR):
-            here = min(_PAIR, tokens - row)
+        sums = np.empty((PAIR, BLOCK), np.int32)
+        for row in range(0, tokens, PAIR):
+            here = min(PAIR, tokens - row)
             for block in range(part * len(weight) // parts, (part + 1) * len(weight) // parts):
                 multiply_block(weight, block, digits, row // TILE_ROWS, here, start, sums)
                 finish_block(sums, 1, steps, scale, nothing, nothing, none, block, out, row, here)

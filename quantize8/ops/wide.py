@@ -20,13 +20,11 @@ import numpy as np
 
 from quantize8.ops.bits import INFINITE, MAGNITUDE, ROUNDER, as_bits, as_float, value_of
 from quantize8.ops.jit import compiled, prange
-from quantize8.ops.passes import bias_blocks, finish_block, inverse_of, multiply_block
+from quantize8.ops.passes import PAIR, bias_blocks, finish_block, inverse_of, multiply_block
 from quantize8.ops.reference import INT8_MAX
 from quantize8.ops.units import BLOCK, DIGIT_BASE, TILE_COLUMNS, TILE_ROWS, prepare, release
 
 _BASE = np.float32(DIGIT_BASE)
-_LARGEST = np.float32(INT8_MAX * (DIGIT_BASE + 1))  # that two digits hold, in steps
-_PAIR = 2 * TILE_ROWS
 
 
 @compiled(nogil=True, parallel=True, fastmath={"contract"})
@@ -63,9 +61,9 @@ def static(
     nothing, added = np.empty((1, 0), np.float32), bias_blocks(bias, len(weight))
     for part in prange(parts):
         prepare(weight)
-        sums = np.empty((2 * _PAIR, BLOCK), np.int32)
-        for row in range(0, tokens, _PAIR):
-            here = min(_PAIR, tokens - row)
+        sums = np.empty((2 * PAIR, BLOCK), np.int32)
+        for row in range(0, tokens, PAIR):
+            here = min(PAIR, tokens - row)
             for block in range(part * len(weight) // parts, (part + 1) * len(weight) // parts):
                 multiply_block(high_weight, block, high_digits, row // TILE_ROWS, here, high_start, sums)
                 multiply_block(weight, block, digits, row // TILE_ROWS, here, start, sums[here:])
