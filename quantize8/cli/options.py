@@ -11,6 +11,7 @@ import typer
 class OutlierMode(str, Enum):
     """Values of --mode."""
 
+    hybrid = "hybrid"
     static = "static"
     dynamic = "dynamic"
     elementwise = "elementwise"

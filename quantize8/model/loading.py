@@ -14,7 +14,7 @@ from quantize8.checkpoint.gguf import GgufCheckpoint
 from quantize8.checkpoint.structure import read_structure
 from quantize8.errors import ArtifactError, DependencyError, SourceError, first_line
 from quantize8.ops.choice import resolve
-from quantize8.ops.reference import DEFAULT_THRESHOLD, OutlierMode
+from quantize8.ops.reference import DEFAULT_THRESHOLD, STATIC_MODES, OutlierMode
 
 
 def load(
@@ -57,7 +57,7 @@ def load(
             model = model_class(stored.config).from_pretrained(
                 stored.folder, config=settings, trust_remote_code=False, **given
             )
-        if mode == "static":
+        if mode in STATIC_MODES and calibrated:
             _give_outliers(model, checkpoint, stored.folder)
         return model.eval(), find_tokenizer(checkpoint)
 
