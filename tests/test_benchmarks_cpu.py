@@ -90,8 +90,8 @@ def test_quality_is_measured_of_every_kind_of_variant(tmp_path, monkeypatch):
     checkpoints.add_tokenizer(source)
     for name, value in {"TOKENS": 48, "CONTEXT": 24, "ROUNDS": 1, "TIMED_TOKENS": 20}.items():
         monkeypatch.setattr(quality, name, value)
-    names = ["bitsandbytes, threshold 6", "plain int8, no outliers", "static, 8 columns", "static, auto, top 2 exact"]
-    names += ["weights only, 8 columns"]
+    names = ["bitsandbytes, threshold 6", "plain int8, no outliers", "static, 8 columns", "static, auto, top 1 exact"]
+    names += ["weights only, 8 columns", "hybrid, 8 columns"]
     chosen = [variant for variant in quality.variants() if variant.name in names]
     (tmp_path / "work").mkdir()
     found = quality.measure(str(source), tmp_path / "work", chosen)

@@ -77,12 +77,14 @@ def test_calibration_and_what_follows_from_it(quantize8, tmp_path):
     assert (code, err) == (0, "") and "70 columns, 70 of them stored exactly" in text
     assert quantize8("verify", out)[0] == 0
     asked = ("--text", tmp_path / "text", "--device", "cpu")
-    assert json.loads(quantize8("evaluate", out, *asked, "--json")[1])["new_outliers"] >= 0
-    assert json.loads(quantize8("evaluate", out, *asked, "--mode", "dynamic", "--json")[1])["new_outliers"] is None
-    assert "new outliers" in quantize8("evaluate", out, *asked)[1]
+    static = ("--mode", "static")
+    assert json.loads(quantize8("evaluate", out, *asked, *static, "--json")[1])["new_outliers"] >= 0
+    for mode in ((), ("--mode", "dynamic")):
+        assert json.loads(quantize8("evaluate", out, *asked, *mode, "--json")[1])["new_outliers"] is None
+    assert "new outliers" in quantize8("evaluate", out, *asked, *static)[1]
     prompt = ("--prompt", "w1 w2", "--max-new-tokens", "2", "--device", "cpu")
-    assert "outlier columns that are not stored" in quantize8("run", out, *prompt)[1]
-    code, _, err = quantize8("run", source, *prompt, "--mode", "static")
+    assert "outlier columns that are not stored" in quantize8("run", out, *prompt, *static)[1]
+    code, _, err = quantize8("run", source, *prompt, *static)
     assert code == 1 and "convert its source with --calibrate" in err
 
 

@@ -351,7 +351,8 @@ def test_saving_a_calibrated_model_leaves_its_columns_behind(artifact, tmp_path)
     model.save_pretrained(tmp_path / "saved")
     assert [path.name for path in (tmp_path / "saved").glob("*.safetensors")] == ["model.safetensors"]
     assert not [name for name in load_file(tmp_path / "saved" / "model.safetensors") if "outlier" in name]
-    assert "static" not in (tmp_path / "saved" / "config.json").read_text()
+    config = (tmp_path / "saved" / "config.json").read_text()
+    assert "static" not in config and "hybrid" not in config
     torch.testing.assert_close(logits(load(tmp_path / "saved", "cpu")[0]), expected)
 
 
@@ -363,10 +364,13 @@ def test_run_and_evaluate_take_mode_static_and_tell_of_new_outliers(sound):
     assert found.generation.new_outliers is not None and found.agreement.kl >= 0
     assert run(plain, "w1", max_new_tokens=1, device="cpu").new_outliers is None
     options = {"text": sound / "text", "device": "cpu"}
-    default, static = evaluate(out, **options), evaluate(out, mode="static", **options)
-    assert default.perplexity == static.perplexity and default.new_outliers == static.new_outliers is not None
+    default, hybrid, static = (evaluate(out, mode=mode, **options) for mode in (None, "hybrid", "static"))
+    assert static.new_outliers is not None
+    assert default.perplexity == hybrid.perplexity and default.new_outliers is hybrid.new_outliers is None
     assert evaluate(out, mode="dynamic", **options).new_outliers is evaluate(plain, **options).new_outliers is None
-    assert evaluate(out, reference=source, threshold=0.01, **options).new_outliers > (default.new_outliers or 0)
+    assert evaluate(out, reference=source, threshold=0.01, **options).new_outliers is None
+    over = evaluate(out, mode="static", reference=source, threshold=0.01, **options)
+    assert (over.new_outliers or 0) > static.new_outliers
     with pytest.raises(SourceError, match="no outlier columns for mode static"):
         evaluate(plain, mode="static", **options)
 

@@ -21,7 +21,7 @@ class Int8Config(QuantizationConfigMixin):
     leave in floating point, None for transformers' choice (the output head, tied weights);
     llm_int8_enable_fp32_cpu_offload, leave in floating point what device_map puts on "cpu" or "disk", which else
     computes in int8 there; llm_int8_has_fp16_weight, keep the weights in floating point, for training them;
-    mode, "bitsandbytes" for its results bit for bit on a CPU, "dynamic" or "elementwise" for less error;
+    mode, "bitsandbytes" for its results bit for bit on a CPU, "dynamic", "elementwise" or "hybrid" for less error;
     quantize_experts, also those of mixture-of-experts models, which bitsandbytes leaves in floating point.
     Raises: ValueError for load_in_8bit=False, and for a threshold that is no number from 0.
     """

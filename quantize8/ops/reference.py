@@ -168,7 +168,7 @@ def mixed_matmul(
     corrected for every token (LLM.int8() as published). "elementwise": only the outlier elements are corrected, so a
     token does not depend on its neighbours. "static": the columns listed with the weight are, and no others. "hybrid":
     these, and the elements that stand out of their token.
-    Raises ValueError for modes "static" and "hybrid" where the weight has no stored columns.
+    Raises ValueError for mode "static" where the weight has no stored columns.
     Returns: float64 [M, N], exact but for float64's own rounding.
     """
     codes, scale, outliers = quantize_activations(x, threshold, fixed_columns(weight, mode), mode == "hybrid")
@@ -199,9 +199,11 @@ def fixed_columns(weight: Int8Weight, mode: OutlierMode) -> Any:
     """The outlier columns of a mode that knows them beforehand; None where the activations decide."""
     if mode not in STATIC_MODES:
         return None
-    if weight.outlier_columns is None:
-        raise ValueError(f"mode {mode} needs a weight with stored outlier columns")
-    return weight.outlier_columns
+    if weight.outlier_columns is not None:
+        return weight.outlier_columns
+    if mode == "static":
+        raise ValueError("mode static needs a weight with stored outlier columns")
+    return np.zeros(0, np.int64)
 
 
 def to_float16(weight: Array) -> Array:
