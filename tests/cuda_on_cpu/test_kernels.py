@@ -321,3 +321,5 @@ def test_static_columns_up_to_two_roundings(on, dtype, tokens, exact):
     least = np.linalg.norm(torch.from_numpy(expected).to(dtype).double().numpy() - expected)
     assert np.linalg.norm(y.double().numpy() - expected) <= 2 * least
     assert gpu.linear(x[:0], calibrated, bias, 6.0, "static").shape == (0, 24)
+    for columns, nearest in ((calibrated, "static"), (weight, "dynamic")):
+        assert torch.equal(gpu.linear(x, columns, bias, 6.0, "hybrid"), gpu.linear(x, columns, bias, 6.0, nearest))
