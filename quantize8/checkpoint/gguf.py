@@ -14,8 +14,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from quantize8.checkpoint.base import DTYPES, Checkpoint, TensorInfo
-from quantize8.errors import SourceError
+from quantize8.checkpoint.base import DTYPES, Checkpoint, TensorInfo, check_settings
+from quantize8.checkpoint.gguf_header import check_header
+from quantize8.checkpoint.offline import no_network
+from quantize8.errors import SourceError, first_line
 from quantize8.ops.reference import Array
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -45,6 +47,7 @@ class GgufCheckpoint(Checkpoint):
         try:
             from gguf import GGUFReader
 
+            check_header(path)
             reader = self.reader = GGUFReader(path)
             architecture = str(reader.fields["general.architecture"].contents())
             heads = {
@@ -84,9 +87,11 @@ class GgufCheckpoint(Checkpoint):
         from transformers import AutoConfig
 
         try:
-            config = AutoConfig.from_pretrained(self.folder, gguf_file=self.path.name).to_dict()
-        except (ValueError, KeyError, OSError) as error:
-            raise SourceError(f"{self.path}: transformers cannot read its settings ({error})") from None
+            with no_network():
+                config = AutoConfig.from_pretrained(self.folder, gguf_file=self.path.name).to_dict()
+        except Exception as error:  # what transformers makes of damaged settings is of any kind
+            raise SourceError(f"{self.path}: transformers cannot read its settings ({first_line(error)})") from None
+        check_settings(config, self.path)
         config["architectures"] = [_ARCHITECTURES[self.architecture]]
         config["dtype"] = {"F16": "float16", "BF16": "bfloat16"}[self.dtype]
         config["tie_word_embeddings"] = "lm_head.weight" not in self.tensors
@@ -102,7 +107,11 @@ class GgufCheckpoint(Checkpoint):
         """The tokenizer as transformers derives it from the file's metadata."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.folder, gguf_file=self.path.name)
+        try:
+            with no_network():
+                return AutoTokenizer.from_pretrained(self.folder, gguf_file=self.path.name)
+        except Exception as error:  # as above
+            raise SourceError(f"{self.path}: transformers cannot read its tokenizer ({first_line(error)})") from None
 
     def write_companions(self, folder: Path) -> None:
         """Write the tokenizer's files."""
