@@ -67,7 +67,11 @@ def tokenizer_fields(folder: Path, config: Mapping[str, Any]) -> list[Field]:
 
     Raises SourceError where there is none, or where llama.cpp would cut text into other tokens than transformers.
     """
-    tokenizer = _open(folder)
+    return fields_of(_open(folder), config, folder)
+
+
+def fields_of(tokenizer: Any, config: Mapping[str, Any], folder: Path) -> list[Field]:
+    """The same of an open tokenizer of transformers; `folder` is for the message."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
     decoder = (state.get("decoder") or {}).get("type")

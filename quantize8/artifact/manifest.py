@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -136,15 +137,16 @@ def _is_inside(name: str) -> bool:
     return name.isprintable() and str(path) == name and not path.is_absolute() and not {"..", "."} & set(path.parts)
 
 
+_hints = cache(get_type_hints)  # of some records there are a hundred thousand
+
+
 def _fits(value: Any, kind: Any) -> bool:
     """Whether a value read from JSON is of an annotated type; a float may be written as an integer."""
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any:
         return True
     if is_dataclass(kind):
-        return type(value) is kind and all(
-            _fits(getattr(value, name), each) for name, each in get_type_hints(kind).items()
-        )
+        return type(value) is kind and all(_fits(getattr(value, name), each) for name, each in _hints(kind).items())
     if origin is dict:
         return type(value) is dict and all(
             _fits(key, inner[0]) and _fits(each, inner[1]) for key, each in value.items()

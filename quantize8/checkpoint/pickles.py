@@ -11,6 +11,7 @@ import pickletools
 import re
 from collections.abc import Callable
 from enum import Enum, auto
+from mmap import mmap
 from typing import IO, Any
 
 from quantize8 import limits
@@ -42,7 +43,7 @@ class _Kind(Enum):
 _RESULTS = {_Kind.MAKES_CONTAINER: _Kind.CONTAINER, _Kind.MAKES_TENSOR: _Kind.OTHER}
 
 
-def check_pickle(file: IO[bytes], size: int) -> None:
+def check_pickle(file: IO[bytes] | mmap, size: int) -> None:
     """Read one pickle from a file of `size` bytes, and stop behind it.
 
     Raises pickle.UnpicklingError where it is more than tensors in dictionaries and lists, ValueError where it is broken
@@ -50,7 +51,7 @@ def check_pickle(file: IO[bytes], size: int) -> None:
     """
     state = _State()
     try:
-        for opcode, argument, place in pickletools.genops(file):
+        for opcode, argument, place in pickletools.genops(file):  # type: ignore[arg-type]
             if place is not None and place > limits.PICKLE_BYTES:
                 raise pickle.UnpicklingError("too long")
             state.step(opcode.name, argument)

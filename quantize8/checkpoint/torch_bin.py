@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import mmap
 import pickle
 import warnings
 import zipfile
@@ -80,7 +81,7 @@ def _load(path: Path) -> dict[str, Tensor]:
         raise SourceError(
             f"{path}: holds objects or code besides tensors, and is not opened; use safetensors"
         ) from None
-    except (RuntimeError, OSError, ValueError, EOFError, KeyError, AssertionError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of any kind, as what torch makes of a broken pickle
         raise SourceError(f"{path}: not a whole torch file ({first_line(error)}); fetch it again") from None
     # the methods of the types: a pickle may give a dictionary or a tensor attributes of the same names
     if not isinstance(state, dict) or not all(_is_plain(name, value) for name, value in dict.items(state)):
@@ -99,13 +100,13 @@ def _check(path: Path) -> None:
     from torch._C import PyTorchFileReader
 
     size = path.stat().st_size
-    with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":  # the format before torch 1.6
-            file.seek(0)
+    # a map, as a file would allocate what a length in it claims
+    with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as file:
+        if file[:4] != b"PK\x03\x04":  # the format before torch 1.6
             for _ in range(_PICKLES_BEFORE + 1):
                 check_pickle(file, size)
             return
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(opened) as archive:
             for entry in archive.infolist():  # torch.save compresses nothing, a bomb would
                 if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
                     raise ValueError(f"{entry.filename} is compressed")
