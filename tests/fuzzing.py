@@ -272,13 +272,6 @@ def _config_seeds() -> list[bytes]:
 
 
 def _config_model_seeds() -> list[bytes]:
-    kinds = {
-        "gpt2": "GPT2LMHeadModel",
-        "bert": "BertModel",
-        "mixtral": "MixtralForCausalLM",
-        "t5": "T5Model",
-        "detr": "",
-    }
     seeds = [
         {**_SMALL, "model_type": kind, "architectures": [name]} for kind, name in {**_FAMILIES, "detr": ""}.items()
     ]

@@ -27,7 +27,7 @@ from gguf import (
     get_tensor_name_map,
 )
 
-from quantize8.checkpoint.offline import no_network
+from quantize8.checkpoint.guard import guarded
 from quantize8.checkpoint.structure import architecture_of
 from quantize8.errors import SourceError, first_line
 from quantize8.ops.q8_0 import BLOCK, BLOCK_BYTES, Q8_0
@@ -137,7 +137,7 @@ def complete(config: Mapping[str, Any], where: object) -> dict[str, Any]:
     _kind(config, where)
     try:
         rest = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
-        with no_network():
+        with guarded():
             full: dict[str, Any] = AutoConfig.for_model(config["model_type"], **rest).to_dict()
     except Exception as error:  # of any kind, as what a config.json may say
         raise SourceError(

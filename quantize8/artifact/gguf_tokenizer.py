@@ -17,7 +17,7 @@ from gguf import GGUFValueType, Keys, TokenType
 
 from quantize8.artifact.gguf import ROUTE, Field, complete
 from quantize8.checkpoint.base import check_small_files
-from quantize8.checkpoint.offline import no_network
+from quantize8.checkpoint.guard import guarded
 from quantize8.errors import SourceError, first_line
 from quantize8.limits import VOCABULARY
 
@@ -72,6 +72,16 @@ def tokenizer_fields(folder: Path, config: Mapping[str, Any]) -> list[Field]:
 
 def fields_of(tokenizer: Any, config: Mapping[str, Any], folder: Path) -> list[Field]:
     """The same of an open tokenizer of transformers; `folder` is for the message."""
+    try:
+        with guarded():
+            return _fields(tokenizer, config, folder)
+    except SourceError:
+        raise
+    except Exception as error:  # of any kind, as what a tokenizer.json may say
+        raise SourceError(f"{folder}: its tokenizer cannot be used ({first_line(error)}); fetch it again") from None
+
+
+def _fields(tokenizer: Any, config: Mapping[str, Any], folder: Path) -> list[Field]:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
     decoder = (state.get("decoder") or {}).get("type")
@@ -98,7 +108,7 @@ def _open(folder: Path) -> Any:
 
     check_small_files(folder)
     try:
-        with no_network():
+        with guarded():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises nothing narrower
         raise SourceError(f"{folder}: transformers finds no tokenizer here ({first_line(error)}); fetch it") from None

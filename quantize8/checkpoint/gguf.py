@@ -16,17 +16,14 @@ import numpy as np
 
 from quantize8.checkpoint.base import DTYPES, Checkpoint, TensorInfo, check_settings
 from quantize8.checkpoint.gguf_header import check_header
-from quantize8.checkpoint.offline import no_network
+from quantize8.checkpoint.guard import guarded
 from quantize8.errors import SourceError, first_line
 from quantize8.ops.reference import Array
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _PERMUTED = {"llama"}  # the architectures whose q and k rows llama.cpp interleaves
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_BLOCKS = frozenset(  # the types whose blocks the package can dequantize
-    "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K TQ1_0 TQ2_0 MXFP4 NVFP4 IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ1_S "
-    "IQ1_M IQ4_NL IQ4_XS".split()
-)
+_BLOCKS = re.compile(r"Q([45]_[01]|8_0)|Q[2-6]_K|TQ[12]_0|(MX|NV)FP4|IQ[1-4]_\w+")  # what the package dequantizes
 _LAYER = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -97,7 +94,7 @@ class GgufCheckpoint(Checkpoint):
         from transformers import AutoConfig
 
         try:
-            with no_network():
+            with guarded():
                 config = AutoConfig.from_pretrained(self.folder, gguf_file=self.path.name).to_dict()
         except Exception as error:  # what transformers makes of damaged settings is of any kind
             raise SourceError(f"{self.path}: transformers cannot read its settings ({first_line(error)})") from None
@@ -118,7 +115,7 @@ class GgufCheckpoint(Checkpoint):
         from transformers import AutoTokenizer
 
         try:
-            with no_network():
+            with guarded():
                 return AutoTokenizer.from_pretrained(self.folder, gguf_file=self.path.name)
         except Exception as error:  # as above
             raise SourceError(f"{self.path}: transformers cannot read its tokenizer ({first_line(error)})") from None
@@ -133,7 +130,7 @@ class GgufCheckpoint(Checkpoint):
         if heads is not None and (heads <= 0 or shape[0] % (2 * heads)):
             raise SourceError(f"{self.path}: {name} has {shape[0]} rows, not pairs for {heads} heads; fetch it again")
         blocked = kind.name not in ("F32", "F16", "BF16")
-        if blocked and (kind.name not in _BLOCKS or len(shape) < 2 or 0 in shape):
+        if blocked and (not _BLOCKS.fullmatch(kind.name) or len(shape) < 2 or 0 in shape):
             raise SourceError(
                 f"{self.path}: {name} {list(shape)} is stored as {kind.name}, which is not read; use safetensors"
             )

@@ -16,7 +16,7 @@ from typing import Any
 
 from quantize8 import limits
 from quantize8.checkpoint.base import TensorInfo
-from quantize8.checkpoint.offline import no_network
+from quantize8.checkpoint.guard import guarded
 from quantize8.errors import SourceError, first_line
 
 LINEAR, CONV1D = "Linear", "Conv1D"  # Conv1D is GPT-2's Linear, with its weight stored [in, out]
@@ -131,11 +131,11 @@ def build_meta_model(config: Mapping[str, Any], architecture: str | None) -> Any
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING or config.get("auto_map"):
         return None
     try:
-        with no_network():
+        with guarded():
             settings = CONFIG_MAPPING[model_type].from_dict(
                 {key: value for key, value in config.items() if key != "quantization_config"}
             )
-        with torch.device("meta"), no_network(), _counted_modules():
+        with torch.device("meta"), guarded(), _counted_modules():
             kind = getattr(transformers, architecture or "", None)
             if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
                 return kind._from_config(settings)

@@ -12,7 +12,7 @@ from quantize8.checkpoint import Checkpoint, QuantizedCheckpoint, open_checkpoin
 from quantize8.checkpoint.base import check_small_files
 from quantize8.checkpoint.bitsandbytes import is_int8
 from quantize8.checkpoint.gguf import GgufCheckpoint
-from quantize8.checkpoint.offline import no_network
+from quantize8.checkpoint.guard import guarded
 from quantize8.checkpoint.structure import architecture_of, read_structure
 from quantize8.errors import ArtifactError, DependencyError, SourceError, first_line
 from quantize8.ops.choice import resolve
@@ -60,7 +60,7 @@ def load(
             model = _load_decoded(checkpoint, mode, threshold, given)
         else:
             settings = _model_config(stored, mode, threshold)
-            with no_network():
+            with guarded():
                 model = model_class(stored.config).from_pretrained(
                     stored.folder, config=settings, trust_remote_code=False, **given
                 )
@@ -105,7 +105,7 @@ def _load_decoded(checkpoint: Checkpoint, mode: OutlierMode, threshold: float | 
     if any(tensor.dtype == "I8" for tensor in plan.state.values()):
         asked = DEFAULT_THRESHOLD if threshold is None else threshold
         settings.quantization_config = _entry(asked, plan.skip_modules, mode, plan.int8_experts)
-    with no_network():
+    with guarded():
         model = model_class(checkpoint.config).from_pretrained(None, config=settings, state_dict=plan.state, **given)
     return model.eval()
 
@@ -142,7 +142,7 @@ def model_settings(checkpoint: Checkpoint) -> Any:
     if isinstance(checkpoint.origin, GgufCheckpoint):
         return CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(checkpoint.config)
     try:
-        with no_network():
+        with guarded():
             return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except Exception as error:  # of any kind, as what a config.json may say
         raise SourceError(
@@ -194,7 +194,7 @@ def find_tokenizer(checkpoint: Checkpoint) -> Any:
         return None
     check_small_files(folder)
     try:
-        with no_network():
+        with guarded():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises nothing narrower
         raise DependencyError(f"{folder}: its tokenizer does not load ({first_line(error)})") from None

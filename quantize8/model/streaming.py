@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from quantize8.checkpoint import Checkpoint
 from quantize8.checkpoint.base import FLOATING
-from quantize8.checkpoint.offline import no_network
+from quantize8.checkpoint.guard import guarded
 from quantize8.errors import SourceError, first_line
 from quantize8.model.loading import model_class, model_settings, quiet
 from quantize8.model.state import LazyTensor, to_torch
@@ -66,7 +66,7 @@ def _empty_model(checkpoint: Checkpoint) -> Any:
     build = getattr(kind, "_from_config", None) or kind.from_config
     try:
         settings = _plain_settings(checkpoint)
-        with init_empty_weights(include_buffers=False), no_network():
+        with init_empty_weights(include_buffers=False), guarded():
             return build(settings, dtype=torch.float32).eval()
     except Exception as error:  # of any kind, as what a config.json may say
         raise SourceError(
@@ -78,7 +78,7 @@ def _whole_model(checkpoint: Checkpoint) -> Any:
     """The model with all its weights, dequantized, in float32."""
     state = {name: LazyTensor(partial(_rows, checkpoint, name), "F32") for name in checkpoint.tensors}
     given = {"state_dict": state, "dtype": torch.float32, "device_map": "cpu"}
-    with no_network():
+    with guarded():
         return model_class(checkpoint.config).from_pretrained(None, config=_plain_settings(checkpoint), **given).eval()
 
 

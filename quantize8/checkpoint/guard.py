@@ -1,4 +1,4 @@
-"""No request to the hub while transformers works on a folder: it would fetch what a config.json names there."""
+"""Around what transformers makes of a model's small files: no request to the hub, and nothing but exceptions."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ _before = False
 
 
 @contextmanager
-def no_network() -> Iterator[None]:
-    """Offline mode of huggingface_hub within the block, which all requests of it and of transformers obey."""
+def guarded() -> Iterator[None]:
+    """Offline mode of huggingface_hub within the block: a config.json may name models that transformers would fetch.
+
+    A panic of Rust code, which is no Exception, becomes a RuntimeError.
+    """
     from huggingface_hub import constants
 
     global _inside, _before
@@ -24,6 +27,10 @@ def no_network() -> Iterator[None]:
         _inside += 1
     try:
         yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RuntimeError(str(error)) from None
     finally:
         with _LOCK:
             _inside -= 1
