@@ -272,6 +272,7 @@ def _config_seeds() -> list[bytes]:
 
 
 def _config_model_seeds() -> list[bytes]:
+    _warm()
     seeds = [
         {**_SMALL, "model_type": kind, "architectures": [name]} for kind, name in {**_FAMILIES, "detr": ""}.items()
     ]
@@ -776,12 +777,15 @@ def _tokenizer(data: bytes, folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     from quantize8.artifact import gguf_tokenizer
+    from quantize8.checkpoint.tokenizer import check_tokenizer
 
     value = _parsed(data)
     config = _get(value, "config", dict)
     special = {f"{kind}_token": f"<{kind}>" for kind in ("bos", "eos", "unk") if kind in _get(value, "special", list)}
+    (folder / "tokenizer.json").write_text(json.dumps(_get(value, "tokenizer", dict)))
+    check_tokenizer(folder)
     try:
-        tokenizer = Tokenizer.from_str(json.dumps(_get(value, "tokenizer", dict)))
+        tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text())
         fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=value.get("template"), **special)
     except BaseException as error:  # the package's own; a panic of its Rust code is no Exception
         raise SourceError(f"not a tokenizer ({type(error).__name__})") from None

@@ -16,8 +16,8 @@ from typing import Any
 from gguf import GGUFValueType, Keys, TokenType
 
 from quantize8.artifact.gguf import ROUTE, Field, complete
-from quantize8.checkpoint.base import check_small_files
 from quantize8.checkpoint.guard import guarded
+from quantize8.checkpoint.tokenizer import check_tokenizer
 from quantize8.errors import SourceError, first_line
 from quantize8.limits import VOCABULARY
 
@@ -106,7 +106,7 @@ def _fields(tokenizer: Any, config: Mapping[str, Any], folder: Path) -> list[Fie
 def _open(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    check_small_files(folder)
+    check_tokenizer(folder)
     try:
         with guarded():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -46,7 +46,6 @@ QUANTIZABLE = ("F16", "BF16", "F32")
 FLOATING = ("F64", *QUANTIZABLE)
 FLOAT_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # in a config.json
 CONFIG_NAME = "config.json"
-TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 
 # Small files that a model folder needs beside its weights, and that tell nothing about how they are stored.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "[0-9]_*/*.json")
@@ -188,18 +187,6 @@ def companions(folder: Path) -> list[Path]:
     return sorted(contained(path, folder) for path in found - taken)
 
 
-def check_small_files(folder: Path) -> None:
-    """Raise SourceError where a small file of the model, or a tokenizer's settings, lead out of the folder."""
-    companions(folder)
-    path = folder / TOKENIZER_CONFIG_NAME
-    if not path.is_file():
-        return
-    settings = limits.read_object(path, limits.CONFIG_BYTES, SourceError)
-    for key, value in settings.items():  # transformers opens what these name; most are left over, and name nothing
-        if key.endswith("_file") and isinstance(value, str) and _exists(folder / value):
-            contained(folder / value, folder)
-
-
 def contained(path: Path, folder: Path) -> Path:
     """The same path, if its content lies in `folder` (or in the hub cache that `folder` is a snapshot of)."""
     root = folder.resolve()
@@ -211,10 +198,3 @@ def contained(path: Path, folder: Path) -> Path:
     if not inside:
         raise SourceError(f"{path}: points outside its model folder, and is not read; remove the link or the entry")
     return path
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.is_symlink() or path.exists()
-    except (OSError, ValueError):  # a name that no file can have
-        return False

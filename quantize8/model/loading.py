@@ -9,11 +9,11 @@ from typing import Any
 
 from quantize8.artifact.outliers import has_outliers, read_outliers
 from quantize8.checkpoint import Checkpoint, QuantizedCheckpoint, open_checkpoint
-from quantize8.checkpoint.base import check_small_files
 from quantize8.checkpoint.bitsandbytes import is_int8
 from quantize8.checkpoint.gguf import GgufCheckpoint
 from quantize8.checkpoint.guard import guarded
 from quantize8.checkpoint.structure import architecture_of, read_structure
+from quantize8.checkpoint.tokenizer import check_tokenizer
 from quantize8.errors import ArtifactError, DependencyError, SourceError, first_line
 from quantize8.ops.choice import resolve
 from quantize8.ops.reference import DEFAULT_THRESHOLD, OutlierMode
@@ -192,7 +192,7 @@ def find_tokenizer(checkpoint: Checkpoint) -> Any:
     folder = checkpoint.folder
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return None
-    check_small_files(folder)
+    check_tokenizer(folder)
     try:
         with guarded():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
