@@ -261,7 +261,7 @@ def _config_model(data: bytes, folder: Path) -> None:
 
 
 _WEIGHTS = ("model.layers.0.mlp.up_proj.weight", "lm_head.weight", "h.0.attn.c_attn.weight", "a.experts.0.w1.weight")
-_FAMILIES = {"gpt2": "GPT2LMHeadModel", "bert": "BertModel", "mixtral": "MixtralForCausalLM", "t5": "T5Model"}
+_FAMILIES = {"gpt2": "GPT2LMHeadModel", "mixtral": "MixtralForCausalLM"}
 _SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 16}
 
 
@@ -383,7 +383,7 @@ def _manifest(data: bytes, folder: Path) -> None:
     found = manifest.read_manifest(folder)
     assert found.to_bytes()
     for record in found.tensors.values():
-        assert record.quantized is None or record.quantized.relative_error * 1.0 == record.quantized.relative_error
+        assert record.quantized is None or np.isfinite(float(record.quantized.relative_error))
     assert all((folder / name).resolve().is_relative_to(folder.resolve()) for name in [*found.files, *found.headers])
 
 

@@ -25,6 +25,7 @@ MANIFEST_NAME = "quantize8.json"
 FORMAT_VERSION = 1
 _WORST_COLUMNS = 8  # as many as fit a line of a report
 _DIGEST = "manifest_blake3"
+_LARGEST = 2**63  # of an integer in it: JSON's have any number of digits
 
 
 @dataclass
@@ -157,6 +158,8 @@ def _fits(value: Any, kind: Any) -> bool:
         return type(value) is tuple and len(value) == len(inner) and all(map(_fits, value, inner))
     if origin is not None:  # X | None
         return any(_fits(value, each) for each in inner)
+    if type(value) is int and abs(value) > _LARGEST:
+        return False
     return type(value) in (int, float) if kind is float else type(value) is kind
 
 
