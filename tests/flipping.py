@@ -1,4 +1,4 @@
-"""Single flipped bits in artifacts of three formats: does `verify` find each of them?"""
+"""Single flipped bits in artifacts of three formats, each of which `verify` must find."""
 
 import random
 import shutil

@@ -138,7 +138,9 @@ def _is_inside(name: str) -> bool:
     return name.isprintable() and str(path) == name and not path.is_absolute() and not {"..", "."} & set(path.parts)
 
 
-_hints = cache(get_type_hints)  # of some records there are a hundred thousand
+@cache  # of some records there are a hundred thousand
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -192,7 +192,8 @@ def _check_parts(encoding: _Scaled) -> None:
         raise encoding.refuse(f"has scales {scale.dtype} {list(scale.shape)}, which are not read")
     zero = tensors.get(f"{encoding.module}.{_ZERO}")
     wanted = (-(-down * bits // 32), across) if bits else (down, across)
-    if zero is not None and ((*zero.shape, *(1, 1)[len(zero.shape) :]) != wanted or (bits and zero.dtype != "I32")):
+    given = () if zero is None else zero.shape + (1,) * (2 - len(zero.shape))
+    if zero is not None and (given != wanted or (bits and zero.dtype != "I32")):
         raise encoding.refuse(f"has zero points {zero.dtype} {list(zero.shape)} for {down}x{across} scales")
     order = tensors.get(f"{encoding.module}.{_ORDER}")
     if order is not None:

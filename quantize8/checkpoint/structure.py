@@ -136,7 +136,7 @@ def build_meta_model(config: Mapping[str, Any], architecture: str | None) -> Any
                 {key: value for key, value in config.items() if key != "quantization_config"}
             )
         with torch.device("meta"), guarded(), _counted_modules():
-            kind = getattr(transformers, architecture or "", None)
+            kind: Any = getattr(transformers, architecture or "", None)
             if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
                 return kind._from_config(settings)
             return transformers.AutoModel.from_config(settings)
