@@ -31,16 +31,23 @@ LAYERS = 4096  # as config.json counts them; Llama 3.1 405B has 126
 MODULES = 200_000  # of a model as transformers builds it; 50,000 where each expert is a module
 
 
+def is_file(path: Path) -> bool:
+    """Whether a regular file is there; a name that no file can have names none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def read_bytes(path: Path, limit: int, error: type[Quantize8Error]) -> bytes:
     """A small file whole; `error` where it is missing, no regular file, not readable, or has more bytes than that."""
+    if not is_file(path):  # a pipe or a device would never end
+        raise error(f"{path}: missing, or no file; fetch it again")
     try:
-        if not path.is_file():  # a pipe or a device would never end
-            raise error(f"{path}: missing, or no file; fetch it again")
         with path.open("rb") as file:
             data = file.read(limit + 1)
-    except (OSError, ValueError) as failure:  # ValueError: a name with a zero byte
-        reason = failure.strerror if isinstance(failure, OSError) else failure
-        raise error(f"{path}: cannot be read ({reason}); look at the file") from None
+    except OSError as failure:
+        raise error(f"{path}: cannot be read ({failure.strerror}); look at the file") from None
     if len(data) > limit:
         raise error(f"{path}: is larger than the {limit:,} bytes such a file may have; fetch it again")
     return data

@@ -8,10 +8,11 @@ the same bytes, whatever the machine, the worker count or the order of work. Dig
 from __future__ import annotations
 
 import json
+from collections.abc import Hashable
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 from blake3 import blake3
@@ -149,7 +150,9 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind is Any:
         return True
     if is_dataclass(kind):
-        return type(value) is kind and all(_fits(getattr(value, name), each) for name, each in _hints(kind).items())
+        return type(value) is kind and all(
+            _fits(getattr(value, name), each) for name, each in _hints(cast("Hashable", kind)).items()
+        )
     if origin is dict:
         return type(value) is dict and all(
             _fits(key, inner[0]) and _fits(each, inner[1]) for key, each in value.items()

@@ -7,6 +7,7 @@ The layout is that of the package's compressors (compressed-tensors 0.20, `naive
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,8 +193,8 @@ def _check_parts(encoding: _Scaled) -> None:
         raise encoding.refuse(f"has scales {scale.dtype} {list(scale.shape)}, which are not read")
     zero = tensors.get(f"{encoding.module}.{_ZERO}")
     wanted = (-(-down * bits // 32), across) if bits else (down, across)
-    given = () if zero is None else zero.shape + (1,) * (2 - len(zero.shape))
-    if zero is not None and (given != wanted or (bits and zero.dtype != "I32")):
+    short = [] if bits else [wanted[:i] for i in range(2) if math.prod(wanted[i:]) == 1]  # as scales are, too
+    if zero is not None and (zero.shape not in (wanted, *short) or (bits and zero.dtype != "I32")):
         raise encoding.refuse(f"has zero points {zero.dtype} {list(zero.shape)} for {down}x{across} scales")
     order = tensors.get(f"{encoding.module}.{_ORDER}")
     if order is not None:

@@ -76,7 +76,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
     """Entries of a safetensors file in order of storage, and where its data begins; checked by the library."""
-    if not path.is_file():
+    if not limits.is_file(path):
         raise SourceError(f"{path}: missing; the checkpoint is incomplete, fetch it again")
     try:
         with safe_open(path, framework="numpy"):

@@ -137,9 +137,8 @@ def build_meta_model(config: Mapping[str, Any], architecture: str | None) -> Any
             )
         with torch.device("meta"), guarded(), _counted_modules():
             kind: Any = getattr(transformers, architecture or "", None)
-            if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
-                return kind._from_config(settings)
-            return transformers.AutoModel.from_config(settings)
+            is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+            return kind._from_config(settings) if is_model else transformers.AutoModel.from_config(settings)
     except Exception as error:  # of any kind, as what a config.json may say
         raise SourceError(
             f"config.json: transformers cannot build {architecture or model_type} from it ({first_line(error)})"

@@ -17,7 +17,7 @@ from quantize8.checkpoint.base import Checkpoint, TensorInfo, contained
 from quantize8.checkpoint.pickles import check_pickle
 from quantize8.checkpoint.safetensors import read_weight_map
 from quantize8.errors import SourceError, first_line
-from quantize8.limits import check_tensor
+from quantize8.limits import check_tensor, is_file
 from quantize8.ops.reference import Array
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def open_torch(folder: Path, identity: dict[str, str], name: str) -> TorchCheckp
 def _load(path: Path) -> dict[str, Tensor]:
     import torch
 
-    if not path.is_file():
+    if not is_file(path):
         raise SourceError(f"{path}: missing; the checkpoint is incomplete, fetch it again")
     try:
         _check(path)

@@ -19,7 +19,7 @@ from quantize8.checkpoint.gguf import GgufCheckpoint
 from quantize8.checkpoint.quantized import decode
 from quantize8.checkpoint.safetensors import open_safetensors
 from quantize8.errors import ArtifactError, SourceError
-from quantize8.limits import INDEX_BYTES
+from quantize8.limits import INDEX_BYTES, is_file
 from quantize8.ops.reference import INT8_MAX, as_bytes
 
 
@@ -120,7 +120,7 @@ def _check_files(folder: Path, manifest: Manifest) -> int:
     headers = {} if manifest.format == GGUF else manifest.headers  # that file's is checked with its tensors
     for name, expected in [*manifest.files.items(), *headers.items()]:
         path = folder / name
-        if not path.is_file():
+        if not is_file(path):
             raise ArtifactError(f"{path}: missing; copy the artifact again, or convert its source again")
         _check_inside(path, folder)
         size, found = _digest_header(path) if name in manifest.headers else _digest_file(path)
