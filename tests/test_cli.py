@@ -15,6 +15,7 @@ import torch
 from making import llama, word_tokenizer
 
 from quantize8 import __version__, cli
+from quantize8.cli import terminal
 
 
 @pytest.fixture
@@ -176,7 +177,7 @@ def test_version_help_and_usage_errors(quantize8):
 
 
 def test_defaults_are_the_operations_own():
-    """Written again in cli.py, so that --help need not import what they come from."""
+    """Written again in cli, so that --help need not import what they come from."""
     from quantize8.operations import convert, evaluate, inspect, run
 
     pairs = (
@@ -232,7 +233,7 @@ def test_progress_is_shown_on_a_terminal_only(monkeypatch, capsys):
     from rich.console import Console
 
     monkeypatch.setattr(Console, "is_terminal", property(lambda self: True))
-    with cli._progress("converting") as progress:
+    with terminal.progress_bar("converting") as progress:
         progress(5_000_000, 10_000_000)
     assert "converting" in capsys.readouterr().err
 

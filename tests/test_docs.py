@@ -134,11 +134,8 @@ def test_recipes_are_documented_with_their_values():
 
 def test_every_module_is_on_the_map():
     package = ROOT / "quantize8"
-    modules = {
-        ".".join(path.relative_to(package).with_suffix("").parts)
-        for path in package.rglob("*.py")
-        if path.name != "__init__.py"
-    }
+    paths = [path for path in package.rglob("*.py") if path.name != "__init__.py"] + [package / "cli" / "__init__.py"]
+    modules = {".".join(path.relative_to(package).with_suffix("").parts).removesuffix(".__init__") for path in paths}
     assert first_cells(read("docs/modules.md")) == modules
 
 

@@ -67,7 +67,7 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_the_wheel_carries_kernels_recipes_text_and_typing(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    for name in ("cuda/README.md", "configs/llm-int8.toml", "texts/sotu-1981.txt", "py.typed", "cli.py"):
+    for name in ("cuda/README.md", "configs/llm-int8.toml", "texts/sotu-1981.txt", "py.typed", "cli/__init__.py"):
         assert f"quantize8/{name}" in names
     assert not [name for name in names if name.startswith(("tests/", "configs/", "cuda/"))]
 

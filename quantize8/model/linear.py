@@ -13,7 +13,7 @@ from quantize8.errors import WeightError
 from quantize8.ops import bitsandbytes
 from quantize8.ops.choice import has_int8_unit
 from quantize8.ops.operator import linear, packed_linear
-from quantize8.ops.reference import DECODE_TOKENS, DEFAULT_THRESHOLD, INT8_MAX, OutlierMode
+from quantize8.ops.reference import DECODE_TOKENS, DEFAULT_THRESHOLD, INT8_MAX, STATIC_MODES, OutlierMode
 
 if TYPE_CHECKING:
     from quantize8.ops.packed import PackedWeight
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 _PACKING = threading.Lock()  # two threads may compute with one layer
 # In these modes neither a token's neighbours nor the batch may matter: what is short enough for the decode path goes
 # there in any batch, a few sequences at a time.
-_BATCH_INVARIANT = ("elementwise", "static")
+_BATCH_INVARIANT = ("elementwise", *STATIC_MODES)
 
 
 class Int8Linear(nn.Linear):
     """A linear layer with LLM.int8() weights, named as the bitsandbytes format names them.
 
     weight: int8 [N, K]. SCB: float32 [N], the absmax of each row. weight_format: 0, row-major. bias: [N] or None.
-    outlier_columns int32 [J] and outlier_weight float16 [N, E]: what mode static goes by, without which it has no
-    outliers; they are no part of a state_dict.
+    outlier_columns int32 [J] and outlier_weight float16 [N, E]: what modes static and hybrid go by; static without them
+    has no outliers. They are no part of a state_dict.
     Inputs are float16, bfloat16 or float32 [..., K]; the output has the input's dtype. Gradients reach the input (for
     adapters) through the dequantized weight, and the bias; the weight itself is frozen.
     """
@@ -93,7 +93,7 @@ class Int8Linear(nn.Linear):
         if not self._packs_for(x):
             if self._packed is not None:
                 self.unpack()
-            columns = self._static_columns() if self.mode == "static" else (None, None)
+            columns = self._static_columns() if self.mode in STATIC_MODES else (None, None)
             if self.mode == "static" and not x.is_cuda and not torch.compiler.is_compiling():
                 self._look_for_outliers(x)
             product = linear(x, self.weight, self.SCB, self.bias, self.threshold, self.mode, *columns)
@@ -136,7 +136,7 @@ class Int8Linear(nn.Linear):
     def pack(self) -> PackedWeight:
         """Move the weight into the layout of the CPU's int8 units; `weight` keeps its shape, and no values."""
         packed = self._packed
-        if packed is not None and (packed.static is not None) == (self.mode == "static"):
+        if packed is not None and (packed.static is not None) == (self.mode in STATIC_MODES):
             return packed
         from quantize8.ops.packed import PackedWeight
 
@@ -145,7 +145,7 @@ class Int8Linear(nn.Linear):
 
         with _PACKING, torch.inference_mode(False):  # training may follow, and refuses tensors made in inference mode
             if self._packed is None:
-                codes, columns = self.weight.data, self._static_columns() if self.mode == "static" else ()
+                codes, columns = self.weight.data, self._static_columns() if self.mode in STATIC_MODES else ()
                 self._packed = PackedWeight(codes, self.SCB.data, None, *columns)
                 self.weight.data = codes.new_zeros(()).expand(codes.shape)
             return self._packed

@@ -14,9 +14,9 @@ from quantize8.checkpoint.gguf import GgufCheckpoint
 from quantize8.checkpoint.guard import guarded
 from quantize8.checkpoint.structure import architecture_of, read_structure
 from quantize8.checkpoint.tokenizer import check_tokenizer
-from quantize8.errors import ArtifactError, DependencyError, SourceError, first_line
+from quantize8.errors import ArtifactError, DependencyError, Quantize8Error, SourceError, first_line
 from quantize8.ops.choice import resolve
-from quantize8.ops.reference import DEFAULT_THRESHOLD, OutlierMode
+from quantize8.ops.reference import DEFAULT_THRESHOLD, STATIC_MODES, OutlierMode
 
 _ADAPTER = "adapter_config.json"  # by which transformers would read further weights, with readers that are not ours
 
@@ -60,11 +60,9 @@ def load(
             model = _load_decoded(checkpoint, mode, threshold, given)
         else:
             settings = _model_config(stored, mode, threshold)
-            with guarded():
-                model = model_class(stored.config).from_pretrained(
-                    stored.folder, config=settings, trust_remote_code=False, **given
-                )
-        if mode == "static":
+            kind = model_class(stored.config)
+            model = _built(kind, stored.folder, stored.folder, config=settings, trust_remote_code=False, **given)
+        if mode in STATIC_MODES and calibrated:
             _give_outliers(model, checkpoint, stored.folder)
         return model.eval(), find_tokenizer(checkpoint)
 
@@ -105,9 +103,19 @@ def _load_decoded(checkpoint: Checkpoint, mode: OutlierMode, threshold: float | 
     if any(tensor.dtype == "I8" for tensor in plan.state.values()):
         asked = DEFAULT_THRESHOLD if threshold is None else threshold
         settings.quantization_config = _entry(asked, plan.skip_modules, mode, plan.int8_experts)
-    with guarded():
-        model = model_class(checkpoint.config).from_pretrained(None, config=settings, state_dict=plan.state, **given)
-    return model.eval()
+    kind = model_class(checkpoint.config)
+    return _built(kind, checkpoint.folder, None, config=settings, state_dict=plan.state, **given).eval()
+
+
+def _built(kind: Any, where: Path, source: Path | None, **given: Any) -> Any:
+    """The model as transformers loads it; whatever it or torch raise, of memory too, is one line."""
+    try:
+        with guarded():
+            return kind.from_pretrained(source, **given)
+    except Quantize8Error:
+        raise
+    except Exception as error:  # of any kind, as what a config.json may say of its weights
+        raise SourceError(f"{where}: transformers cannot load this model ({first_line(error)})") from None
 
 
 def _give_outliers(model: Any, checkpoint: Checkpoint, folder: Path) -> None:

@@ -23,6 +23,7 @@ from quantize8.ops.reference import (
     Int8Weight,
     OutlierMode,
     fixed_columns,
+    token_outliers,
 )
 from quantize8.ops.scales import ScaleSearch, search_absmax
 
@@ -73,7 +74,7 @@ def all_finite(values: Array) -> bool:
 
 
 def quantize_activations(
-    x: Tensor, threshold: float, columns: Tensor | None = None
+    x: Tensor, threshold: float, columns: Tensor | None = None, hybrid: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`reference.quantize_activations` on torch tensors; the outlier mask is None where no element can be one.
 
@@ -88,6 +89,9 @@ def quantize_activations(
         values[:, columns] = 0
         outliers = torch.zeros_like(values, dtype=torch.bool)
         outliers[:, columns] = True
+        if hybrid:
+            outliers |= torch.from_numpy(token_outliers(values.numpy()))
+            values.masked_fill_(outliers, 0)
     elif threshold > 0:
         outliers = values.abs() >= threshold
         values.masked_fill_(outliers, 0)
@@ -107,13 +111,13 @@ def mixed_matmul(
     import torch
 
     fixed = fixed_columns(weight, mode)
-    codes, scale, outliers = quantize_activations(x, threshold, fixed)
+    codes, scale, outliers = quantize_activations(x, threshold, fixed, mode == "hybrid")
     product = int8_matmul(codes, weight.codes).to(torch.float32)
     product.mul_(scale[:, None]).mul_(weight.absmax / INT8_MAX)
-    columns = fixed if fixed is not None else None if outliers is None else outliers.any(0).nonzero().flatten()
+    columns = fixed if mode == "static" else None if outliers is None else outliers.any(0).nonzero().flatten()
     if columns is not None and len(columns):
         residual = x[:, columns].float() - codes[:, columns] * scale[:, None]
-        if mode == "elementwise" and outliers is not None:
+        if mode in ("elementwise", "hybrid") and outliers is not None:
             residual.masked_fill_(~outliers[:, columns], 0)
         product.addmm_(residual, _float_columns(weight, columns).t())
     return (product if bias is None else product.add_(bias)).to(x.dtype)

@@ -56,6 +56,11 @@ def hold(
         store(row, half, builder.load(held[row, half]))
 
 
+def dot(builder: Any, total: Any, a: Any, b: Any) -> Any:
+    """total int32 [16] += products of four unsigned bytes of a with four signed ones of b, word by word (VNNI)."""
+    return call(builder, "avx512.vpdpbusd.512", total, a, b, result=INTS)
+
+
 def mask_below(builder: Any, width: Any, first: int) -> Any:
     """Which of the lanes first, first + 1 ... are below width."""
     lanes = ir.Constant(INTS, list(range(first, first + LANES)))

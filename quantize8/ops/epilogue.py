@@ -21,10 +21,12 @@ from quantize8.ops.emit import (
     VECTOR_BYTES,
     at,
     call,
+    dot,
     hold,
     mask_below,
     repeat,
 )
+from quantize8.ops.jit import compiled
 from quantize8.ops.units import DIGIT_BASE, TILE_BYTES, TILE_COLUMNS
 
 
@@ -121,6 +123,49 @@ def read_column(_: Any, block: Any, column: Any, scale: Any, values: Any) -> Any
         return target.get_dummy_value()
 
     return types.void(*(types.intp,) * 4), generate
+
+
+@compiled(nogil=True)
+def word_of(column: int) -> Any:
+    """Where in a block of a weight, in bytes, the codes of a column and of three others lie, one word an output."""
+    step, place = column // TILE_COLUMNS, column % TILE_COLUMNS
+    return step * 2 * TILE_BYTES + place // 4 * VECTOR_BYTES
+
+
+@intrinsic
+def add_columns(
+    _: Any, block: Any, words: Any, factors: Any, most: Any, negatives: Any, positives: Any, sums: Any
+) -> Any:
+    """sums int32 [32] += some columns of one block of a weight, each times an integer of up to 127.
+
+    Args: addresses of block, words and factors int32 [most], and sums; how many factors are negative, which come first,
+    and how many positive, which come last. A word is `word_of` its column; a factor, without its sign, stands in the
+    byte of its word that is the column's.
+    """
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        block, words, factors, most, negatives, positives, sums = arguments
+        totals = [cgutils.alloca_once_value(builder, ir.Constant(INTS, [0] * LANES)) for _ in range(2)]
+
+        def add(first: Any, last: Any) -> None:
+            with cgutils.for_range_slice(builder, first, last, INT64(1)) as (number, _):
+                offset = builder.mul(number, INT64(4))
+                word = builder.sext(builder.load(at(builder, words, offset, INT32), align=4), INT64)
+                factor = repeat(builder, builder.load(at(builder, factors, offset, INT32), align=4))
+                for half, total in enumerate(totals):
+                    codes = builder.load(at(builder, builder.add(block, word), half * TILE_BYTES, INTS), align=4)
+                    builder.store(dot(builder, builder.load(total), factor, codes), total)
+
+        add(INT64(0), negatives)
+        for total in totals:
+            builder.store(builder.neg(builder.load(total)), total)
+        add(builder.sub(most, positives), most)
+        for half, total in enumerate(totals):
+            place = at(builder, sums, half * VECTOR_BYTES, INTS)
+            builder.store(builder.add(builder.load(place, align=4), builder.load(total)), place, align=4)
+        return target.get_dummy_value()
+
+    return types.void(*(types.intp,) * 7), generate
 
 
 def _store(builder: Any, values: Any, address: Any, half: int, mask: Any, item_bytes: Any) -> None:

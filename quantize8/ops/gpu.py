@@ -20,6 +20,7 @@ from quantize8.ops.kernels import CHUNK, TENSOR_CORES, WARP, Capability, ceil_di
 from quantize8.ops.reference import (
     DECODE_TOKENS,
     INT8_MAX,
+    STATIC_MODES,
     STATS_TILE_ROWS,
     ColumnStats,
     Int8Weight,
@@ -129,7 +130,7 @@ def mixed_matmul(
     x: Tensor, weight: Int8Weight, bias: Tensor | None, threshold: float, mode: OutlierMode = "dynamic"
 ) -> Tensor:
     """`reference.mixed_matmul`: x [M, K] -> [M, N] in x's dtype, summed in float32."""
-    if mode == "static":
+    if mode in STATIC_MODES:
         return _static_matmul(x, weight, bias)
     x = _dense(x)
     (tokens, columns), rows = x.shape, len(weight.codes)
@@ -155,7 +156,7 @@ def mixed_matmul(
 
 
 def _static_matmul(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
-    """Mode static: the kernel for all columns but the outliers, and a product of torch's for these.
+    """Mode static, and hybrid too here: the kernel for all columns but the outliers, a product of torch's for these.
 
     Their sum is rounded to x's dtype once more than in the other modes. No launch waits for the host.
     """

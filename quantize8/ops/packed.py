@@ -43,7 +43,7 @@ class PackedWeight:
     """An int8 weight [N, K] with its scales, in the layout of an int8 unit: the fastest there is, if none is given.
 
     Args: wide int [J] and exact float16 [N, E], the outlier_columns and outlier_weight of an Int8Weight; with them it
-    multiplies in mode static, and in no other.
+    multiplies in the modes static and hybrid, and in no other.
     """
 
     def __init__(
@@ -120,12 +120,12 @@ class PackedWeight:
         return parts
 
     def linear(self, x: Tensor, bias: Tensor | None, threshold: float, mode: OutlierMode) -> Tensor:
-        """`reference.linear`: x [M, K] -> [M, N] in x's dtype. Mode static, or the modes dynamic and elementwise."""
+        """`reference.linear`: x [M, K] -> [M, N] in x's dtype. Static and hybrid, or dynamic and elementwise."""
         return _linear(x, self._arrays, bias, self.shape[0], threshold, mode, self.static)
 
 
 class StaticColumns:
-    """What mode static needs beside a packed weight: its outlier columns' codes apart, and who joined them since.
+    """What modes static and hybrid need beside a packed weight: its outlier columns' codes, and who joined since.
 
     wide: int64 [J]; exact, how many of them have a second digit; marks: int32 [K], 1 at another column that reached
     the threshold.
@@ -139,7 +139,7 @@ class StaticColumns:
 def linear(
     x: Tensor, parts: list[Tensor], bias: Tensor | None, out_features: int, threshold: float, mode: str
 ) -> Tensor:
-    """`PackedWeight.linear` on its `parts`; in mode static columns that join the outliers are not noted.
+    """`PackedWeight.linear` on its `parts`; columns that join those of mode static are not noted.
 
     Raises DependencyError where they are laid out for a unit that this processor lacks: a saved graph may have moved.
     """
@@ -175,7 +175,7 @@ def _linear(
     shift = VNNI_SHIFT if tiles.dtype == np.uint8 else 0
     added = _NO_BIAS if bias is None else bias.detach().float().numpy()
     rest, bits, out = (shift, added, digits), _bits_of(values), _bits_of(y)
-    limit = np.float32(threshold).view(np.uint32) if threshold > 0 else NOTHING
+    limit = np.float32(threshold).view(np.uint32) if threshold > 0 and mode != "hybrid" else NOTHING
     with PARALLEL:
         threads = _SCRATCH.use_threads()
         parts = _parts(digits, tiles, threads)
@@ -188,7 +188,7 @@ def _linear(
             wide, exact, apart, apart_start, marks = static_columns.arrays
             high = np.empty((len(digits), apart.shape[1], TILE_ROWS, TILE_COLUMNS), np.int8)
             columns = (wide, exact, tiles, start, apart, apart_start, scale)
-            static(bits, limit, *columns, *rest, high, marks, parts, out)
+            static(bits, limit, mode == "hybrid", *columns, *rest, high, marks, parts, out)
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 

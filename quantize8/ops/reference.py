@@ -23,13 +23,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-OutlierMode = Literal["dynamic", "elementwise", "static", "bitsandbytes"]  # the last is ops/bitsandbytes.py's
+OutlierMode = Literal["dynamic", "elementwise", "static", "hybrid", "bitsandbytes"]  # the last: ops/bitsandbytes.py
 
+STATIC_MODES = ("static", "hybrid")  # which know outlier columns beforehand
 INT8_MAX = 127  # -128 is never used, so that codes are symmetric, as in bitsandbytes
 FLOAT16_MAX = 65504.0  # a larger weight becomes infinite in float16, the type that weights are quantized from
 DEFAULT_THRESHOLD = 6.0  # the paper's, section 3.2: columns with a magnitude >= 6 matter, smaller ones do not
 OUTLIER_SIGMAS = 6  # a weight beyond 6 standard deviations of its row counts as an outlier of its column
 STATS_TILE_ROWS = 64  # column sums run down 64 rows in float32, and over such tiles in float64: one order everywhere
+TOKEN_SIGMAS = 8  # beyond 8 root mean squares of its token an element takes part in 16-bit (mode hybrid)
+LEAST_SQUARES = 2.0**-100  # smaller sums of squares have lost digits to underflow: nothing stands out of them
+_LANES = 64  # in which the squares of a token are summed
 DECODE_TOKENS = 16  # up to this M reading the weight is the cost, so activations stay in 16-bit (no error from them)
 
 
@@ -106,11 +110,13 @@ def dequantize(codes: Array, absmax: Array) -> Array:
     return codes.astype(np.float32) * scale_of(absmax)[:, None]
 
 
-def quantize_activations(x: Array, threshold: float, columns: Array | None = None) -> tuple[Array, Array, Array]:
+def quantize_activations(
+    x: Array, threshold: float, columns: Array | None = None, hybrid: bool = False
+) -> tuple[Array, Array, Array]:
     """Token-wise absmax quantization with the outlier elements left out (paper, section 3.2).
 
     Args: x [M, K]. Outlier elements are those with |x| >= threshold (0 turns this off), or, where `columns` int [J] is
-    given, all of those columns and no others.
+    given, all of those columns and no others; `hybrid`: and what stands out of each token.
     Returns: codes int8 [M, K], 0 at outlier elements; scale float32 [M]; outliers bool [M, K]. A row with NaN has
     scale NaN, so that its product is NaN.
     """
@@ -118,11 +124,33 @@ def quantize_activations(x: Array, threshold: float, columns: Array | None = Non
     if columns is not None:
         outliers = np.zeros(values.shape, np.bool_)
         outliers[:, columns] = True
+        if hybrid:
+            outliers |= token_outliers(np.where(outliers, np.float32(0), values))
     else:
         outliers = np.abs(values) >= threshold if threshold > 0 else np.zeros(values.shape, np.bool_)
     values = np.where(outliers, np.float32(0), values)
     absmax = np.abs(values).max(axis=1, initial=0.0)
     return codes_of(values, absmax), scale_of(absmax), outliers
+
+
+def token_outliers(values: Array) -> Array:
+    """Which elements of float32 [M, K] stand out of their token: bool [M, K], true where |x| > 8 sqrt(sum x^2 / K).
+
+    Squares are summed in 64 lanes, column k in lane k mod 64, and lanes by halves, in float32: one order everywhere.
+    A token with NaN or infinity, or whose sum is below LEAST_SQUARES, has none. There are fewer than K / 64 in a token.
+    """
+    rows, columns = values.shape
+    padded = np.zeros((rows, -(-columns // _LANES), _LANES), np.float32)
+    padded.reshape(rows, -1)[:, :columns] = values
+    lanes = np.zeros((rows, _LANES), np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for s in range(padded.shape[1]):
+            lanes += padded[:, s] * padded[:, s]
+        while lanes.shape[1] > 1:
+            lanes = lanes[:, : lanes.shape[1] // 2] + lanes[:, lanes.shape[1] // 2 :]
+        limit = np.float32(TOKEN_SIGMAS) * np.sqrt(lanes / np.float32(columns))
+        found: Array = (np.abs(values) > limit) & (lanes >= LEAST_SQUARES)
+    return found
 
 
 def int8_matmul(a: Array, b: Array) -> Array:
@@ -138,14 +166,15 @@ def mixed_matmul(
 
     Args: x [M, K]; bias [N] or None; threshold, 0 for plain int8. mode "dynamic": a column with one outlier element is
     corrected for every token (LLM.int8() as published). "elementwise": only the outlier elements are corrected, so a
-    token does not depend on its neighbours. "static": the columns listed with the weight are, and no others.
-    Raises ValueError for mode "static" where the weight has no stored columns.
+    token does not depend on its neighbours. "static": the columns listed with the weight are, and no others. "hybrid":
+    these, and the elements that stand out of their token.
+    Raises ValueError for modes "static" and "hybrid" where the weight has no stored columns.
     Returns: float64 [M, N], exact but for float64's own rounding.
     """
-    codes, scale, outliers = quantize_activations(x, threshold, fixed_columns(weight, mode))
+    codes, scale, outliers = quantize_activations(x, threshold, fixed_columns(weight, mode), mode == "hybrid")
     columns = np.flatnonzero(outliers.any(axis=0))
     residual = x.astype(np.float64) - codes * scale[:, None].astype(np.float64)
-    if mode == "elementwise":
+    if mode in ("elementwise", "hybrid"):
         residual = np.where(outliers, residual, 0.0)
     product = int8_matmul(codes, weight.codes) * scale[:, None].astype(np.float64)
     product = product * scale_of(weight.absmax).astype(np.float64)
@@ -168,10 +197,10 @@ def linear(x: Array, weight: Int8Weight, bias: Array | None, threshold: float, m
 
 def fixed_columns(weight: Int8Weight, mode: OutlierMode) -> Any:
     """The outlier columns of a mode that knows them beforehand; None where the activations decide."""
-    if mode != "static":
+    if mode not in STATIC_MODES:
         return None
     if weight.outlier_columns is None:
-        raise ValueError("mode static needs a weight with stored outlier columns")
+        raise ValueError(f"mode {mode} needs a weight with stored outlier columns")
     return weight.outlier_columns
 
 

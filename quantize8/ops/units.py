@@ -17,14 +17,14 @@ import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 from llvmlite import binding, ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from quantize8.ops.emit import BYTE, HELD_ROWS, INT32, INT64, INTS, VECTOR_BYTES, at, call, hold
+from quantize8.ops.emit import BYTE, HELD_ROWS, INT32, INT64, INTS, VECTOR_BYTES, at, call, dot, hold
 
 Unit = Literal["amx", "vnni"]
 
@@ -45,10 +45,8 @@ def available() -> tuple[Unit, ...]:
         return ()
     has = binding.get_host_cpu_features()
     found: list[Unit] = []
-    if has.get("avx512f") and has.get("amx-int8") and _may_use_tiles():
-        found.append("amx")
-    if has.get("avx512f") and has.get("avx512vnni"):
-        found.append("vnni")
+    if has.get("avx512f") and has.get("avx512vnni"):  # which processors with AMX have, too
+        found += ["amx", "vnni"] if has.get("amx-int8") and _may_use_tiles() else ["vnni"]
     return tuple(found)
 
 
@@ -160,9 +158,6 @@ def _vnni(builder: Any, block: Any, left: Any, rows: Any, steps: Any, start: Any
                 a = builder.add(builder.mul(tile.index, INT64(TILE_BYTES)), builder.mul(group.index, INT64(4)))
                 yield a, builder.add(to_tile, builder.mul(group.index, INT64(VECTOR_BYTES)))
 
-    def dot(total: Any, a: Any, b: Any) -> Any:
-        return call(builder, "avx512.vpdpbusd.512", total, a, b, result=INTS)
-
     to_next = builder.mul(steps, INT64(TILE_BYTES))
     chunks = TILE_ROWS // HELD_ROWS
     filled = builder.udiv(builder.add(rows, INT64(HELD_ROWS - 1)), INT64(HELD_ROWS))
@@ -178,4 +173,13 @@ def _vnni(builder: Any, block: Any, left: Any, rows: Any, steps: Any, start: Any
         def store(row: int, half: int, total: Any, c: Any = c) -> None:
             builder.store(total, at(builder, c, (2 * row + half) * VECTOR_BYTES, INTS), align=4)
 
-        hold(builder, INT32, begin, (a, INT64(TILE_COLUMNS)), (block, TILE_BYTES), each_group, dot, store)
+        hold(
+            builder,
+            INT32,
+            begin,
+            (a, INT64(TILE_COLUMNS)),
+            (block, TILE_BYTES),
+            each_group,
+            partial(dot, builder),
+            store,
+        )

@@ -1,7 +1,7 @@
-"""The compiled loop of mode static: outlier columns known beforehand take part in 16 bits, all in int8 products.
+"""The compiled loop of modes static and hybrid: what int8 would lose most of takes part in 16 bits, all in integers.
 
-A token's scale s comes from its other columns. On the grid of s an outlier column's element is a code of 16 bits, two
-int8 digits; a column of the weight that is stored exactly gets a second digit below its code c:
+A token's scale s comes from its other elements. On the grid of s an outlier's element is a code of 16 bits, two int8
+digits; a column of the weight that is stored exactly gets a second digit below its code c:
 
     x = s (254 high + low)        w = absmax / 127 (c + second / 254)
 
@@ -9,7 +9,9 @@ int8 digits; a column of the weight that is stored exactly gets a second digit b
                       254 high c, in one of the outlier columns alone,
                       high second, beside the first; low second, less than a step of either, is left out.
 
-So a token's result does not depend on its neighbours, and nothing is looked for while the model runs.
+Mode static knows its outlier columns beforehand, and looks for nothing. Mode hybrid adds those elements of each token
+that stand out of it (`reference.token_outliers`): there are few, and their 254 high c is added column by column.
+Either way a token's result does not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -19,18 +21,20 @@ from typing import Any
 import numpy as np
 
 from quantize8.ops.bits import INFINITE, MAGNITUDE, ROUNDER, as_bits, as_float, value_of
+from quantize8.ops.epilogue import add_columns, word_of
 from quantize8.ops.jit import compiled, prange
 from quantize8.ops.passes import PAIR, bias_blocks, finish_block, inverse_of, multiply_block
-from quantize8.ops.reference import INT8_MAX
+from quantize8.ops.reference import INT8_MAX, LEAST_SQUARES, TOKEN_SIGMAS
 from quantize8.ops.units import BLOCK, DIGIT_BASE, TILE_COLUMNS, TILE_ROWS, prepare, release
 
-_BASE = np.float32(DIGIT_BASE)
+_BASE, _SIGMAS, _LEAST = np.float32(DIGIT_BASE), np.float32(TOKEN_SIGMAS), np.float32(LEAST_SQUARES)
 
 
 @compiled(nogil=True, parallel=True, fastmath={"contract"})
 def static(
     bits: Any,
     limit: Any,
+    hybrid: bool,
     wide: Any,
     exact: int,
     weight: Any,
@@ -49,15 +53,29 @@ def static(
     """Out [M, N] = x times the weight transposed, plus bias, with the columns `wide` [J] in 16 bits.
 
     Args: bits [M, K] of x; limit, bits of the threshold: marks [K] becomes 1 where a column that is not wide reaches
-    it; exact, how many of the wide columns have a second digit; weight [N / 32, steps, 2048] and its digits, K and
-    then the second digits, each in whole tiles; high_weight, the codes of the wide columns; the rest as in
-    `passes.decode`.
+    it; hybrid, whether a token's own outliers are in 16 bits, too; exact, how many of the wide columns have a second
+    digit; weight [N / 32, steps, 2048] and its digits, K and then the second digits, each in whole tiles; high_weight,
+    the codes of the wide columns; the rest as in `passes.decode`.
     """
-    tokens = len(bits)
-    tiles = len(digits)
-    steps = np.zeros(tiles * TILE_ROWS, np.float32)
-    for m in prange(tokens):
-        steps[m] = _BASE * _to_codes(bits[m], limit, wide, exact, m, shift, digits, high_digits, marks)
+    (tokens, columns), tiles = bits.shape, len(digits)
+    steps, counts = np.zeros(tiles * TILE_ROWS, np.float32), np.zeros((tokens, 2), np.int64)
+    # of K numbers fewer than K / c^2 have a square over c^2 times the mean
+    most = int(columns // (_SIGMAS * _SIGMAS)) + 1 if hybrid else 0
+    beside, high = -(-columns // TILE_COLUMNS), high_digits.shape[1]  # tiles before the second digits, of high ones
+    words, factors = np.empty((tokens, most), np.int32), np.empty((tokens, most), np.int32)
+    for tile in prange(tiles):
+        values, apart = np.zeros(beside * TILE_COLUMNS, np.float32), np.zeros(high * TILE_COLUMNS, np.float32)
+        low, lanes, tops = np.empty(len(apart), np.int8), np.empty(64, np.float32), np.empty(64, np.uint32)
+        for m in range(tile * TILE_ROWS, min((tile + 1) * TILE_ROWS, tokens)):
+            _read(bits[m], wide, values, apart)
+            peak, largest = _take_out(values, columns, limit, lanes, tops, marks, words[m], factors[m], counts[m])
+            for j in range(len(wide)):
+                largest = max(largest, as_bits(apart[j]) & MAGNITUDE)  # by their bits, NaN is the largest of all
+            absmax = as_float(max(peak, as_bits(as_float(largest) / _BASE)))  # two digits hold 127 * 254 steps
+            place, steps[m] = m % TILE_ROWS, _BASE * (absmax / np.float32(INT8_MAX))
+            _to_codes(values, absmax, shift, digits[tile], place)
+            _to_high_codes(wide, exact, apart, low, absmax, shift, digits[tile], high_digits[tile], place, beside)
+            _to_factors(words[m], factors[m], counts[m], absmax, shift, digits[tile], place)
     nothing, added = np.empty((1, 0), np.float32), bias_blocks(bias, len(weight))
     for part in prange(parts):
         prepare(weight)
@@ -67,48 +85,159 @@ def static(
             for block in range(part * len(weight) // parts, (part + 1) * len(weight) // parts):
                 multiply_block(high_weight, block, high_digits, row // TILE_ROWS, here, high_start, sums)
                 multiply_block(weight, block, digits, row // TILE_ROWS, here, start, sums[here:])
+                if hybrid:
+                    _add_factors(weight, block, words, factors, counts, row, here, sums)
                 finish_block(sums, 2, steps, scale, nothing, nothing, added, block, out, row, here)
         release(weight)
 
 
 @compiled(nogil=True, fastmath=False)  # else Numba takes the caller's: a product rounded with its sum is another code
-def _to_codes(
-    row: Any, limit: Any, wide: Any, exact: int, m: int, shift: int, digits: Any, high_digits: Any, marks: Any
-) -> Any:
-    """A token [K] as codes in row m of the tiles, those of wide columns in two digits; its scale."""
-    columns = len(row)
-    padded = -(-columns // TILE_COLUMNS) * TILE_COLUMNS
-    values, apart, largest = np.zeros(padded, np.float32), np.empty(len(wide), np.float32), np.uint32(0)
-    for k in range(columns):
+def _read(row: Any, wide: Any, values: Any, apart: Any) -> None:
+    """A token's bits [K] as float32, with those of wide columns apart, and 0 in their places."""
+    for k in range(len(row)):
         values[k] = value_of(row[k])
     for j in range(len(wide)):
         apart[j] = values[wide[j]]
-        largest = max(largest, as_bits(apart[j]) & MAGNITUDE)  # by their bits, NaN is the largest of all
+    for j in range(len(wide)):
         values[wide[j]] = 0
+
+
+@compiled(nogil=True, fastmath=False)
+def _take_out(
+    values: Any, columns: int, limit: Any, lanes: Any, tops: Any, marks: Any, words: Any, factors: Any, counts: Any
+) -> Any:
+    """Set a token's own outliers to 0, as many as there may be; bits of the largest that is left, and of theirs.
+
+    Args: values, K and zeros up to whole tiles; lanes float32 [64] and tops uint32 [64], to work in. words get the
+    columns and factors the bits of what was taken, negative numbers from the front and positive ones from the back;
+    counts [2], how many of each.
+    """
+    lanes[:], tops[:] = 0, 0
+    for first in range(0, len(values), TILE_COLUMNS):
+        for k in range(TILE_COLUMNS):
+            value = values[first + k]
+            tops[k] = max(tops[k], as_bits(value) & MAGNITUDE)
+            lanes[k] += value * value
     peak = np.uint32(0)
-    for k in range(columns):
-        peak = max(peak, as_bits(values[k]) & MAGNITUDE)
+    for k in range(TILE_COLUMNS):
+        peak = max(peak, tops[k])
     if peak >= limit:
-        for k in range(columns):
+        _mark(values, limit, marks)
+    total = _sum(lanes)
+    bound = as_bits(_SIGMAS * np.sqrt(total / np.float32(columns)))
+    if not len(words) or not total >= _LEAST or peak <= bound:  # the sum may be no number
+        return peak, np.uint32(0)
+    peak, largest = np.uint32(0), np.uint32(0)
+    for first in range(0, len(values), TILE_COLUMNS):
+        top = np.uint32(0)
+        for k in range(TILE_COLUMNS):
+            top = max(top, as_bits(values[first + k]) & MAGNITUDE)
+        if top <= bound:
+            peak = max(peak, top)
+            continue
+        for k in range(first, first + TILE_COLUMNS):
             magnitude = as_bits(values[k]) & MAGNITUDE
-            if limit <= magnitude <= INFINITE:  # NaN is no outlier
-                marks[k] = 1
-    absmax = as_float(max(peak, as_bits(as_float(largest) / _BASE)))  # two digits hold 127 * 254 steps
+            if magnitude <= bound:
+                peak = max(peak, magnitude)
+            else:
+                positive = np.int64(values[k] > 0)
+                place = len(words) - 1 - counts[1] if positive else counts[0]
+                words[place], factors[place] = k, np.int32(as_bits(values[k]))
+                counts[positive] += 1
+                largest = max(largest, magnitude)
+                values[k] = 0
+    return peak, largest
+
+
+@compiled(nogil=True, fastmath=False)
+def _sum(lanes: Any) -> Any:
+    """The sum of 64 numbers, which it changes: halves are added until one number is left."""
+    half = TILE_COLUMNS // 2
+    while half:
+        for k in range(half):
+            lanes[k] += lanes[k + half]
+        half //= 2
+    return lanes[0]
+
+
+@compiled(nogil=True)
+def _mark(values: Any, limit: Any, marks: Any) -> None:
+    """marks[k] = 1 where a magnitude is at the limit or above; threads share them, and so write new ones only."""
+    for first in range(0, len(values), TILE_COLUMNS):
+        last, new = min(first + TILE_COLUMNS, len(marks)), np.int32(0)
+        for k in range(first, last):
+            magnitude = as_bits(values[k]) & MAGNITUDE
+            new |= np.int32((magnitude >= limit) & (magnitude <= INFINITE)) & ~marks[k]  # NaN is no outlier
+        if new & 1:
+            for k in range(first, last):
+                magnitude = as_bits(values[k]) & MAGNITUDE
+                if limit <= magnitude <= INFINITE:
+                    marks[k] = 1
+
+
+@compiled(nogil=True, fastmath=False)
+def _to_codes(values: Any, absmax: Any, shift: int, tile: Any, place: int) -> None:
+    """Codes of a token, K and zeros up to whole tiles, in a row of its tiles."""
     inverse, rounder = inverse_of(absmax), ROUNDER + np.float32(shift)
     if not inverse:
-        values[:], apart[:] = 0, 0  # infinity * 0 is no number
-    tile, place = digits[m // TILE_ROWS], m % TILE_ROWS
-    for s in range(padded // TILE_COLUMNS):
+        values[:] = 0  # infinity * 0 is no number
+    for s in range(len(values) // TILE_COLUMNS):
         for k in range(TILE_COLUMNS):
             tile[s, place, k] = np.int8(as_bits(values[s * TILE_COLUMNS + k] * inverse + rounder))
-    high_tile = high_digits[m // TILE_ROWS]
+
+
+@compiled(nogil=True, fastmath=False)
+def _to_high_codes(
+    wide: Any,
+    exact: int,
+    apart: Any,
+    low: Any,
+    absmax: Any,
+    shift: int,
+    tile: Any,
+    high_tile: Any,
+    place: int,
+    beside: int,
+) -> None:
+    """Both digits of the wide columns: the high ones in tiles of their own, and for the second digits from tile
+    `beside` on.
+    """
+    inverse, rounder = inverse_of(absmax), ROUNDER + np.float32(shift)
+    if not inverse:
+        apart[:] = 0
+    for s in range(len(high_tile)):
+        for k in range(TILE_COLUMNS):
+            scaled = apart[s * TILE_COLUMNS + k] * inverse
+            high = (scaled / _BASE + ROUNDER) - ROUNDER
+            low[s * TILE_COLUMNS + k] = np.int8(as_bits((scaled - high * _BASE) + rounder))
+            high_tile[s, place, k] = np.int8(as_bits(high + rounder))
     for j in range(len(wide)):
-        scaled = apart[j] * inverse
+        tile[wide[j] // TILE_COLUMNS, place, wide[j] % TILE_COLUMNS] = low[j]
+    for s in range(-(-exact // TILE_COLUMNS)):
+        for k in range(TILE_COLUMNS):
+            tile[beside + s, place, k] = high_tile[s, place, k]  # those beyond `exact` meet zeros
+
+
+@compiled(nogil=True, fastmath=False)
+def _to_factors(words: Any, factors: Any, counts: Any, absmax: Any, shift: int, tile: Any, place: int) -> None:
+    """Of what was taken out of a token, the low digit in its tile, the high one as `add_columns` reads it."""
+    inverse, rounder = inverse_of(absmax), ROUNDER + np.float32(shift)
+    for i in range(counts[0] + counts[1]):
+        j = i if i < counts[0] else len(words) - 1 - (i - counts[0])
+        k, scaled = words[j], as_float(np.uint32(factors[j])) * inverse
         high = (scaled / _BASE + ROUNDER) - ROUNDER
-        k, beside = wide[j], padded + j
         tile[k // TILE_COLUMNS, place, k % TILE_COLUMNS] = np.int8(as_bits((scaled - high * _BASE) + rounder))
-        code = np.int8(as_bits(high + rounder))
-        high_tile[j // TILE_COLUMNS, place, j % TILE_COLUMNS] = code
-        if j < exact:
-            tile[beside // TILE_COLUMNS, place, beside % TILE_COLUMNS] = code
-    return absmax / np.float32(INT8_MAX)
+        words[j], factors[j] = word_of(k), np.int32(abs(high)) << (8 * (k % 4))
+
+
+@compiled(nogil=True)
+def _add_factors(
+    weight: Any, block: int, words: Any, factors: Any, counts: Any, row: int, rows: int, sums: Any
+) -> None:
+    """sums [rows, 32] += the columns of a block that stand out of each token, times their high digits."""
+    address, most = weight[block].ctypes.data, words.shape[1]
+    for m in range(row, row + rows):
+        if counts[m, 0] + counts[m, 1]:
+            skipped = m * most * words.itemsize
+            here = words.ctypes.data + skipped, factors.ctypes.data + skipped
+            add_columns(address, here[0], here[1], most, counts[m, 0], counts[m, 1], sums[m - row].ctypes.data)
