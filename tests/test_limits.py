@@ -325,7 +325,7 @@ def test_an_artifacts_links_out_of_it_are_refused(name, artifact, tmp_path):
     else:
         (tmp_path / name).write_text("x")
     path.symlink_to(tmp_path / name)
-    with pytest.raises(ArtifactError, match=r"leads out of|link out of"):
+    with pytest.raises(ArtifactError, match="leads out of the artifact"):
         verify(artifact)
 
 

@@ -18,7 +18,8 @@ import numpy as np
 from blake3 import blake3
 
 from quantize8 import limits
-from quantize8.errors import ArtifactError
+from quantize8.checkpoint.base import contained
+from quantize8.errors import ArtifactError, SourceError
 from quantize8.ops.reference import ColumnStats
 from quantize8.ops.scales import ABSMAX
 
@@ -112,8 +113,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise ArtifactError(f"{folder}: no {MANIFEST_NAME}, so not a finished artifact; convert the source again")
-    if not path.resolve().is_relative_to(folder.resolve()) and folder.resolve().parent.name != "snapshots":
-        raise ArtifactError(f"{path}: is a link out of the artifact, and is not read; copy the artifact again")
+    check_inside(path, folder)
     data = limits.read_bytes(path, limits.MANIFEST_BYTES, ArtifactError)
     value = limits.parse_object(data, path, ArtifactError)
     try:
@@ -131,6 +131,14 @@ def read_manifest(folder: Path) -> Manifest:
     if not all(map(_is_inside, files)) or not {record.file for record in manifest.tensors.values()} <= files:
         raise ArtifactError(f"{path}: has fields of another kind than a manifest's; convert the source again")
     return manifest
+
+
+def check_inside(path: Path, folder: Path) -> None:
+    """Raise ArtifactError where a file of an artifact is a link that leads out of it."""
+    try:
+        contained(path, folder)
+    except SourceError:
+        raise ArtifactError(f"{path}: leads out of the artifact, and is not read; copy the artifact again") from None
 
 
 def _is_inside(name: str) -> bool:

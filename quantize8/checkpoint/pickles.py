@@ -23,7 +23,7 @@ _TENSORS = {
     "torch._utils _rebuild_tensor_v3",
     "torch._utils _rebuild_parameter",
 }
-_STORAGES = re.compile(r"torch \w+Storage|torch\.storage \w+Storage")
+_STORAGES = re.compile(r"torch(\.cuda|\.storage)? \w+Storage")
 _DTYPES = re.compile(r"torch (u?int|b?float|complex|bool)\w*")
 _PLAIN = {"BININT", "BININT1", "BININT2", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "LONG1"}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}

@@ -117,5 +117,6 @@ def read_weight_map(index: Path) -> dict[str, str]:
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.isprintable():
             raise SourceError(f"{index}: {tensor} points at {file!r}, outside the model folder; it is not read")
+    for file in set(weight_map.values()):
         contained(index.parent / file, index.parent)
     return weight_map

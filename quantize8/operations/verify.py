@@ -10,10 +10,10 @@ import numpy as np
 from blake3 import blake3
 
 from quantize8.artifact.gguf import NAME as GGUF
-from quantize8.artifact.manifest import MANIFEST_NAME, Manifest, TensorRecord, digest, read_manifest
+from quantize8.artifact.manifest import MANIFEST_NAME, Manifest, TensorRecord, check_inside, digest, read_manifest
 from quantize8.artifact.outliers import open_outliers, read_outliers
 from quantize8.checkpoint import Checkpoint, QuantizedCheckpoint, bitsandbytes, compressed_tensors
-from quantize8.checkpoint.base import BLOCK_BYTES, CONFIG_NAME, READERS, contained
+from quantize8.checkpoint.base import BLOCK_BYTES, CONFIG_NAME, READERS
 from quantize8.checkpoint.encoding import Encoding, RowwiseInt8
 from quantize8.checkpoint.gguf import GgufCheckpoint
 from quantize8.checkpoint.quantized import decode
@@ -122,7 +122,7 @@ def _check_files(folder: Path, manifest: Manifest) -> int:
         path = folder / name
         if not is_file(path):
             raise ArtifactError(f"{path}: missing; copy the artifact again, or convert its source again")
-        _check_inside(path, folder)
+        check_inside(path, folder)
         size, found = _digest_header(path) if name in manifest.headers else _digest_file(path)
         nbytes += size
         if found != expected:
@@ -130,19 +130,10 @@ def _check_files(folder: Path, manifest: Manifest) -> int:
     known = {MANIFEST_NAME, *manifest.files, *manifest.headers}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        _check_inside(path, folder)
+        check_inside(path, folder)
         if (path.is_symlink() or not path.is_dir()) and name not in known and not name.startswith("."):
             raise ArtifactError(f"{path}: is not part of the artifact; remove it")
     return nbytes
-
-
-def _check_inside(path: Path, folder: Path) -> None:
-    try:
-        contained(path, folder)
-    except SourceError:
-        raise ArtifactError(
-            f"{path}: is a link out of the artifact, and is not read; copy the artifact again"
-        ) from None
 
 
 def _digest_header(path: Path) -> tuple[int, str]:
