@@ -67,14 +67,13 @@ def variants() -> list[Variant]:
         Variant("static, auto", auto, "static"),
         Variant("static, auto, scale mse", mse, "static"),
         Variant(f"static, auto, smoothing {ALPHA:g}", {**auto, "smooth": ALPHA}, "static"),
-        Variant(f"static, auto, scale mse, smoothing {ALPHA:g}", {**mse, "smooth": ALPHA}, "static"),
-        *(
-            Variant(f"plain, top {k} of a token exact", plain, threshold=0.0, wrap=partial(_exact, top=k))
-            for k in (4, 16)
-        ),
-        *(Variant(f"static, auto, top {k} exact", auto, "static", wrap=partial(_exact, top=k)) for k in (1, 2, 4)),
-        Variant("static, auto, scale mse, top 4 exact", mse, "static", wrap=partial(_exact, top=4)),
+        *(Variant(f"static, auto, top {k} exact", auto, "static", wrap=partial(_exact, top=k)) for k in (1, 8)),
         Variant("static, auto, down_proj in 16-bit", auto, "static", wrap=partial(_decode, only="down_proj")),
+        Variant("hybrid, no columns", plain, "hybrid"),
+        *(Variant(f"hybrid, {n} columns", {**auto, "outlier_columns": n}, "hybrid") for n in (8, 16)),
+        Variant("hybrid, auto", auto, "hybrid"),
+        Variant("hybrid, auto, scale mse", mse, "hybrid"),
+        Variant(f"hybrid, auto, smoothing {ALPHA:g}", {**auto, "smooth": ALPHA}, "hybrid"),
         Variant("weights only, plain", plain, "dynamic", wrap=_decode),
         Variant(
             "weights only, scale mse", {"scale": "mse", "calibrate": True, "outlier_columns": 0}, "static", wrap=_decode

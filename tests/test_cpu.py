@@ -136,11 +136,11 @@ def assert_within_rounding(product: torch.Tensor, exact: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("mode", ["dynamic", "elementwise", "static"])
+@pytest.mark.parametrize("mode", ["dynamic", "elementwise", "static", "hybrid"])
 @pytest.mark.parametrize("exact", [None, [0, 11, 12]])
 @pytest.mark.parametrize("tokens", [0, 1, 16, 17, 70])
 def test_linear_equals_the_reference_up_to_rounding(tokens, exact, mode, dtype):
-    if mode == "static" and exact is None:
+    if mode in reference.STATIC_MODES and exact is None:
         exact = [3]
     columns, rows = 37, 19
     ours, theirs = int8_weight(rows, columns, exact)

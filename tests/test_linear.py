@@ -1,4 +1,4 @@
-"""Int8Linear in mode static: which layout it keeps for which mode, what copying and casting do to its columns."""
+"""Int8Linear in modes static and hybrid: its layout for each mode, what copying and casting do to its columns."""
 
 import copy
 import pickle
@@ -14,7 +14,7 @@ from quantize8.model import linear as layers
 from quantize8.ops import reference
 from quantize8.ops.reference import Int8Weight
 
-MODES = ("static", "dynamic", "elementwise", "bitsandbytes")
+MODES = ("static", "hybrid", "dynamic", "elementwise", "bitsandbytes")
 COLUMNS = [7, 39, 0]
 
 
@@ -55,6 +55,32 @@ def test_a_change_of_mode_gives_what_a_new_layer_gives(count):
         for mode in (*MODES, *reversed(MODES), "static"):
             changed.mode = mode
             assert torch.equal(changed(x), layer(mode)(x)), mode
+
+
+@pytest.mark.parametrize("unit", [True, False])
+@pytest.mark.parametrize("stored", [True, False])
+def test_hybrid_mode_is_that_of_the_reference_with_and_without_stored_columns(stored, unit, monkeypatch):
+    if not unit:
+        monkeypatch.setattr(layers, "has_int8_unit", lambda columns: False)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(30, 200, generator=generator)
+    x[torch.arange(30), torch.arange(30) * 5] = 25
+    made = Int8Linear.from_float(nn.Linear(200, 9))
+    made.mode = "hybrid"
+    columns, exact = torch.zeros(0, dtype=torch.int32), torch.zeros(9, 0, dtype=torch.float16)
+    if stored:
+        columns = made.outlier_columns = torch.tensor([7, 100], dtype=torch.int32)
+        exact = made.outlier_weight = (made.dequantize()[:, [7]] * 1.001).half()
+    weight = Int8Weight(made.codes().numpy(), made.SCB.detach().numpy(), columns.numpy(), exact.numpy())
+    expected = reference.linear(x.numpy(), weight, made.bias.detach().numpy(), 6.0, "hybrid")
+    errors = {}
+    with torch.no_grad():
+        for made.mode in ("hybrid", "static"):
+            errors[made.mode] = np.linalg.norm(made(x).double().numpy() - expected) / np.linalg.norm(expected)
+        assert made.new_outliers() > 0
+        made.mode = "hybrid"
+        assert made.new_outliers() == 0  # it looks after them
+    assert errors["hybrid"] < (2e-3 if unit else 1e-6) and errors["static"] > 5 * errors["hybrid"]
 
 
 def test_a_layer_without_stored_columns_has_no_outliers_in_mode_static():
@@ -138,7 +164,7 @@ def test_new_outliers_are_counted_at_prefill(unit, monkeypatch):
     assert made.new_outliers() == 1
 
 
-@pytest.mark.parametrize("mode", ["static", "elementwise"])
+@pytest.mark.parametrize("mode", ["static", "hybrid", "elementwise"])
 @pytest.mark.parametrize("length", [1, 5, 16, 17, 40])
 @pytest.mark.parametrize("unit", [True, False])
 def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(length, mode, unit, monkeypatch):

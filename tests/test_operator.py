@@ -72,7 +72,8 @@ def test_a_compiled_static_layer_gives_the_same_bits(tokens):
     made, x = static_layer(), torch.randn(tokens, 32)
     tiles = made.pack()
     assert len(tiles.parts) == 7
-    torch.library.opcheck(packed_linear, (x, tiles.parts, made.bias, 12, 6.0, "static"))
+    for mode in ("static", "hybrid"):
+        torch.library.opcheck(packed_linear, (x, tiles.parts, made.bias, 12, 6.0, mode))
     compiled = torch.compile(made, fullgraph=True, backend="aot_eager", dynamic=False)
     with torch.no_grad():
         assert torch.equal(compiled(x), made(x)) and made._packed is tiles

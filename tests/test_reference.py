@@ -170,6 +170,37 @@ def test_the_first_static_columns_may_be_exact_in_the_weight_and_all_are_in_the_
         np.testing.assert_allclose(product, x[:tokens].astype(np.float64) @ meant.T, rtol=1e-12)
 
 
+def test_elements_stand_out_of_their_token_beyond_8_root_mean_squares():
+    x = np.random.default_rng(7).normal(size=(9, 300)).astype(np.float32)
+    x[0, 5], x[1, [6, 7]], x[2] = -40, (30, -45), 0
+    x[3, :4] = 1000  # as many as can be
+    x[4, :5] = 1000  # and one more: none is far from the rest
+    x[5, 3], x[6, 4] = np.nan, np.inf
+    x[7] = 1e-20 * x[0]  # squares that underflow
+    x[8] = 1e3 * x[0]
+    found = reference.token_outliers(x)
+    with np.errstate(invalid="ignore"):
+        expected = np.abs(x) > 8 * np.sqrt(np.mean(x.astype(np.float64) ** 2, axis=1, keepdims=True))
+    expected[7] = False
+    np.testing.assert_array_equal(found, expected)
+    assert found.sum(1).tolist() == [1, 2, 0, 4, 0, 0, 0, 0, 1]
+    assert not reference.token_outliers(np.ones((3, 0), np.float32)).any()
+    assert not reference.token_outliers(np.eye(64, dtype=np.float32)).any()  # x^2 = 64 sum / K, and not more
+
+
+def test_the_squares_of_a_token_are_summed_in_one_order():
+    x = np.float32(10.0) ** np.random.default_rng(8).uniform(-3, 3, (50, 200)).astype(np.float32)
+    lanes = [np.float32(0)] * 64
+    for m in range(50):
+        lanes = [np.float32(0)] * 64
+        for k in range(200):
+            lanes[k % 64] = np.float32(lanes[k % 64] + np.float32(x[m, k] * x[m, k]))
+        for half in (32, 16, 8, 4, 2, 1):
+            lanes = [np.float32(lanes[i] + lanes[i + half]) for i in range(half)]
+        limit = np.float32(8) * np.sqrt(np.float32(lanes[0] / np.float32(200)))
+        np.testing.assert_array_equal(reference.token_outliers(x[m : m + 1])[0], x[m] > limit)
+
+
 def test_nan_and_infinity_in_a_token_stay_visible_and_in_their_row():
     weight = weight_of(np.random.default_rng(6).normal(size=(3, 4)))
     x = np.ones((20, 4), np.float32)

@@ -25,7 +25,7 @@ Page = Annotated[
 ]
 Mode = Annotated[
     OutlierMode | None,
-    typer.Option(help="What is corrected for outliers.  [default: static where calibrated, else dynamic]"),
+    typer.Option(help="What is corrected for outliers.  [default: hybrid where calibrated, else dynamic]"),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 Token = Annotated[

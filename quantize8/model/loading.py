@@ -38,7 +38,7 @@ def load(
     Args: path, a folder, GGUF file or hub id; device_map, as transformers takes it, but "auto" keeps int8 layers on the
     CPU where no GPU can run their kernels; dtype of the floating-point part, "auto" for the stored one, except that
     float16 is computed in float32 on a CPU, which holds the same numbers and is faster there; mode and threshold of
-    the outlier correction: mode None for static where the artifact was calibrated, else dynamic, threshold None for
+    the outlier correction: mode None for hybrid where the artifact was calibrated, else dynamic, threshold None for
     the stored one.
     Returns: the model in eval mode; its tokenizer, None where the folder has none.
     Raises: SourceError where the folder is missing, is quantized in a way not read, or needs code of its own to run.
@@ -52,7 +52,7 @@ def load(
         calibrated = has_outliers(stored.folder)
         if mode == "static" and not calibrated:
             raise SourceError(f"{path}: holds no outlier columns for mode static; convert its source with --calibrate")
-        mode = mode or ("static" if calibrated else "dynamic")
+        mode = mode or ("hybrid" if calibrated else "dynamic")
         if checkpoint.decoded and device_map in ("auto", "cuda"):
             device_map = device_map if resolve(device_map) == "cuda" else "cpu"
         given = {"dtype": _dtype(dtype, checkpoint.config, device_map), "device_map": device_map}

@@ -64,34 +64,61 @@ def static(
     beside, high = -(-columns // TILE_COLUMNS), high_digits.shape[1]  # tiles before the second digits, of high ones
     words, factors = np.empty((tokens, most), np.int32), np.empty((tokens, most), np.int32)
     for tile in prange(tiles):
-        values, apart = np.zeros(beside * TILE_COLUMNS, np.float32), np.zeros(high * TILE_COLUMNS, np.float32)
-        low, lanes, tops = np.empty(len(apart), np.int8), np.empty(64, np.float32), np.empty(64, np.uint32)
+        work = _scratch(beside, high)
         for m in range(tile * TILE_ROWS, min((tile + 1) * TILE_ROWS, tokens)):
-            _read(bits[m], wide, values, apart)
-            peak, largest = _take_out(values, columns, limit, lanes, tops, marks, words[m], factors[m], counts[m])
-            for j in range(len(wide)):
-                largest = max(largest, as_bits(apart[j]) & MAGNITUDE)  # by their bits, NaN is the largest of all
-            absmax = as_float(max(peak, as_bits(as_float(largest) / _BASE)))  # two digits hold 127 * 254 steps
-            place, steps[m] = m % TILE_ROWS, _BASE * (absmax / np.float32(INT8_MAX))
-            _to_codes(values, absmax, shift, digits[tile], place)
-            _to_high_codes(wide, exact, apart, low, absmax, shift, digits[tile], high_digits[tile], place, beside)
-            _to_factors(words[m], factors[m], counts[m], absmax, shift, digits[tile], place)
+            found, here = (words[m], factors[m], counts[m]), (digits[tile], high_digits[tile])
+            step = _quantize(bits[m], limit, wide, exact, m % TILE_ROWS, shift, work, found, here, marks)
+            steps[m] = _BASE * step
     nothing, added = np.empty((1, 0), np.float32), bias_blocks(bias, len(weight))
     for part in prange(parts):
         prepare(weight)
         sums = np.empty((2 * PAIR, BLOCK), np.int32)
         for row in range(0, tokens, PAIR):
-            here = min(PAIR, tokens - row)
+            rows = min(PAIR, tokens - row)
             for block in range(part * len(weight) // parts, (part + 1) * len(weight) // parts):
-                multiply_block(high_weight, block, high_digits, row // TILE_ROWS, here, high_start, sums)
-                multiply_block(weight, block, digits, row // TILE_ROWS, here, start, sums[here:])
+                multiply_block(high_weight, block, high_digits, row // TILE_ROWS, rows, high_start, sums)
+                multiply_block(weight, block, digits, row // TILE_ROWS, rows, start, sums[rows:])
                 if hybrid:
-                    _add_factors(weight, block, words, factors, counts, row, here, sums)
-                finish_block(sums, 2, steps, scale, nothing, nothing, added, block, out, row, here)
+                    _add_factors(weight, block, words, factors, counts, row, rows, sums)
+                finish_block(sums, 2, steps, scale, nothing, nothing, added, block, out, row, rows)
         release(weight)
 
 
 @compiled(nogil=True, fastmath=False)  # else Numba takes the caller's: a product rounded with its sum is another code
+def _quantize(
+    row: Any, limit: Any, wide: Any, exact: int, place: int, shift: int, work: Any, found: Any, tiles: Any, marks: Any
+) -> Any:
+    """A token [K] in row `place` of the tiles, of all columns and of the wide ones: both digits; returns its scale.
+
+    Its own outliers go to `found`, but for the low digit: words, factors and counts, as `add_columns` reads them.
+    """
+    values, apart, low, lanes, tops = work
+    _read(row, wide, values, apart)
+    peak, largest = _take_out(values, len(row), limit, lanes, tops, found, marks)
+    for j in range(len(wide)):
+        largest = max(largest, as_bits(apart[j]) & MAGNITUDE)  # by their bits, NaN is the largest of all
+    absmax = as_float(max(peak, as_bits(as_float(largest) / _BASE)))  # two digits hold 127 * 254 steps
+    inverse, rounder = inverse_of(absmax), ROUNDER + np.float32(shift)
+    if not inverse:
+        values[:], apart[:] = 0, 0  # infinity * 0 is no number
+    tile, high_tile = tiles
+    for s in range(len(values) // TILE_COLUMNS):
+        for k in range(TILE_COLUMNS):
+            tile[s, place, k] = np.int8(as_bits(values[s * TILE_COLUMNS + k] * inverse + rounder))
+    _to_high_codes(wide, exact, apart, low, inverse, rounder, tile, high_tile, place, len(values) // TILE_COLUMNS)
+    _to_factors(found, inverse, rounder, tile, place)
+    return absmax / np.float32(INT8_MAX)
+
+
+@compiled(nogil=True)
+def _scratch(steps: int, high_steps: int) -> Any:
+    """To work in: a token's values, in whole tiles; those of wide columns, and their low digits; sums; largest bits."""
+    values, apart = np.zeros(steps * TILE_COLUMNS, np.float32), np.zeros(high_steps * TILE_COLUMNS, np.float32)
+    lanes, tops = np.empty(TILE_COLUMNS, np.float32), np.empty(TILE_COLUMNS, np.uint32)
+    return values, apart, np.empty(len(apart), np.int8), lanes, tops
+
+
+@compiled(nogil=True, fastmath=False)
 def _read(row: Any, wide: Any, values: Any, apart: Any) -> None:
     """A token's bits [K] as float32, with those of wide columns apart, and 0 in their places."""
     for k in range(len(row)):
@@ -103,15 +130,14 @@ def _read(row: Any, wide: Any, values: Any, apart: Any) -> None:
 
 
 @compiled(nogil=True, fastmath=False)
-def _take_out(
-    values: Any, columns: int, limit: Any, lanes: Any, tops: Any, marks: Any, words: Any, factors: Any, counts: Any
-) -> Any:
+def _take_out(values: Any, columns: int, limit: Any, lanes: Any, tops: Any, found: Any, marks: Any) -> Any:
     """Set a token's own outliers to 0, as many as there may be; bits of the largest that is left, and of theirs.
 
-    Args: values, K and zeros up to whole tiles; lanes float32 [64] and tops uint32 [64], to work in. words get the
-    columns and factors the bits of what was taken, negative numbers from the front and positive ones from the back;
-    counts [2], how many of each.
+    Of what was taken, words get the columns and factors the bits, negative numbers from the front and positive ones
+    from the back; counts [2], how many of each.
     """
+    words, factors, counts = found
+    counts[:] = 0
     lanes[:], tops[:] = 0, 0
     for first in range(0, len(values), TILE_COLUMNS):
         for k in range(TILE_COLUMNS):
@@ -176,35 +202,11 @@ def _mark(values: Any, limit: Any, marks: Any) -> None:
 
 
 @compiled(nogil=True, fastmath=False)
-def _to_codes(values: Any, absmax: Any, shift: int, tile: Any, place: int) -> None:
-    """Codes of a token, K and zeros up to whole tiles, in a row of its tiles."""
-    inverse, rounder = inverse_of(absmax), ROUNDER + np.float32(shift)
-    if not inverse:
-        values[:] = 0  # infinity * 0 is no number
-    for s in range(len(values) // TILE_COLUMNS):
-        for k in range(TILE_COLUMNS):
-            tile[s, place, k] = np.int8(as_bits(values[s * TILE_COLUMNS + k] * inverse + rounder))
-
-
-@compiled(nogil=True, fastmath=False)
 def _to_high_codes(
-    wide: Any,
-    exact: int,
-    apart: Any,
-    low: Any,
-    absmax: Any,
-    shift: int,
-    tile: Any,
-    high_tile: Any,
-    place: int,
+    wide: Any, exact: int, apart: Any, low: Any, inverse: Any, rounder: Any, tile: Any, high_tile: Any, place: int,
     beside: int,
-) -> None:
-    """Both digits of the wide columns: the high ones in tiles of their own, and for the second digits from tile
-    `beside` on.
-    """
-    inverse, rounder = inverse_of(absmax), ROUNDER + np.float32(shift)
-    if not inverse:
-        apart[:] = 0
+) -> None:  # fmt: skip
+    """Both digits of wide columns: high ones in their own tiles, and for the second digits from tile `beside` on."""
     for s in range(len(high_tile)):
         for k in range(TILE_COLUMNS):
             scaled = apart[s * TILE_COLUMNS + k] * inverse
@@ -219,9 +221,9 @@ def _to_high_codes(
 
 
 @compiled(nogil=True, fastmath=False)
-def _to_factors(words: Any, factors: Any, counts: Any, absmax: Any, shift: int, tile: Any, place: int) -> None:
+def _to_factors(found: Any, inverse: Any, rounder: Any, tile: Any, place: int) -> None:
     """Of what was taken out of a token, the low digit in its tile, the high one as `add_columns` reads it."""
-    inverse, rounder = inverse_of(absmax), ROUNDER + np.float32(shift)
+    words, factors, counts = found
     for i in range(counts[0] + counts[1]):
         j = i if i < counts[0] else len(words) - 1 - (i - counts[0])
         k, scaled = words[j], as_float(np.uint32(factors[j])) * inverse
