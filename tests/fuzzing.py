@@ -266,6 +266,9 @@ _SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num
 
 
 def _config_seeds() -> list[bytes]:
+    from quantize8.checkpoint.structure import read_structure
+
+    read_structure({}, {})  # imports transformers
     more = {"architectures": ["LlamaForCausalLM"], "dtype": "float16", "tie_word_embeddings": False}
     vision = {"text_config": {"dtype": "bfloat16", "layer_types": ["x"]}, "attn_implementation": "eager"}
     return [described({**_SMALL, **more}), described({**_SMALL, **vision, "model_type": "llama"}), described({})]
