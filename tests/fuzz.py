@@ -43,9 +43,10 @@ def fuzz(name: str, runs: int, seconds: int, corpus: Path) -> None:
     findings = Path("findings")
     for place in (corpus, findings):
         place.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-", dir="/dev/shm"))
     for i, seed in enumerate(reader.seeds()):
         (corpus / f"seed-{i}").write_bytes(seed)
-    folder = Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-", dir="/dev/shm"))
+        fuzzing.attempt(name, seed, folder)  # imports what it needs before a limit of time counts
     done = 0
 
     def one(data: bytes) -> None:
