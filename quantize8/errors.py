@@ -11,9 +11,24 @@ Quantize8Error
 DeviceWarning        a GPU is there but cannot be used, so the CPU is; printed, and nothing stops
 """
 
+from __future__ import annotations
+
+import os
+import re
+
+_MESSAGE = 2000  # characters: a hostile file may give a name of megabytes
+_SECRETS = re.compile(r"(?<=://)[^/\s@]+(?=@)|\b(?:hf|api_org)_[A-Za-z0-9]{8,}")  # user:password@ in a URL; a hub token
+_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+
 
 class Quantize8Error(Exception):
-    """Base of all errors below; the command line prints it as one line and exits with code 1."""
+    """Base of all errors below; the command line prints it as one line and exits with code 1.
+
+    The message is shown as `one_line` makes it, whatever name from a file, or text of another library, is in it.
+    """
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class SourceError(Quantize8Error):
@@ -42,6 +57,16 @@ class DependencyError(Quantize8Error):
 
 class DeviceWarning(UserWarning):
     """A GPU is there but cannot be used, so the CPU is."""
+
+
+def one_line(text: str) -> str:
+    """Text as one line that a terminal can show: no control characters, no secrets, cut where it is very long."""
+    text = _SECRETS.sub("***", " ".join(text.split()))
+    for token in filter(None, map(os.environ.get, _TOKENS)):
+        text = text.replace(token, "***")
+    if not text.isprintable():
+        text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return text if len(text) <= _MESSAGE else f"{text[:_MESSAGE]}..."
 
 
 def first_line(error: BaseException) -> str:

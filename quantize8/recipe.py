@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize8.errors import RecipeError
+from quantize8.limits import RECIPE_BYTES, read_bytes
 from quantize8.resources import resource_dir
 
 if sys.version_info >= (3, 11):
@@ -18,6 +18,7 @@ else:
     import tomli as tomllib
 
 DEFAULT_RECIPE = "llm-int8"
+_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ def load_recipe(name: str, threshold: float | None = None) -> Recipe:
         known = ", ".join(sorted(shipped.stem for shipped in resource_dir("configs").glob("*.toml")))
         raise RecipeError(f"recipe {name}: not found; name one of {known}, or a .toml file")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        values = tomllib.loads(read_bytes(path, RECIPE_BYTES, RecipeError).decode())
+    except (ValueError, RecursionError) as error:  # ValueError: bad TOML, bad UTF-8, a number of thousands of digits
         raise RecipeError(f"{path}: not valid TOML ({error})") from None
     if threshold is not None:
         values["threshold"] = threshold
@@ -63,7 +64,7 @@ def _checked(values: dict[str, Any], path: Path) -> Recipe:
     threshold = values.get("threshold")
     if isinstance(threshold, bool) or not isinstance(threshold, int | float):
         raise RecipeError(f"{path}: threshold must be a number, such as 6.0")
-    if not (math.isfinite(threshold) and threshold >= 0):
+    if not 0 <= threshold <= _LARGEST:
         raise RecipeError(f"{path}: threshold {threshold} must be 0 (no decomposition) or a positive number")
     head, skip = values.get("output_head", False), values.get("skip", [])
     if not isinstance(head, bool):

@@ -124,3 +124,15 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path):
 def test_a_file_by_its_name(tmp_path):
     folder_of(tmp_path, {"x": torch.ones(2)})
     assert list(open_checkpoint(str(tmp_path / "pytorch_model.bin")).tensors) == ["x"]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_modules_own_state_and_parameters_are_read(zipped, tmp_path):
+    """state_dict() brings metadata along, and keep_vars parameters."""
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2)).half()
+    for state in (module.state_dict(), module.state_dict(keep_vars=True), dict(module.named_parameters())):
+        checkpoint = open_checkpoint(folder_of(tmp_path, state, _use_new_zipfile_serialization=zipped))
+        assert {name: info.shape for name, info in checkpoint.tensors.items()} == {
+            name: tuple(value.shape) for name, value in state.items()
+        }
+        np.testing.assert_array_equal(checkpoint.rows("0.weight", 0, 2), module[0].weight.detach().numpy())

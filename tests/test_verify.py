@@ -157,7 +157,7 @@ def test_a_threshold_unlike_the_recipes_is_found(artifact):
     ("content", "message"),
     [
         (b"not json", "not readable"),
-        (b"[1]", "not readable"),
+        (b"[1]", "no JSON object"),
         (b"{}", "not readable"),
         (json.dumps({"format_version": 99}).encode(), "another version"),
         (b"[" * 100_000, "not readable"),

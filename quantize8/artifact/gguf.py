@@ -27,6 +27,8 @@ from gguf import (
     get_tensor_name_map,
 )
 
+from quantize8.checkpoint.guard import guarded
+from quantize8.checkpoint.structure import architecture_of
 from quantize8.errors import SourceError, first_line
 from quantize8.ops.q8_0 import BLOCK, BLOCK_BYTES, Q8_0
 from quantize8.ops.reference import Array
@@ -130,14 +132,14 @@ def architecture(config: Mapping[str, Any], where: object) -> str:
 
 def complete(config: Mapping[str, Any], where: object) -> dict[str, Any]:
     """config.json with the defaults that transformers gives it."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     _kind(config, where)
     try:
         rest = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
-        full: dict[str, Any] = AutoConfig.for_model(config["model_type"], **rest).to_dict()
-    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        with guarded():
+            full: dict[str, Any] = AutoConfig.for_model(config["model_type"], **rest).to_dict()
+    except Exception as error:  # of any kind, as what a config.json may say
         raise SourceError(
             f"{where}: transformers cannot read its config.json ({first_line(error)}); repair it"
         ) from None
@@ -240,7 +242,7 @@ def header(arch: str, fields: Iterable[Field], tensors: Sequence[GgufTensor]) ->
 
 
 def _kind(config: Mapping[str, Any], where: object) -> MODEL_ARCH:
-    named = (config.get("architectures") or [None])[0]
+    named = architecture_of(config)
     if named not in _ARCHITECTURES:
         known = ", ".join(_ARCHITECTURES)
         raise SourceError(f"{where}: architecture {named} is not written as gguf (only {known}); {ROUTE}")

@@ -16,7 +16,10 @@ from typing import Any
 from gguf import GGUFValueType, Keys, TokenType
 
 from quantize8.artifact.gguf import ROUTE, Field, complete
+from quantize8.checkpoint.guard import guarded
+from quantize8.checkpoint.tokenizer import check_tokenizer
 from quantize8.errors import SourceError, first_line
+from quantize8.limits import VOCABULARY
 
 _SPACE = "\u2581"  # SentencePiece's
 _SPECIAL = {
@@ -64,13 +67,29 @@ def tokenizer_fields(folder: Path, config: Mapping[str, Any]) -> list[Field]:
 
     Raises SourceError where there is none, or where llama.cpp would cut text into other tokens than transformers.
     """
-    tokenizer = _open(folder)
+    return fields_of(_open(folder), config, folder)
+
+
+def fields_of(tokenizer: Any, config: Mapping[str, Any], folder: Path) -> list[Field]:
+    """The same of an open tokenizer of transformers; `folder` is for the message."""
+    try:
+        with guarded():
+            return _fields(tokenizer, config, folder)
+    except SourceError:
+        raise
+    except Exception as error:  # of any kind, as what a tokenizer.json may say
+        raise SourceError(f"{folder}: its tokenizer cannot be used ({first_line(error)}); fetch it again") from None
+
+
+def _fields(tokenizer: Any, config: Mapping[str, Any], folder: Path) -> list[Field]:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
     decoder = (state.get("decoder") or {}).get("type")
     if model["type"] != "BPE" or not (model.get("byte_fallback") or decoder == "ByteLevel"):
         raise SourceError(f"{folder}: a tokenizer of the type {model['type']} with {decoder} is not written; {ROUTE}")
-    size = int(complete(config, folder)["vocab_size"])
+    size = complete(config, folder).get("vocab_size")
+    if type(size) is not int or not 0 < size <= VOCABULARY:
+        raise SourceError(f"{folder}: config.json's vocab_size {size!r} is no size; fetch it again")
     tokens, kinds = _tokens(tokenizer, size, folder, bool(model.get("byte_fallback")))
     fields = [
         Field(Keys.Tokenizer.LIST, tokens, GGUFValueType.ARRAY, GGUFValueType.STRING),
@@ -87,8 +106,10 @@ def tokenizer_fields(folder: Path, config: Mapping[str, Any]) -> list[Field]:
 def _open(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
+    check_tokenizer(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with guarded():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises nothing narrower
         raise SourceError(f"{folder}: transformers finds no tokenizer here ({first_line(error)}); fetch it") from None
     if not tokenizer.is_fast:
@@ -99,7 +120,7 @@ def _open(folder: Path) -> Any:
 def _tokens(tokenizer: Any, size: int, folder: Path, sentencepiece: bool) -> tuple[list[str], list[int]]:
     """The text and the type of every token; ids that the tokenizer does not use are filled up."""
     texts = {number: text for text, number in tokenizer.get_vocab().items()}
-    if max(texts) >= size:
+    if max(texts, default=0) >= size:
         raise SourceError(f"{folder}: token {max(texts)} is beyond config.json's vocab_size {size}; fetch both again")
     added = tokenizer.added_tokens_decoder
     tokens, kinds = [], []
@@ -155,7 +176,7 @@ def _sentencepiece(
     yield Field(Keys.Tokenizer.MODEL, "llama", GGUFValueType.STRING)
     yield Field(Keys.Tokenizer.PRE, "default", GGUFValueType.STRING)
     yield Field(Keys.Tokenizer.SCORES, scores, GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
-    prefixed = tokenizer.tokenize("a")[0].startswith(_SPACE)
+    prefixed = "".join(tokenizer.tokenize("a")).startswith(_SPACE)
     yield Field(Keys.Tokenizer.ADD_PREFIX, prefixed, GGUFValueType.BOOL)
 
 
@@ -183,10 +204,10 @@ def _special(tokenizer: Any, config: Mapping[str, Any]) -> Iterator[Field]:
             yield Field(key, number, GGUFValueType.UINT32)
     around = tokenizer("a")["input_ids"]
     for key, found, number in (
-        (Keys.Tokenizer.ADD_BOS, around[0], tokenizer.bos_token_id),
-        (Keys.Tokenizer.ADD_EOS, around[-1], tokenizer.eos_token_id),
+        (Keys.Tokenizer.ADD_BOS, around[:1], tokenizer.bos_token_id),
+        (Keys.Tokenizer.ADD_EOS, around[-1:], tokenizer.eos_token_id),
     ):
-        yield Field(key, found == number, GGUFValueType.BOOL)
+        yield Field(key, found == [number], GGUFValueType.BOOL)
     templates = tokenizer.chat_template or {}
     if isinstance(templates, str):
         templates = {"default": templates}

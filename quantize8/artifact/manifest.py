@@ -8,14 +8,18 @@ the same bytes, whatever the machine, the worker count or the order of work. Dig
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Hashable
+from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 from blake3 import blake3
 
-from quantize8.errors import ArtifactError
+from quantize8 import limits
+from quantize8.checkpoint.base import contained
+from quantize8.errors import ArtifactError, SourceError
 from quantize8.ops.reference import ColumnStats
 from quantize8.ops.scales import ABSMAX
 
@@ -23,6 +27,7 @@ MANIFEST_NAME = "quantize8.json"
 FORMAT_VERSION = 1
 _WORST_COLUMNS = 8  # as many as fit a line of a report
 _DIGEST = "manifest_blake3"
+_LARGEST = 2**63  # of an integer in it: JSON's have any number of digits
 
 
 @dataclass
@@ -77,7 +82,7 @@ class Manifest:
                 del record["quantized"]["scale"]
         value["tensors"] = dict(sorted(value["tensors"].items()))
         value[_DIGEST] = _digest_of(value)
-        return json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"
+        return _laid_out(value)
 
 
 def digest(data: bytes | memoryview) -> str:
@@ -101,20 +106,74 @@ def summarize(stats: ColumnStats, absmax: Any, source_dtype: str, source_blake3:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of an artifact, checked against its own digest."""
+    """The manifest of an artifact, checked against its own digest; no byte of the file may be another.
+
+    Raises ArtifactError, also where a field is of another type, or names a file outside the artifact.
+    """
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise ArtifactError(f"{folder}: no {MANIFEST_NAME}, so not a finished artifact; convert the source again")
+    check_inside(path, folder)
+    data = limits.read_bytes(path, limits.MANIFEST_BYTES, ArtifactError)
+    value = limits.parse_object(data, path, ArtifactError)
     try:
-        value = json.loads(path.read_bytes())
-        if value.pop("format_version") != FORMAT_VERSION:
+        if value["format_version"] != FORMAT_VERSION:
             raise ArtifactError(f"{path}: written by another version of quantize8; use that version, or convert again")
-        if value.pop(_DIGEST) != _digest_of({"format_version": FORMAT_VERSION, **value}):
+        expected = value.pop(_DIGEST)
+        if expected != _digest_of(value) or data != _laid_out({**value, _DIGEST: expected}):
             raise ArtifactError(f"{path}: does not match its own digest; it was changed after it was written")
+        del value["format_version"]
         tensors = {name: _record(entry) for name, entry in value.pop("tensors").items()}
-        return Manifest(**value, tensors=tensors)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        manifest = Manifest(**value, tensors=tensors)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path}: not readable as a manifest ({error}); convert the source again") from None
+    files = {*manifest.files, *manifest.headers} if _fits(manifest, Manifest) else {""}
+    if not all(map(_is_inside, files)) or not {record.file for record in manifest.tensors.values()} <= files:
+        raise ArtifactError(f"{path}: has fields of another kind than a manifest's; convert the source again")
+    return manifest
+
+
+def check_inside(path: Path, folder: Path) -> None:
+    """Raise ArtifactError where a file of an artifact is a link that leads out of it."""
+    try:
+        contained(path, folder)
+    except SourceError:
+        raise ArtifactError(f"{path}: leads out of the artifact, and is not read; copy the artifact again") from None
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name is that of a file in the artifact's folder, or in one below, as the writer gives it."""
+    path = PurePosixPath(name)
+    return name.isprintable() and str(path) == name and not path.is_absolute() and not {"..", "."} & set(path.parts)
+
+
+@cache  # of some records there are a hundred thousand
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value read from JSON is of an annotated type; a float may be written as an integer."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
+    if is_dataclass(kind):
+        return type(value) is kind and all(
+            _fits(getattr(value, name), each) for name, each in _hints(cast("Hashable", kind)).items()
+        )
+    if origin is dict:
+        return type(value) is dict and all(
+            _fits(key, inner[0]) and _fits(each, inner[1]) for key, each in value.items()
+        )
+    if origin is list or (origin is tuple and inner[-1] is ...):
+        return type(value) is origin and all(_fits(each, inner[0]) for each in value)
+    if origin is tuple:
+        return type(value) is tuple and len(value) == len(inner) and all(map(_fits, value, inner))
+    if origin is not None:  # X | None
+        return any(_fits(value, each) for each in inner)
+    if type(value) is int and abs(value) > _LARGEST:
+        return False
+    return type(value) in (int, float) if kind is float else type(value) is kind
 
 
 def _record(entry: dict[str, Any]) -> TensorRecord:
@@ -128,6 +187,11 @@ def _record(entry: dict[str, Any]) -> TensorRecord:
             }
         )
     return TensorRecord(**{**entry, "shape": tuple(entry["shape"])}, quantized=quantized)
+
+
+def _laid_out(value: dict[str, Any]) -> bytes:
+    """The one way in which the manifest is written: of each object a line, without NaN."""
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def _digest_of(value: dict[str, Any]) -> str:

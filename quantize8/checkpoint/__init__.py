@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quantize8.checkpoint.base import Checkpoint, TensorInfo, contained, read_config
+from quantize8.checkpoint.base import Checkpoint, TensorInfo, companions, contained, read_config
 from quantize8.checkpoint.gguf import GgufCheckpoint
 from quantize8.checkpoint.hub import download
 from quantize8.checkpoint.quantized import QuantizedCheckpoint, decode
@@ -28,6 +28,7 @@ def open_checkpoint(source: str, *, revision: str | None = None, token: str | No
     if not (path / "config.json").is_file() and len(ggufs) == 1:
         return GgufCheckpoint(contained(ggufs[0], path), identity, name)
     read_config(path)
+    companions(path)
     checkpoint = open_safetensors(path, identity, name) or open_torch(path, identity, name)
     if checkpoint is None:
         raise SourceError(f"{path}: has a config.json but no weights (*.safetensors or pytorch_model.bin); fetch them")
@@ -49,6 +50,7 @@ def _open_file(path: Path, identity: dict[str, str], name: str) -> Checkpoint:
     if path.suffix == ".gguf":
         return GgufCheckpoint(path, identity, name)
     read_config(path.parent)
+    companions(path.parent)
     if path.suffix == ".safetensors":
         return decode(SafetensorsCheckpoint(path.parent, [path.name], identity, name))
     if path.suffix == ".bin":

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
+import re
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from quantize8 import limits
 from quantize8.errors import SourceError
 from quantize8.ops.reference import Array
 
@@ -48,16 +50,23 @@ CONFIG_NAME = "config.json"
 # Small files that a model folder needs beside its weights, and that tell nothing about how they are stored.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "[0-9]_*/*.json")
 _NOT_COMPANIONS = (CONFIG_NAME, "*.index.json", "quantize8.json")
+_LAYER_COUNT = re.compile(r"(^|_)(layers?|depths?|blocks)$")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A stored tensor: dtype by its safetensors name, shape, and the file (relative to the model) that holds it."""
+    """A stored tensor: dtype by its safetensors name, shape, and the file (relative to the model) that holds it.
+
+    Raises SourceError for a name or a shape beyond the limits.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: str
+
+    def __post_init__(self) -> None:
+        limits.check_tensor(self.name, self.shape, DTYPES[self.dtype].itemsize, self.file, SourceError)
 
     @property
     def nbytes(self) -> int:
@@ -118,7 +127,7 @@ class Checkpoint(ABC):
         for path in companions(self.folder):
             target = folder / path.relative_to(self.folder)
             target.parent.mkdir(exist_ok=True)
-            target.write_bytes(path.read_bytes())
+            shutil.copyfile(path, target)
 
     def blocks(self, name: str, block_bytes: int | None = None, multiple: int = 1) -> Iterator[Array]:
         """All rows of a tensor in order, in blocks of about so many bytes, a multiple of `multiple` rows each."""
@@ -153,18 +162,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise SourceError(f"{folder}: not a model folder, it has no {CONFIG_NAME}; name a folder, file or hub id")
-    return read_json(contained(path, folder))
+    config = limits.read_object(contained(path, folder), limits.CONFIG_BYTES, SourceError)
+    check_settings(config, path)
+    return config
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: not readable as JSON ({error}); fetch the file again") from None
-    if not isinstance(value, dict):
-        raise SourceError(f"{path}: holds no JSON object; fetch the file again")
-    return cast("dict[str, Any]", value)
+def check_settings(config: dict[str, Any], path: Path) -> None:
+    """Refuse settings, of a part of the model too, by which transformers would fetch code or fill the memory."""
+    for key, value in config.items():
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, dict):
+                check_settings(part, path)
+        if str(key).endswith("_implementation") and "/" in str(value):
+            raise SourceError(f"{path}: {key} names code on the hub, which is not run; remove the entry")
+        limit = limits.LAYERS if _LAYER_COUNT.search(str(key)) else limits.VOCABULARY if key == "vocab_size" else None
+        if limit and isinstance(value, int | float) and not -1 <= value <= limit:
+            raise SourceError(f"{path}: {key} is {value!r}, more than the {limit:,} that are read; fetch it again")
 
 
 def companions(folder: Path) -> list[Path]:
@@ -178,6 +191,10 @@ def contained(path: Path, folder: Path) -> Path:
     """The same path, if its content lies in `folder` (or in the hub cache that `folder` is a snapshot of)."""
     root = folder.resolve()
     roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    if not any(path.resolve().is_relative_to(allowed) for allowed in roots):
+    try:
+        inside = any(path.resolve().is_relative_to(allowed) for allowed in roots)
+    except (OSError, ValueError, RuntimeError):  # a loop of links, or a name that no file can have
+        inside = False
+    if not inside:
         raise SourceError(f"{path}: points outside its model folder, and is not read; remove the link or the entry")
     return path

@@ -7,12 +7,13 @@ The layout is that of the package's compressors (compressed-tensors 0.20, `naive
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from quantize8.checkpoint.base import Checkpoint
+from quantize8.checkpoint.base import FLOATING, Checkpoint
 from quantize8.checkpoint.encoding import Encoding, RowwiseInt8, absmax_of, require, unpack_int32
 from quantize8.errors import SourceError
 from quantize8.ops.reference import Array
@@ -42,15 +43,21 @@ class _Scaled(Encoding):
         """See `Encoding.rows`."""
         down, across = self.block
         groups = np.arange(self.shape[1]) // across
-        if (order := self.part(_ORDER)) is not None and order.min() >= 0:  # -1 says that it is not used
+        if (order := self.part(_ORDER)) is not None and order.min(initial=0) >= 0:  # -1 says that it is not used
             groups = order
         row_blocks = np.arange(start, stop) // down
         values = self.values(start, stop).astype(np.float32)
         if (zero := self.zero_points()) is not None:
-            values -= zero.astype(np.float32)[row_blocks][:, groups]
+            values -= zero.astype(np.float32).reshape(self.grid)[row_blocks][:, groups]
         scale = self.whole(f"{self.module}.{SCALE}").astype(np.float32)
-        values *= scale.reshape(scale.shape[0] if scale.ndim else 1, -1)[row_blocks][:, groups]
+        values *= scale.reshape(self.grid)[row_blocks][:, groups]
         return values
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """How many scales there are down and across."""
+        down, across = (*self.stored.tensors[f"{self.module}.{SCALE}"].shape, 1, 1)[:2]
+        return down, across
 
     def part(self, name: str) -> Array | None:
         """A tensor of the module by its last name, where it has one."""
@@ -62,7 +69,7 @@ class _Scaled(Encoding):
         zero = self.part(_ZERO)
         if zero is None or not self.bits:
             return zero
-        points: Array = _signed(np.ascontiguousarray(zero.T), self.bits)[:, : self.shape[0]].T
+        points: Array = _signed(np.ascontiguousarray(zero.T), self.bits)[:, : self.grid[0]].T
         return points
 
 
@@ -87,7 +94,7 @@ def find(stored: Checkpoint, entry: dict[str, Any]) -> dict[str, Encoding]:
     require(entry, {"quantization_status": ("compressed",)}, where)
     for name in ("sparsity_config", "transform_config"):
         asked = entry.get(name) or {}
-        if asked.get("format", "dense") != "dense" or asked.get("config_groups"):
+        if not isinstance(asked, dict) or asked.get("format", "dense") != "dense" or asked.get("config_groups"):
             raise SourceError(f"{where}: is compressed with a {name}, which is not read; use its original")
     arguments = _weight_arguments(entry, where)
     modules = [name.removesuffix(f".{SCALE}") for name in stored.tensors if name.endswith(f".{SCALE}")]
@@ -109,7 +116,15 @@ def _weight_arguments(entry: dict[str, Any], where: str) -> list[dict[str, Any]]
             raise SourceError(
                 f"{where}: is {group['format']}, which is not read (only {', '.join(known)}); use its original"
             )
-    return [group["weights"] for group in groups.values() if isinstance(group.get("weights"), dict)]
+    arguments = [group["weights"] for group in groups.values() if isinstance(group.get("weights"), dict)]
+    for given in arguments:
+        size, block = given.get("group_size"), given.get("block_structure")
+        sizes = [*([] if size is None else [size]), *(block if isinstance(block, list) else [1, 1])]
+        if not all(type(one) is int for one in sizes) or not 2 <= len(sizes) <= 3:
+            raise SourceError(
+                f"{where}: its group_size {size!r} or block_structure {block!r} is no size; fetch it again"
+            )
+    return arguments
 
 
 def _module(stored: Checkpoint, module: str, arguments: list[dict[str, Any]]) -> Encoding:
@@ -128,6 +143,7 @@ def _module(stored: Checkpoint, module: str, arguments: list[dict[str, Any]]) ->
     if packed:
         _read_packed_shape(encoding, arguments)
     _read_blocks(encoding, arguments)
+    _check_parts(encoding)
     zero = names[2] in tensors and bool(encoding.zero_points().any())  # type: ignore[union-attr]
     encoding.release()
     rowwise = encoding.block in ((1, encoding.shape[1]), encoding.shape) and not zero
@@ -159,12 +175,32 @@ def _read_blocks(encoding: _Scaled, arguments: list[dict[str, Any]]) -> None:
     down, across = (*scale, 1)[:2]
     candidates = [(1, columns if across == 1 else columns // max(1, across))]
     candidates += [(1, given["group_size"]) for given in arguments if given.get("group_size")]
-    candidates += [tuple(given["block_structure"]) for given in arguments if given.get("block_structure")]
+    candidates += [
+        tuple(given["block_structure"]) for given in arguments if isinstance(given.get("block_structure"), list)
+    ]
     for block in candidates:
         if min(block) > 0 and (-(-rows // block[0]), -(-columns // block[1])) == (down, across):
             encoding.block = block
             return
     raise encoding.refuse(f"is {rows}x{columns} with scales {list(scale)}, which do not fit")
+
+
+def _check_parts(encoding: _Scaled) -> None:
+    """Raise SourceError where scales, zero points or g_idx have a shape, a dtype or groups that do not fit."""
+    tensors, (down, across), bits = encoding.stored.tensors, encoding.grid, encoding.bits
+    scale = tensors[f"{encoding.module}.{SCALE}"]
+    if scale.dtype not in FLOATING or len(scale.shape) > 2:
+        raise encoding.refuse(f"has scales {scale.dtype} {list(scale.shape)}, which are not read")
+    zero = tensors.get(f"{encoding.module}.{_ZERO}")
+    wanted = (-(-down * bits // 32), across) if bits else (down, across)
+    short = [] if bits else [wanted[:i] for i in range(2) if math.prod(wanted[i:]) == 1]  # as scales are, too
+    if zero is not None and (zero.shape not in (wanted, *short) or (bits and zero.dtype != "I32")):
+        raise encoding.refuse(f"has zero points {zero.dtype} {list(zero.shape)} for {down}x{across} scales")
+    order = tensors.get(f"{encoding.module}.{_ORDER}")
+    if order is not None:
+        fits = order.dtype in ("I32", "I64") and order.shape == encoding.shape[1:]
+        if not fits or (values := encoding.whole(order.name)).max(initial=-1) >= across or values.min(initial=0) < -1:
+            raise encoding.refuse(f"has {_ORDER} that does not fit its {across} groups")
 
 
 def _signed(packed: Array, bits: int) -> Array:

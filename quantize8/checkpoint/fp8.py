@@ -108,4 +108,6 @@ def _module(stored: Checkpoint, module: str, weight: TensorInfo, block: tuple[in
         if scale.shape == grid or (scale.shape == grid[:1] and grid[1] == 1) or (scale.shape == () and grid == (1, 1)):
             encoding.block = (min(down, rows), min(across, columns))
             return encoding
-    raise encoding.refuse(f"is {rows}x{columns} with scales {list(scale.shape)}, not one for each block of {blocks[0]}")
+    raise encoding.refuse(
+        f"is {rows}x{columns} with scales {list(scale.shape)}, not one for each block of {block or _BLOCK}"
+    )

@@ -104,7 +104,7 @@ def decode(stored: Checkpoint) -> Checkpoint:
     if not isinstance(entry, dict):
         raise SourceError(f"{stored.folder}: its quantization_config is no JSON object; fetch config.json again")
     method = entry.get("quant_method", bitsandbytes.METHOD if "load_in_8bit" in entry else None)
-    if method not in _FORMATS:
+    if not isinstance(method, str) or method not in _FORMATS:
         known = ", ".join(_FORMATS)
         raise SourceError(
             f"{stored.folder}: is quantized by {method}, which is not read (only {known}); use its original"

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from quantize8.checkpoint.base import DTYPES, Checkpoint, TensorInfo, contained, read_json
+from quantize8 import limits
+from quantize8.checkpoint.base import DTYPES, Checkpoint, TensorInfo, contained
 from quantize8.errors import SourceError
 from quantize8.ops.reference import Array, as_bytes
 
@@ -75,6 +76,8 @@ class SafetensorsCheckpoint(Checkpoint):
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
     """Entries of a safetensors file in order of storage, and where its data begins; checked by the library."""
+    if not limits.is_file(path):
+        raise SourceError(f"{path}: missing; the checkpoint is incomplete, fetch it again")
     try:
         with safe_open(path, framework="numpy"):
             pass
@@ -108,11 +111,12 @@ def open_safetensors(folder: Path, identity: dict[str, str], name: str) -> Safet
 
 def read_weight_map(index: Path) -> dict[str, str]:
     """An index's map from tensor to file, each file checked to be a plain name inside the folder."""
-    weight_map = read_json(index).get("weight_map")
+    weight_map = limits.read_object(contained(index, index.parent), limits.INDEX_BYTES, SourceError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{index}: has no weight_map; fetch it again")
     for tensor, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or Path(file).name != file or not file.isprintable():
             raise SourceError(f"{index}: {tensor} points at {file!r}, outside the model folder; it is not read")
+    for file in set(weight_map.values()):
         contained(index.parent / file, index.parent)
     return weight_map

@@ -9,11 +9,14 @@ test holds the two answers equal). An architecture that transformers does not kn
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from quantize8 import limits
 from quantize8.checkpoint.base import TensorInfo
+from quantize8.checkpoint.guard import guarded
 from quantize8.errors import SourceError, first_line
 
 LINEAR, CONV1D = "Linear", "Conv1D"  # Conv1D is GPT-2's Linear, with its weight stored [in, out]
@@ -54,13 +57,19 @@ class Structure:
 def read_structure(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Structure:
     """Tell the Linear weights among the tensors of a checkpoint with this config.json."""
     weights = [name.removesuffix(".weight") for name, info in tensors.items() if _is_matrix(info)]
-    architecture = (config.get("architectures") or [None])[0]
+    architecture = architecture_of(config)
     if architecture in _NAMES_SUFFICE:
         linears = {name: LINEAR for name in weights if _DECODER_LINEAR.fullmatch(name)}
         kept = {"lm_head": "output head"}
         untied = "lm_head" in weights and not config.get("tie_word_embeddings", False)
         return Structure(linears, kept, "lm_head" if untied else None)
     return _from_transformers(config, architecture, weights) or _by_names(weights)
+
+
+def architecture_of(config: Mapping[str, Any]) -> str | None:
+    """The model class that a config.json names first, None where it names none."""
+    names = config.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
 
 
 def is_skipped(module: str, patterns: list[str]) -> bool:
@@ -119,20 +128,41 @@ def build_meta_model(config: Mapping[str, Any], architecture: str | None) -> Any
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING or config.get("auto_map"):
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING or config.get("auto_map"):
         return None
     try:
-        settings = CONFIG_MAPPING[model_type].from_dict(
-            {key: value for key, value in config.items() if key != "quantization_config"}
-        )
-        with torch.device("meta"):
-            if kind := getattr(transformers, architecture or "", None):
-                return kind._from_config(settings)
-            return transformers.AutoModel.from_config(settings)
-    except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError, RuntimeError) as error:
+        with guarded():
+            settings = CONFIG_MAPPING[model_type].from_dict(
+                {key: value for key, value in config.items() if key != "quantization_config"}
+            )
+        with torch.device("meta"), guarded(), _counted_modules():
+            kind: Any = getattr(transformers, architecture or "", None)
+            is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+            return kind._from_config(settings) if is_model else transformers.AutoModel.from_config(settings)
+    except Exception as error:  # of any kind, as what a config.json may say
         raise SourceError(
             f"config.json: transformers cannot build {architecture or model_type} from it ({first_line(error)})"
         ) from None
+
+
+@contextmanager
+def _counted_modules() -> Iterator[None]:
+    """Stop a model that is built with more modules than MODULES."""
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    count = 0
+
+    def add(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > limits.MODULES:
+            raise ValueError(f"it has more than {limits.MODULES:,} modules")
+
+    hook = register_module_module_registration_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def linear_kinds(model: Any) -> dict[str, str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import mmap
 import pickle
 import warnings
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +14,10 @@ import ml_dtypes
 import numpy as np
 
 from quantize8.checkpoint.base import Checkpoint, TensorInfo, contained
+from quantize8.checkpoint.pickles import check_pickle
 from quantize8.checkpoint.safetensors import read_weight_map
 from quantize8.errors import SourceError, first_line
+from quantize8.limits import check_tensor, is_file
 from quantize8.ops.reference import Array
 
 if TYPE_CHECKING:
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "pytorch_model.bin.index.json"
 SINGLE_NAME = "pytorch_model.bin"
+_PICKLES_BEFORE = 4  # torch 1.6: a number, a version, the machine, the tensors; then the keys and the values
 
 
 class TorchCheckpoint(Checkpoint):
@@ -32,6 +38,9 @@ class TorchCheckpoint(Checkpoint):
         seen: set[tuple[Any, ...]] = set()
         for file in files:
             for tensor, value in _load(contained(folder / file, folder)).items():
+                check_tensor(tensor, value.shape, value.element_size(), str(folder / file), SourceError)
+                if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                    raise SourceError(f"{folder / file}: {tensor} has more values than the file; save it contiguous")
                 place = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride())
                 if tied and place in seen:
                     continue
@@ -56,9 +65,10 @@ def open_torch(folder: Path, identity: dict[str, str], name: str) -> TorchCheckp
 def _load(path: Path) -> dict[str, Tensor]:
     import torch
 
-    if not path.is_file():
+    if not is_file(path):
         raise SourceError(f"{path}: missing; the checkpoint is incomplete, fetch it again")
     try:
+        _check(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice on odd pickles: what is not refused below is read exactly
             try:
@@ -71,11 +81,36 @@ def _load(path: Path) -> dict[str, Tensor]:
         raise SourceError(
             f"{path}: holds objects or code besides tensors, and is not opened; use safetensors"
         ) from None
-    except (RuntimeError, OSError, ValueError, EOFError, KeyError, AssertionError) as error:
+    except Exception as error:  # of any kind, as what torch makes of a broken pickle
         raise SourceError(f"{path}: not a whole torch file ({first_line(error)}); fetch it again") from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    # the methods of the types: a pickle may give a dictionary or a tensor attributes of the same names
+    if not isinstance(state, dict) or not all(_is_plain(name, value) for name, value in dict.items(state)):
         raise SourceError(f"{path}: is not a plain dictionary of tensors; save the model's state_dict()")
-    return {str(name): value for name, value in state.items()}
+    return {name: torch.Tensor.detach(value) for name, value in dict.items(state)}
+
+
+def _is_plain(name: Any, value: Any) -> bool:
+    import torch
+
+    return isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+
+
+def _check(path: Path) -> None:
+    """Raise UnpicklingError or ValueError for a file that torch should not be given."""
+    from torch._C import PyTorchFileReader
+
+    size = path.stat().st_size
+    # a map, as a file would allocate what a length in it claims
+    with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as file:
+        if file[:4] != b"PK\x03\x04":  # the format before torch 1.6
+            for _ in range(_PICKLES_BEFORE + 1):
+                check_pickle(file, size)
+            return
+        with zipfile.ZipFile(opened) as archive:
+            for entry in archive.infolist():  # torch.save compresses nothing, a bomb would
+                if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
+                    raise ValueError(f"{entry.filename} is compressed")
+    check_pickle(io.BytesIO(PyTorchFileReader(str(path)).get_record("data.pkl")), size)
 
 
 def _dtype_name(value: Tensor, path: Path) -> str:

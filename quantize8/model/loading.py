@@ -11,10 +11,14 @@ from quantize8.artifact.outliers import has_outliers, read_outliers
 from quantize8.checkpoint import Checkpoint, QuantizedCheckpoint, open_checkpoint
 from quantize8.checkpoint.bitsandbytes import is_int8
 from quantize8.checkpoint.gguf import GgufCheckpoint
-from quantize8.checkpoint.structure import read_structure
-from quantize8.errors import ArtifactError, DependencyError, SourceError, first_line
+from quantize8.checkpoint.guard import guarded
+from quantize8.checkpoint.structure import architecture_of, read_structure
+from quantize8.checkpoint.tokenizer import check_tokenizer
+from quantize8.errors import ArtifactError, DependencyError, Quantize8Error, SourceError, first_line
 from quantize8.ops.choice import resolve
 from quantize8.ops.reference import DEFAULT_THRESHOLD, STATIC_MODES, OutlierMode
+
+_ADAPTER = "adapter_config.json"  # by which transformers would read further weights, with readers that are not ours
 
 
 def load(
@@ -43,6 +47,8 @@ def load(
         # opening tells what is missing, cut or lying in one line, before transformers meets it
         checkpoint = open_checkpoint(str(path), revision=revision, token=token)
         stored = checkpoint.stored if isinstance(checkpoint, QuantizedCheckpoint) else checkpoint
+        if (stored.folder / _ADAPTER).exists():
+            raise SourceError(f"{path}: holds an adapter ({_ADAPTER}), which is not run; merge it, or move it away")
         calibrated = has_outliers(stored.folder)
         if mode == "static" and not calibrated:
             raise SourceError(f"{path}: holds no outlier columns for mode static; convert its source with --calibrate")
@@ -54,9 +60,8 @@ def load(
             model = _load_decoded(checkpoint, mode, threshold, given)
         else:
             settings = _model_config(stored, mode, threshold)
-            model = model_class(stored.config).from_pretrained(
-                stored.folder, config=settings, trust_remote_code=False, **given
-            )
+            kind = model_class(stored.config)
+            model = _built(kind, stored.folder, stored.folder, config=settings, trust_remote_code=False, **given)
         if mode in STATIC_MODES and calibrated:
             _give_outliers(model, checkpoint, stored.folder)
         return model.eval(), find_tokenizer(checkpoint)
@@ -98,8 +103,19 @@ def _load_decoded(checkpoint: Checkpoint, mode: OutlierMode, threshold: float | 
     if any(tensor.dtype == "I8" for tensor in plan.state.values()):
         asked = DEFAULT_THRESHOLD if threshold is None else threshold
         settings.quantization_config = _entry(asked, plan.skip_modules, mode, plan.int8_experts)
-    model = model_class(checkpoint.config).from_pretrained(None, config=settings, state_dict=plan.state, **given)
-    return model.eval()
+    kind = model_class(checkpoint.config)
+    return _built(kind, checkpoint.folder, None, config=settings, state_dict=plan.state, **given).eval()
+
+
+def _built(kind: Any, where: Path, source: Path | None, **given: Any) -> Any:
+    """The model as transformers loads it; whatever it or torch raise, of memory too, is one line."""
+    try:
+        with guarded():
+            return kind.from_pretrained(source, **given)
+    except Quantize8Error:
+        raise
+    except Exception as error:  # of any kind, as what a config.json may say of its weights
+        raise SourceError(f"{where}: transformers cannot load this model ({first_line(error)})") from None
 
 
 def _give_outliers(model: Any, checkpoint: Checkpoint, folder: Path) -> None:
@@ -134,8 +150,9 @@ def model_settings(checkpoint: Checkpoint) -> Any:
     if isinstance(checkpoint.origin, GgufCheckpoint):
         return CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(checkpoint.config)
     try:
-        return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    except ValueError as error:
+        with guarded():
+            return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    except Exception as error:  # of any kind, as what a config.json may say
         raise SourceError(
             f"{checkpoint.folder}: transformers cannot run this architecture ({first_line(error)})"
         ) from None
@@ -169,8 +186,9 @@ def model_class(config: dict[str, Any]) -> Any:
     """The class that a config.json names, AutoModel where transformers has none of that name."""
     import transformers
 
-    name = (config.get("architectures") or ["AutoModel"])[0]
-    return getattr(transformers, name, None) or transformers.AutoModel
+    kind = getattr(transformers, architecture_of(config) or "", None)
+    is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    return kind if is_model else transformers.AutoModel
 
 
 def find_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -182,7 +200,9 @@ def find_tokenizer(checkpoint: Checkpoint) -> Any:
     folder = checkpoint.folder
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return None
+    check_tokenizer(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, ImportError) as error:
+        with guarded():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises nothing narrower
         raise DependencyError(f"{folder}: its tokenizer does not load ({first_line(error)})") from None

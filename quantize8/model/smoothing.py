@@ -27,6 +27,7 @@ from quantize8.artifact.outliers import Calibrated
 from quantize8.checkpoint import Checkpoint
 from quantize8.checkpoint.base import QUANTIZABLE
 from quantize8.checkpoint.smoothing import Factors, SmoothedCheckpoint
+from quantize8.checkpoint.structure import architecture_of
 from quantize8.errors import SourceError
 from quantize8.ops.reference import Array
 
@@ -61,7 +62,7 @@ class _Group:
 
 def check_smoothable(checkpoint: Checkpoint) -> None:
     """Raise SourceError for a checkpoint that smoothing is not known to leave exact, from headers alone."""
-    architecture = (checkpoint.config.get("architectures") or [None])[0]
+    architecture = architecture_of(checkpoint.config)
     if architecture not in _KNOWN:
         raise SourceError(
             f"{checkpoint.name}: smoothing is not known to be exact for {architecture}; leave --smooth out"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from quantize8.checkpoint import Checkpoint
 from quantize8.checkpoint.base import FLOATING
+from quantize8.checkpoint.guard import guarded
 from quantize8.errors import SourceError, first_line
 from quantize8.model.loading import model_class, model_settings, quiet
 from quantize8.model.state import LazyTensor, to_torch
@@ -65,9 +66,9 @@ def _empty_model(checkpoint: Checkpoint) -> Any:
     build = getattr(kind, "_from_config", None) or kind.from_config
     try:
         settings = _plain_settings(checkpoint)
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), guarded():
             return build(settings, dtype=torch.float32).eval()
-    except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError, RuntimeError) as error:
+    except Exception as error:  # of any kind, as what a config.json may say
         raise SourceError(
             f"{checkpoint.folder}: transformers cannot build {kind.__name__} from its config ({first_line(error)})"
         ) from None
@@ -77,7 +78,8 @@ def _whole_model(checkpoint: Checkpoint) -> Any:
     """The model with all its weights, dequantized, in float32."""
     state = {name: LazyTensor(partial(_rows, checkpoint, name), "F32") for name in checkpoint.tensors}
     given = {"state_dict": state, "dtype": torch.float32, "device_map": "cpu"}
-    return model_class(checkpoint.config).from_pretrained(None, config=_plain_settings(checkpoint), **given).eval()
+    with guarded():
+        return model_class(checkpoint.config).from_pretrained(None, config=_plain_settings(checkpoint), **given).eval()
 
 
 def _rows(checkpoint: Checkpoint, name: str) -> Array:

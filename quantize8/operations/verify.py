@@ -10,15 +10,16 @@ import numpy as np
 from blake3 import blake3
 
 from quantize8.artifact.gguf import NAME as GGUF
-from quantize8.artifact.manifest import MANIFEST_NAME, Manifest, TensorRecord, digest, read_manifest
+from quantize8.artifact.manifest import MANIFEST_NAME, Manifest, TensorRecord, check_inside, digest, read_manifest
 from quantize8.artifact.outliers import open_outliers, read_outliers
 from quantize8.checkpoint import Checkpoint, QuantizedCheckpoint, bitsandbytes, compressed_tensors
-from quantize8.checkpoint.base import CONFIG_NAME, READERS
+from quantize8.checkpoint.base import BLOCK_BYTES, CONFIG_NAME, READERS
 from quantize8.checkpoint.encoding import Encoding, RowwiseInt8
 from quantize8.checkpoint.gguf import GgufCheckpoint
 from quantize8.checkpoint.quantized import decode
 from quantize8.checkpoint.safetensors import open_safetensors
 from quantize8.errors import ArtifactError, SourceError
+from quantize8.limits import INDEX_BYTES, is_file
 from quantize8.ops.reference import INT8_MAX, as_bytes
 
 
@@ -76,6 +77,8 @@ def _check_folder(folder: Path, manifest: Manifest) -> int:
 
 def _check_gguf(folder: Path, manifest: Manifest) -> int:
     """Compare the tensors of a GGUF file with their records; what lies between them must be zeros."""
+    if len(manifest.headers) != 1:
+        raise ArtifactError(f"{folder / MANIFEST_NAME}: lists no one GGUF file; convert the source again")
     (file,) = manifest.headers
     reader = GgufCheckpoint(folder / file, {"id": folder.name}, folder.name).reader
     tensors = {str(tensor.name): tensor for tensor in reader.tensors}
@@ -117,24 +120,38 @@ def _check_files(folder: Path, manifest: Manifest) -> int:
     headers = {} if manifest.format == GGUF else manifest.headers  # that file's is checked with its tensors
     for name, expected in [*manifest.files.items(), *headers.items()]:
         path = folder / name
-        if not path.is_file():
+        if not is_file(path):
             raise ArtifactError(f"{path}: missing; copy the artifact again, or convert its source again")
-        data = _header(path) if name in manifest.headers else path.read_bytes()
-        nbytes += len(data)
-        if digest(data) != expected:
+        check_inside(path, folder)
+        size, found = _digest_header(path) if name in manifest.headers else _digest_file(path)
+        nbytes += size
+        if found != expected:
             raise ArtifactError(f"{path}: changed since it was written; copy the artifact again")
     known = {MANIFEST_NAME, *manifest.files, *manifest.headers}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in known and not name.startswith("."):
+        check_inside(path, folder)
+        if (path.is_symlink() or not path.is_dir()) and name not in known and not name.startswith("."):
             raise ArtifactError(f"{path}: is not part of the artifact; remove it")
     return nbytes
 
 
-def _header(path: Path) -> bytes:
+def _digest_header(path: Path) -> tuple[int, str]:
+    """Bytes and digest of a safetensors file's length field and header."""
     with path.open("rb") as file:
         length = file.read(8)
-        return length + file.read(min(int.from_bytes(length, "little"), path.stat().st_size))
+        data = length + file.read(min(int.from_bytes(length, "little"), INDEX_BYTES))
+    return len(data), digest(data)
+
+
+def _digest_file(path: Path) -> tuple[int, str]:
+    """Bytes and digest of a file of any size."""
+    content, size = blake3(), 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            content.update(block)
+            size += len(block)
+    return size, str(content.hexdigest())
 
 
 def _check_tensor(stored: Checkpoint, name: str, record: TensorRecord, encoding: Encoding | None) -> int:
