@@ -25,6 +25,7 @@ from quantize8.ops.epilogue import add_columns, word_of
 from quantize8.ops.jit import compiled, prange
 from quantize8.ops.passes import PAIR, bias_blocks, finish_block, inverse_of, multiply_block
 from quantize8.ops.reference import INT8_MAX, LEAST_SQUARES, TOKEN_SIGMAS
+from quantize8.ops.standing_out import beyond, lowest, peak_and_squares
 from quantize8.ops.units import BLOCK, DIGIT_BASE, TILE_COLUMNS, TILE_ROWS, prepare, release
 
 _BASE, _SIGMAS, _LEAST = np.float32(DIGIT_BASE), np.float32(TOKEN_SIGMAS), np.float32(LEAST_SQUARES)
@@ -92,9 +93,9 @@ def _quantize(
 
     Its own outliers go to `found`, but for the low digit: words, factors and counts, as `add_columns` reads them.
     """
-    values, apart, low, lanes, tops = work
+    values, apart, low, measured, masks = work
     _read(row, wide, values, apart)
-    peak, largest = _take_out(values, len(row), limit, lanes, tops, found, marks)
+    peak, largest = _take_out(values, len(row), limit, measured, masks, found, marks)
     for j in range(len(wide)):
         largest = max(largest, as_bits(apart[j]) & MAGNITUDE)  # by their bits, NaN is the largest of all
     absmax = as_float(max(peak, as_bits(as_float(largest) / _BASE)))  # two digits hold 127 * 254 steps
@@ -112,10 +113,9 @@ def _quantize(
 
 @compiled(nogil=True)
 def _scratch(steps: int, high_steps: int) -> Any:
-    """To work in: a token's values, in whole tiles; those of wide columns, and their low digits; sums; largest bits."""
+    """To work in: a token's values, in whole tiles; those of wide columns, and their low digits; what is measured."""
     values, apart = np.zeros(steps * TILE_COLUMNS, np.float32), np.zeros(high_steps * TILE_COLUMNS, np.float32)
-    lanes, tops = np.empty(TILE_COLUMNS, np.float32), np.empty(TILE_COLUMNS, np.uint32)
-    return values, apart, np.empty(len(apart), np.int8), lanes, tops
+    return values, apart, np.empty(len(apart), np.int8), np.empty(2, np.uint32), np.empty(steps, np.uint64)
 
 
 @compiled(nogil=True, fastmath=False)
@@ -130,60 +130,35 @@ def _read(row: Any, wide: Any, values: Any, apart: Any) -> None:
 
 
 @compiled(nogil=True, fastmath=False)
-def _take_out(values: Any, columns: int, limit: Any, lanes: Any, tops: Any, found: Any, marks: Any) -> Any:
+def _take_out(values: Any, columns: int, limit: Any, measured: Any, masks: Any, found: Any, marks: Any) -> Any:
     """Set a token's own outliers to 0, as many as there may be; bits of the largest that is left, and of theirs.
 
     Of what was taken, words get the columns and factors the bits, negative numbers from the front and positive ones
     from the back; counts [2], how many of each.
     """
     words, factors, counts = found
-    counts[:] = 0
-    lanes[:], tops[:] = 0, 0
-    for first in range(0, len(values), TILE_COLUMNS):
-        for k in range(TILE_COLUMNS):
-            value = values[first + k]
-            tops[k] = max(tops[k], as_bits(value) & MAGNITUDE)
-            lanes[k] += value * value
-    peak = np.uint32(0)
-    for k in range(TILE_COLUMNS):
-        peak = max(peak, tops[k])
+    counts[0], counts[1] = 0, 0
+    address, tiles = values.ctypes.data, len(values) // TILE_COLUMNS
+    peak_and_squares(address, tiles, measured.ctypes.data)
+    peak, total = measured[0], as_float(measured[1])
     if peak >= limit:
         _mark(values, limit, marks)
-    total = _sum(lanes)
     bound = as_bits(_SIGMAS * np.sqrt(total / np.float32(columns)))
     if not len(words) or not total >= _LEAST or peak <= bound:  # the sum may be no number
         return peak, np.uint32(0)
-    peak, largest = np.uint32(0), np.uint32(0)
-    for first in range(0, len(values), TILE_COLUMNS):
-        top = np.uint32(0)
-        for k in range(TILE_COLUMNS):
-            top = max(top, as_bits(values[first + k]) & MAGNITUDE)
-        if top <= bound:
-            peak = max(peak, top)
-            continue
-        for k in range(first, first + TILE_COLUMNS):
-            magnitude = as_bits(values[k]) & MAGNITUDE
-            if magnitude <= bound:
-                peak = max(peak, magnitude)
-            else:
-                positive = np.int64(values[k] > 0)
-                place = len(words) - 1 - counts[1] if positive else counts[0]
-                words[place], factors[place] = k, np.int32(as_bits(values[k]))
-                counts[positive] += 1
-                largest = max(largest, magnitude)
-                values[k] = 0
-    return peak, largest
-
-
-@compiled(nogil=True, fastmath=False)
-def _sum(lanes: Any) -> Any:
-    """The sum of 64 numbers, which it changes: halves are added until one number is left."""
-    half = TILE_COLUMNS // 2
-    while half:
-        for k in range(half):
-            lanes[k] += lanes[k + half]
-        half //= 2
-    return lanes[0]
+    largest = peak
+    beyond(address, tiles, bound, masks.ctypes.data, measured.ctypes.data)
+    for s in range(tiles):
+        mask = masks[s]
+        while mask:
+            k = s * TILE_COLUMNS + lowest(mask)
+            positive = np.int64(values[k] > 0)
+            place = len(words) - 1 - counts[1] if positive else counts[0]
+            words[place], factors[place] = k, np.int32(as_bits(values[k]))
+            counts[positive] += 1
+            values[k] = 0
+            mask &= mask - np.uint64(1)
+    return measured[0], largest
 
 
 @compiled(nogil=True)
