@@ -64,6 +64,8 @@ class Hub:
         return [asked for method, path, _, asked in self.log if method == "GET" and "/cdn/" in path]
 
     def stop(self) -> None:
+        """Be gone, for connections that are open, too."""
+        huggingface_hub.utils.close_session()
         self.server.shutdown()
         self.server.server_close()
 
@@ -86,6 +88,8 @@ class Handler(BaseHTTPRequestHandler):
         (r"GET /api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/.*)?", "tree"),
         (r"(?:GET|HEAD) /([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
         (r"GET /cdn/([^/]+/[^/]+)/(.+)", "content"),
+        (r"GET /api/whoami-v2", "whoami"),
+        (r"GET /api/models/([^/]+/[^/]+)/refs", "refs"),
         (r"POST /api/repos/create", "create"),
         (r"POST /api/models/([^/]+/[^/]+)/branch/(.+)", "branch"),
         (r"POST /api/models/([^/]+/[^/]+)/preupload/(.+)", "preupload"),
@@ -203,6 +207,15 @@ class Handler(BaseHTTPRequestHandler):
             return 416, b"", {"Content-Range": f"bytes */{len(data)}"}
         return 206, data[start:stop], {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}", **etag}
 
+    def whoami(self) -> tuple:
+        if self.headers.get("Authorization") is None or self.hub.read_only == "unknown":
+            return 401, b"{}", {}
+        return self.json({"name": "me", "type": "user", "orgs": []})
+
+    def refs(self, model: str) -> tuple:
+        branch = {"name": "main", "ref": "refs/heads/main", "targetCommit": self.hub.commit(model)}
+        return self.json({"branches": [branch], "tags": [], "converts": []})
+
     def create(self) -> tuple:
         asked = json.loads(self.body)
         model = f"{asked.get('organization') or 'me'}/{asked['name']}"
@@ -212,7 +225,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.json({"error": "exists", "url": f"/{model}"}, 409)
         self.hub.models[model] = self.hub.folder / model.replace("/", "--")
         self.hub.models[model].mkdir(parents=True)
-        if asked.get("private"):
+        if asked.get("private") or asked.get("visibility") == "private":
             self.hub.private.add(model)
         return self.json({"url": f"http://127.0.0.1:{self.hub.port}/{model}", "id": model, "name": model})
 
@@ -278,6 +291,7 @@ def serving(hub: Hub, cache: Path, monkeypatch):
         monkeypatch.setattr(huggingface_hub.constants, name, value)
     monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", endpoint)
     monkeypatch.setattr("quantize8.checkpoint.ranges.WAIT", 0.01)
+    monkeypatch.setitem(huggingface_hub.utils.http_backoff.__kwdefaults__, "base_wait_time", 0.01)
     monkeypatch.setattr("quantize8.checkpoint.fetch._CHECKED", cache / "checked")
     huggingface_hub.utils.close_session()
     try:

@@ -1,13 +1,18 @@
 """The hub, as a small server on this machine: what is asked of it, what is downloaded, and how failures read."""
 
+import hashlib
+
 import pytest
 from hub_server import COMMIT
 
 from quantize8 import SourceError, convert
-from quantize8.checkpoint import open_checkpoint
+from quantize8.checkpoint import fetch, open_checkpoint, ordered
 from quantize8.checkpoint.hub import needed_files
 
 TOKEN = "hf_averysecrettoken"
+# huggingface_hub's own way of sending a body
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
+new = hashlib.new
 
 
 def test_a_model_is_opened_by_its_id_with_only_the_files_it_needs(hub, tmp_path):
@@ -113,3 +118,115 @@ def test_what_is_no_hub_id(hub, name):
 )
 def test_needed_files(names, weights, small):
     assert needed_files(names) == (weights, small)
+
+
+WEIGHT = "model-00001-of-00002.safetensors"
+
+
+def test_an_interrupted_download_goes_on_where_it_was(hub, monkeypatch):
+    """The second run asks for the rest alone, and what it has then is whole."""
+    monkeypatch.setattr(ordered, "CHUNK", 5003)
+    monkeypatch.setattr(ordered, "AHEAD", 2)
+    size = (hub.models["org/tiny"] / WEIGHT).stat().st_size
+    hub.cut_after = [None, None, None, *[0] * 100]  # the third is on its way while the second is read
+    with pytest.raises(SourceError, match="run it again when the connection is back"):
+        open_checkpoint("org/tiny")
+    hub.cut_after, hub.sent = [], 0
+    hub.log.clear()
+    checkpoint = open_checkpoint("org/tiny")
+    other = (hub.models["org/tiny"] / WEIGHT.replace("1-of", "2-of")).stat().st_size
+    assert hub.sent == size + other - 3 * 5003 and hub.ranges()[0] == "bytes=15009-20011"
+    assert all(
+        (checkpoint.folder / path.name).read_bytes() == path.read_bytes()
+        for path in hub.models["org/tiny"].glob("model-*")
+    )
+    hub.sent = 0
+    open_checkpoint("org/tiny")
+    assert hub.sent == 0  # all of it is in the cache
+
+
+def test_a_partial_file_that_is_damaged_is_forgotten(hub, monkeypatch, tmp_path):
+    monkeypatch.setattr(ordered, "CHUNK", 5003)
+    monkeypatch.setattr(ordered, "AHEAD", 2)
+    hub.cut_after = [None, None, *[0] * 100]
+    with pytest.raises(SourceError):
+        open_checkpoint("org/tiny")
+    (partial,) = (tmp_path / "cache").rglob("*.incomplete")
+    partial.write_bytes(b"x" * 7000)  # a whole chunk, and the beginning of one
+    hub.cut_after = []
+    with pytest.raises(SourceError, match=f"{WEIGHT}: its content has not the sha256"):
+        open_checkpoint("org/tiny")
+    assert not partial.exists()
+    assert open_checkpoint("org/tiny").tensors
+
+
+def test_a_download_with_other_content_is_refused(hub, tmp_path):
+    data = bytearray((hub.models["org/tiny"] / WEIGHT).read_bytes())
+    data[-1] ^= 1
+    hub.replaced[WEIGHT] = bytes(data)
+    with pytest.raises(SourceError, match=f"{WEIGHT}: its content has not the sha256 that the hub lists"):
+        convert("org/tiny", tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list((tmp_path / "cache").rglob("*.incomplete"))
+
+
+def test_what_another_tool_downloaded_is_hashed_once(hub, tmp_path, monkeypatch):
+    folder = open_checkpoint("org/tiny").folder
+    for marker in (tmp_path / "cache" / "checked").iterdir():
+        marker.unlink()
+    hashed = []
+    monkeypatch.setattr(fetch.hashlib, "new", lambda *given, **named: hashed.append(given) or new(*given, **named))
+    open_checkpoint("org/tiny")
+    open_checkpoint("org/tiny")
+    assert len(hashed) == 2
+    weight = (folder / WEIGHT).resolve()
+    weight.write_bytes(weight.read_bytes()[:-1] + b"x")
+    with pytest.raises(SourceError, match="has not the sha256 that the hub lists; remove it"):
+        open_checkpoint("org/tiny")
+
+
+def test_a_small_weight_file_in_git_is_compared_too(hub, monkeypatch):
+    monkeypatch.setattr("hub_server.LARGE", (".bin",))
+    folder = open_checkpoint("org/tiny").folder
+    weight = (folder / WEIGHT).resolve()
+    weight.write_bytes(weight.read_bytes()[:-1] + b"x")
+    with pytest.raises(SourceError, match="has not the git-sha1 that the hub lists; remove it"):
+        open_checkpoint("org/tiny")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("place", ["argument", "environment", "saved"])
+def test_a_token_that_cannot_be_sent_is_not_shown(place, stream, hub, tmp_path, monkeypatch, capfd):
+    """An HTTP library quotes a header with a line break in it; huggingface_hub strips those of its own places."""
+    secret = "hf_secret\nwith a line"
+    if place == "environment":
+        monkeypatch.setenv("HF_TOKEN", secret)
+    elif place == "saved":
+        (tmp_path / "token").write_text(secret)
+        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    with pytest.raises(SourceError) as caught:
+        convert("org/nothing", tmp_path / "out", stream=stream, token=secret if place == "argument" else None)
+    shown = "".join([str(caught.value), *capfd.readouterr()])
+    assert "hf_secret" not in shown and "with a line" not in shown
+
+
+def test_a_token_is_in_no_output(hub, tmp_path, monkeypatch, capfd):
+    from quantize8 import cli
+
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    for line in (
+        ["convert", "org/tiny", "--stream", "--out", tmp_path / "a", "--push-to-hub", "me/a", "--json"],
+        ["convert", "org/tiny", "--out", tmp_path / "b", "--token", TOKEN],
+        ["push", tmp_path / "b", "me/b", "--token", TOKEN],
+        ["push", tmp_path / "b", "me/b", "--private", "--json"],
+        ["convert", "org/nothing", "--stream", "--token", TOKEN],
+        ["push", tmp_path / "b", "org/tiny", "--token", TOKEN],
+    ):
+        monkeypatch.setattr("sys.argv", ["quantize8", *map(str, line)])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            assert not stop.code or line[-2] == "--token"
+        output = "".join(capfd.readouterr())
+        assert TOKEN not in output and output.strip()
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(TOKEN.encode() in data for data in written)

@@ -40,12 +40,15 @@ def test_a_stream_gives_the_bytes_of_a_local_source(workers, hub, tmp_path):
     convert(str(hub.models["org/tiny"]), tmp_path / "local")
     assert same(tmp_path / "remote", tmp_path / "local") and tensors(remote.out) == tensors(tmp_path / "local")
     assert remote.manifest.source["revision"] == hub.commit("org/tiny")
-    assert not [path for path in (tmp_path / "cache").rglob("*") if "safetensors" in path.name and path.suffix != ".json"]
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
     large = sum(path.stat().st_size for path in hub.models["org/tiny"].glob("model*.safetensors"))
     headers = 2 * 10_000  # read once more, with the chunk that they are in
     assert large < hub.sent < large + headers  # each byte once
     assert all(sent is None for _, path, sent, _ in hub.log if "/cdn/" in path)  # no token to another server
-    assert all(sent == f"Bearer {TOKEN}" for _, path, sent, _ in hub.log if "/cdn/" not in path)
+    without = [
+        path for _, path, sent, _ in hub.log if path.startswith(("/org", "/api/models")) and sent != f"Bearer {TOKEN}"
+    ]
+    assert not without
 
 
 def test_a_stream_of_a_quantized_source(hub, tmp_path):
@@ -58,7 +61,7 @@ def test_a_stream_of_a_quantized_source(hub, tmp_path):
 
 def test_a_stream_of_experts_whose_order_is_not_the_files(hub, tmp_path):
     hub.models["org/moe"] = mixtral(tmp_path / "moe")
-    convert("org/moe", tmp_path / "remote", stream=True, format="gguf" if False else "bfloat16")
+    convert("org/moe", tmp_path / "remote", stream=True, format="bfloat16")
     convert(str(tmp_path / "moe"), tmp_path / "local", format="bfloat16")
     assert same(tmp_path / "remote", tmp_path / "local")
 
@@ -134,7 +137,7 @@ def test_content_that_changes_on_the_way(hub, tmp_path, monkeypatch):
     data[-1] ^= 1
     hub.replaced[name] = bytes(data)
     first = next(iter(checkpoint.tensors.values()))
-    with pytest.raises(SourceError, match="changed while it was read .another ETag"):
+    with pytest.raises(SourceError, match="another ETag"):
         checkpoint.rows(first.name, 0, first.shape[0])
 
 
@@ -175,7 +178,9 @@ def test_an_index_that_names_a_missing_file(hub, tmp_path):
     fails(r"model-00002-of-00002\.safetensors is missing", tmp_path)
 
 
-@pytest.mark.parametrize("header", [b"", b"\xff" * 8, (2**40).to_bytes(8, "little") + b"{}", bytes(8), b"\x05" + bytes(7)])
+@pytest.mark.parametrize(
+    "header", [b"", b"\xff" * 8, (2**40).to_bytes(8, "little") + b"{}", bytes(8), b"\x05" + bytes(7)]
+)
 def test_headers_that_lie(header, hub, tmp_path):
     hub.models["org/tiny"] = llama(tmp_path / "single")
     (tmp_path / "single" / "model.safetensors").write_bytes(header)
@@ -270,7 +275,7 @@ def test_waiting_grows_to_a_limit_and_follows_the_server(monkeypatch):
     memory.read(0, 1)
     assert waits[-1] == 7.0
     memory.failures = [Interrupted("x") for _ in range(6)]
-    with pytest.raises(SourceError, match="file: cannot be read .x."):
+    with pytest.raises(SourceError, match="file: cannot be read"):
         memory.read(0, 1)
 
 
@@ -297,7 +302,7 @@ def test_stores_give_the_bytes_of_a_local_source(store, tmp_path):
 
 
 def test_a_store_that_changes(store, tmp_path):
-    system, source, (address, _) = store
+    system, _, (address, _) = store
     checkpoint = open_checkpoint(address, stream=True)
     name = "/bucket/model/model-00001-of-00002.safetensors"
     data = system.cat_file(name)

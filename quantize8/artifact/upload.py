@@ -118,4 +118,6 @@ def _sending(repo_id: str, token: str | None) -> Iterator[None]:
             raise OutputError(f"{repo_id}: refused by the hub ({why}); run `hf auth login`") from None
         raise OutputError(f"{repo_id}: upload failed (answer {status}); run `quantize8 push` again") from None
     except Exception as error:  # of the HTTP library, which share no base class with the hub's
-        raise OutputError(f"{repo_id}: upload failed ({clean(error, token)}); run `quantize8 push` again") from None
+        raise OutputError(
+            f"{repo_id}: upload failed ({clean(error.__cause__ or error, token)}); run `quantize8 push` again"
+        ) from None

@@ -13,8 +13,8 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-from quantize8.checkpoint import hub
-from quantize8.checkpoint.ordered import CHUNK, OrderedFile, Transfers
+from quantize8.checkpoint import hub, ordered
+from quantize8.checkpoint.ordered import OrderedFile, Transfers
 from quantize8.checkpoint.ranges import HubFile
 from quantize8.errors import SourceError
 
@@ -72,19 +72,19 @@ def _fetch(file: HubFile, blob: Path, transfers: Transfers) -> None:
 
 def _go_on(file: HubFile, target: BinaryIO, partial: Path, transfers: Transfers) -> None:
     """Append what is missing, in whole chunks; refuse, and forget, what has not the promised digest."""
-    ordered = OrderedFile(file, transfers)
-    here = min(os.fstat(target.fileno()).st_size, file.size) // CHUNK
-    target.truncate(here * CHUNK)
+    remote, chunk = OrderedFile(file, transfers), ordered.CHUNK
+    here = min(os.fstat(target.fileno()).st_size, file.size) // chunk
+    target.truncate(here * chunk)
     target.seek(0)
     for _ in range(here):
-        ordered.supply(bytearray(target.read(CHUNK)))
-    for number in range(here, ordered.count):
-        data = bytearray(min(CHUNK, file.size - number * CHUNK))
-        ordered.read_into(memoryview(data), number * CHUNK)
+        remote.supply(bytearray(target.read(chunk)))
+    for number in range(here, remote.count):
+        data = bytearray(min(chunk, file.size - number * chunk))
+        remote.read_into(memoryview(data), number * chunk)
         target.write(data)
     target.flush()
     try:
-        ordered.confirm()
+        remote.confirm()
     except SourceError:
         partial.unlink()
         raise
@@ -97,7 +97,7 @@ def _check(file: HubFile, path: Path) -> None:
     begin = b"" if file.digest.kind == "sha256" else b"blob %d\0" % path.stat().st_size
     content = hashlib.new(file.digest.kind.removeprefix("git-"), begin, usedforsecurity=False)
     with path.open("rb") as source:
-        while block := source.read(CHUNK):
+        while block := source.read(ordered.CHUNK):
             content.update(block)
     if content.hexdigest() != file.digest.value:
         where = f"{file.where}: its copy at {path.resolve()}"

@@ -19,6 +19,7 @@ class Listing:
     """A hub model at one commit: the files that a conversion reads, weights with sizes and digests."""
 
     repo_id: str
+    revision: str | None  # as it was asked for
     commit: str
     token: str | None
     weights: dict[str, HubFile]
@@ -48,7 +49,7 @@ def find(repo_id: str, revision: str | None, token: str | None) -> Listing:
             lfs, blob = found.lfs, found.blob_id
             digest = Digest("sha256", lfs.sha256) if lfs else Digest("git-sha1", blob) if blob else None
             files[name] = HubFile(repo_id, name, commit, token, lfs.size if lfs else found.size, digest)
-        return Listing(repo_id, commit, token, files, small)
+        return Listing(repo_id, revision, commit, token, files, small)
 
 
 def snapshot(listing: Listing, names: list[str]) -> Path:
@@ -58,20 +59,28 @@ def snapshot(listing: Listing, names: list[str]) -> Path:
     with asking(listing.repo_id, listing.commit, listing.token):
         wanted = [_literal(name) for name in names]
         folder = snapshot_download(listing.repo_id, revision=listing.commit, token=listing.token, allow_patterns=wanted)
+        _note(Path(folder).parent.parent, listing)
         return Path(folder)
+
+
+def _note(folder: Path, listing: Listing) -> None:
+    """Note in the cache which commit a branch or tag is: it is found by that when the hub is away."""
+    name = listing.revision or "main"
+    note = folder / "refs" / name
+    if name != listing.commit and not (note.is_file() and note.read_text() == listing.commit):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(listing.commit)
 
 
 def cached(repo_id: str, revision: str | None) -> Path:
     """The folder of a model that was downloaded before, when the hub cannot be asked."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import try_to_load_from_cache
 
-    try:
-        return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError:
-        raise SourceError(
-            f"{repo_id}: the hub cannot be reached and the model is not in the cache; try again"
-        ) from None
+    for name in (CONFIG_NAME, "quantize8.json"):  # an artifact in GGUF has no config.json
+        path = try_to_load_from_cache(repo_id, name, revision=revision)
+        if isinstance(path, str) and needed_files([file.name for file in Path(path).parent.iterdir()])[0]:
+            return Path(path).parent
+    raise SourceError(f"{repo_id}: the hub cannot be reached and the model is not in the cache; try again")
 
 
 class OfflineError(SourceError):

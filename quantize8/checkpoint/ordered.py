@@ -20,7 +20,7 @@ from quantize8.checkpoint.ranges import RemoteFile
 from quantize8.errors import SourceError
 
 CHUNK = 8 * 2**20  # bytes of a request: its latency is small beside its transfer
-AHEAD = 4  # chunks on their way, each on a connection of its own
+AHEAD = 4  # chunks on their way, the one that is read among them, each on a connection of its own; 2 at least
 _BEHIND = 2  # chunks kept after they were passed: a tensor's scales are often read beside it
 _CONNECTIONS = 8  # of one source, at most
 _HASHERS = 2

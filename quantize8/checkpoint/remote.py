@@ -7,6 +7,7 @@ tensors in the order of the file (see `ordered`).
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping
@@ -39,9 +40,8 @@ class StreamedCheckpoint(SafetensorsCheckpoint):
         name: str,
         *,
         remote: Mapping[str, RemoteFile],
-        keep: Any = None,
     ) -> None:
-        self._remote, self._keep = remote, keep
+        self._remote = remote
         self._transfers = Transfers()
         weakref.finalize(self, self._transfers.close)
         known = [file for file in files if file in remote]
@@ -100,44 +100,56 @@ def open_stream(source: str, revision: str | None, token: str | None) -> Streame
         return _open_store(source)
     repo_id, _, at = source.removeprefix(_HUB_SCHEME).removeprefix("models/").strip("/").partition("@")
     listing = hub.find(repo_id, revision or at or None, token)
+    _check_kind(repo_id, [*listing.weights])
     folder = hub.snapshot(listing, listing.small)
     name, identity = repo_id.rpartition("/")[2], {"id": repo_id, "revision": listing.commit}
     return _open(folder, listing.weights, identity, name)
 
 
-def _open(
-    folder: Path, remote: Mapping[str, RemoteFile], identity: dict[str, str], name: str, keep: Any = None
-) -> StreamedCheckpoint:
-    files = [file for file in remote if file.endswith(".safetensors")]
-    if not files:
-        raise SourceError(f"{identity['id']}: holds no safetensors, and nothing else is streamed; download it first")
+def _open(folder: Path, remote: Mapping[str, RemoteFile], identity: dict[str, str], name: str) -> StreamedCheckpoint:
     read_config(folder)
-    checkpoint = open_files(folder, files, identity, name, partial(StreamedCheckpoint, remote=remote, keep=keep))
+    checkpoint = open_files(folder, list(remote), identity, name, partial(StreamedCheckpoint, remote=remote))
     assert isinstance(checkpoint, StreamedCheckpoint)
     return checkpoint
 
 
+def _check_kind(source: str, weights: list[str]) -> None:
+    if not any(file.endswith(".safetensors") for file in weights):
+        raise SourceError(f"{source}: holds no safetensors, and nothing else is streamed; copy it here first")
+
+
 def _open_store(source: str) -> StreamedCheckpoint:
     """A model in a folder of a store. Its small files are copied into a temporary folder, which ends with it."""
+    folder = Path(tempfile.mkdtemp(prefix="quantize8-"))
+    try:
+        checkpoint = _read_store(source, folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    weakref.finalize(checkpoint, shutil.rmtree, folder, ignore_errors=True)
+    return checkpoint
+
+
+def _read_store(source: str, folder: Path) -> StreamedCheckpoint:
     shown = without_secrets(source)
     system, root = _file_system(source, shown)
     try:
         entries = {str(entry["name"]).rstrip("/").rpartition("/")[2]: entry for entry in system.ls(root, detail=True)}
         files = {name: entry for name, entry in entries.items() if entry["type"] == "file"}
         weights, small = hub.needed_files(list(files))
-        folder = tempfile.TemporaryDirectory(prefix="quantize8-")
+        _check_kind(shown, weights)
+        remote = {name: FsspecFile(system, files[name]["name"], f"{shown}/{name}") for name in weights}
         for name in small:
             if files[name]["size"] > _MAX_SMALL:
                 raise SourceError(f"{shown}/{name}: over {_MAX_SMALL:,} bytes, which no such file has; look at it")
-            (Path(folder.name) / name).write_bytes(system.cat_file(files[name]["name"]))
-        remote = {name: FsspecFile(system, files[name]["name"], f"{shown}/{name}") for name in weights}
+            (folder / name).write_bytes(system.cat_file(files[name]["name"]))
+        return _open(folder, remote, {"id": shown}, shown.rpartition("/")[2])
     except SourceError:
         raise
     except (FileNotFoundError, NotADirectoryError):
         raise SourceError(f"{shown}: no such folder; name the folder of a model") from None
     except Exception as error:  # each driver has errors of its own, which may quote the address
         raise SourceError(f"{shown}: cannot be read ({first_line(error).replace(source, shown)})") from None
-    return _open(Path(folder.name), remote, {"id": shown}, shown.rpartition("/")[2], folder)
 
 
 def _file_system(source: str, shown: str) -> tuple[Any, str]:

@@ -31,9 +31,7 @@ def convert(
     workers: Annotated[int | None, typer.Option(help="Threads.  [default: one a processor]")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and convert nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact at --out.")] = False,
-    stream: Annotated[
-        bool, typer.Option("--stream", help="Read the weights remotely, store none.")
-    ] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Read the weights remotely, store none.")] = False,
     push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Upload the artifact to this model.")] = None,
     private: Private = False,
     page: Page = None,
@@ -83,4 +81,6 @@ def push(
     from quantize8.operations.push import push as operation
 
     result = operation(artifact, repo, private=private, revision=revision, token=token)
-    show(result, f"{result.artifact}: {result.files} files, {result.nbytes / 1e6:,.1f} MB, now at {result.url}", as_json)
+    show(
+        result, f"{result.artifact}: {result.files} files, {result.nbytes / 1e6:,.1f} MB, now at {result.url}", as_json
+    )
