@@ -1,12 +1,13 @@
 """The hub, as a small server on this machine: what is asked of it, what is downloaded, and how failures read."""
 
 import hashlib
+import time
 
 import pytest
 from hub_server import COMMIT
 
 from quantize8 import SourceError, convert
-from quantize8.checkpoint import fetch, open_checkpoint, ordered
+from quantize8.checkpoint import fetch, open_checkpoint, ordered, ranges
 from quantize8.checkpoint.hub import needed_files
 
 TOKEN = "hf_averysecrettoken"
@@ -128,9 +129,11 @@ def test_an_interrupted_download_goes_on_where_it_was(hub, monkeypatch):
     monkeypatch.setattr(ordered, "CHUNK", 5003)
     monkeypatch.setattr(ordered, "AHEAD", 2)
     size = (hub.models["org/tiny"] / WEIGHT).stat().st_size
+    monkeypatch.setattr(ranges, "WAIT", 0.05)
     hub.cut_after = [None, None, None, *[0] * 100]  # the third is on its way while the second is read
     with pytest.raises(SourceError, match="run it again when the connection is back"):
         open_checkpoint("org/tiny")
+    time.sleep(0.1)  # the end of what was on its way
     hub.cut_after, hub.sent = [], 0
     hub.log.clear()
     checkpoint = open_checkpoint("org/tiny")

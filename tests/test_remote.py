@@ -266,7 +266,7 @@ def test_a_second_reading_that_differs_is_refused(transfers):
 
 def test_waiting_grows_to_a_limit_and_follows_the_server(monkeypatch):
     waits = []
-    monkeypatch.setattr(ranges.time, "sleep", waits.append)
+    monkeypatch.setattr(ranges.Event, "wait", lambda self, seconds: waits.append(seconds))
     memory = Memory(bytes(10))
     memory.failures = [Interrupted("x") for _ in range(5)]
     assert memory.read(2, 10) == bytes(8)

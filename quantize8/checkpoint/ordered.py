@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 from blake3 import blake3
@@ -32,9 +32,11 @@ class Transfers:
     def __init__(self) -> None:
         self.fetching = ThreadPoolExecutor(_CONNECTIONS, "fetch")
         self.hashing = ThreadPoolExecutor(_HASHERS, "hash")
+        self.ended = Event()
 
     def close(self) -> None:
-        """Drop what is queued, and wait for no transfer."""
+        """Drop what is queued, try nothing again, and wait for no transfer."""
+        self.ended.set()
         for pool in (self.fetching, self.hashing):
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -115,7 +117,7 @@ class OrderedFile:
 
     def _fetch(self, number: int) -> bytearray:
         start = number * CHUNK
-        data = self.file.read(start, min(start + CHUNK, self.file.size))
+        data = self.file.read(start, min(start + CHUNK, self.file.size), self._transfers.ended)
         expected = self._beginning[start : start + CHUNK]
         content = blake3(data).digest()
         if self._seen.setdefault(number, content) != content or data[: len(expected)] != expected:

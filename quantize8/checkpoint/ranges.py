@@ -8,9 +8,8 @@ inside of a range, and a look at whether the server sent what was asked for.
 from __future__ import annotations
 
 import importlib
-import time
 from abc import ABC, abstractmethod
-from threading import Lock
+from threading import Event, Lock
 from typing import Any, NamedTuple
 
 from quantize8.errors import SourceError, first_line
@@ -49,8 +48,12 @@ class RemoteFile(ABC):
         assert self._size is not None
         return self._size
 
-    def read(self, start: int, stop: int) -> bytearray:
-        """Bytes start..stop. Safe to call from several threads. Raises SourceError where they cannot be had."""
+    def read(self, start: int, stop: int, ended: Event | None = None) -> bytearray:
+        """Bytes start..stop. Safe to call from several threads. Raises SourceError where they cannot be had.
+
+        Once `ended` is set, nobody wants them any more, and no further try is made.
+        """
+        ended = ended or Event()
         data, failures = bytearray(), 0
         while len(data) < stop - start:
             had = len(data)
@@ -62,9 +65,9 @@ class RemoteFile(ABC):
             if len(data) >= stop - start:
                 break
             failures = 0 if len(data) > had else failures + 1
-            if failures == TRIES:
+            if failures == TRIES or ended.is_set():
                 raise SourceError(f"{self.where}: cannot be read ({reason}); run it again when the connection is back")
-            time.sleep(min(MAX_WAIT, max(wait, WAIT * 2 ** max(0, failures - 1))))
+            ended.wait(max(wait, min(MAX_WAIT, WAIT * 2 ** max(0, failures - 1))))
         if len(data) > stop - start:
             raise self.changed("more bytes came than were asked for")
         return data
