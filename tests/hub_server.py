@@ -37,6 +37,7 @@ class Hub:
     cut_after: list = field(default_factory=list)  # bytes after which each next answer is cut off
     refuse: list = field(default_factory=list)  # statuses that the next answers have
     replaced: dict = field(default_factory=dict)  # file name -> other content than the listing's
+    reachable: int | None = None  # bytes of any large file: what is beyond is cut off
     ignores_range: bool = False
     pause: float = 0.0  # seconds before each piece
     # the hub misbehaves:
@@ -119,6 +120,9 @@ class Handler(BaseHTTPRequestHandler):
         cut, large = None, self.path.startswith("/cdn/") and status in (200, 206)
         if large and self.hub.cut_after:
             cut = self.hub.cut_after.pop(0)
+        elif large and self.hub.reachable is not None:
+            start = int(re.search(r"\d*(?=-)|$", self.headers.get("Range") or "")[0] or 0)
+            cut = max(0, self.hub.reachable - start)
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(content))} | headers).items():
             self.send_header(name, value)

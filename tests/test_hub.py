@@ -7,7 +7,7 @@ import pytest
 from hub_server import COMMIT
 
 from quantize8 import SourceError, convert
-from quantize8.checkpoint import fetch, open_checkpoint, ordered, ranges
+from quantize8.checkpoint import fetch, open_checkpoint, ordered
 from quantize8.checkpoint.hub import needed_files
 
 TOKEN = "hf_averysecrettoken"
@@ -129,16 +129,15 @@ def test_an_interrupted_download_goes_on_where_it_was(hub, monkeypatch):
     monkeypatch.setattr(ordered, "CHUNK", 5003)
     monkeypatch.setattr(ordered, "AHEAD", 2)
     size = (hub.models["org/tiny"] / WEIGHT).stat().st_size
-    monkeypatch.setattr(ranges, "WAIT", 0.05)
-    hub.cut_after = [None, None, None, *[0] * 100]  # the third is on its way while the second is read
+    hub.reachable = 17_000
     with pytest.raises(SourceError, match="run it again when the connection is back"):
         open_checkpoint("org/tiny")
     time.sleep(0.1)  # the end of what was on its way
-    hub.cut_after, hub.sent = [], 0
+    hub.reachable, hub.sent = None, 0
     hub.log.clear()
     checkpoint = open_checkpoint("org/tiny")
     other = (hub.models["org/tiny"] / WEIGHT.replace("1-of", "2-of")).stat().st_size
-    assert hub.sent == size + other - 3 * 5003 and hub.ranges()[0] == "bytes=15009-20011"
+    assert hub.sent == size + other - 3 * 5003 and "bytes=15009-20011" in hub.ranges()[:2]
     assert all(
         (checkpoint.folder / path.name).read_bytes() == path.read_bytes()
         for path in hub.models["org/tiny"].glob("model-*")
@@ -151,12 +150,12 @@ def test_an_interrupted_download_goes_on_where_it_was(hub, monkeypatch):
 def test_a_partial_file_that_is_damaged_is_forgotten(hub, monkeypatch, tmp_path):
     monkeypatch.setattr(ordered, "CHUNK", 5003)
     monkeypatch.setattr(ordered, "AHEAD", 2)
-    hub.cut_after = [None, None, *[0] * 100]
+    hub.reachable = 11_000
     with pytest.raises(SourceError):
         open_checkpoint("org/tiny")
     (partial,) = (tmp_path / "cache").rglob("*.incomplete")
     partial.write_bytes(b"x" * 7000)  # a whole chunk, and the beginning of one
-    hub.cut_after = []
+    hub.reachable = None
     with pytest.raises(SourceError, match=f"{WEIGHT}: its content has not the sha256"):
         open_checkpoint("org/tiny")
     assert not partial.exists()
