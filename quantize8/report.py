@@ -45,8 +45,7 @@ def conversion(result: Conversion) -> RenderableType:
     """What a conversion did, or a dry run found."""
     plan, numbers = result.plan, _conversion_json(result)
     table = _table(("", "left"), ("", "left"))
-    where = f"{result.out}" + (f", and {result.pushed}" if result.pushed else "")
-    table.add_row("artifact" if result.manifest else "would write", where)
+    table.add_row("artifact" if result.manifest else "would write", f"{result.out} {result.pushed or ''}".rstrip())
     table.add_row("format", plan.format.title + (", scales of the least error" if plan.searches else ""))
     if isinstance(plan.format, Int8Format):
         table.add_row("recipe", f"{plan.recipe.name}, threshold {plan.recipe.threshold:g}")

@@ -6,7 +6,10 @@ misbehaves; every request is in its log. The content server is the same one unde
 
 import base64
 import contextlib
+import functools
+import gc
 import hashlib
+import io
 import json
 import re
 import threading
@@ -73,6 +76,17 @@ class Hub:
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+@functools.lru_cache
+def _sha256_of(path: Path, size: int, changed: int) -> str:
+    return sha256(path.read_bytes())
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file, computed once as long as it does not change."""
+    found = path.stat()
+    return _sha256_of(path, found.st_size, found.st_mtime_ns)
 
 
 def git_sha1(data: bytes) -> str:
@@ -151,10 +165,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def entry(self, name: str, path: Path) -> dict:
         """What a listing says of a file."""
-        data = path.read_bytes()
+        size = path.stat().st_size
         if not name.endswith(LARGE):
-            return {"size": len(data), "oid": git_sha1(data)}
-        return {"size": len(data), "oid": "0" * 40, "lfs": {"oid": sha256(data), "size": len(data), "pointerSize": 1}}
+            return {"size": size, "oid": git_sha1(path.read_bytes())}
+        return {"size": size, "oid": "0" * 40, "lfs": {"oid": sha256_of(path), "size": size, "pointerSize": 1}}
 
     def model_info(self, model: str, revision: str | None) -> tuple:
         if answer := self.refused(model, revision):
@@ -189,10 +203,10 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": self.hub.commit(model)}
         if path is None:
             return 404, b"", {"X-Error-Code": "EntryNotFound", **headers}
-        data = path.read_bytes()
         if not name.endswith(LARGE):
+            data = path.read_bytes()
             return 200, data, {"ETag": f'"{git_sha1(data)}"', **headers}
-        linked = {"X-Linked-ETag": f'"{sha256(data)}"', "X-Linked-Size": str(len(data))}
+        linked = {"X-Linked-ETag": f'"{sha256_of(path)}"', "X-Linked-Size": str(path.stat().st_size)}
         location = f"http://localhost:{self.hub.port}/cdn/{model}/{name}?signature=secret-of-the-address"
         return 302, b"", {"Location": location, **linked, **headers}
 
@@ -200,16 +214,18 @@ class Handler(BaseHTTPRequestHandler):
         """The content server: ranges, and the ways in which such a server fails."""
         if self.hub.refuse:
             return self.hub.refuse.pop(0), b"", {}
-        replaced = self.hub.replaced.get(name)
-        data = self.hub.files(model)[name].read_bytes() if replaced is None else replaced
+        path, replaced = self.hub.files(model)[name], self.hub.replaced.get(name)
+        size = path.stat().st_size if replaced is None else len(replaced)
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        etag = {"ETag": f'"{sha256(data)}"'}
+        etag = {"ETag": f'"{sha256_of(path) if replaced is None else sha256(replaced)}"'}
         if not asked or self.hub.ignores_range:
-            return 200, data, etag
-        start, stop = int(asked[1]), min(int(asked[2] or len(data) - 1) + 1, len(data))
-        if start >= len(data):
-            return 416, b"", {"Content-Range": f"bytes */{len(data)}"}
-        return 206, data[start:stop], {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}", **etag}
+            return 200, path.read_bytes() if replaced is None else replaced, etag
+        start, stop = int(asked[1]), min(int(asked[2] or size - 1) + 1, size)
+        if start >= size:
+            return 416, b"", {"Content-Range": f"bytes */{size}"}
+        with io.BytesIO(replaced) if replaced is not None else path.open("rb") as file:
+            file.seek(start)
+            return 206, file.read(stop - start), {"Content-Range": f"bytes {start}-{stop - 1}/{size}", **etag}
 
     def whoami(self) -> tuple:
         if self.headers.get("Authorization") is None or self.hub.read_only == "unknown":
@@ -301,6 +317,10 @@ def serving(hub: Hub, cache: Path, monkeypatch):
     try:
         yield
     finally:
+        gc.collect()  # ends the transfers of checkpoints that are gone
+        for each in threading.enumerate():
+            if each.name.startswith("fetch"):
+                each.join(0.2)
         huggingface_hub.utils.close_session()
         server.shutdown()
         server.server_close()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from quantize8.checkpoint import safetensors, torch_bin
 from quantize8.checkpoint.base import COMPANIONS, CONFIG_NAME
-from quantize8.checkpoint.ranges import Digest, HubFile
+from quantize8.checkpoint.ranges import Digest, HubFile, Interrupted
 from quantize8.errors import SourceError, first_line
 
 
@@ -99,7 +99,7 @@ def asking(repo_id: str, revision: str | None, token: str | None) -> Iterator[No
 
     try:
         yield
-    except SourceError:
+    except (SourceError, Interrupted):
         raise
     except GatedRepoError:
         raise SourceError(f"{repo_id}: gated; ask for access on its page, then run `hf auth login`") from None

@@ -100,12 +100,16 @@ class HubFile(RemoteFile):
     def size(self) -> int:
         """Bytes of the file; asked for where the listing does not say."""
         if self._size is None:
-            self._resolve()
+            try:
+                self._resolve()
+            except Interrupted as error:
+                raise SourceError(f"{self.where}: its size cannot be had ({error}); run it again") from None
         return super().size
 
     def _resolve(self) -> tuple[str, dict[str, str]]:
         """The address of the content and the headers to send there: no token to another server than the hub."""
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub.errors import HfHubHTTPError
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented, not marked
 
         from quantize8.checkpoint.hub import asking
@@ -113,7 +117,14 @@ class HubFile(RemoteFile):
         with self._lock, asking(self.repo_id, self.commit, self.token):
             if self._address is None:
                 url = hf_hub_url(self.repo_id, self.name, revision=self.commit)
-                found = get_hf_file_metadata(url, token=self.token, retry_on_errors=True)
+                try:
+                    found = get_hf_file_metadata(url, token=self.token)
+                except _transport_error() as error:
+                    raise Interrupted(type(error).__name__) from None
+                except HfHubHTTPError as error:
+                    if error.response.status_code in _BUSY:
+                        raise Interrupted(f"answer {error.response.status_code}") from None
+                    raise
                 if found.commit_hash not in (None, self.commit):
                     raise self.changed(f"commit {found.commit_hash} instead of {self.commit}")
                 if found.size is None or self._size not in (None, found.size):
@@ -131,17 +142,14 @@ class HubFile(RemoteFile):
         fresh = self._address is None
         url, headers = self._resolve()
         asked = {**headers, "Range": f"bytes={start}-{stop - 1}"}
-        session = get_session()
-        # httpx, or httpx2 in later versions of huggingface_hub: whatever it uses
-        failures = importlib.import_module(type(session).__module__.partition(".")[0]).TransportError
         try:
-            with session.stream("GET", url, headers=asked, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
+            with get_session().stream("GET", url, headers=asked, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
                 if response.status_code in _EXPIRED and not fresh:
                     self._address = None
                 self._check(response, start, stop, fresh)
                 for piece in response.iter_raw():
                     data += piece
-        except failures as error:
+        except _transport_error() as error:
             self._address = None  # the next try may be sent elsewhere
             raise Interrupted(type(error).__name__) from None
 
@@ -163,6 +171,13 @@ class HubFile(RemoteFile):
         if self._etag is not None and etag is not None and etag != self._etag:
             raise self.changed("another ETag")
         self._etag = etag or self._etag
+
+
+def _transport_error() -> Any:
+    """The class of errors of connections, in the HTTP library that huggingface_hub uses: httpx, later httpx2."""
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # documented, not marked
+
+    return importlib.import_module(type(get_session()).__module__.partition(".")[0]).TransportError
 
 
 class FsspecFile(RemoteFile):

@@ -45,9 +45,13 @@ class StreamedCheckpoint(SafetensorsCheckpoint):
         self._transfers = Transfers()
         weakref.finalize(self, self._transfers.close)
         known = [file for file in files if file in remote]
-        self._headers = dict(zip(known, self._transfers.fetching.map(self._header, known), strict=True))
         self._ordered: dict[str, OrderedFile] = {}
-        super().__init__(folder, files, identity, name)
+        try:
+            self._headers = dict(zip(known, self._transfers.fetching.map(self._header, known), strict=True))
+            super().__init__(folder, files, identity, name)
+        except BaseException:
+            self._transfers.close()
+            raise
         self._headers.clear()
 
     @property
@@ -82,11 +86,11 @@ class StreamedCheckpoint(SafetensorsCheckpoint):
     def _header(self, file: str) -> bytes:
         """The first bytes of a file, up to the data."""
         remote = self._remote[file]
-        start = bytes(remote.read(0, min(8, remote.size)))
+        start = bytes(remote.read(0, min(8, remote.size), self._transfers.ended))
         length = int.from_bytes(start, "little")
         if len(start) < 8 or not 0 < length <= min(_MAX_HEADER, remote.size - 8):
             raise SourceError(f"{remote.where}: not a whole safetensors file (a header of {length} bytes)")
-        return start + bytes(remote.read(8, 8 + length))
+        return start + bytes(remote.read(8, 8 + length, self._transfers.ended))
 
 
 def is_url(source: str) -> bool:
