@@ -34,6 +34,7 @@ class Hub:
     models: dict = field(default_factory=dict)
     commits: dict = field(default_factory=dict)  # model -> its newest commit, COMMIT where there was no upload
     private: set = field(default_factory=set)  # what was created as private
+    branches: set = field(default_factory=lambda: {"main"})  # of all models, with the same content
     log: list = field(default_factory=list)  # (method, path, Authorization, Range)
     sent: int = 0  # bytes of large files
     # the content server misbehaves:
@@ -159,7 +160,7 @@ class Handler(BaseHTTPRequestHandler):
         folder = self.hub.models.get(model, (401, "RepoNotFound"))
         if isinstance(folder, tuple):
             return folder[0], b"{}", {"X-Error-Code": folder[1]}
-        if revision not in (None, "main", self.hub.commit(model)):
+        if revision not in (None, *self.hub.branches, self.hub.commit(model)):
             return 404, b"{}", {"X-Error-Code": "RevisionNotFound"}
         return None
 
@@ -250,7 +251,9 @@ class Handler(BaseHTTPRequestHandler):
         return self.json({"url": f"http://127.0.0.1:{self.hub.port}/{model}", "id": model, "name": model})
 
     def branch(self, model: str, name: str) -> tuple:
-        return self.json({}, 409 if name == "main" else 201)
+        status = 409 if name in self.hub.branches else 201
+        self.hub.branches.add(name)
+        return self.json({}, status)
 
     def preupload(self, model: str, revision: str) -> tuple:
         files = json.loads(self.body)["files"]

@@ -10,6 +10,8 @@ from huggingface_hub import ModelCard, snapshot_download
 from making import llama, word_tokenizer
 
 from quantize8 import ArtifactError, OutputError, convert, push, run, verify
+from quantize8.artifact.card import card
+from quantize8.artifact.manifest import Manifest
 
 TOKEN = "hf_averysecrettoken"
 # huggingface_hub's own way of sending a body
@@ -75,7 +77,23 @@ def test_the_card_of_other_formats(given, facts, hub, tmp_path):
     assert ("relative error" in text) == (given["format"] != "bfloat16")
 
 
-def test_the_card_of_a_gguf_and_of_a_calibrated_artifact(hub, tmp_path, smollm2_gguf):
+def test_the_card_of_a_gguf_names_its_file(tmp_path):
+    (tmp_path / "x-Q8_0.gguf").write_bytes(bytes(2_000_000))
+    manifest = Manifest("1.2.3", "gguf", {"id": "org/x", "revision": COMMIT}, {}, 4_000_000)
+    manifest.headers = {"x-Q8_0.gguf": ""}
+    text = card(tmp_path, manifest, "me/x-gguf", None)
+    assert "llama-cli -m x-Q8_0.gguf" in text and "hf download me/x-gguf x-Q8_0.gguf" in text
+    assert "4.0 MB -> 2.0 MB" in text and "license" not in text and "quantize8 run me/x-gguf" in text
+
+
+def test_a_branch(hub, tmp_path):
+    convert(str(llama(tmp_path / "source")), tmp_path / "out")
+    push(tmp_path / "out", "me/x", revision="w8a8", token=TOKEN)
+    push(tmp_path / "out", "me/x", revision="w8a8", token=TOKEN)
+    assert hub.branches == {"main", "w8a8"} and any("/commit/w8a8" in path for _, path, *_ in hub.log)
+
+
+def test_the_card_of_a_calibrated_artifact(hub, tmp_path):
     source = word_tokenizer(llama(tmp_path / "source"))
     (tmp_path / "text").write_text(" ".join(f"w{i}" for i in range(60)))
     given = {"calibrate": tmp_path / "text", "outlier_columns": 3}

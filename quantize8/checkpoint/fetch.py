@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,17 +30,32 @@ def download(repo_id: str, revision: str | None, token: str | None) -> tuple[Pat
     except hub.OfflineError:
         folder = hub.cached(repo_id, revision)
         return folder, folder.name
-    transfers = Transfers()
-    try:
-        for file in listing.weights.values():
-            if file.digest is not None and file.digest.kind == "sha256":
-                _fetch(file, _blob(repo_id, file.digest.value), transfers)
-    finally:
-        transfers.close()
+    missing = {
+        blob: file
+        for file in listing.weights.values()
+        if file.digest is not None
+        and file.digest.kind == "sha256"
+        and not (blob := _blob(repo_id, file.digest.value)).exists()
+    }
+    if missing:
+        _fetch_all(missing, repo_id)
     folder = hub.snapshot(listing, [*listing.weights, *listing.small])
     for name, file in listing.weights.items():
         _check(file, folder / name)
     return folder, listing.commit
+
+
+def _fetch_all(missing: dict[Path, HubFile], title: str) -> None:
+    """Bring files into the cache, one after the other, with the progress bar of all downloads from the hub."""
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # documented, not marked
+
+    transfers, total = Transfers(), sum(file.size for file in missing.values())
+    try:
+        with tqdm(total=total, unit="B", unit_scale=True, desc=title) as bar:  # type: ignore[no-untyped-call]
+            for blob, file in missing.items():
+                _fetch(file, blob, transfers, bar.update)
+    finally:
+        transfers.close()
 
 
 def _blob(repo_id: str, sha256: str) -> Path:
@@ -51,10 +67,8 @@ def _blob(repo_id: str, sha256: str) -> Path:
     return Path(constants.HF_HUB_CACHE).expanduser() / folder / "blobs" / sha256
 
 
-def _fetch(file: HubFile, blob: Path, transfers: Transfers) -> None:
-    """Bring a file into the cache, from where an earlier try stopped; does nothing where it is whole."""
-    if blob.exists():
-        return
+def _fetch(file: HubFile, blob: Path, transfers: Transfers, advance: Callable[[int], object]) -> None:
+    """Bring a file into the cache, from where an earlier try stopped."""
     blob.parent.mkdir(parents=True, exist_ok=True)
     partial = blob.with_name(blob.name + _PARTIAL)
     try:
@@ -62,7 +76,7 @@ def _fetch(file: HubFile, blob: Path, transfers: Transfers) -> None:
             fcntl.flock(target, fcntl.LOCK_EX)  # a second process waits here, and finds the file whole
             if blob.exists():
                 return partial.unlink(missing_ok=True)
-            _go_on(file, target, partial, transfers)
+            _go_on(file, target, partial, transfers, advance)
             os.fsync(target.fileno())
             partial.rename(blob)
     except OSError as error:
@@ -70,11 +84,14 @@ def _fetch(file: HubFile, blob: Path, transfers: Transfers) -> None:
     _mark(file, blob)
 
 
-def _go_on(file: HubFile, target: BinaryIO, partial: Path, transfers: Transfers) -> None:
+def _go_on(
+    file: HubFile, target: BinaryIO, partial: Path, transfers: Transfers, advance: Callable[[int], object]
+) -> None:
     """Append what is missing, in whole chunks; refuse, and forget, what has not the promised digest."""
     remote, chunk = OrderedFile(file, transfers), ordered.CHUNK
     here = min(os.fstat(target.fileno()).st_size, file.size) // chunk
     target.truncate(here * chunk)
+    advance(here * chunk)
     target.seek(0)
     for _ in range(here):
         remote.supply(bytearray(target.read(chunk)))
@@ -82,6 +99,7 @@ def _go_on(file: HubFile, target: BinaryIO, partial: Path, transfers: Transfers)
         data = bytearray(min(chunk, file.size - number * chunk))
         remote.read_into(memoryview(data), number * chunk)
         target.write(data)
+        advance(len(data))
     target.flush()
     try:
         remote.confirm()
