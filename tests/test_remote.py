@@ -281,9 +281,10 @@ def test_waiting_grows_to_a_limit_and_follows_the_server(monkeypatch):
     memory.failures = [Interrupted("busy", 7.0)]
     memory.read(0, 1)
     assert waits[-1] == 7.0
-    memory.failures = [Interrupted("x") for _ in range(6)]
+    memory.failures = [Interrupted("x") for _ in range(ranges.TRIES)]
     with pytest.raises(SourceError, match="file: cannot be read"):
         memory.read(0, 1)
+    assert waits[-3:] == [ranges.MAX_WAIT] * 3 and sum(waits[7:]) < 90
 
 
 @pytest.fixture

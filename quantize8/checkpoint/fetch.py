@@ -69,9 +69,9 @@ def _blob(repo_id: str, sha256: str) -> Path:
 
 def _fetch(file: HubFile, blob: Path, transfers: Transfers, advance: Callable[[int], object]) -> None:
     """Bring a file into the cache, from where an earlier try stopped."""
-    blob.parent.mkdir(parents=True, exist_ok=True)
     partial = blob.with_name(blob.name + _PARTIAL)
     try:
+        blob.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("a+b") as target:
             fcntl.flock(target, fcntl.LOCK_EX)  # a second process waits here, and finds the file whole
             if blob.exists():

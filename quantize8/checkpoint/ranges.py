@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from quantize8.errors import SourceError, first_line
 
-TRIES = 6  # in a row that bring nothing
+TRIES = 10  # in a row that bring nothing: a minute and a half away, by the waits below
 WAIT, MAX_WAIT = 0.5, 16.0  # seconds before the second try, doubled for each one after; the longest
 _BUSY = (408, 425, 429, 500, 502, 503, 504)  # answers after which another try may succeed
 _EXPIRED = (401, 403)  # of a content server: the address that the hub gave has had its time
