@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from quantize8.operations.convert import convert
     from quantize8.operations.evaluate import evaluate
     from quantize8.operations.inspect import inspect
+    from quantize8.operations.push import push
     from quantize8.operations.run import run
     from quantize8.operations.verify import verify
 
@@ -45,6 +46,7 @@ __all__ = [
     "inspect",
     "load",
     "merge_and_unload",
+    "push",
     "run",
     "verify",
 ]
@@ -58,6 +60,7 @@ _HOMES = {
     "inspect": "operations.inspect",
     "load": "model.loading",
     "merge_and_unload": "model.training",
+    "push": "operations.push",
     "run": "operations.run",
     "verify": "operations.verify",
 }

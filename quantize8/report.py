@@ -29,7 +29,7 @@ _SHOWN_COLUMNS = 3  # of the worst: a line of a table fits 80 characters for mos
 def as_json(value: Any) -> Any:
     """Any result as plain JSON values; a conversion without its per-byte plan."""
     if isinstance(value, Conversion):
-        return _conversion_json(value)
+        return {**_conversion_json(value), "pushed": value.pushed}
     if isinstance(value, Path):
         return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -45,7 +45,7 @@ def conversion(result: Conversion) -> RenderableType:
     """What a conversion did, or a dry run found."""
     plan, numbers = result.plan, _conversion_json(result)
     table = _table(("", "left"), ("", "left"))
-    table.add_row("artifact" if result.manifest else "would write", str(result.out))
+    table.add_row("artifact" if result.manifest else "would write", f"{result.out} {result.pushed or ''}".rstrip())
     table.add_row("format", plan.format.title + (", scales of the least error" if plan.searches else ""))
     if isinstance(plan.format, Int8Format):
         table.add_row("recipe", f"{plan.recipe.name}, threshold {plan.recipe.threshold:g}")

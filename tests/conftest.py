@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,20 @@ def smollm2_int8(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("artifacts") / "smollm2-int8"
     convert(str(smollm2), folder)
     return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    """A hub on this machine (hub_server.Hub) with one model, org/tiny, which also has files that nobody needs."""
+    from hub_server import Hub, serving
+    from making import llama
+
+    model = llama(tmp_path / "served", shards=2)
+    (model / "tokenizer.json").write_text("{}")
+    (model / "README.md").write_text("---\nlicense: apache-2.0\n---\nabout")
+    (model / "pytorch_model.bin").write_bytes(b"never asked for")
+    (model / "onnx").mkdir()
+    (model / "onnx" / "model.safetensors").write_bytes(b"never asked for")
+    hub = Hub(tmp_path / "uploads", {"org/tiny": model})
+    with serving(hub, tmp_path / "cache", monkeypatch):
+        yield hub

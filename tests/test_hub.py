@@ -1,118 +1,25 @@
 """The hub, as a small server on this machine: what is asked of it, what is downloaded, and how failures read."""
 
 import hashlib
-import json
-import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import ClassVar
+import time
 
-import huggingface_hub.constants
 import pytest
-from making import llama
+from hub_server import COMMIT
 
 from quantize8 import SourceError, convert
-from quantize8.checkpoint import open_checkpoint
+from quantize8.checkpoint import fetch, open_checkpoint, ordered
 from quantize8.checkpoint.hub import needed_files
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_averysecrettoken"
-
-
-class Hub(BaseHTTPRequestHandler):
-    """Models in folders: `models` maps an id to a folder, or to (status, error code) for one that is refused."""
-
-    protocol_version = "HTTP/1.1"
-    models: ClassVar[dict] = {}
-    log: ClassVar[list] = []
-    break_downloads = False
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def answer(self, body: bool) -> None:
-        self.log.append((self.command, self.path, self.headers.get("Authorization")))
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/?]+))?(?:\?.*)?", self.path):
-            model, revision = match.groups()
-            folder = self.models.get(model, (401, "RepoNotFound"))
-            if isinstance(folder, tuple):
-                return self.send(folder[0], b"{}", {"X-Error-Code": folder[1]}, body)
-            if revision not in (None, "main", COMMIT):
-                return self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
-            files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-            info = {"id": model, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
-            return self.send(200, json.dumps(info).encode(), {"Content-Type": "application/json"}, body)
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/[^/?]+(?:\?.*)?", self.path):
-            folder = self.models[match[1]]
-            files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-            sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-            tree = [{"type": "file", "path": name, "size": size, "oid": "0" * 40} for name, size in sizes.items()]
-            return self.send(200, json.dumps(tree).encode(), {"Content-Type": "application/json"}, body)
-        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.path):
-            data = (self.models[match[1]] / match[3]).read_bytes()
-            headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
-            if self.break_downloads and body:
-                return self.send(500, b"", {}, body)
-            return self.send(200, data, headers, body)
-        return self.send(404, b"", {}, body)
-
-    def send(self, status: int, data: bytes, headers: dict, body: bool) -> None:
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(len(data))} | headers).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A hub with one model, org/tiny, which also has files that nobody needs; the handler class."""
-    model = llama(tmp_path / "served", shards=2)
-    (model / "tokenizer.json").write_text("{}")
-    (model / "README.md").write_text("about")
-    (model / "pytorch_model.bin").write_bytes(b"never asked for")
-    (model / "onnx").mkdir()
-    (model / "onnx" / "model.safetensors").write_bytes(b"never asked for")
-    monkeypatch.setattr(Hub, "models", {"org/tiny": model})
-    monkeypatch.setattr(Hub, "log", [])
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    for name, value in {
-        "ENDPOINT": endpoint,
-        "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_XET": True,
-        "HF_HUB_DISABLE_PROGRESS_BARS": True,
-    }.items():
-        monkeypatch.setattr(huggingface_hub.constants, name, value)
-    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", endpoint)
-    huggingface_hub.utils.close_session()
-    Hub.server_handle = server
-    yield Hub
-    huggingface_hub.utils.close_session()
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def downloaded(hub) -> set[str]:
-    return {path.rpartition("/")[2] for method, path, _ in hub.log if method == "GET" and "/resolve/" in path}
+# huggingface_hub's own way of sending a body
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
+new = hashlib.new
 
 
 def test_a_model_is_opened_by_its_id_with_only_the_files_it_needs(hub, tmp_path):
     checkpoint = open_checkpoint("org/tiny")
     assert checkpoint.identity == {"id": "org/tiny", "revision": COMMIT} and checkpoint.name == "tiny"
-    assert downloaded(hub) == {
+    assert hub.downloaded() == {
         "config.json",
         "generation_config.json",
         "model-00001-of-00002.safetensors",
@@ -132,21 +39,19 @@ def test_the_manifest_names_the_commit_and_the_artifact_equals_the_local_one(hub
     assert remote.manifest.source == {"id": "org/tiny", "revision": COMMIT}
     assert remote.manifest.tensors == local.manifest.tensors
     assert ("remote" in str(remote.out)) and (tmp_path / "remote" / "tokenizer.json").is_file()
-    assert all(sent == f"Bearer {TOKEN}" for _, path, sent in hub.log if path.startswith("/api/"))
+    assert all(sent == f"Bearer {TOKEN}" for _, path, sent, _ in hub.log if path.startswith("/api/"))
     written = b"".join(path.read_bytes() for path in (tmp_path / "remote").iterdir())
     assert TOKEN.encode() not in written
 
 
 def test_the_cache_serves_when_the_hub_is_away(hub):
     open_checkpoint("org/tiny")
-    hub.server_handle.shutdown()
-    hub.server_handle.server_close()
+    hub.stop()
     assert open_checkpoint("org/tiny").identity["revision"] == COMMIT
 
 
 def test_without_a_hub_and_without_a_copy(hub):
-    hub.server_handle.shutdown()
-    hub.server_handle.server_close()
+    hub.stop()
     with pytest.raises(SourceError, match="cannot be reached and the model is not in the cache"):
         open_checkpoint("org/tiny")
 
@@ -173,8 +78,8 @@ def test_an_unknown_revision(hub):
         open_checkpoint("org/tiny", revision="v9")
 
 
-def test_a_download_that_breaks(hub, monkeypatch):
-    monkeypatch.setattr(hub, "break_downloads", True)
+def test_a_download_that_breaks(hub):
+    hub.broken = True
     with pytest.raises(SourceError, match="org/tiny") as caught:
         open_checkpoint("org/tiny")
     assert "\n" not in str(caught.value)
@@ -195,19 +100,135 @@ def test_what_is_no_hub_id(hub, name):
 
 
 @pytest.mark.parametrize(
-    ("names", "needed"),
+    ("names", "weights", "small"),
     [
-        (["model.safetensors", "pytorch_model.bin", "config.json"], ["config.json", "model.safetensors"]),
-        (["pytorch_model.bin", "config.json", "vocab.txt"], ["config.json", "pytorch_model.bin", "vocab.txt"]),
-        (["model.safetensors", "model.fp16.safetensors"], ["model.safetensors"]),
-        (["a.safetensors", "b.safetensors", "x/c.safetensors"], ["a.safetensors", "b.safetensors"]),
-        (["pytorch_model-00001-of-00002.bin", "tf_model.h5"], ["pytorch_model-00001-of-00002.bin"]),
+        (["model.safetensors", "pytorch_model.bin", "config.json"], ["model.safetensors"], ["config.json"]),
+        (["pytorch_model.bin", "config.json", "vocab.txt"], ["pytorch_model.bin"], ["config.json", "vocab.txt"]),
+        (["model.safetensors", "model.fp16.safetensors"], ["model.safetensors"], []),
+        (["a.safetensors", "b.safetensors", "x/c.safetensors"], ["a.safetensors", "b.safetensors"], []),
+        (["pytorch_model-00001-of-00002.bin", "tf_model.h5"], ["pytorch_model-00001-of-00002.bin"], []),
         (
             ["model.safetensors", "1_Pooling/config.json", "onnx/config.json", "LICENSE", "README.md"],
-            ["1_Pooling/config.json", "LICENSE", "model.safetensors"],
+            ["model.safetensors"],
+            ["1_Pooling/config.json", "LICENSE"],
         ),
-        (["README.md", "config.json"], []),
+        (["x.gguf", "quantize8.json"], ["x.gguf"], ["quantize8.json"]),
+        (["x.gguf", "y.gguf"], [], []),
+        (["README.md", "config.json"], [], ["config.json"]),
     ],
 )
-def test_needed_files(names, needed):
-    assert needed_files(names) == needed
+def test_needed_files(names, weights, small):
+    assert needed_files(names) == (weights, small)
+
+
+WEIGHT = "model-00001-of-00002.safetensors"
+
+
+def test_an_interrupted_download_goes_on_where_it_was(hub, monkeypatch):
+    """The second run asks for the rest alone, and what it has then is whole."""
+    monkeypatch.setattr(ordered, "CHUNK", 5003)
+    monkeypatch.setattr(ordered, "AHEAD", 2)
+    size = (hub.models["org/tiny"] / WEIGHT).stat().st_size
+    hub.reachable = 17_000
+    with pytest.raises(SourceError, match="run it again when the connection is back"):
+        open_checkpoint("org/tiny")
+    time.sleep(0.1)  # the end of what was on its way
+    hub.reachable, hub.sent = None, 0
+    hub.log.clear()
+    checkpoint = open_checkpoint("org/tiny")
+    other = (hub.models["org/tiny"] / WEIGHT.replace("1-of", "2-of")).stat().st_size
+    assert hub.sent == size + other - 3 * 5003 and "bytes=15009-20011" in hub.ranges()[:2]
+    assert all(
+        (checkpoint.folder / path.name).read_bytes() == path.read_bytes()
+        for path in hub.models["org/tiny"].glob("model-*")
+    )
+    hub.sent = 0
+    open_checkpoint("org/tiny")
+    assert hub.sent == 0  # all of it is in the cache
+
+
+def test_a_partial_file_that_is_damaged_is_forgotten(hub, monkeypatch, tmp_path):
+    monkeypatch.setattr(ordered, "CHUNK", 5003)
+    monkeypatch.setattr(ordered, "AHEAD", 2)
+    hub.reachable = 11_000
+    with pytest.raises(SourceError):
+        open_checkpoint("org/tiny")
+    (partial,) = (tmp_path / "cache").rglob("*.incomplete")
+    partial.write_bytes(b"x" * 7000)  # a whole chunk, and the beginning of one
+    hub.reachable = None
+    with pytest.raises(SourceError, match=f"{WEIGHT}: its content has not the sha256"):
+        open_checkpoint("org/tiny")
+    assert not partial.exists()
+    assert open_checkpoint("org/tiny").tensors
+
+
+def test_a_download_with_other_content_is_refused(hub, tmp_path):
+    data = bytearray((hub.models["org/tiny"] / WEIGHT).read_bytes())
+    data[-1] ^= 1
+    hub.replaced[WEIGHT] = bytes(data)
+    with pytest.raises(SourceError, match=f"{WEIGHT}: its content has not the sha256 that the hub lists"):
+        convert("org/tiny", tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list((tmp_path / "cache").rglob("*.incomplete"))
+
+
+def test_what_another_tool_downloaded_is_hashed_once(hub, tmp_path, monkeypatch):
+    folder = open_checkpoint("org/tiny").folder
+    for marker in (tmp_path / "cache" / "checked").iterdir():
+        marker.unlink()
+    hashed = []
+    monkeypatch.setattr(fetch.hashlib, "new", lambda *given, **named: hashed.append(given) or new(*given, **named))
+    open_checkpoint("org/tiny")
+    open_checkpoint("org/tiny")
+    assert len(hashed) == 2
+    weight = (folder / WEIGHT).resolve()
+    weight.write_bytes(weight.read_bytes()[:-1] + b"x")
+    with pytest.raises(SourceError, match="has not the sha256 that the hub lists; remove it"):
+        open_checkpoint("org/tiny")
+
+
+def test_a_small_weight_file_in_git_is_compared_too(hub, monkeypatch):
+    monkeypatch.setattr("hub_server.LARGE", (".bin",))
+    folder = open_checkpoint("org/tiny").folder
+    weight = (folder / WEIGHT).resolve()
+    weight.write_bytes(weight.read_bytes()[:-1] + b"x")
+    with pytest.raises(SourceError, match="has not the git-sha1 that the hub lists; remove it"):
+        open_checkpoint("org/tiny")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("place", ["argument", "environment", "saved"])
+def test_a_token_that_cannot_be_sent_is_not_shown(place, stream, hub, tmp_path, monkeypatch, capfd):
+    """An HTTP library quotes a header with a line break in it; huggingface_hub strips those of its own places."""
+    secret = "hf_secret\nwith a line"
+    if place == "environment":
+        monkeypatch.setenv("HF_TOKEN", secret)
+    elif place == "saved":
+        (tmp_path / "token").write_text(secret)
+        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    with pytest.raises(SourceError) as caught:
+        convert("org/nothing", tmp_path / "out", stream=stream, token=secret if place == "argument" else None)
+    shown = "".join([str(caught.value), *capfd.readouterr()])
+    assert "hf_secret" not in shown and "with a line" not in shown
+
+
+def test_a_token_is_in_no_output(hub, tmp_path, monkeypatch, capfd):
+    from quantize8 import cli
+
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    for line in (
+        ["convert", "org/tiny", "--stream", "--out", tmp_path / "a", "--push-to-hub", "me/a", "--json"],
+        ["convert", "org/tiny", "--out", tmp_path / "b", "--token", TOKEN],
+        ["push", tmp_path / "b", "me/b", "--token", TOKEN],
+        ["push", tmp_path / "b", "me/b", "--private", "--json"],
+        ["convert", "org/nothing", "--stream", "--token", TOKEN],
+        ["push", tmp_path / "b", "org/tiny", "--token", TOKEN],
+    ):
+        monkeypatch.setattr("sys.argv", ["quantize8", *map(str, line)])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            assert not stop.code or line[-2] == "--token"
+        output = "".join(capfd.readouterr())
+        assert TOKEN not in output and output.strip()
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(TOKEN.encode() in data for data in written)

@@ -5,21 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 
 from quantize8.checkpoint.base import Checkpoint, TensorInfo, companions, contained, read_config
+from quantize8.checkpoint.fetch import download
 from quantize8.checkpoint.gguf import GgufCheckpoint
-from quantize8.checkpoint.hub import download
 from quantize8.checkpoint.quantized import QuantizedCheckpoint, decode
+from quantize8.checkpoint.remote import is_url, open_stream, without_secrets
 from quantize8.checkpoint.safetensors import SafetensorsCheckpoint, open_safetensors
 from quantize8.checkpoint.torch_bin import TorchCheckpoint, open_torch
 from quantize8.errors import SourceError
 
-__all__ = ["Checkpoint", "QuantizedCheckpoint", "TensorInfo", "locate", "open_checkpoint"]
+__all__ = ["Checkpoint", "QuantizedCheckpoint", "TensorInfo", "is_url", "locate", "open_checkpoint"]
 
 
-def open_checkpoint(source: str, *, revision: str | None = None, token: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    source: str, *, revision: str | None = None, token: str | None = None, stream: bool = False
+) -> Checkpoint:
     """Open a model by folder, file or hub id; headers are read and checked, values are not.
 
-    Raises SourceError, in one line, where the source is missing, incomplete, damaged or unsafe.
+    With `stream` the weights of a hub model stay there, and are read by range; so are those at an address such as
+    s3://bucket/model, always. What is on this machine is read from there. Raises SourceError, in one line, where the
+    source is missing, incomplete, damaged or unsafe.
     """
+    if stream and (is_url(source) or not Path(source).expanduser().exists()):
+        _check_id(source)
+        return decode(open_stream(source, revision, token))
     path, identity = locate(source, revision=revision, token=token)
     name = identity["id"].rpartition("/")[2]
     if path.is_file():
@@ -40,10 +48,18 @@ def locate(source: str, *, revision: str | None = None, token: str | None = None
     path = Path(source).expanduser()
     if path.exists():
         return path, {"id": path.resolve().name}
-    if source.startswith((".", "/", "~")) or source.count("/") > 1 or not source.strip():
-        raise SourceError(f"{source}: no such folder or file; name a folder, a file, or a hub id like org/model")
+    if is_url(source):
+        raise SourceError(f"{without_secrets(source)}: only convert reads addresses; copy the model here first")
+    _check_id(source)
     folder, commit = download(source, revision, token)
     return folder, {"id": source, "revision": commit}
+
+
+def _check_id(source: str) -> None:
+    if is_url(source):
+        return
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or not source.strip():
+        raise SourceError(f"{source}: no such folder or file; name a folder, a file, or a hub id like org/model")
 
 
 def _open_file(path: Path, identity: dict[str, str], name: str) -> Checkpoint:

@@ -122,6 +122,17 @@ class Checkpoint(ABC):
         """Rows start..stop of a weight that `is_int8`: codes int8 [n, K] in -127..127, absmax float32 [n]."""
         raise NotImplementedError(name)
 
+    @property
+    def one_reader_a_file(self) -> bool:
+        """Whether each file should be read by one thread, tensor by tensor in the order of `tensors`."""
+        return False
+
+    def confirm(self, file: str | None = None) -> None:  # noqa: B027 - most sources promise nothing
+        """Refuse a file, or all, whose content is not what its source promised. Called when it was read.
+
+        Only where that is not known beforehand: a stream is hashed on its way.
+        """
+
     def write_companions(self, folder: Path) -> None:
         """Put the tokenizer and the other small files into `folder`, unchanged."""
         for path in companions(self.folder):

@@ -79,6 +79,15 @@ class QuantizedCheckpoint(Checkpoint):
             if name in self.encodings:
                 self.encodings[name].release()
 
+    @property
+    def one_reader_a_file(self) -> bool:
+        """See `Checkpoint.one_reader_a_file`."""
+        return self.stored.one_reader_a_file
+
+    def confirm(self, file: str | None = None) -> None:
+        """See `Checkpoint.confirm`."""
+        self.stored.confirm(file)
+
     def write_companions(self, folder: Any) -> None:
         """See `Checkpoint.write_companions`."""
         self.stored.write_companions(folder)

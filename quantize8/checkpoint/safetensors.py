@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -20,64 +21,70 @@ SINGLE_NAME = "model.safetensors"
 _AHEAD = 64 * 2**20  # bytes between what is read and what the disk is asked for: some blocks of each thread
 
 
-class _Place(NamedTuple):
-    descriptor: int
-    offset: int  # of the tensor's first byte, from the start of the file
-
-
 class SafetensorsCheckpoint(Checkpoint):
     """A folder of safetensors files. Headers are read and checked on opening, all of them."""
 
     def __init__(self, folder: Path, files: list[str], identity: dict[str, str], name: str) -> None:
         super().__init__(folder, name, identity)
-        self._places: dict[str, _Place] = {}
-        self._descriptors: list[int] = []
+        self._offsets: dict[str, int] = {}  # of a tensor's first byte, from the start of its file
+        self._descriptors: dict[str, int] = {}
         for file in files:
             self._add(file)
 
     def rows(self, name: str, start: int, stop: int) -> Array:
         """See `Checkpoint.rows`."""
-        info, place = self.tensors[name], self._places[name]
+        info = self.tensors[name]
         values = np.empty((stop - start, *info.shape[1:]), DTYPES[info.dtype])
         row_bytes = info.nbytes // (info.shape[0] if info.shape else 1) if info.nbytes else 0
-        target, position = as_bytes(values), place.offset + start * row_bytes
-        if hasattr(os, "posix_fadvise"):  # what comes next is on its way while this is computed with
-            os.posix_fadvise(place.descriptor, position + _AHEAD, values.nbytes, os.POSIX_FADV_WILLNEED)
-        done = 0
-        while done < values.nbytes:
-            try:
-                count = os.preadv(place.descriptor, [target[done:]], position + done)
-            except OSError as error:
-                where = f"{self.folder / info.file}: {name}"
-                raise SourceError(f"{where} cannot be read ({error.strerror}); look at the disk") from None
-            if count == 0:
-                raise SourceError(f"{self.folder / info.file}: {name} ends early; the file changed while it was read")
-            done += count
+        self._fill(as_bytes(values), info, self._offsets[name] + start * row_bytes)
         return values if info.shape else values.reshape(())
 
+    def _fill(self, target: memoryview, info: TensorInfo, position: int) -> None:
+        """Read a part of a tensor from this place in its file on."""
+        descriptor = self._descriptors[info.file]
+        if hasattr(os, "posix_fadvise"):  # what comes next is on its way while this is computed with
+            os.posix_fadvise(descriptor, position + _AHEAD, len(target), os.POSIX_FADV_WILLNEED)
+        done, where = 0, f"{self.folder / info.file}: {info.name}"
+        while done < len(target):
+            try:
+                count = os.preadv(descriptor, [target[done:]], position + done)
+            except OSError as error:
+                raise SourceError(f"{where} cannot be read ({error.strerror}); look at the disk") from None
+            if count == 0:
+                raise SourceError(f"{where} ends early; the file changed while it was read")
+            done += count
+
     def __del__(self) -> None:
-        for descriptor in getattr(self, "_descriptors", []):
+        for descriptor in getattr(self, "_descriptors", {}).values():
             os.close(descriptor)
 
     def _add(self, file: str) -> None:
         path = self.folder / file
-        header, data_start = read_header(path)
-        self._descriptors.append(os.open(path, os.O_RDONLY))
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptors[-1], 0, 0, os.POSIX_FADV_SEQUENTIAL)  # read further ahead
+        header, data_start = self._open(file)
         for name, entry in header.items():
             if name in self.tensors:
                 raise SourceError(f"{path}: {name} is also in {self.tensors[name].file}; keep one of the two files")
             if entry["dtype"] not in DTYPES:
                 raise SourceError(f"{path}: {name} has dtype {entry['dtype']}, which quantize8 cannot read")
             self.tensors[name] = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), file)
-            self._places[name] = _Place(self._descriptors[-1], data_start + entry["data_offsets"][0])
+            self._offsets[name] = data_start + entry["data_offsets"][0]
+
+    def _open(self, file: str) -> tuple[dict[str, Any], int]:
+        """Open a file: what `read_header` says of it."""
+        header = read_header(self.folder / file)
+        descriptor = self._descriptors[file] = os.open(self.folder / file, os.O_RDONLY)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # read further ahead
+        return header
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """Entries of a safetensors file in order of storage, and where its data begins; checked by the library."""
+def read_header(path: Path, where: str = "") -> tuple[dict[str, Any], int]:
+    """Entries of a safetensors file in order of storage, and where its data begins; checked by the library.
+
+    `where` is what messages call the file, by default its path.
+    """
     if not limits.is_file(path):
-        raise SourceError(f"{path}: missing; the checkpoint is incomplete, fetch it again")
+        raise SourceError(f"{where or path}: missing; the checkpoint is incomplete, fetch it again")
     try:
         with safe_open(path, framework="numpy"):
             pass
@@ -85,28 +92,38 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except FileNotFoundError:
-        raise SourceError(f"{path}: missing; the checkpoint is incomplete, fetch it again") from None
+        raise SourceError(f"{where or path}: missing; the checkpoint is incomplete, fetch it again") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise SourceError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
+        raise SourceError(f"{where or path}: not a whole safetensors file ({error}); fetch it again") from None
     header.pop("__metadata__", None)
     return dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"])), 8 + length
 
 
+Opener = Callable[[Path, list[str], dict[str, str], str], SafetensorsCheckpoint]
+
+
 def open_safetensors(folder: Path, identity: dict[str, str], name: str) -> SafetensorsCheckpoint | None:
     """The folder's safetensors: those of its index, else model.safetensors, else all; None where it has none."""
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    return open_files(folder, files, identity, name, SafetensorsCheckpoint)
+
+
+def open_files(
+    folder: Path, files: list[str], identity: dict[str, str], name: str, opener: Opener
+) -> SafetensorsCheckpoint | None:
+    """The same of these files, by `opener`, where only the small files need lie in `folder`."""
     index = folder / INDEX_NAME
     if index.is_file():
         weight_map = read_weight_map(index)
-        checkpoint = SafetensorsCheckpoint(folder, sorted(set(weight_map.values())), identity, name)
+        checkpoint = opener(folder, sorted(set(weight_map.values())), identity, name)
         for tensor, file in weight_map.items():
             if tensor not in checkpoint.tensors or checkpoint.tensors[tensor].file != file:
                 raise SourceError(f"{index}: says {tensor} is in {file}, but it is not; fetch both again")
         return checkpoint
-    files = sorted(path.name for path in folder.glob("*.safetensors"))
     files = [SINGLE_NAME] if SINGLE_NAME in files else files
     for file in files:
         contained(folder / file, folder)
-    return SafetensorsCheckpoint(folder, files, identity, name) if files else None
+    return opener(folder, files, identity, name) if files else None
 
 
 def read_weight_map(index: Path) -> dict[str, str]:

@@ -87,6 +87,15 @@ class SmoothedCheckpoint(Checkpoint):
             yield values if name not in self.factors else self._scaled(name, values, start)
             start += len(values) if values.ndim else 1
 
+    @property
+    def one_reader_a_file(self) -> bool:
+        """See `Checkpoint.one_reader_a_file`."""
+        return self.inner.one_reader_a_file
+
+    def confirm(self, file: str | None = None) -> None:
+        """See `Checkpoint.confirm`."""
+        self.inner.confirm(file)
+
     def write_companions(self, folder: Path) -> None:
         """See `Checkpoint.write_companions`."""
         self.inner.write_companions(folder)

@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from quantize8.cli.options import Json, Page, Revision, Token
+from quantize8.cli.options import Json, Page, Private, Revision, Token
 from quantize8.cli.terminal import progress_bar, show
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="Hub id, folder, or .safetensors, .bin or .gguf file.")],
+    source: Annotated[str, typer.Argument(help="Hub id, folder, .safetensors, .bin or .gguf file, or s3://...")],
     out: Annotated[str | None, typer.Option(help="New folder.  [default: <name>-int8]")] = None,
     format: Annotated[
         str, typer.Option(help="bitsandbytes, compressed-tensors, gguf, float16, bfloat16 or float32.")
@@ -31,6 +31,9 @@ def convert(
     workers: Annotated[int | None, typer.Option(help="Threads.  [default: one a processor]")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and convert nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact at --out.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Read the weights remotely, store none.")] = False,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Upload the artifact to this model.")] = None,
+    private: Private = False,
     page: Page = None,
     revision: Revision = None,
     token: Token = None,
@@ -47,6 +50,7 @@ def convert(
             source, out, format=format, scheme=scheme, moe=moe, threshold=threshold, calibrate=calibrate,
             outlier_columns=outlier_columns, smooth=smooth, recipe=recipe, scale=scale, device=device,
             max_shard_size=max_shard_size, workers=workers, dry_run=dry_run, overwrite=overwrite,
+            stream=stream, push_to_hub=push_to_hub, private=private,
             revision=revision, token=token, progress=progress,
         )  # fmt: skip
     show(result, report.conversion(result), as_json)
@@ -63,3 +67,20 @@ def verify(
 
     result = operation(artifact)
     show(result, report.verification(result), as_json)
+
+
+def push(
+    artifact: Annotated[str, typer.Argument(help="Folder that convert wrote.")],
+    repo: Annotated[str, typer.Argument(help="Model on the hub, like me/model; made where there is none.")],
+    private: Private = False,
+    revision: Annotated[str | None, typer.Option(help="Branch of that model; made where there is none.")] = None,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Upload an artifact to the Hugging Face hub, with a model card."""
+    from quantize8.operations.push import push as operation
+
+    result = operation(artifact, repo, private=private, revision=revision, token=token)
+    show(
+        result, f"{result.artifact}: {result.files} files, {result.nbytes / 1e6:,.1f} MB, now at {result.url}", as_json
+    )

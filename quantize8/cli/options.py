@@ -32,3 +32,4 @@ Token = Annotated[
     str | None,
     typer.Option(help="Hub token (default: the one of `hf auth login`).", envvar="HF_TOKEN", show_envvar=True),
 ]
+Private = Annotated[bool, typer.Option("--private", help="A model that is made on the hub is private.")]

@@ -13,8 +13,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Event
 from typing import Any, get_args
 
 from quantize8 import __version__
@@ -22,12 +24,14 @@ from quantize8.artifact.folder import check_disk, check_output, staged, write_fi
 from quantize8.artifact.format import Format, Int8Format
 from quantize8.artifact.formats import DEFAULT_FORMAT, make_format
 from quantize8.artifact.gguf import NAME as GGUF
+from quantize8.artifact.lanes import Lane, lanes, write_lane
 from quantize8.artifact.layout import DEFAULT_SHARD_SIZE, index
 from quantize8.artifact.manifest import MANIFEST_NAME, Manifest, Quantized, TensorRecord, digest
 from quantize8.artifact.outliers import Calibrated
 from quantize8.artifact.plan import Plan, make_plan
+from quantize8.artifact.upload import prepare, upload
 from quantize8.artifact.writer import CpuQuantizer, Progress, WeightQuantizer, Writer
-from quantize8.checkpoint import TensorInfo, open_checkpoint
+from quantize8.checkpoint import is_url, open_checkpoint
 from quantize8.checkpoint.base import CONFIG_NAME
 from quantize8.errors import OutputError
 from quantize8.ops.choice import resolve
@@ -46,6 +50,7 @@ class Conversion:
     seconds: float = 0.0
     manifest: Manifest | None = None  # None after a dry run
     errors: dict[str, Quantized] = field(default_factory=dict)  # by weight
+    pushed: str | None = None  # address of the commit on the hub
 
 
 def convert(
@@ -66,6 +71,9 @@ def convert(
     workers: int | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
+    stream: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = False,
     revision: str | None = None,
     token: str | None = None,
     progress: Progress | None = None,
@@ -81,7 +89,9 @@ def convert(
     by that text; recipe, a shipped name or a .toml file, of the first two formats; scale, absmax, or mse to search the
     one with the least squared error (ops/scales.py), of the int8 formats; device, auto, cpu or cuda (auto: a GPU that
     kernels can use, else the CPU; scales are searched on the CPU alone); workers, threads that read, quantize and write
-    side by side (default: one a processor); progress, called with bytes of source done and in all.
+    side by side (default: one a processor); stream, read a hub model's weights by range and store none of them, one
+    thread a file; push_to_hub, a model id to upload the artifact to, new ones `private`; progress, called with bytes of
+    source done and in all.
     Raises: SourceError, WeightError, RecipeError, OutputError or DependencyError; then no output folder is left.
     """
     if workers is not None and workers < 1:
@@ -97,7 +107,7 @@ def convert(
     text = _calibration_text(calibrate, output, scale)
     columns = _count(outlier_columns, text is not None)
     _check_alpha(smooth, text is not None)
-    checkpoint = open_checkpoint(source, revision=revision, token=token)
+    checkpoint = open_checkpoint(source, revision=revision, token=token, stream=stream or is_url(source))
     target = Path(out) if out is not None else Path(f"{checkpoint.name}-{output.suffix}")
     check_output(target, overwrite, checkpoint.folder)
     plan = make_plan(checkpoint, chosen, output, max_shard_size)
@@ -108,6 +118,8 @@ def convert(
     if dry_run:
         return Conversion(target, plan, time.perf_counter() - start)
     check_disk(target, plan.output_bytes)
+    if push_to_hub is not None:
+        prepare(push_to_hub, token=token)
     with staged(target, overwrite) as folder:
         try:
             manifest = _write(plan, folder, _quantizers(device, workers), calibration, progress)
@@ -115,7 +127,10 @@ def convert(
             where = f" at {error.filename}" if error.filename else ""
             raise OutputError(f"{target}: not written ({error.strerror}{where}); mend that and run again") from None
     errors = {name: record.quantized for name, record in manifest.tensors.items() if record.quantized}
-    return Conversion(target, plan, time.perf_counter() - start, manifest, errors)
+    done = Conversion(target, plan, time.perf_counter() - start, manifest, errors)
+    if push_to_hub is not None:
+        done.pushed = upload(target, push_to_hub, private=private, token=token)
+    return done
 
 
 def _calibration_text(path: str | Path | None, output: Format, scale: str) -> str | None:
@@ -211,8 +226,9 @@ def _write(
         calibration=calibration,
     )
     with Writer(plan, folder, progress) as writer:
-        for record in _in_threads(writer.write, list(checkpoint.tensors.values()), quantizers):
-            manifest.tensors.update(record)
+        for records in _in_threads(partial(write_lane, writer, checkpoint), lanes(checkpoint), quantizers):
+            manifest.tensors.update(records)
+        checkpoint.confirm()
         manifest.tensors.update(writer.write_computed())
         writer.flush()
     manifest.headers = {shard.file: digest(shard.header) for shard in plan.files}
@@ -246,19 +262,20 @@ def _quantizers(device: str, workers: int | None) -> list[WeightQuantizer]:
 
 
 def _in_threads(
-    work: Callable[[TensorInfo, WeightQuantizer], dict[str, TensorRecord]],
-    items: list[TensorInfo],
+    work: Callable[[Lane, WeightQuantizer, Event], dict[str, TensorRecord]],
+    items: list[Lane],
     quantizers: list[WeightQuantizer],
 ) -> list[dict[str, TensorRecord]]:
     """Results of `work` on each item, as many at once as there are quantizers; the first failure stops the rest."""
     free: SimpleQueue[WeightQuantizer] = SimpleQueue()
+    stopped = Event()
     for quantizer in quantizers:
         free.put(quantizer)
 
-    def with_one(item: TensorInfo) -> dict[str, TensorRecord]:
+    def with_one(item: Lane) -> dict[str, TensorRecord]:
         quantizer = free.get()
         try:
-            return work(item, quantizer)
+            return work(item, quantizer, stopped)
         finally:
             free.put(quantizer)
 
@@ -267,6 +284,7 @@ def _in_threads(
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
+            stopped.set()
             for future in futures:
                 future.cancel()
         # of several failures the earliest in storage order, so that the message does not depend on the threads

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from blake3 import blake3
 
+from quantize8.artifact.card import CARD_NAME
 from quantize8.artifact.gguf import NAME as GGUF
 from quantize8.artifact.manifest import MANIFEST_NAME, Manifest, TensorRecord, check_inside, digest, read_manifest
 from quantize8.artifact.outliers import open_outliers, read_outliers
@@ -115,7 +116,10 @@ def _check_config(stored: Checkpoint, manifest: Manifest) -> None:
 
 
 def _check_files(folder: Path, manifest: Manifest) -> int:
-    """Compare small files and headers with their digests, and refuse files the manifest does not list."""
+    """Compare small files and headers with their digests, and refuse files the manifest does not list.
+
+    But for a model card: it is written for the hub, after the artifact, and no loader reads it.
+    """
     nbytes = 0
     headers = {} if manifest.format == GGUF else manifest.headers  # that file's is checked with its tensors
     for name, expected in [*manifest.files.items(), *headers.items()]:
@@ -127,7 +131,7 @@ def _check_files(folder: Path, manifest: Manifest) -> int:
         nbytes += size
         if found != expected:
             raise ArtifactError(f"{path}: changed since it was written; copy the artifact again")
-    known = {MANIFEST_NAME, *manifest.files, *manifest.headers}
+    known = {MANIFEST_NAME, CARD_NAME, *manifest.files, *manifest.headers}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         check_inside(path, folder)

@@ -1,0 +1,157 @@
+"""The model card of an artifact on the hub: what it was made of, how, what that cost, and how to open it.
+
+Every value comes from the manifest or the files. The card itself is no part of the artifact: `verify` passes it by.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from quantize8.artifact.gguf import NAME as GGUF
+from quantize8.artifact.manifest import Manifest
+from quantize8.checkpoint import bitsandbytes, compressed_tensors
+from quantize8.checkpoint.base import CONFIG_NAME
+
+CARD_NAME = "README.md"
+_MB = 1e6
+_PACKAGES = {bitsandbytes.METHOD: "bitsandbytes", compressed_tensors.METHOD: "compressed-tensors"}
+_TRANSFORMERS = """With transformers (`pip install {packages}`):
+
+```python
+from transformers import {auto}
+
+model = {auto}.from_pretrained("{repo}")
+```
+"""
+_VLLM = """With vLLM (`pip install vllm`):
+
+```sh
+vllm serve {repo}
+```
+"""
+_LLAMA_CPP = """With llama.cpp:
+
+```sh
+hf download {repo} {file} --local-dir .
+llama-cli -m {file}
+```
+"""
+_QUANTIZE8 = """With quantize8:
+
+```sh
+quantize8 run {repo} --prompt "The capital of France is"
+```
+"""
+_CARD = """# {title}
+
+{source}, converted by [quantize8](https://pypi.org/project/quantize8/) {version}.
+
+| | |
+|---|---|
+{rows}
+
+{error_note}## How to open it
+
+{loaders}
+`quantize8 verify FOLDER` compares a downloaded copy with `quantize8.json`, byte by byte.
+"""
+_ERROR_NOTE = """The relative error of a weight w is the Frobenius norm of (w - dequantized) over that of w. It says
+how near the weights are, and not how good the model's answers are.
+
+"""
+
+
+def card(folder: Path, manifest: Manifest, repo_id: str, license: str | None) -> str:
+    """The text of README.md for an artifact in `folder`; `license` of its source, None where it is not known."""
+    from huggingface_hub import ModelCardData
+
+    causal = _architecture(folder).endswith("ForCausalLM") or manifest.format == GGUF
+    from_hub = "revision" in manifest.source
+    quantized = any(record.quantized for record in manifest.tensors.values())
+    data = ModelCardData(
+        base_model=manifest.source["id"] if from_hub else None,
+        base_model_relation="quantized" if from_hub and quantized else None,
+        license=license,
+        library_name=None if manifest.format == GGUF else "transformers",
+        pipeline_tag="text-generation" if causal else None,
+        tags=["quantize8", *(["int8", "8-bit"] if quantized else []), manifest.format],
+    )
+    rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in _rows(folder, manifest).items())
+    text = _CARD.format(
+        title=repo_id.rpartition("/")[2],
+        source=_source(manifest, link=True),
+        version=manifest.version,
+        rows=rows,
+        error_note=_ERROR_NOTE if quantized else "",
+        loaders="\n".join(_loaders(manifest, repo_id, causal)),
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{text}"
+
+
+def _rows(folder: Path, manifest: Manifest) -> dict[str, str]:
+    """The facts, by name."""
+    errors = {name: record.quantized.relative_error for name, record in manifest.tensors.items() if record.quantized}
+    size = sum((folder / name).stat().st_size for name in manifest.headers)
+    rows = {"source": _source(manifest), "format": manifest.format}
+    if scheme := _scheme(folder):
+        rows["scheme"] = scheme
+    if errors:
+        rows["recipe"] = f"{manifest.recipe['name']}, threshold {manifest.recipe['threshold']:g}"
+        rows["calibration"] = _calibration(manifest.calibration)
+        rows["int8"] = f"{len(errors)} weights; {len(manifest.kept)} Linear weights kept in floating point"
+    rows["weights on disk"] = f"{manifest.source_bytes / _MB:,.1f} MB -> {size / _MB:,.1f} MB"
+    if errors:
+        worst = max(errors, key=lambda name: errors[name])
+        mean = sum(errors.values()) / len(errors)
+        rows["relative error"] = f"{mean:.4f} mean, {errors[worst]:.4f} at worst, in {worst}"
+    return rows
+
+
+def _source(manifest: Manifest, link: bool = False) -> str:
+    name, revision = manifest.source["id"], manifest.source.get("revision")
+    if revision is None:
+        return name
+    return f"[{name}](https://huggingface.co/{name}/tree/{revision})" if link else f"{name} at {revision}"
+
+
+def _calibration(asked: dict[str, Any]) -> str:
+    if not asked:
+        return "none"
+    smooth = "" if asked["smooth"] is None else f", smoothed with alpha {asked['smooth']:g}"
+    text = f"{asked['tokens']} tokens of a text with BLAKE3 {asked['text_blake3']}"
+    return f"{text}; outlier columns: {asked['outlier_columns']}{smooth}"
+
+
+def _loaders(manifest: Manifest, repo_id: str, causal: bool) -> list[str]:
+    """How each loader that the format is for opens it."""
+    if manifest.format == GGUF:
+        (file,) = manifest.headers
+        return [_LLAMA_CPP.format(repo=repo_id, file=file), _QUANTIZE8.format(repo=repo_id)]
+    packages = f"transformers accelerate {_PACKAGES.get(manifest.format, '')}".strip()
+    auto = "AutoModelForCausalLM" if causal else "AutoModel"
+    found = [_TRANSFORMERS.format(repo=repo_id, packages=packages, auto=auto)]
+    if manifest.format == compressed_tensors.METHOD:
+        found.insert(0, _VLLM.format(repo=repo_id))
+    return [*found, _QUANTIZE8.format(repo=repo_id)] if causal else found
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
+    return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+
+
+def _architecture(folder: Path) -> str:
+    return str((_config(folder).get("architectures") or [""])[0])
+
+
+def _scheme(folder: Path) -> str:
+    """Of compressed-tensors, as its loaders call it."""
+    entry = _config(folder).get("quantization_config") or {}
+    return str(entry.get("format", "")) if entry.get("quant_method") == compressed_tensors.METHOD else ""
+
+
+def _cell(text: str) -> str:
+    """A text that stays in its cell of a table."""
+    return " ".join(text.replace("|", "\\|").split())

@@ -1,0 +1,139 @@
+"""Downloads that go on where they stopped, and whose content is what the hub promised.
+
+huggingface_hub keeps nothing of a file whose download was cut off by the end of the process, and compares no digests.
+So weight files come through `ordered` into the place that its cache has for them, and are hashed on the way; the rest,
+and the links of the snapshot, are huggingface_hub's. A file that another tool put there is hashed once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from quantize8.checkpoint import hub, ordered
+from quantize8.checkpoint.ordered import OrderedFile, Transfers
+from quantize8.checkpoint.ranges import HubFile
+from quantize8.errors import SourceError
+
+_PARTIAL = ".quantize8.incomplete"  # the ending by which the hub's own tools know what is not whole
+_CHECKED = Path("~/.cache/quantize8/checked")  # empty files, one for each weight file that was hashed and found good
+
+
+def download(repo_id: str, revision: str | None, token: str | None) -> tuple[Path, str]:
+    """A snapshot of a hub model with its weights in one format: (folder, commit). Uses the cache when offline."""
+    try:
+        listing = hub.find(repo_id, revision, token)
+    except hub.OfflineError:
+        folder = hub.cached(repo_id, revision)
+        return folder, folder.name
+    missing = {
+        blob: file
+        for file in listing.weights.values()
+        if file.digest is not None
+        and file.digest.kind == "sha256"
+        and not (blob := _blob(repo_id, file.digest.value)).exists()
+    }
+    if missing:
+        _fetch_all(missing, repo_id)
+    folder = hub.snapshot(listing, [*listing.weights, *listing.small])
+    for name, file in listing.weights.items():
+        _check(file, folder / name)
+    return folder, listing.commit
+
+
+def _fetch_all(missing: dict[Path, HubFile], title: str) -> None:
+    """Bring files into the cache, one after the other, with the progress bar of all downloads from the hub."""
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # documented, not marked
+
+    transfers, total = Transfers(), sum(file.size for file in missing.values())
+    try:
+        with tqdm(total=total, unit="B", unit_scale=True, desc=title) as bar:  # type: ignore[no-untyped-call]
+            for blob, file in missing.items():
+                _fetch(file, blob, transfers, bar.update)
+    finally:
+        transfers.close()
+
+
+def _blob(repo_id: str, sha256: str) -> Path:
+    """Where the hub's cache has the content of a large file."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = repo_folder_name(repo_id=repo_id, repo_type="model")
+    return Path(constants.HF_HUB_CACHE).expanduser() / folder / "blobs" / sha256
+
+
+def _fetch(file: HubFile, blob: Path, transfers: Transfers, advance: Callable[[int], object]) -> None:
+    """Bring a file into the cache, from where an earlier try stopped."""
+    partial = blob.with_name(blob.name + _PARTIAL)
+    try:
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("a+b") as target:
+            fcntl.flock(target, fcntl.LOCK_EX)  # a second process waits here, and finds the file whole
+            if blob.exists():
+                return partial.unlink(missing_ok=True)
+            _go_on(file, target, partial, transfers, advance)
+            os.fsync(target.fileno())
+            partial.rename(blob)
+    except OSError as error:
+        raise SourceError(f"{file.where}: cannot be stored ({error.strerror}) in {blob.parent}; mend that") from None
+    _mark(file, blob)
+
+
+def _go_on(
+    file: HubFile, target: BinaryIO, partial: Path, transfers: Transfers, advance: Callable[[int], object]
+) -> None:
+    """Append what is missing, in whole chunks; refuse, and forget, what has not the promised digest."""
+    remote, chunk = OrderedFile(file, transfers), ordered.CHUNK
+    here = min(os.fstat(target.fileno()).st_size, file.size) // chunk
+    target.truncate(here * chunk)
+    advance(here * chunk)
+    target.seek(0)
+    for _ in range(here):
+        remote.supply(bytearray(target.read(chunk)))
+    for number in range(here, remote.count):
+        data = bytearray(min(chunk, file.size - number * chunk))
+        remote.read_into(memoryview(data), number * chunk)
+        target.write(data)
+        advance(len(data))
+    target.flush()
+    try:
+        remote.confirm()
+    except SourceError:
+        partial.unlink()
+        raise
+
+
+def _check(file: HubFile, path: Path) -> None:
+    """Refuse a stored file that has not the promised digest; one that was found good is not hashed again."""
+    if file.digest is None or _marker(file, path).exists():
+        return
+    begin = b"" if file.digest.kind == "sha256" else b"blob %d\0" % path.stat().st_size
+    content = hashlib.new(file.digest.kind.removeprefix("git-"), begin, usedforsecurity=False)
+    with path.open("rb") as source:
+        while block := source.read(ordered.CHUNK):
+            content.update(block)
+    if content.hexdigest() != file.digest.value:
+        where = f"{file.where}: its copy at {path.resolve()}"
+        raise SourceError(f"{where} has not the {file.digest.kind} that the hub lists; remove it and run again")
+    _mark(file, path)
+
+
+def _mark(file: HubFile, path: Path) -> None:
+    marker = _marker(file, path)
+    try:
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+    except OSError:
+        pass  # hashed again the next time
+
+
+def _marker(file: HubFile, path: Path) -> Path:
+    """The name tells the content, the file that has it, and when that was written."""
+    assert file.digest is not None
+    found = path.resolve().stat()
+    return _CHECKED.expanduser() / f"{file.digest.value}-{found.st_ino}-{found.st_size}-{found.st_mtime_ns}"
