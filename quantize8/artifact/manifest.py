@@ -111,13 +111,14 @@ def read_manifest(folder: Path) -> Manifest:
             raise ArtifactError(f"{path}: written by another version of quantize8; use that version, or convert again")
         if value.pop(_DIGEST) != _digest_of({"format_version": FORMAT_VERSION, **value}):
             raise ArtifactError(f"{path}: does not match its own digest; it was changed after it was written")
-        tensors = {name: _record(entry) for name, entry in value.pop("tensors").items()}
+        tensors = {name: record_of(entry) for name, entry in value.pop("tensors").items()}
         return Manifest(**value, tensors=tensors)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{path}: not readable as a manifest ({error}); convert the source again") from None
 
 
-def _record(entry: dict[str, Any]) -> TensorRecord:
+def record_of(entry: dict[str, Any]) -> TensorRecord:
+    """A record from what JSON makes of it."""
     quantized = entry.pop("quantized", None)
     if quantized is not None:
         quantized = Quantized(

@@ -47,6 +47,11 @@ class QuantizedCheckpoint(Checkpoint):
         return frozenset(self.encodings)
 
     @property
+    def files(self) -> list[str]:
+        """See `Checkpoint.files`."""
+        return self.stored.files
+
+    @property
     def stored_bytes(self) -> int:
         """See `Checkpoint.stored_bytes`."""
         return self.stored.stored_bytes

@@ -59,6 +59,11 @@ class SmoothedCheckpoint(Checkpoint):
         return self.inner.decoded
 
     @property
+    def files(self) -> list[str]:
+        """See `Checkpoint.files`."""
+        return self.inner.files
+
+    @property
     def stored_bytes(self) -> int:
         """See `Checkpoint.stored_bytes`."""
         return self.inner.stored_bytes

@@ -1,0 +1,177 @@
+"""Writing weight files: every tensor that a journal does not have yet, by several threads, in any order.
+
+Every byte has its place beforehand, so the result depends neither on who wrote it nor on when, nor on how often the
+work was interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from quantize8.artifact.folder import WeightFile, check_disk
+from quantize8.artifact.journal import Records
+from quantize8.artifact.units import Unit
+from quantize8.artifact.writer import CpuQuantizer, Place, Progress, WeightQuantizer, Writer, places
+from quantize8.conversion.request import Job
+from quantize8.conversion.staging import Staging, weight_files
+from quantize8.errors import OutputError
+from quantize8.ops.choice import resolve
+from quantize8.ops.scales import MSE
+
+_MAX_WORKERS = 8  # beyond this many threads the disk is the limit
+_DECIDING = ("decisions", "calibration_blake3")  # of a heading; the request beside them may name another folder
+
+
+@dataclass
+class Written:
+    """What has become of some weight files."""
+
+    records: Records  # of all their tensors
+    kept: int = 0  # source tensors that an earlier run had finished
+    kept_bytes: int = 0  # of them, as they are written
+
+
+def make_quantizers(device: str, scale: str, workers: int | None) -> list[WeightQuantizer]:
+    """One for each worker; several GPUs get at least one each. `device` is auto, cpu or cuda."""
+    if workers is not None and workers < 1:
+        raise OutputError(f"workers {workers}: must be 1 or more")
+    if scale == MSE and device == "cuda":
+        raise OutputError("scale mse: is searched on the CPU; leave out --device cuda")
+    device = "cpu" if scale == MSE and device == "auto" else resolve(device)
+    count = workers or min(os.cpu_count() or 1, _MAX_WORKERS)
+    if device == "cpu":
+        return [CpuQuantizer() for _ in range(count)]
+    import torch
+
+    from quantize8.ops.stream import GpuQuantizer
+
+    gpus = torch.cuda.device_count()
+    return [GpuQuantizer(torch.device("cuda", i % gpus)) for i in range(max(count, gpus))]
+
+
+def heading(job: Job, decisions: dict[str, Any], measured: str) -> dict[str, Any]:
+    """What a journal begins with: what decides the bytes, and the request, for who ends the conversion elsewhere."""
+    source = Path(job.request.source).expanduser()
+    request = replace(job.request, source=str(source.resolve()) if source.exists() else job.request.source)
+    return {"decisions": decisions, "request": asdict(request), "calibration_blake3": measured}
+
+
+def missing_bytes(out: Path, units: Sequence[Unit]) -> int:
+    """What the disk must still hold; outlier columns count twice, as they are brought together at the end."""
+    wanted = sum(unit.nbytes + (unit.outliers.nbytes if unit.outliers else 0) for unit in units)
+    return wanted - sum(file.held_bytes for unit in units for file in weight_files(out, unit))
+
+
+def write_units(
+    job: Job,
+    units: Sequence[Unit],
+    staging: Staging,
+    heading: dict[str, Any],
+    quantizers: list[WeightQuantizer],
+    progress: Progress | None = None,
+) -> Written:
+    """Write these weight files into the staging folder, or finish them; each has its name there when it is whole.
+
+    What their journals have is kept, where its bytes still have the digests that were noted.
+    """
+    work = _Work(job, units, staging, progress)
+    check_disk(staging.out, missing_bytes(staging.out, units))
+    work.begin(heading)
+    try:
+        for records in _in_threads(work.write, work.items, quantizers):
+            work.written.records.update(records)
+    finally:
+        for file in work.files:
+            file.close()
+    return work.written
+
+
+class _Work:
+    """The state that threads share."""
+
+    def __init__(self, job: Job, units: Sequence[Unit], staging: Staging, progress: Progress | None) -> None:
+        self._units, self._tensors = units, job.plan.checkpoint.tensors
+        self._journals = {unit.number: staging.journals[unit.shard.file] for unit in units}
+        self._files = {unit.number: weight_files(staging.out, unit) for unit in units}
+        self._left = {unit.number: len(unit.sources) for unit in units}
+        self._count = threading.Lock()
+        order = {name: position for position, name in enumerate(self._tensors)}
+        pairs = [(unit.number, name) for unit in units for name in unit.sources]
+        self.items = sorted(pairs, key=lambda pair: order.get(pair[1], len(order)))
+        self.written = Written({})
+        found: dict[str, Place] = {}
+        for unit in units:
+            found |= places(unit, self._files[unit.number])
+        read = sum(self._tensors[name].nbytes for _, name in self.items if name in self._tensors)
+        self._writer = Writer(job.plan, found, read, progress)
+
+    @property
+    def files(self) -> list[WeightFile]:
+        """All that are written."""
+        return [file for files in self._files.values() for file in files]
+
+    def begin(self, heading: dict[str, Any]) -> None:
+        """Reserve the disk's space, and begin the journals or go on with them."""
+        for unit in self._units:
+            journal, there = self._journals[unit.number], [file.reserve() for file in self._files[unit.number]]
+            same = all(journal.heading.get(key) == heading[key] for key in _DECIDING)
+            journal.begin(heading, keep=same and all(there))
+
+    def write(self, item: tuple[int, str], quantizer: WeightQuantizer) -> Records:
+        """Write what becomes of one source tensor, or find that it is there."""
+        number, name = item
+        journal = self._journals[number]
+        records = journal.entries.get(name)
+        if records is not None and self._writer.holds(name, records):
+            with self._count:
+                self.written.kept += 1
+                self.written.kept_bytes += self._writer.written_bytes(records)
+        else:
+            computed = name not in self._tensors
+            records = (
+                self._writer.write_computed(name) if computed else self._writer.write(self._tensors[name], quantizer)
+            )
+            journal.append(name, records)
+        with self._count:
+            self._left[number] -= 1
+            last = self._left[number] == 0
+        if last:
+            for file in self._files[number]:
+                file.finish()
+        return records
+
+
+def _in_threads(
+    work: Callable[[tuple[int, str], WeightQuantizer], Records],
+    items: list[tuple[int, str]],
+    quantizers: list[WeightQuantizer],
+) -> list[Records]:
+    """Results of `work` on each item, as many at once as there are quantizers; the first failure stops the rest."""
+    free: SimpleQueue[WeightQuantizer] = SimpleQueue()
+    for quantizer in quantizers:
+        free.put(quantizer)
+
+    def with_one(item: tuple[int, str]) -> Records:
+        quantizer = free.get()
+        try:
+            return work(item, quantizer)
+        finally:
+            free.put(quantizer)
+
+    with ThreadPoolExecutor(len(quantizers)) as pool:
+        futures: list[Future[Records]] = [pool.submit(with_one, item) for item in items]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            for future in futures:
+                future.cancel()
+        # of several failures the earliest in storage order, so that the message does not depend on the threads
+        failed = [future for future in futures if not future.cancelled() and future.exception()]
+        return [future.result() for future in (failed or futures)]
