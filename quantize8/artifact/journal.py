@@ -31,14 +31,14 @@ class Journal:
         self._append = threading.Lock()
         self.heading, self.entries, self._good = _read(self._descriptor)
 
-    def begin(self, heading: dict[str, Any], keep: bool) -> None:
-        """Go on behind the last good line, or start over with this heading."""
-        if not keep:
-            self.forget()
-            self.heading = heading
-        os.ftruncate(self._descriptor, self._good)  # without a torn line at the end
-        if self._good == 0:
-            self._write(self.heading)
+    def begin(self, heading: dict[str, Any], entries: dict[str, Records]) -> None:
+        """Go on with this heading and, of the entries that are there, with these."""
+        if self.heading == heading and self.entries == entries:
+            os.ftruncate(self._descriptor, self._good)  # without a torn line at the end
+            return
+        self.forget()
+        self.heading, self.entries = heading, entries
+        self._write(heading, *(_entry(source, records) for source, records in entries.items()))
 
     def forget(self) -> None:
         """Start over."""
@@ -47,23 +47,23 @@ class Journal:
 
     def append(self, source: str, records: Records) -> None:
         """Note that a source tensor is written; from any thread."""
-        self._write({"source": source, "records": {name: asdict(record) for name, record in records.items()}})
+        self._write(_entry(source, records))
         self.entries[source] = records
 
     def close(self) -> None:
         """Let others have it."""
         os.close(self._descriptor)
 
-    def _write(self, value: dict[str, Any]) -> None:
-        line = _line(value)
+    def _write(self, *values: dict[str, Any]) -> None:
+        data = b"".join(map(_line, values))
         with self._append:
             try:
-                if os.write(self._descriptor, line) != len(line):
+                if os.write(self._descriptor, data) != len(data):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             except OSError:
                 os.ftruncate(self._descriptor, self._good)  # or half a line would hide those that come after it
                 raise
-            self._good += len(line)
+            self._good += len(data)
 
 
 def read_heading(path: Path) -> dict[str, Any]:
@@ -117,6 +117,10 @@ def _read(descriptor: int) -> tuple[dict[str, Any], dict[str, Records], int]:
                 entries[value["source"]] = {name: record_of(entry) for name, entry in value["records"].items()}
             good += len(line)
     return heading, entries, good
+
+
+def _entry(source: str, records: Records) -> dict[str, Any]:
+    return {"source": source, "records": {name: asdict(record) for name, record in records.items()}}
 
 
 def _line(value: dict[str, Any]) -> bytes:

@@ -46,7 +46,7 @@ QUANTIZABLE = ("F16", "BF16", "F32")
 FLOATING = ("F64", *QUANTIZABLE)
 FLOAT_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # in a config.json
 CONFIG_NAME = "config.json"
-_HEAD_BYTES = 2**20  # of a weight file: holds the whole header of most
+_HEAD_BYTES = 2**20  # of a weight file whose header has no known size
 
 # Small files that a model folder needs beside its weights, and that tell nothing about how they are stored.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "[0-9]_*/*.json")
@@ -104,17 +104,17 @@ class Checkpoint(ABC):
         """Bytes of all tensors as they are stored."""
         return sum(info.nbytes for info in self.tensors.values())
 
-    @property
-    def files(self) -> list[str]:
-        """The weight files, relative to `folder`."""
-        return sorted({info.file for info in self.tensors.values()})
-
     def fingerprint(self) -> dict[str, list[Any]]:
         """What tells whether a weight file has changed: {file: [bytes, time of change in ns, BLAKE3 of its head]}.
 
         A hub model's revision says more than the time, which differs between copies of it: there it is 0.
         """
-        return {file: _stamp(self.folder / file, "revision" in self.identity) for file in self.files}
+        pinned, files = "revision" in self.identity, sorted({info.file for info in self.tensors.values()})
+        return {file: _stamp(self.folder / file, self._head_bytes(file), pinned) for file in files}
+
+    def _head_bytes(self, file: str) -> int:
+        """How much of a weight file tells what is in it."""
+        return _HEAD_BYTES
 
     def stored_dtype(self, name: str) -> str:
         """The dtype that a tensor's values are stored in."""
@@ -144,11 +144,11 @@ class Checkpoint(ABC):
             yield self.rows(name, start, min(start + step, count))
 
 
-def _stamp(path: Path, pinned: bool) -> list[Any]:
+def _stamp(path: Path, head_bytes: int, pinned: bool) -> list[Any]:
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
-            head = blake3(file.read(_HEAD_BYTES)).hexdigest()
+            head = blake3(file.read(head_bytes)).hexdigest()
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror}); fetch the checkpoint again") from None
     return [status.st_size, 0 if pinned else status.st_mtime_ns, head]

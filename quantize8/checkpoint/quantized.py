@@ -47,14 +47,13 @@ class QuantizedCheckpoint(Checkpoint):
         return frozenset(self.encodings)
 
     @property
-    def files(self) -> list[str]:
-        """See `Checkpoint.files`."""
-        return self.stored.files
-
-    @property
     def stored_bytes(self) -> int:
         """See `Checkpoint.stored_bytes`."""
         return self.stored.stored_bytes
+
+    def fingerprint(self) -> dict[str, list[Any]]:
+        """See `Checkpoint.fingerprint`."""
+        return self.stored.fingerprint()
 
     def stored_dtype(self, name: str) -> str:
         """See `Checkpoint.stored_dtype`."""

@@ -31,6 +31,7 @@ class SafetensorsCheckpoint(Checkpoint):
         super().__init__(folder, name, identity)
         self._places: dict[str, _Place] = {}
         self._descriptors: list[int] = []
+        self._headers: dict[str, int] = {}  # file -> bytes before its data
         for file in files:
             self._add(file)
 
@@ -54,6 +55,9 @@ class SafetensorsCheckpoint(Checkpoint):
             done += count
         return values if info.shape else values.reshape(())
 
+    def _head_bytes(self, file: str) -> int:
+        return self._headers[file]
+
     def __del__(self) -> None:
         for descriptor in getattr(self, "_descriptors", []):
             os.close(descriptor)
@@ -61,6 +65,7 @@ class SafetensorsCheckpoint(Checkpoint):
     def _add(self, file: str) -> None:
         path = self.folder / file
         header, data_start = read_header(path)
+        self._headers[file] = data_start
         self._descriptors.append(os.open(path, os.O_RDONLY))
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptors[-1], 0, 0, os.POSIX_FADV_SEQUENTIAL)  # read further ahead

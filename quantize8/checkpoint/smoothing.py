@@ -59,14 +59,13 @@ class SmoothedCheckpoint(Checkpoint):
         return self.inner.decoded
 
     @property
-    def files(self) -> list[str]:
-        """See `Checkpoint.files`."""
-        return self.inner.files
-
-    @property
     def stored_bytes(self) -> int:
         """See `Checkpoint.stored_bytes`."""
         return self.inner.stored_bytes
+
+    def fingerprint(self) -> dict[str, list[Any]]:
+        """See `Checkpoint.fingerprint`."""
+        return self.inner.fingerprint()
 
     def stored_dtype(self, name: str) -> str:
         """See `Checkpoint.stored_dtype`."""

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from quantize8 import __version__
 from quantize8.artifact.folder import flush, write_at, write_file
@@ -36,13 +36,13 @@ def finish(job: Job, units: Sequence[Unit], staging: Staging, overwrite: bool) -
     return manifest
 
 
-def unfinished(units: Sequence[Unit], staging: Staging, measured: str) -> list[Unit]:
-    """The units that are not whole, or not all of whose tensors are in their journals, by calibration `measured`."""
+def unfinished(units: Sequence[Unit], staging: Staging, heading: dict[str, Any]) -> list[Unit]:
+    """The units that are not whole, or not all of whose tensors are in a journal of this heading's decisions."""
     found = []
     for unit in units:
         journal = staging.journals[unit.shard.file]
         whole = all(file.is_whole for file in weight_files(staging.out, unit))
-        of_same = journal.heading.get("calibration_blake3") == measured
+        of_same = all(journal.heading.get(key) == heading[key] for key in ("decisions", "calibration_blake3"))
         if not (whole and of_same and journal.entries.keys() >= set(unit.sources)):
             found.append(unit)
     return found

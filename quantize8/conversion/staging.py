@@ -51,12 +51,12 @@ class Staging:
             name = path.name.removesuffix(SUFFIX)
             own = self.journals.get(name)
             heading = own.heading if own else read_heading(path)
-            if not heading or heading.get("decisions") == decisions:
+            if not heading or _timeless(heading["decisions"]) == _timeless(decisions):
                 continue
             if not start_over:
                 raise OutputError(
                     f"{self.out}: {self.folder.name} holds an unfinished conversion with "
-                    f"{difference(heading.get('decisions', {}), decisions)}; "
+                    f"{difference(_timeless(heading['decisions']), _timeless(decisions))}; "
                     "run that command again, or start over with --overwrite"
                 )
             journal = own or Journal(path)
@@ -187,6 +187,12 @@ def _source_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     if changed:
         return f"a source that has changed since ({changed[0]})"
     return "a source of another revision, or with another config.json"
+
+
+def _timeless(decisions: dict[str, Any]) -> dict[str, Any]:
+    """Decisions without the times of the source's files: what came of a file with another time is written again."""
+    files = {file: [nbytes, head] for file, (nbytes, _, head) in decisions["source"]["files"].items()}
+    return {**decisions, "source": {**decisions["source"], "files": files}}
 
 
 def _remove_files(staging: Staging, name: str) -> None:

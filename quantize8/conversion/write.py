@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from quantize8.artifact.folder import WeightFile, check_disk
-from quantize8.artifact.journal import Records
+from quantize8.artifact.journal import Journal, Records
 from quantize8.artifact.units import Unit
 from quantize8.artifact.writer import CpuQuantizer, Place, Progress, WeightQuantizer, Writer, places
 from quantize8.conversion.request import Job
@@ -26,7 +26,6 @@ from quantize8.ops.choice import resolve
 from quantize8.ops.scales import MSE
 
 _MAX_WORKERS = 8  # beyond this many threads the disk is the limit
-_DECIDING = ("decisions", "calibration_blake3")  # of a heading; the request beside them may name another folder
 
 
 @dataclass
@@ -90,6 +89,8 @@ def write_units(
     finally:
         for file in work.files:
             file.close()
+    if job.plan.checkpoint.fingerprint() != heading["decisions"]["source"]["files"]:
+        raise OutputError(f"{staging.out}: the source changed while it was read; run the same command again")
     return work.written
 
 
@@ -98,6 +99,7 @@ class _Work:
 
     def __init__(self, job: Job, units: Sequence[Unit], staging: Staging, progress: Progress | None) -> None:
         self._units, self._tensors = units, job.plan.checkpoint.tensors
+        self._decoded = bool(job.plan.checkpoint.decoded)
         self._journals = {unit.number: staging.journals[unit.shard.file] for unit in units}
         self._files = {unit.number: weight_files(staging.out, unit) for unit in units}
         self._left = {unit.number: len(unit.sources) for unit in units}
@@ -121,8 +123,22 @@ class _Work:
         """Reserve the disk's space, and begin the journals or go on with them."""
         for unit in self._units:
             journal, there = self._journals[unit.number], [file.reserve() for file in self._files[unit.number]]
-            same = all(journal.heading.get(key) == heading[key] for key in _DECIDING)
-            journal.begin(heading, keep=same and all(there))
+            journal.begin(heading, self._usable(journal, heading) if all(there) else {})
+
+    def _usable(self, journal: Journal, heading: dict[str, Any]) -> dict[str, Records]:
+        """The entries of a journal but for those whose source file has another time: it was mended, or copied."""
+        before, now = journal.heading.get("decisions"), heading["decisions"]
+        if before is None or journal.heading["calibration_blake3"] != heading["calibration_blake3"]:
+            return {}
+        stamps = before["source"]["files"]
+        touched = {file for file, stamp in now["source"]["files"].items() if stamps[file] != stamp}
+        if touched and self._decoded:  # a weight may be of several files
+            return {}
+        entries = journal.entries.items()
+        return {name: records for name, records in entries if not touched or self._file_of(name) not in touched}
+
+    def _file_of(self, name: str) -> str:
+        return self._tensors[name].file if name in self._tensors else ""
 
     def write(self, item: tuple[int, str], quantizer: WeightQuantizer) -> Records:
         """Write what becomes of one source tensor, or find that it is there."""

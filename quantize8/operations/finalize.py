@@ -12,6 +12,7 @@ from quantize8.conversion.measure import measure
 from quantize8.conversion.request import job_of
 from quantize8.conversion.result import Conversion, errors_of
 from quantize8.conversion.staging import partial_of, staged
+from quantize8.conversion.write import heading
 from quantize8.errors import OutputError
 
 
@@ -24,17 +25,17 @@ def finalize(out: str | Path, *, overwrite: bool = False, token: str | None = No
     start = time.perf_counter()
     target = Path(out)
     paths = sorted(partial_of(target).glob(f"*{SUFFIX}"))
-    heading = next((found for found in map(read_heading, paths) if found), None)
-    if heading is None:
+    first = next((found for found in map(read_heading, paths) if found), None)
+    if first is None:
         raise OutputError(f"{target}: no part of it is here (in {partial_of(target)}); run convert with --part first")
-    job = job_of(heading, token)
+    job = job_of(first, token)
     check_output(target, overwrite, job.plan.checkpoint.folder)
     decisions = job.decisions()
     names = [unit.shard.file for unit in job.units]
     with staged(target, names, decisions, job.plan.checkpoint.folder, overwrite=overwrite) as staging:
         measured = measure(job, staging.calibration, decisions)
         units = job.units
-        missing = unfinished(units, staging, measured)
+        missing = unfinished(units, staging, heading(job, decisions, measured))
         if missing:
             files = ", ".join(unit.shard.file for unit in missing)
             again = f"{job.request.command(target)} --part {missing[0].number}/{len(units)}"
