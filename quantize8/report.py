@@ -29,7 +29,7 @@ _SHOWN_COLUMNS = 3  # of the worst: a line of a table fits 80 characters for mos
 def as_json(value: Any) -> Any:
     """Any result as plain JSON values; a conversion without its per-byte plan."""
     if isinstance(value, Conversion):
-        return _conversion_json(value)
+        return value.as_json()
     if isinstance(value, Path):
         return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -43,7 +43,7 @@ def as_json(value: Any) -> Any:
 
 def conversion(result: Conversion) -> RenderableType:
     """What a conversion did, or a dry run found."""
-    plan, numbers = result.plan, _conversion_json(result)
+    plan, numbers = result.plan, result.as_json()
     table = _table(("", "left"), ("", "left"))
     table.add_row(*_artifact(result))
     table.add_row("format", plan.format.title + (", scales of the least error" if plan.searches else ""))
@@ -220,31 +220,6 @@ def _artifact(result: Conversion) -> tuple[str, str]:
         return f"part {result.part}", f"nothing to do: {result.out} has {count} weight file{'s' * (count > 1)}"
     does = "would write" if result.dry_run else f"when all parts are there: quantize8 finalize {result.out}; wrote"
     return f"part {result.part}", f"{does} {', '.join(result.files)}"
-
-
-def _conversion_json(result: Conversion) -> dict[str, Any]:
-    plan = result.plan
-    errors = {name: entry.relative_error for name, entry in result.errors.items()}
-    worst = max(errors, key=lambda name: errors[name], default="")
-    return {
-        "out": str(result.out),
-        "dry_run": result.dry_run,
-        "part": None if result.part is None else {"part": str(result.part), "files": result.files},
-        "resumed": {"tensors": result.kept, "bytes": result.kept_bytes},
-        "source": plan.checkpoint.identity,
-        "format": plan.format.title,
-        "recipe": plan.recipe.as_json(),
-        "scale": "mse" if plan.searches else "absmax",
-        "source_bytes": plan.source_bytes,
-        "output_bytes": plan.output_bytes,
-        "bits_per_weight": round(8 * plan.output_bytes / max(1, plan.weights), 2),
-        "files": {shard.file: shard.nbytes for shard in plan.shards},
-        "int8_modules": sorted(plan.modules),
-        "kept": plan.kept,
-        "mean_relative_error": sum(errors.values()) / len(errors) if errors else None,
-        "worst": f"{errors[worst]:.4f} in {worst}" if errors else None,
-        "seconds": round(result.seconds, 3),
-    }
 
 
 def _by_reason(kept: dict[str, str]) -> dict[str, list[str]]:

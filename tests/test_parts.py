@@ -118,7 +118,7 @@ def test_a_part_that_was_killed_or_is_run_again(source, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", part="1/2", workers=1, **SIZE)
     monkeypatch.setattr(Writer, "write", write)
-    with pytest.raises(OutputError, match="not finished: model-00001"):
+    with pytest.raises(OutputError, match="not finished: model-0000"):
         finalize(tmp_path / "out")
     assert convert(source, tmp_path / "out", part="1/2", **SIZE).kept == 3
     again = convert(source, tmp_path / "out", part="1/2", **SIZE)
