@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from quantize8.artifact.layout import OutTensor, Shard, place
 from quantize8.artifact.plan import Plan
 
-_BESIDE = ".outliers"  # ends the name of the file that keeps a unit's outlier columns until all are brought together
-
 
 @dataclass(frozen=True)
 class Unit:
@@ -39,9 +37,14 @@ def units(plan: Plan) -> list[Unit]:
     ]
 
 
+def beside(file: str) -> str:
+    """The name of the file that keeps the outlier columns of a weight file's modules until all are brought together."""
+    return f"{file}.outliers"
+
+
 def _outliers(plan: Plan, shard: Shard, sources: list[str]) -> Shard | None:
     modules = [name.removesuffix(".weight") for name in sources]
     tensors: list[OutTensor] = [
         tensor for name in modules if name in plan.calibrated for tensor in plan.outlier_tensors(name)
     ]
-    return place(Shard(shard.file + _BESIDE, tensors)) if tensors else None
+    return place(Shard(beside(shard.file), tensors)) if tensors else None

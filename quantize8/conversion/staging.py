@@ -15,7 +15,7 @@ from typing import Any
 
 from quantize8.artifact.folder import WeightFile, check_output, flush
 from quantize8.artifact.journal import SUFFIX, Journal, read_heading
-from quantize8.artifact.units import Unit
+from quantize8.artifact.units import Unit, beside
 from quantize8.errors import OutputError
 
 _TRIES = 5  # to make a folder that other processes, which failed, remove
@@ -84,15 +84,15 @@ class Staging:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def leave(self) -> None:
-        """Let other processes have the weight files; where nothing is finished, without a trace."""
-        if self.is_empty:
-            for name, journal in self.journals.items():
+        """Let other processes have the weight files, without a trace of those of which nothing is finished."""
+        for name, journal in self.journals.items():
+            if not journal.entries:
                 _remove_files(self, name)
                 journal.path.unlink(missing_ok=True)
-            if not any(self.folder.glob(f"*{SUFFIX}")):  # no other process is at work there
-                for folder in (self.files, self.folder):
-                    with contextlib.suppress(OSError):
-                        folder.rmdir()
+        if self.is_empty and not any(self.folder.glob(f"*{SUFFIX}")):  # and no other process is at work there
+            for folder in (self.files, self.folder):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
         self.close()
 
     def close(self) -> None:
@@ -162,8 +162,7 @@ def weight_files(out: Path, unit: Unit) -> list[WeightFile]:
     folder = partial_of(out)
     found = [WeightFile(folder / "files" / unit.shard.file, unit.shard.header, unit.shard.nbytes)]
     if unit.outliers is not None:
-        beside = unit.outliers
-        found.append(WeightFile(folder / beside.file, beside.header, beside.nbytes))
+        found.append(WeightFile(folder / unit.outliers.file, unit.outliers.header, unit.outliers.nbytes))
     return found
 
 
@@ -196,8 +195,8 @@ def _timeless(decisions: dict[str, Any]) -> dict[str, Any]:
 
 
 def _remove_files(staging: Staging, name: str) -> None:
-    for path in (*staging.files.glob(f"{name}*"), *staging.folder.glob(f"{name}.outliers*")):
-        path.unlink(missing_ok=True)
+    for path in (staging.files / name, staging.folder / beside(name)):
+        WeightFile(path, b"", 0).remove()
 
 
 def _restore(out: Path) -> None:

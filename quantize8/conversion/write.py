@@ -57,8 +57,10 @@ def make_quantizers(device: str, scale: str, workers: int | None) -> list[Weight
 
 def heading(job: Job, decisions: dict[str, Any], measured: str) -> dict[str, Any]:
     """What a journal begins with: what decides the bytes, and the request, for who ends the conversion elsewhere."""
-    source = Path(job.request.source).expanduser()
-    request = replace(job.request, source=str(source.resolve()) if source.exists() else job.request.source)
+    asked = job.request
+    paths = {"source": asked.source, "calibrate": asked.calibrate, "recipe": asked.recipe}
+    found = {key: Path(text).expanduser() for key, text in paths.items() if text is not None}
+    request = replace(asked, **{key: str(path.absolute()) for key, path in found.items() if path.exists()})
     return {"decisions": decisions, "request": asdict(request), "calibration_blake3": measured}
 
 

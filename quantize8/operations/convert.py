@@ -10,17 +10,15 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from quantize8.artifact.folder import check_disk, check_output
+from quantize8.artifact.folder import check_output
 from quantize8.artifact.formats import DEFAULT_FORMAT
 from quantize8.artifact.layout import DEFAULT_SHARD_SIZE
-from quantize8.artifact.writer import Progress, WeightQuantizer
-from quantize8.conversion.finish import finish
-from quantize8.conversion.measure import measure
-from quantize8.conversion.parts import Part, parse_part
-from quantize8.conversion.request import Job, Request
-from quantize8.conversion.result import Conversion, errors_of
-from quantize8.conversion.staging import staged
-from quantize8.conversion.write import heading, make_quantizers, missing_bytes, write_units
+from quantize8.artifact.writer import Progress
+from quantize8.conversion.parts import parse_part
+from quantize8.conversion.request import Request
+from quantize8.conversion.result import Conversion
+from quantize8.conversion.steps import write_part
+from quantize8.conversion.write import make_quantizers
 from quantize8.ops.scales import ABSMAX
 from quantize8.recipe import DEFAULT_RECIPE
 
@@ -76,34 +74,10 @@ def convert(
     target = Path(out) if out is not None else Path(f"{job.plan.checkpoint.name}-{job.plan.format.suffix}")
     check_output(target, overwrite, job.plan.checkpoint.folder)
     if dry_run:
-        found = Conversion(target, job.plan, dry_run=True, to_calibrate=bool(job.calibration))
+        files = [unit.shard.file for unit in (share.of(job.units) if share else job.units)]
+        calibrates = bool(job.calibration)
+        found = Conversion(target, job.plan, dry_run=True, part=share, files=files, to_calibrate=calibrates)
     else:
-        found = _convert(job, target, share, overwrite, quantizers, progress)
+        found = write_part(job, target, share, quantizers, overwrite, progress)
     found.seconds = time.perf_counter() - start
-    return found
-
-
-def _convert(
-    job: Job,
-    out: Path,
-    part: Part | None,
-    overwrite: bool,
-    quantizers: list[WeightQuantizer],
-    progress: Progress | None,
-) -> Conversion:
-    units = job.units if part is None else part.of(job.units)
-    names = [unit.shard.file for unit in units]
-    found = Conversion(out, job.plan, part=part, files=names)
-    if not units:
-        return found
-    check_disk(out, missing_bytes(out, units))
-    decisions = job.decisions()
-    source = job.plan.checkpoint.folder
-    with staged(out, names, decisions, source, overwrite=overwrite, start_over=overwrite) as staging:
-        measured = measure(job, staging.calibration, decisions, start_over=overwrite)
-        units = [unit for unit in job.units if unit.shard.file in staging.journals]
-        written = write_units(job, units, staging, heading(job, decisions, measured), quantizers, progress)
-        if part is None:
-            found.manifest = finish(job, units, staging, overwrite)
-    found.errors, found.kept, found.kept_bytes = errors_of(written.records), written.kept, written.kept_bytes
     return found
