@@ -75,9 +75,8 @@ class WeightFile:
                 os.posix_fallocate(descriptor, 0, self._nbytes)
             os.ftruncate(descriptor, self._nbytes)
             write_at(descriptor, self._header, 0)
-            if there and hasattr(
-                os, "posix_fadvise"
-            ):  # read again from the disk, which may have refused what is cached
+            if there and hasattr(os, "posix_fadvise"):
+                # what is cached may be what the disk has refused: it is read anew
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)

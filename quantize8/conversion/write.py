@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -60,8 +60,8 @@ def heading(job: Job, decisions: dict[str, Any], measured: str) -> dict[str, Any
     asked = job.request
     paths = {"source": asked.source, "calibrate": asked.calibrate, "recipe": asked.recipe}
     found = {key: Path(text).expanduser() for key, text in paths.items() if text is not None}
-    request = replace(asked, **{key: str(path.absolute()) for key, path in found.items() if path.exists()})
-    return {"decisions": decisions, "request": asdict(request), "calibration_blake3": measured}
+    request = asdict(asked) | {key: str(path.absolute()) for key, path in found.items() if path.exists()}
+    return {"decisions": decisions, "request": request, "calibration_blake3": measured}
 
 
 def missing_bytes(out: Path, units: Sequence[Unit]) -> int:
