@@ -1,9 +1,13 @@
 """Conversions in parts: the bytes that one process writes, whoever wrote which file, and however often."""
 
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from gguf_files import assemble, config_of, folder_of
 from making import llama, mixtral, word_tokenizer
 
 from benchmarks.faults import digests, opens
@@ -98,6 +102,16 @@ def test_what_is_missing_is_named_with_the_command_for_it(source, tmp_path):
     assert digests(out) == digests(tmp_path / "whole")
 
 
+def test_a_dry_run_of_a_part_names_its_files(source, tmp_path, capsys, monkeypatch):
+    arguments = ["convert", source, "--out", str(tmp_path / "out"), "--part", "2/2", "--max-shard-size", "6KB"]
+    monkeypatch.setattr(sys, "argv", ["quantize8", *arguments, "--dry-run", "--json"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["dry_run"] and not partial_of(tmp_path / "out").exists()
+    assert planned["part"] == {"part": "2/2", "files": convert(source, tmp_path / "out", part="2/2", **SIZE).files}
+
+
 def test_convert_without_a_part_ends_what_parts_began(source, tmp_path):
     convert(source, tmp_path / "out", part="2/3", **SIZE)
     assert convert(source, tmp_path / "out", **SIZE).kept
@@ -158,9 +172,6 @@ def test_parts_of_other_options_do_not_mix(source, tmp_path):
 
 
 def test_a_source_that_changed_between_the_parts(source, tmp_path):
-    import os
-    from pathlib import Path
-
     convert(source, tmp_path / "out", part="1/2", **SIZE)
     os.utime(sorted(Path(source).glob("*.safetensors"))[0], ns=(1, 1))
     convert(source, tmp_path / "out", part="2/2", **SIZE)
@@ -189,8 +200,6 @@ def test_an_artifact_is_replaced_only_when_asked(source, tmp_path):
 
 
 def test_gguf_is_one_part(tmp_path, capsys, monkeypatch):
-    from gguf_files import assemble, config_of, folder_of
-
     assemble(folder_of(tmp_path / "folder", config_of("qwen3")), tmp_path / "model.gguf")
     source, out = str(tmp_path / "model.gguf"), tmp_path / "out"
     convert(source, tmp_path / "whole", format="gguf")
