@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from quantize8.artifact.writer import Progress
+from quantize8.conversion.result import Conversion
 from quantize8.model.outliers import ActivationReport
 from quantize8.model.text import open_for_text, read_text
-from quantize8.operations.convert import Conversion, convert
+from quantize8.operations.convert import convert
 from quantize8.operations.evaluate import Perplexity, perplexity
 from quantize8.operations.inspect import DEFAULT_TOKENS
 from quantize8.operations.run import Comparison, Generation, compared, generate

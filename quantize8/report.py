@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from quantize8.artifact.format import Int8Format
+from quantize8.conversion.result import Conversion
 from quantize8.demo import Demo
 from quantize8.model.features import EMERGENT_LAYERS, EMERGENT_POSITIONS, Feature
 from quantize8.model.outliers import ActivationReport
-from quantize8.operations.convert import Conversion
 from quantize8.operations.environment import Environment
 from quantize8.operations.evaluate import Divergence, Estimate, Evaluation
 from quantize8.operations.inspect import WeightReport
@@ -29,7 +29,7 @@ _SHOWN_COLUMNS = 3  # of the worst: a line of a table fits 80 characters for mos
 def as_json(value: Any) -> Any:
     """Any result as plain JSON values; a conversion without its per-byte plan."""
     if isinstance(value, Conversion):
-        return {**_conversion_json(value), "pushed": value.pushed}
+        return value.as_json()
     if isinstance(value, Path):
         return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -43,9 +43,9 @@ def as_json(value: Any) -> Any:
 
 def conversion(result: Conversion) -> RenderableType:
     """What a conversion did, or a dry run found."""
-    plan, numbers = result.plan, _conversion_json(result)
+    plan, numbers = result.plan, result.as_json()
     table = _table(("", "left"), ("", "left"))
-    table.add_row("artifact" if result.manifest else "would write", f"{result.out} {result.pushed or ''}".rstrip())
+    table.add_row(*_artifact(result))
     table.add_row("format", plan.format.title + (", scales of the least error" if plan.searches else ""))
     if isinstance(plan.format, Int8Format):
         table.add_row("recipe", f"{plan.recipe.name}, threshold {plan.recipe.threshold:g}")
@@ -55,6 +55,8 @@ def conversion(result: Conversion) -> RenderableType:
     table.add_row(*(("int8", layers) if plan.modules else ("weights", density)))
     if plan.smoothed:
         table.add_row("smoothed", plan.smoothed)
+    if result.to_calibrate:
+        table.add_row("outliers", "columns are chosen by the text only when converting")
     if plan.outliers is not None:
         wide = sum(len(found.columns) for found in plan.calibrated.values())
         exact = sum(found.exact for found in plan.calibrated.values())
@@ -65,6 +67,8 @@ def conversion(result: Conversion) -> RenderableType:
         table.add_row("codes", "those of the source")
     elif result.errors:
         table.add_row("relative error", f"{numbers['mean_relative_error']:.4f} mean, {numbers['worst']}")
+    if result.kept:
+        table.add_row("resumed", f"{result.kept} tensors were there already, {size(result.kept_bytes)}, and are right")
     table.add_row("time", f"{result.seconds:.1f} s")
     return table
 
@@ -207,27 +211,16 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.2f} TB"
 
 
-def _conversion_json(result: Conversion) -> dict[str, Any]:
-    plan = result.plan
-    errors = {name: entry.relative_error for name, entry in result.errors.items()}
-    worst = max(errors, key=lambda name: errors[name], default="")
-    return {
-        "out": str(result.out),
-        "dry_run": result.manifest is None,
-        "source": plan.checkpoint.identity,
-        "format": plan.format.title,
-        "recipe": plan.recipe.as_json(),
-        "scale": "mse" if plan.searches else "absmax",
-        "source_bytes": plan.source_bytes,
-        "output_bytes": plan.output_bytes,
-        "bits_per_weight": round(8 * plan.output_bytes / max(1, plan.weights), 2),
-        "files": {shard.file: shard.nbytes for shard in plan.shards},
-        "int8_modules": sorted(plan.modules),
-        "kept": plan.kept,
-        "mean_relative_error": sum(errors.values()) / len(errors) if errors else None,
-        "worst": f"{errors[worst]:.4f} in {worst}" if errors else None,
-        "seconds": round(result.seconds, 3),
-    }
+def _artifact(result: Conversion) -> tuple[str, str]:
+    """What a conversion has come to."""
+    if result.part is None:
+        where = f"{result.out} {result.pushed or ''}".rstrip()
+        return "would write" if result.dry_run else "artifact", where
+    if not result.files:
+        count = len(result.plan.shards)
+        return f"part {result.part}", f"nothing to do: {result.out} has {count} weight file{'s' * (count > 1)}"
+    does = "would write" if result.dry_run else f"when all parts are there: quantize8 finalize {result.out}; wrote"
+    return f"part {result.part}", f"{does} {', '.join(result.files)}"
 
 
 def _by_reason(kept: dict[str, str]) -> dict[str, list[str]]:

@@ -13,9 +13,11 @@ from making import llama
 from safetensors.torch import load_file, save_file
 
 from quantize8 import convert, verify
+from quantize8.artifact.folder import WeightFile
 from quantize8.artifact.manifest import read_manifest
 from quantize8.artifact.outliers import Calibrated
-from quantize8.artifact.writer import CpuQuantizer, Writer
+from quantize8.artifact.units import units
+from quantize8.artifact.writer import CpuQuantizer, Writer, places
 from quantize8.checkpoint import open_checkpoint
 from quantize8.errors import OutputError
 from quantize8.ops import reference
@@ -173,10 +175,14 @@ def test_conv1d_and_importance_by_column(mgm, tmp_path):
     name = next(name for name in plan.transposed if name in plan.searches)
     columns = plan.shape_of(plan.checkpoint.tensors[name])[1]
     plan.searches = {name: ScaleSearch(np.linspace(0, 1, columns, dtype=np.float32))}
-    with Writer(plan, tmp_path, None) as writer:
-        record = writer.write(plan.checkpoint.tensors[name], CpuQuantizer())[name]
-        other = next(info for key, info in plan.checkpoint.tensors.items() if key in plan.transposed and key != name)
-        assert writer.write(other, CpuQuantizer())[other.name].quantized.scale == "absmax"
+    (unit,) = units(plan)
+    file = WeightFile(tmp_path / unit.shard.file, unit.shard.header, unit.shard.nbytes)
+    file.reserve()
+    writer = Writer(plan, places(unit, [file]), plan.read_bytes, None)
+    record = writer.write(plan.checkpoint.tensors[name], CpuQuantizer())[name]
+    other = next(info for key, info in plan.checkpoint.tensors.items() if key in plan.transposed and key != name)
+    assert writer.write(other, CpuQuantizer())[other.name].quantized.scale == "absmax"
+    file.finish()
     weight = np.concatenate(list(plan.checkpoint.blocks(name))).T
     absmax = search_absmax(weight, plan.searches[name])
     assert (absmax < search_absmax(weight, ScaleSearch())).any()  # or nothing would be tested
@@ -206,7 +212,7 @@ def test_an_int8_source_has_no_scales_to_search(options, tmp_path):
 
 
 def test_scales_are_searched_on_the_cpu_where_a_gpu_would_be_taken(tmp_path, monkeypatch):
-    monkeypatch.setattr("quantize8.operations.convert.resolve", lambda device: pytest.fail("asked for a device"))
+    monkeypatch.setattr("quantize8.conversion.write.resolve", lambda device: pytest.fail("asked for a device"))
     convert(str(llama(tmp_path / "source")), tmp_path / "out", scale="mse")
 
 

@@ -88,7 +88,7 @@ def test_what_float16_cannot_hold_is_an_error_that_names_the_row(tmp_path):
     with pytest.raises(WeightError, match=r"layers\.1\.mlp\.up_proj\.weight row 7 .* F16 cannot"):
         convert(str(source), tmp_path / "out", format="float16")
     assert not (tmp_path / "out").exists()
-    convert(str(source), tmp_path / "out", format="bfloat16")
+    convert(str(source), tmp_path / "out", format="bfloat16", overwrite=True)
 
 
 def test_conv1d_comes_back_as_it_was_stored(mgm, tmp_path):

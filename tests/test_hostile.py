@@ -1,4 +1,7 @@
-"""Bad input through the command line: one line on stderr, exit code 1, nothing left behind, the source untouched."""
+"""Bad input through the command line: one line on stderr, exit code 1, no output folder, the source untouched.
+
+What an interrupted conversion leaves behind, for the next run to go on from, is in test_resume.py.
+"""
 
 import errno
 import hashlib
@@ -14,6 +17,7 @@ from safetensors.torch import save_file
 
 from quantize8 import cli
 from quantize8.checkpoint import open_checkpoint
+from quantize8.conversion.staging import Staging
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
@@ -41,7 +45,10 @@ def _own_arguments(monkeypatch) -> None:
 
 @pytest.fixture
 def refused(tmp_path, capsys):
-    """Convert, expect one line and exit code 1, and nothing new on the disk; returns the line."""
+    """Convert, expect one line and exit code 1; returns the line.
+
+    Nothing new is on the disk, or at most, where a tensor was finished, the hidden folder that the next run goes on in.
+    """
 
     def call(source, *options: object, out=None) -> str:
         place = tmp_path / "outputs"
@@ -52,6 +59,10 @@ def refused(tmp_path, capsys):
         text, line = capsys.readouterr()
         assert code == 1 and text == ""
         assert line.startswith("error: ") and line.count("\n") == 1 and line.endswith("\n"), line
+        partial = out.parent / f".{out.name}.partial"
+        if partial.exists():
+            assert any(journal.read_text().count("\n") > 1 for journal in partial.glob("*.journal"))
+            shutil.rmtree(partial)
         assert (content(tmp_path), sorted(place.iterdir())) == before
         return line
 
@@ -227,7 +238,7 @@ def test_an_artifact_is_replaced_when_asked(tmp_path):
 def test_a_disk_too_small_is_told_before_anything_is_made(refused, tmp_path, monkeypatch):
     source = llama(tmp_path / "source")
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    monkeypatch.setattr("tempfile.mkdtemp", lambda **_: pytest.fail("made a folder before checking the disk"))
+    monkeypatch.setattr(Staging, "__init__", lambda *_: pytest.fail("made a folder before checking the disk"))
     assert "the disk has 1,000 free" in refused(source)
 
 
@@ -245,31 +256,19 @@ def test_a_disk_that_fills_while_writing(refused, tmp_path, monkeypatch, call):
 def test_another_writer_that_was_faster(refused, tmp_path, monkeypatch):
     """The folder appears between the check and the last step: the other's result stays, ours goes."""
     source, out = llama(tmp_path / "source"), tmp_path / "late"
-    from quantize8.artifact import folder
+    publish = Staging.publish
 
-    replace = folder._replace
-
-    def race(staging, target, overwrite) -> None:
-        target.mkdir()
-        (target / "theirs").write_text("x")
+    def race(staging, overwrite) -> None:
+        out.mkdir()
+        (out / "theirs").write_text("x")
         try:
-            replace(staging, target, overwrite)
+            publish(staging, overwrite)
         finally:
-            shutil.rmtree(target)
+            assert (out / "theirs").read_text() == "x"
+            shutil.rmtree(out)
 
-    monkeypatch.setattr(folder, "_replace", race)
+    monkeypatch.setattr(Staging, "publish", race)
     assert "appeared while converting" in refused(source, out=out)
-
-
-def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
-    source, place = llama(tmp_path / "source"), tmp_path / "outputs"
-
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", interrupted)
-    assert quantize8("convert", source, "--out", place / "out") != 0
-    assert list(place.iterdir()) == []
 
 
 def test_damaged_folders_do_not_run(tmp_path, capsys):

@@ -7,10 +7,11 @@ import shutil
 import pytest
 import torch
 from making import llama, mixtral, word_tokenizer
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from quantize8 import ArtifactError, Int8Linear, OutputError, SourceError, convert, evaluate, load, run, verify
+from quantize8 import ArtifactError, Int8Linear, OutputError, SourceError, convert, evaluate, load, report, run, verify
 from quantize8.artifact.manifest import read_manifest
 from quantize8.artifact.outliers import OUTLIERS_NAME, read_outliers
 from quantize8.checkpoint import open_checkpoint
@@ -222,12 +223,22 @@ def test_arguments_that_are_wrong(options, message, sound, tmp_path, monkeypatch
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_foretells_the_size_of_both_files(sound, tmp_path):
+def test_a_dry_run_does_not_calibrate_and_says_so(sound, tmp_path, monkeypatch):
+    monkeypatch.setattr("quantize8.model.calibration.calibrate", lambda *_, **__: pytest.fail("calibrated"))
     options = {"calibrate": sound / "text", "recipe": "int8-all", "dry_run": True}
+    result = convert(str(sound / "source"), tmp_path / "out", **options)
+    assert result.to_calibrate and result.plan.outliers is None and not list(tmp_path.iterdir())
+    console = Console(width=160)
+    with console.capture() as shown:
+        console.print(report.conversion(result))
+    assert "columns are chosen by the text only when converting" in shown.get()
+
+
+def test_the_plan_knows_the_size_of_both_files(sound, tmp_path):
+    options = {"calibrate": sound / "text", "recipe": "int8-all"}
     plan = convert(str(sound / "source"), tmp_path / "out", **options).plan
     sizes = {path.name: path.stat().st_size for path in (sound / "out").glob("*.safetensors")}
     assert {shard.file: shard.nbytes for shard in plan.files} == sizes and plan.output_bytes == sum(sizes.values())
-    assert not (tmp_path / "out").exists()
 
 
 def edit(change):

@@ -259,15 +259,17 @@ def test_a_quantized_source_is_refused(tmp_path):
 def test_the_report_says_how_much_is_smoothed(tmp_path):
     source = word_tokenizer(llama(tmp_path / "source"))  # float16: not all of it can be
     (tmp_path / "text").write_text(TEXT)
-    result = convert(str(source), tmp_path / "out", calibrate=tmp_path / "text", smooth=0.9, dry_run=True)
+    result = convert(str(source), tmp_path / "out", calibrate=tmp_path / "text", smooth=0.9)
     left = result.plan.checkpoint.left
-    assert left and not (tmp_path / "out").exists()
+    assert left
     console = Console(width=160)
     with console.capture() as shown:
         console.print(report.conversion(result))
     whole = 2 * (32 + 32 + 16 + 48)
     assert f"{whole - left} features; {left} left, whose weights would overflow or lose digits" in shown.get()
-    plain = convert(str(source), tmp_path / "out", calibrate=tmp_path / "text", dry_run=True)
+    planned = convert(str(source), tmp_path / "new", calibrate=tmp_path / "text", smooth=0.9, dry_run=True)
+    assert planned.plan.smoothed == "" and not (tmp_path / "new").exists()  # nothing is measured
+    plain = convert(str(source), tmp_path / "plain", calibrate=tmp_path / "text")
     assert plain.plan.smoothed == ""
 
 

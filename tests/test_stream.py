@@ -21,7 +21,7 @@ def emulated(monkeypatch) -> EmulatedGpu:
     """A GPU to every part of the converter: tensors of "cuda:0" lie in main memory."""
     found = EmulatedGpu(order=2)
     monkeypatch.setattr(gpu, "gpu_of", lambda index: found)
-    monkeypatch.setattr("quantize8.operations.convert.resolve", lambda device: device)
+    monkeypatch.setattr("quantize8.conversion.write.resolve", lambda device: device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(stream, "GpuQuantizer", lambda device: GpuQuantizer(torch.device("cpu")))
     return found

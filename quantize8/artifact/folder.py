@@ -1,22 +1,21 @@
-"""The output folder: built aside under a hidden name, moved into place in one step when it is whole.
-
-Whatever happens before that step, there is no output folder; after it, there is a complete one.
-"""
+"""Files and the disk: what may be written to, whether it fits, and files that keep their name until they are whole."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
+import threading
 from pathlib import Path
+
+from blake3 import blake3
 
 from quantize8.artifact.manifest import MANIFEST_NAME
 from quantize8.errors import OutputError
 
 _SLACK = 16 * 2**20  # room for the small files: tokenizer, config, manifest
+_UNFINISHED = ".unfinished"
+_READ_BYTES = 4 * 2**20
 _START_WRITING = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux: have the disk begin with a part of a file
 _WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin, and wait for nothing
 
@@ -44,34 +43,81 @@ def check_disk(out: Path, nbytes: int) -> None:
         )
 
 
-@contextlib.contextmanager
-def staged(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A new empty folder that becomes `out` if the block succeeds, and is removed if it fails."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be made ({error.strerror}); name another folder with --out") from None
-    try:
-        yield folder
-        folder.chmod(0o777 & ~_umask())
-        _flush(folder)
-        _replace(folder, out, overwrite)
-        _flush(out.parent)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+class WeightFile:
+    """A file of known size, written in any order by any thread; it has another name until it is whole."""
 
+    def __init__(self, path: Path, header: bytes, nbytes: int) -> None:
+        self.path, self._unfinished = path, path.with_name(path.name + _UNFINISHED)
+        self._header, self._nbytes = header, nbytes
+        self._open = threading.Lock()
+        self._descriptor: int | None = None
 
-def create(path: Path, header: bytes, nbytes: int) -> int:
-    """A file of `nbytes` that begins with `header`, its space reserved; an open descriptor for it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, nbytes)
-    else:
-        os.truncate(descriptor, nbytes)
-    write_at(descriptor, header, 0)
-    return descriptor
+    @property
+    def is_whole(self) -> bool:
+        """Whether the file has its name."""
+        return self.path.is_file() and self.path.stat().st_size == self._nbytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the disk that it has already."""
+        there = [path for path in (self.path, self._unfinished) if path.is_file()]
+        return sum(min(path.stat().st_blocks * 512, self._nbytes) for path in there[:1])
+
+    def reserve(self) -> bool:
+        """Have the disk keep room for it; whether something was there of it, which is not whole any more."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            self.path.rename(self._unfinished)
+        there = self._unfinished.exists()
+        descriptor = os.open(self._unfinished, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, 0, self._nbytes)
+            os.ftruncate(descriptor, self._nbytes)
+            write_at(descriptor, self._header, 0)
+            if there and hasattr(os, "posix_fadvise"):
+                # what is cached may be what the disk has refused: it is read anew
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+        return there
+
+    @property
+    def descriptor(self) -> int:
+        """The open file; opened when it is first asked for, as there may be more files than may be open."""
+        with self._open:
+            if self._descriptor is None:
+                self._descriptor = os.open(self._unfinished, os.O_RDWR)
+            return self._descriptor
+
+    def digest(self, offset: int, nbytes: int) -> str:
+        """BLAKE3 of a part of it."""
+        content, end = blake3(), offset + nbytes
+        while offset < end:
+            part = os.pread(self.descriptor, min(_READ_BYTES, end - offset), offset)
+            if not part:
+                break
+            content.update(part)
+            offset += len(part)
+        return str(content.hexdigest())
+
+    def finish(self) -> None:
+        """Have the disk hold all of it, and give it its name."""
+        os.fsync(self.descriptor)
+        self.close()
+        self._unfinished.rename(self.path)
+
+    def close(self) -> None:
+        """Close it, if it is open."""
+        with self._open:
+            if self._descriptor is not None:
+                os.close(self._descriptor)
+                self._descriptor = None
+
+    def remove(self) -> None:
+        """Remove what there is of it."""
+        for path in (self.path, self._unfinished):
+            path.unlink(missing_ok=True)
 
 
 def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
@@ -92,30 +138,10 @@ def write_file(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _replace(folder: Path, out: Path, overwrite: bool) -> None:
-    old = None
-    if overwrite and out.is_dir():
-        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
-        out.rename(old)
-    try:
-        folder.rename(out)
-    except OSError:
-        if old is not None:
-            old.rename(out)
-        raise OutputError(f"{out}: appeared while converting; remove it, or name another folder with --out") from None
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

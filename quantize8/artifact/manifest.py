@@ -123,7 +123,7 @@ def read_manifest(folder: Path) -> Manifest:
         if expected != _digest_of(value) or data != _laid_out({**value, _DIGEST: expected}):
             raise ArtifactError(f"{path}: does not match its own digest; it was changed after it was written")
         del value["format_version"]
-        tensors = {name: _record(entry) for name, entry in value.pop("tensors").items()}
+        tensors = {name: record_of(entry) for name, entry in value.pop("tensors").items()}
         manifest = Manifest(**value, tensors=tensors)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path}: not readable as a manifest ({error}); convert the source again") from None
@@ -176,7 +176,8 @@ def _fits(value: Any, kind: Any) -> bool:
     return type(value) in (int, float) if kind is float else type(value) is kind
 
 
-def _record(entry: dict[str, Any]) -> TensorRecord:
+def record_of(entry: dict[str, Any]) -> TensorRecord:
+    """A record from what JSON makes of it."""
     quantized = entry.pop("quantized", None)
     if quantized is not None:
         quantized = Quantized(

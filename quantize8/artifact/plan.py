@@ -96,9 +96,13 @@ class Plan:
     def keep_outliers(self, calibrated: dict[str, Calibrated]) -> None:
         """Give the outlier columns of the int8 modules, where they were calibrated, a place in a file of their own."""
         self.calibrated = {name: found for name, found in calibrated.items() if name in self.modules}
-        shapes = {name: self.shape_of(self.checkpoint.tensors[f"{name}.weight"]) for name in self.calibrated}
-        tensors = [found.tensors(name, shapes[name][0]) for name, found in self.calibrated.items()]
-        self.outliers = place(Shard(OUTLIERS_NAME, [tensor for group in tensors for tensor in group]))
+        tensors = [tensor for name in self.calibrated for tensor in self.outlier_tensors(name)]
+        self.outliers = place(Shard(OUTLIERS_NAME, tensors))
+
+    def outlier_tensors(self, module: str) -> list[OutTensor]:
+        """What is stored of a calibrated module's outlier columns."""
+        rows = self.shape_of(self.checkpoint.tensors[f"{module}.weight"])[0]
+        return self.calibrated[module].tensors(module, rows)
 
     def module_of(self, info: TensorInfo) -> str | None:
         """The module that a source tensor is the weight of, if it becomes int8."""

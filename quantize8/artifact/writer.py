@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from blake3 import blake3
 
-from quantize8.artifact.folder import create, write_at
+from quantize8.artifact.folder import WeightFile, write_at
 from quantize8.artifact.format import Int8Format
 from quantize8.artifact.layout import OutTensor
 from quantize8.artifact.manifest import TensorRecord, digest, summarize
+from quantize8.artifact.outliers import OUTLIERS_NAME
 from quantize8.artifact.plan import Plan
+from quantize8.artifact.units import Unit
 from quantize8.checkpoint import TensorInfo
 from quantize8.checkpoint.base import DTYPES, FLOATING
 from quantize8.errors import WeightError
@@ -56,47 +55,53 @@ class CpuQuantizer:
 _Quantized = Iterator[tuple[Array, Array, Array]]  # blocks of a weight, their codes and absmax
 
 
-class _Place(NamedTuple):
-    descriptor: int
+class Place(NamedTuple):
+    """Where a tensor of the artifact is written."""
+
+    file: WeightFile
     offset: int  # of the tensor's first byte, from the start of the file
-    file: str
+    name: str  # of the file that holds it in the artifact
     tensor: OutTensor
+
+
+def places(unit: Unit, files: Sequence[WeightFile]) -> dict[str, Place]:
+    """The place of each tensor of a unit in its files: the weight file, and the one of outlier columns."""
+    found: dict[str, Place] = {}
+    for shard, file, name in zip((unit.shard, unit.outliers), files, (unit.shard.file, OUTLIERS_NAME), strict=False):
+        if shard is not None:
+            found |= {each.name: Place(file, shard.offsets[each.name], name, each) for each in shard.tensors}
+    return found
 
 
 class Writer:
     """Writes one source tensor at a time to its places in the output, from any thread."""
 
-    def __init__(self, plan: Plan, folder: Path, progress: Progress | None) -> None:
-        self._plan, self._progress, self._done = plan, progress, 0
-        self._places: dict[str, _Place] = {}
-        self._descriptors: list[int] = []
-        with contextlib.ExitStack() as files:
-            for shard in plan.files:
-                descriptor = create(folder / shard.file, shard.header, shard.nbytes)
-                files.callback(os.close, descriptor)
-                self._descriptors.append(descriptor)
-                for tensor in shard.tensors:
-                    place = _Place(descriptor, shard.offsets[tensor.name], shard.file, tensor)
-                    self._places[tensor.name] = place
-            self._files = files.pop_all()
+    def __init__(self, plan: Plan, places: Mapping[str, Place], read_bytes: int, progress: Progress | None) -> None:
+        self._plan, self._places = plan, places
+        self._progress, self._read_bytes, self._done = progress, read_bytes, 0
 
-    def __enter__(self) -> Writer:
-        return self
+    def holds(self, name: str, records: Mapping[str, TensorRecord]) -> bool:
+        """Whether what a source tensor became is there already, by the digests of its bytes."""
+        for record_name, record in records.items():
+            place = self._places.get(record_name)
+            if place is None or (place.tensor.dtype, place.tensor.shape) != (record.dtype, record.shape):
+                return False
+            if place.file.digest(place.offset, place.tensor.nbytes) != record.blake3:
+                return False
+        if name in self._plan.checkpoint.tensors:
+            self._advance(self._plan.checkpoint.tensors[name].nbytes)
+        return True
 
-    def __exit__(self, *_: object) -> None:
-        self._files.close()
-
-    def flush(self) -> None:
-        """Have the disk hold all weight files before going on."""
-        for descriptor in self._descriptors:
-            os.fsync(descriptor)
+    def written_bytes(self, records: Mapping[str, TensorRecord]) -> int:
+        """Bytes of these tensors of the output."""
+        return sum(self._places[name].tensor.nbytes for name in records)
 
     def write(self, info: TensorInfo, quantizer: WeightQuantizer) -> dict[str, TensorRecord]:
         """Read a source tensor, write what becomes of it, and say what was written."""
         if module := self._plan.module_of(info):
             return self._quantize(info, module, quantizer)
         if self._plan.gguf:
-            return self._encode(info) if info.name in self._plan.gguf else {}
+            return self._encode(info)
         (out,) = self._plan.outputs[info.name]
         position, content = 0, blake3()
         for first_row, block in self._blocks(info):
@@ -177,14 +182,12 @@ class Writer:
             stats.sum_error[:] = errors
             yield block, codes, absmax
 
-    def write_computed(self) -> dict[str, TensorRecord]:
-        """Write the tensors that no tensor of the source becomes."""
-        records = {}
-        for tensor in self._plan.gguf.values():
-            if tensor.values is not None:
-                self._put(tensor.name, tensor.values, 0)
-                records[tensor.name] = self._record(tensor.name, digest(as_bytes(tensor.values)))
-        return records
+    def write_computed(self, name: str) -> dict[str, TensorRecord]:
+        """Write a tensor that no tensor of the source becomes."""
+        values = self._plan.gguf[name].values
+        assert values is not None
+        self._put(name, values, 0)
+        return {name: self._record(name, digest(as_bytes(values)))}
 
     def _encode(self, info: TensorInfo) -> dict[str, TensorRecord]:
         """Write a tensor as llama.cpp has it: a vector in float32, a matrix in Q8_0, with the codes of an int8 one."""
@@ -222,16 +225,16 @@ class Writer:
 
     def _put(self, name: str, values: Array, position: int) -> None:
         place = self._places[name]
-        write_at(place.descriptor, as_bytes(values), place.offset + position)
+        write_at(place.file.descriptor, as_bytes(values), place.offset + position)
 
     def _record(self, name: str, content: str) -> TensorRecord:
         place = self._places[name]
-        return TensorRecord(place.file, place.tensor.dtype, place.tensor.shape, content)
+        return TensorRecord(place.name, place.tensor.dtype, place.tensor.shape, content)
 
     def _advance(self, nbytes: int) -> None:
         self._done += nbytes  # a lost update between threads only makes the progress bar late
         if self._progress is not None:
-            self._progress(self._done, self._plan.read_bytes)
+            self._progress(self._done, self._read_bytes)
 
 
 def _check_finite(block: Array, info: TensorInfo, first_row: int) -> None:

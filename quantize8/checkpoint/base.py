@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import shutil
 from abc import ABC, abstractmethod
@@ -13,6 +14,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from blake3 import blake3
 
 from quantize8 import limits
 from quantize8.errors import SourceError
@@ -46,6 +48,7 @@ QUANTIZABLE = ("F16", "BF16", "F32")
 FLOATING = ("F64", *QUANTIZABLE)
 FLOAT_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # in a config.json
 CONFIG_NAME = "config.json"
+_HEAD_BYTES = 2**20  # of a weight file whose header has no known size
 
 # Small files that a model folder needs beside its weights, and that tell nothing about how they are stored.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "[0-9]_*/*.json")
@@ -110,6 +113,18 @@ class Checkpoint(ABC):
         """Bytes of all tensors as they are stored."""
         return sum(info.nbytes for info in self.tensors.values())
 
+    def fingerprint(self) -> dict[str, list[Any]]:
+        """What tells whether a weight file has changed: {file: [bytes, time of change in ns, BLAKE3 of its head]}.
+
+        A hub model's revision says more than the time, which differs between copies of it: there it is 0.
+        """
+        pinned, files = "revision" in self.identity, sorted({info.file for info in self.tensors.values()})
+        return {file: _stamp(self.folder / file, self._head_bytes(file), pinned) for file in files}
+
+    def _head_bytes(self, file: str) -> int:
+        """How much of a weight file tells what is in it."""
+        return _HEAD_BYTES
+
     def stored_dtype(self, name: str) -> str:
         """The dtype that a tensor's values are stored in."""
         return self.tensors[name].dtype
@@ -147,6 +162,16 @@ class Checkpoint(ABC):
         step = max(1, (block_bytes or BLOCK_BYTES) * count // max(1, info.nbytes) // multiple) * multiple
         for start in range(0, count, step):
             yield self.rows(name, start, min(start + step, count))
+
+
+def _stamp(path: Path, head_bytes: int, pinned: bool) -> list[Any]:
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            head = blake3(file.read(head_bytes)).hexdigest()
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror}); fetch the checkpoint again") from None
+    return [status.st_size, 0 if pinned else status.st_mtime_ns, head]
 
 
 def model_dtype(config: dict[str, Any], tensors: Iterable[TensorInfo]) -> str:

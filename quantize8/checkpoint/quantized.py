@@ -51,6 +51,10 @@ class QuantizedCheckpoint(Checkpoint):
         """See `Checkpoint.stored_bytes`."""
         return self.stored.stored_bytes
 
+    def fingerprint(self) -> dict[str, list[Any]]:
+        """See `Checkpoint.fingerprint`."""
+        return self.stored.fingerprint()
+
     def stored_dtype(self, name: str) -> str:
         """See `Checkpoint.stored_dtype`."""
         encoding = self.encodings.get(name)

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from blake3 import blake3
+
 from quantize8.checkpoint import hub
 from quantize8.checkpoint.base import TensorInfo, read_config
 from quantize8.checkpoint.ordered import OrderedFile, Transfers
@@ -47,12 +49,11 @@ class StreamedCheckpoint(SafetensorsCheckpoint):
         known = [file for file in files if file in remote]
         self._ordered: dict[str, OrderedFile] = {}
         try:
-            self._headers = dict(zip(known, self._transfers.fetching.map(self._header, known), strict=True))
+            self._heads = dict(zip(known, self._transfers.fetching.map(self._header, known), strict=True))
             super().__init__(folder, files, identity, name)
         except BaseException:
             self._transfers.close()
             raise
-        self._headers.clear()
 
     @property
     def one_reader_a_file(self) -> bool:
@@ -64,14 +65,19 @@ class StreamedCheckpoint(SafetensorsCheckpoint):
         for name in self._ordered if file is None else [file]:
             self._ordered[name].confirm()
 
+    def fingerprint(self) -> dict[str, list[Any]]:
+        """See `Checkpoint.fingerprint`; a header tells as much as that of a stored file."""
+        heads = {file: blake3(self._heads[file]).hexdigest() for file in self._ordered}
+        return {file: [self._remote[file].size, 0, heads[file]] for file in sorted(heads)}
+
     def _fill(self, target: memoryview, info: TensorInfo, position: int) -> None:
         self._ordered[info.file].read_into(target, position)
 
     def _open(self, file: str) -> tuple[dict[str, Any], int]:
         """Have the library judge the header, on a file of the same size that holds nothing else, and takes no room."""
-        if file not in self._headers:
+        if file not in self._heads:
             raise SourceError(f"{self.identity['id']}: {file} is missing; the checkpoint is incomplete")
-        header, remote = self._headers[file], self._remote[file]
+        header, remote = self._heads[file], self._remote[file]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "header"
             try:

@@ -63,6 +63,10 @@ class SmoothedCheckpoint(Checkpoint):
         """See `Checkpoint.stored_bytes`."""
         return self.inner.stored_bytes
 
+    def fingerprint(self) -> dict[str, list[Any]]:
+        """See `Checkpoint.fingerprint`."""
+        return self.inner.fingerprint()
+
     def stored_dtype(self, name: str) -> str:
         """See `Checkpoint.stored_dtype`."""
         return self.inner.stored_dtype(name)

@@ -30,7 +30,10 @@ def convert(
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     workers: Annotated[int | None, typer.Option(help="Threads.  [default: one a processor]")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and convert nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact at --out.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an artifact at --out; start an unfinished one over.")
+    ] = False,
+    part: Annotated[str | None, typer.Option(help="Write a share of the weight files: 2/4, or auto.")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Read the weights remotely, store none.")] = False,
     push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Upload the artifact to this model.")] = None,
     private: Private = False,
@@ -50,11 +53,25 @@ def convert(
             source, out, format=format, scheme=scheme, moe=moe, threshold=threshold, calibrate=calibrate,
             outlier_columns=outlier_columns, smooth=smooth, recipe=recipe, scale=scale, device=device,
             max_shard_size=max_shard_size, workers=workers, dry_run=dry_run, overwrite=overwrite,
-            stream=stream, push_to_hub=push_to_hub, private=private,
+            part=part, stream=stream, push_to_hub=push_to_hub, private=private,
             revision=revision, token=token, progress=progress,
         )  # fmt: skip
     show(result, report.conversion(result), as_json)
     build.write(page, result, source)
+
+
+def finalize(
+    out: Annotated[str, typer.Argument(help="Folder that convert --part was given.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact there.")] = False,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Make an artifact of the weight files that convert --part wrote."""
+    from quantize8 import report
+    from quantize8.operations.finalize import finalize as operation
+
+    result = operation(out, overwrite=overwrite, token=token)
+    show(result, report.conversion(result), as_json)
 
 
 def verify(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from quantize8.conversion.result import Conversion
 from quantize8.model.outliers import ActivationReport
-from quantize8.operations.convert import Conversion
 from quantize8.operations.evaluate import Evaluation
 from quantize8.operations.inspect import WeightReport
 from quantize8.page import activations, evaluation, markup, plots, weights

@@ -14,7 +14,7 @@ import numpy as np
 from quantize8.artifact.format import Int8Format
 from quantize8.artifact.plan import Plan
 from quantize8.checkpoint import QuantizedCheckpoint
-from quantize8.operations.convert import Conversion
+from quantize8.conversion.result import Conversion
 from quantize8.operations.inspect import WeightReport
 from quantize8.ops.reference import OUTLIER_SIGMAS
 from quantize8.page import charts, markup, names, plots
@@ -54,7 +54,7 @@ def conversion(result: Conversion) -> bytes:
         (f"{8 * plan.output_bytes / max(1, plan.weights):.2f} bits", f"a weight in the artifact{layers}"),
     ]
     items += _error_facts(found)
-    did = "Converted" if result.manifest else "A dry run, nothing is converted:"
+    did = "A dry run, nothing is converted:" if result.dry_run else "Converted"
     how = f"in the format {plan.format.title}"
     if isinstance(plan.format, Int8Format):
         how += f", by the recipe {plan.recipe.name}, threshold {plan.recipe.threshold:g}"
@@ -66,7 +66,7 @@ def conversion(result: Conversion) -> bytes:
         parts.append(_table(found, "quantize8.json in the artifact lists all"))
     if plan.kept:
         parts.append(_kept(plan))
-    title = f"{'Conversion' if result.manifest else 'Plan of a conversion'} of {plan.checkpoint.name}"
+    title = f"{'Plan of a conversion' if result.dry_run else 'Conversion'} of {plan.checkpoint.name}"
     return markup.document(title, lead, parts)
 
 
@@ -114,8 +114,10 @@ def _error_facts(found: list[_Weight]) -> list[tuple[str, str]]:
 
 def _next_steps(result: Conversion, found: list[_Weight]) -> list[str]:
     plan, out = result.plan, shlex.quote(str(result.out))
-    if result.manifest is None:
+    if result.dry_run:
         return ["Run the same command without --dry-run."]
+    if result.manifest is None:
+        return [f"When all parts are there, join them: {markup.code(f'quantize8 finalize {out}')}"]
     tips = _stand_out(found)
     if plan.carries:
         tips = ["The int8 codes are those of the source: this conversion has added no error."]

@@ -1,0 +1,205 @@
+"""Conversions that are killed, and disks that fill, at random moments: what is left, and whether the next run goes on.
+
+Each kill is of a process of its own, by SIGKILL, at a moment between its first step and its last; some are killed
+several times. After each, no loader may open anything but a whole artifact; the same command then has to bring out
+the bytes of a run that nobody disturbed. Each full disk is a tmpfs of another size (mounting takes root), on which a
+conversion has to stop in one line; on the same one, grown, it goes on. One line a failure; exit code 1 if there is one.
+Run: python -m benchmarks.faults [--kills 100] [--disks 20] [--seed 0] [--folder FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from unittest import mock
+
+from quantize8.checkpoint import open_checkpoint
+from quantize8.conversion.staging import partial_of
+from quantize8.errors import ArtifactError, OutputError, Quantize8Error
+from quantize8.operations.convert import convert
+from quantize8.operations.run import run
+from quantize8.operations.verify import verify
+
+SHARD_SIZE = "8MB"  # several files of the model below
+WARMED = """
+import sys
+from quantize8.artifact.writer import CpuQuantizer
+from quantize8.operations.convert import convert
+import numpy as np
+from quantize8.ops.cpu import quantize_rowwise
+from quantize8.ops.reference import ColumnStats
+quantize_rowwise(np.ones((64, 64), np.float16), ColumnStats.empty(64))  # compiled before the clock starts
+print("ready", flush=True)
+sys.stdin.readline()
+convert(sys.argv[1], sys.argv[2], max_shard_size=sys.argv[3], workers=2)
+print("done", flush=True)
+"""
+
+
+def main() -> None:
+    """Make a model, do both series, print what came of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--disks", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=None, help="where to work (default: a temporary folder)")
+    chosen = parser.parse_args()
+    failures: list[str] = []
+    with tempfile.TemporaryDirectory(dir=chosen.folder) as name:
+        from benchmarks.checkpoints import make_llama
+
+        folder = Path(name)
+        make_llama(folder / "source", hidden=512, inner=1408, layers=16, vocabulary=512, shards=2)
+        convert(str(folder / "source"), folder / "whole", max_shard_size=SHARD_SIZE)
+        found, random_moments = Counter[str](), random.Random(chosen.seed)
+        seconds = length_of(folder / "source", folder / "timed")
+        for i in range(chosen.kills):
+            times = random_moments.choice([1, 1, 2, 3])
+            moments = [random_moments.uniform(0, 1.1 * seconds) for _ in range(times)]
+            try:
+                found += kill_and_resume(folder / "source", folder / "whole", folder / "out", moments)
+            except AssertionError as error:
+                failures.append(f"kill {i} at {moments}: {error}")
+            shutil.rmtree(folder / "out", ignore_errors=True)
+        kills = sum(found[state] for state in ("absent", "resumable", "complete"))
+        print(f"{kills} kills in {chosen.kills} conversions of {seconds:.2f} s: {dict(found)}")
+        if chosen.disks:
+            found = fill_disks(folder / "source", folder / "whole", folder / "disk", chosen.disks, failures)
+            print(f"{chosen.disks} full disks: {dict(found)}")
+    print("\n".join(failures) or "no failure")
+    sys.exit(bool(failures))
+
+
+def length_of(source: Path, out: Path) -> float:
+    """Seconds of a conversion by a process as they are killed."""
+    process, start = begin(source, out), time.perf_counter()
+    assert process.stdout and process.stdout.readline() == b"done\n"
+    seconds = time.perf_counter() - start
+    process.communicate()
+    shutil.rmtree(out)
+    return seconds
+
+
+def kill_and_resume(source: Path, whole: Path, out: Path, moments: list[float]) -> Counter[str]:
+    """Kill a conversion after each of so many seconds, one after the other, then convert; how each kill left it.
+
+    AssertionError where a loader opens what is not whole, or the artifact is not that of `whole`.
+    """
+    found = Counter[str]()
+    before = digests(source)
+    for seconds in moments:
+        process = begin(source, out)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        state = state_of(out)
+        found[state] += 1
+        if state == "complete":
+            break
+    if not out.exists():
+        found["tensors kept"] += convert(str(source), out, max_shard_size=SHARD_SIZE).kept
+    assert digests(out) == digests(whole), "the artifact differs"
+    assert digests(source) == before, "the source differs"
+    leftovers = partial_of(out)
+    assert not (leftovers / "files").exists(), "unfinished files are left beside the artifact"
+    shutil.rmtree(leftovers, ignore_errors=True)  # killed between the move and the end
+    return found
+
+
+def state_of(out: Path) -> str:
+    """What a killed conversion has left: absent, resumable or complete; AssertionError where it can be mistaken."""
+    if out.exists():
+        verify(out)
+        return "complete"
+    for folder in (out, partial_of(out)):
+        assert not opens(folder), f"a loader opens {folder.name}"
+    journals = list(partial_of(out).glob("*.journal"))
+    return "resumable" if any(path.stat().st_size for path in journals) else "absent"
+
+
+def opens(folder: Path) -> bool:
+    """Whether a loader takes a folder for a model: transformers', verify, run, or the one of checkpoints."""
+    from transformers import AutoModelForCausalLM
+
+    calls = (
+        (lambda: AutoModelForCausalLM.from_pretrained(folder, local_files_only=True), (OSError, ValueError)),
+        (lambda: verify(folder), ArtifactError),
+        (lambda: run(str(folder), "a", max_new_tokens=1), Quantize8Error),
+        (lambda: open_checkpoint(str(folder)), Quantize8Error),
+    )
+    for call, refusals in calls:
+        try:
+            call()
+        except refusals:
+            continue
+        return True
+    return False
+
+
+def fill_disks(source: Path, whole: Path, disk: Path, count: int, failures: list[str]) -> Counter[str]:
+    """Convert onto file systems of `count` sizes that are too small, and again when they have grown."""
+    found = Counter[str]()
+    output = sum(path.stat().st_size for path in whole.iterdir())
+    few = count // 2  # stop where space is reserved; the others at the journals and the small files
+    sizes = [output * (i + 1) // (few + 1) for i in range(few)]
+    sizes += [output - 60_000 + 100_000 * i // (count - few) for i in range(count - few)]
+    disk.mkdir()
+    for size in sizes:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size // 4096 * 4096}", "tmpfs", disk], check=True)
+        try:
+            found[_fill(source, whole, disk)] += 1
+        except AssertionError as error:
+            failures.append(f"disk of {size}: {error}")
+        finally:
+            subprocess.run(["umount", disk], check=True)
+    return found
+
+
+def _fill(source: Path, whole: Path, disk: Path) -> str:
+    before, out, kept = digests(source), disk / "out", "nothing"
+    enough = shutil._ntuple_diskusage(10**12, 0, 10**12)  # type: ignore[attr-defined]  # what was there at the start
+    with mock.patch("shutil.disk_usage", lambda _: enough):
+        try:
+            convert(str(source), out, max_shard_size=SHARD_SIZE)
+        except OutputError as error:
+            assert "\n" not in str(error) and "No space left" in str(error), str(error)
+            assert not out.exists() and not opens(partial_of(out)), "something is left that can be opened"
+            kept = "a part" if partial_of(out).exists() else "nothing"
+        else:
+            kept = "all: the disk was large enough"
+    if not out.exists():
+        subprocess.run(["mount", "-o", "remount,size=1g", disk], check=True)
+        convert(str(source), out, max_shard_size=SHARD_SIZE)
+    assert digests(out) == digests(whole), "the artifact differs"
+    assert digests(source) == before, "the source differs"
+    return f"stopped in one line with {kept} kept, then went on" if not kept.startswith("all") else kept
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def begin(source: Path, out: Path) -> subprocess.Popen[bytes]:
+    """A process that has loaded all it needs and now begins to convert."""
+    command = [sys.executable, "-c", WARMED, str(source), str(out), SHARD_SIZE]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin and process.stdout
+    process.stdout.readline()
+    process.stdin.write(b"\n")
+    process.stdin.flush()
+    return process
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""What is finished of a weight file: lines of JSON, one appended for each source tensor when its bytes are written.
+
+The first line, the heading, says what decides those bytes. No line is flushed to the disk: an entry counts only where
+the bytes that it speaks of have the digests that it records, so that none of it has to be trusted, not even after the
+power failed. Each line begins with a digest of its own; what follows the first damaged one is dropped.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from quantize8.artifact.manifest import TensorRecord, digest, record_of
+
+SUFFIX = ".journal"
+Records = dict[str, TensorRecord]  # by name in the artifact
+
+
+class Journal:
+    """The journal of one weight file, locked as long as it is open: BlockingIOError while another process has it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = _open_locked(path)
+        self._append = threading.Lock()
+        self.heading, self.entries, self._good = _read(self._descriptor)
+
+    def begin(self, heading: dict[str, Any], entries: dict[str, Records]) -> None:
+        """Go on with this heading and, of the entries that are there, with these."""
+        if self.heading == heading and self.entries == entries:
+            os.ftruncate(self._descriptor, self._good)  # without a torn line at the end
+            return
+        self.forget()
+        self.heading, self.entries = heading, entries
+        self._write(heading, *(_entry(source, records) for source, records in entries.items()))
+
+    def forget(self) -> None:
+        """Start over."""
+        self.heading, self.entries, self._good = {}, {}, 0
+        os.ftruncate(self._descriptor, 0)
+
+    def append(self, source: str, records: Records) -> None:
+        """Note that a source tensor is written; from any thread."""
+        self._write(_entry(source, records))
+        self.entries[source] = records
+
+    def close(self) -> None:
+        """Let others have it."""
+        os.close(self._descriptor)
+
+    def _write(self, *values: dict[str, Any]) -> None:
+        data = b"".join(map(_line, values))
+        with self._append:
+            try:
+                if os.write(self._descriptor, data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            except OSError:
+                os.ftruncate(self._descriptor, self._good)  # or half a line would hide those that come after it
+                raise
+            self._good += len(data)
+
+
+def read_heading(path: Path) -> dict[str, Any]:
+    """The heading of a journal that another process may be writing; {} where there is none yet, or none any more."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return {}
+    try:
+        return _read(descriptor)[0]
+    finally:
+        os.close(descriptor)
+
+
+def _open_locked(path: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise
+        except OSError:  # a file system without locks: two writers would write the same bytes to the same places
+            pass
+        try:
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except FileNotFoundError:
+            pass  # its owner finished, and removed it, between the two calls
+        os.close(descriptor)
+
+
+def _read(descriptor: int) -> tuple[dict[str, Any], dict[str, Records], int]:
+    """Heading, entries, and the bytes of whole lines."""
+    heading: dict[str, Any] = {}
+    entries: dict[str, Records] = {}
+    good = 0
+    with open(os.dup(descriptor), "rb") as file:  # noqa: PTH123
+        file.seek(0)
+        for line in file:
+            try:
+                stated, text = line[:-1].split(b" ", 1)
+                if line[-1:] != b"\n" or stated.decode() != digest(text):
+                    break
+            except ValueError:
+                break
+            value = json.loads(text)
+            if good == 0:
+                heading = value
+            else:
+                entries[value["source"]] = {name: record_of(entry) for name, entry in value["records"].items()}
+            good += len(line)
+    return heading, entries, good
+
+
+def _entry(source: str, records: Records) -> dict[str, Any]:
+    return {"source": source, "records": {name: asdict(record) for name, record in records.items()}}
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+    return digest(text).encode() + b" " + text + b"\n"

@@ -1,0 +1,55 @@
+"""Which weight files a process writes, of several that convert one source."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from quantize8.artifact.units import Unit
+from quantize8.errors import OutputError
+
+
+@dataclass(frozen=True)
+class Part:
+    """Share `number` (from 1) of `count` shares."""
+
+    number: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    def of(self, units: Sequence[Unit]) -> list[Unit]:
+        """Neighbouring weight files, about as many in each part; none in the last parts where there are too few."""
+        start, stop = (-(-number * len(units) // self.count) for number in (self.number - 1, self.number))
+        return list(units[start:stop])
+
+
+def parse_part(text: str, environment: Mapping[str, str] = os.environ) -> Part:
+    """The share that `i/n` names, or for `auto` the one that a Slurm array or torchrun gives this process."""
+    if text == "auto":
+        return _from(environment)
+    match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise OutputError(f"part {text}: not a share; write for example 1/4, 2/4, 3/4 and 4/4, or auto")
+    return Part(int(match[1]), int(match[2]))
+
+
+def _from(environment: Mapping[str, str]) -> Part:
+    if "SLURM_ARRAY_TASK_ID" in environment:
+        names, least = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"), environment.get("SLURM_ARRAY_TASK_MIN", "0")
+    elif "RANK" in environment:
+        names, least = ("RANK", "WORLD_SIZE"), "0"
+    else:
+        raise OutputError("part auto: neither SLURM_ARRAY_TASK_ID nor RANK is set; write for example --part 1/4")
+    step = environment.get("SLURM_ARRAY_TASK_STEP", "1") if names[0].startswith("SLURM") else "1"
+    try:
+        position, count, first, width = (int(each) for each in (*(environment[name] for name in names), least, step))
+        part = Part((position - first) // width + 1, count)
+    except (KeyError, ValueError, ZeroDivisionError):
+        raise OutputError(f"part auto: {' and '.join(names)} are not two numbers; write for example 1/4") from None
+    if not 1 <= part.number <= part.count:
+        raise OutputError(f"part auto: {names[0]} {position} is beyond {names[1]} {count}; write for example 1/4")
+    return part

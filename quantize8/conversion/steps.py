@@ -1,0 +1,69 @@
+"""The two steps of a conversion, for one process or many: write weight files, and end it when all are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quantize8.artifact.folder import check_disk, check_output
+from quantize8.artifact.journal import SUFFIX, read_heading
+from quantize8.artifact.writer import Progress, WeightQuantizer
+from quantize8.conversion.finish import finish, unfinished
+from quantize8.conversion.measure import measure
+from quantize8.conversion.parts import Part
+from quantize8.conversion.request import Job, job_of
+from quantize8.conversion.result import Conversion, errors_of
+from quantize8.conversion.staging import partial_of, staged
+from quantize8.conversion.write import heading, missing_bytes, write_units
+from quantize8.errors import OutputError
+
+
+def write_part(
+    job: Job,
+    out: Path,
+    part: Part | None,
+    quantizers: list[WeightQuantizer],
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Write the weight files of a part, or go on with them; without a part write all of them, and end the conversion.
+
+    Part k of as many as there are `job.units` is weight file k alone. The job is as `Request.prepare` gives it, and
+    is used up: its plan gets what is calibrated. It may be called again, at any time and by any process.
+    """
+    units = job.units if part is None else part.of(job.units)
+    names = [unit.shard.file for unit in units]
+    found = Conversion(out, job.plan, part=part, files=names)
+    if not units:
+        return found
+    check_disk(out, missing_bytes(out, units))
+    decisions, source = job.decisions(), job.plan.checkpoint.folder
+    with staged(out, names, decisions, source, overwrite=overwrite, start_over=overwrite) as staging:
+        measured = measure(job, staging.calibration, decisions, start_over=overwrite)
+        units = [unit for unit in job.units if unit.shard.file in staging.journals]
+        written = write_units(job, units, staging, heading(job, decisions, measured), quantizers, progress)
+        if part is None:
+            found.manifest = finish(job, units, staging, overwrite)
+    found.errors, found.kept, found.kept_bytes = errors_of(written.records), written.kept, written.kept_bytes
+    return found
+
+
+def end_parts(out: Path, overwrite: bool = False, token: str | None = None) -> Conversion:
+    """Make an artifact of the weight files that all parts have written; see `operations.finalize`."""
+    paths = sorted(partial_of(out).glob(f"*{SUFFIX}"))
+    first = next((found for found in map(read_heading, paths) if found), None)
+    if first is None:
+        raise OutputError(f"{out}: no part of it is here (in {partial_of(out)}); run convert with --part first")
+    job = job_of(first, token)
+    check_output(out, overwrite, job.plan.checkpoint.folder)
+    decisions = job.decisions()
+    names = [unit.shard.file for unit in job.units]
+    with staged(out, names, decisions, job.plan.checkpoint.folder, overwrite=overwrite) as staging:
+        measured = measure(job, staging.calibration, decisions)
+        units = job.units
+        missing = unfinished(units, staging, heading(job, decisions, measured))
+        if missing:
+            files = ", ".join(unit.shard.file for unit in missing)
+            again = f"{job.request.command(out)} --part {missing[0].number}/{len(units)}"
+            raise OutputError(f"{out}: not finished: {files}; run {again}")
+        manifest = finish(job, units, staging, overwrite)
+    return Conversion(out, job.plan, manifest=manifest, errors=errors_of(manifest.tensors), files=names)
