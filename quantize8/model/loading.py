@@ -121,7 +121,7 @@ def _built(kind: Any, where: Path, source: Path | None, **given: Any) -> Any:
 def _give_outliers(model: Any, checkpoint: Checkpoint, folder: Path) -> None:
     """Give the int8 layers of a model the outlier columns that were stored for them.
 
-    Layers that were not calibrated, such as experts, look for their outliers element by element: alone, too.
+    In mode static, layers that were not calibrated, such as experts, look for outliers element by element: alone, too.
     """
     import torch
 
@@ -138,7 +138,7 @@ def _give_outliers(model: Any, checkpoint: Checkpoint, folder: Path) -> None:
         layer.outlier_columns = torch.from_numpy(found.columns).to(device)
         layer.outlier_weight = torch.from_numpy(found.weight).to(device)
     for layer in layers.values():
-        if isinstance(layer, Int8Linear) and layer.outlier_columns is None:
+        if isinstance(layer, Int8Linear) and layer.mode == "static" and layer.outlier_columns is None:
             layer.mode = "elementwise"
 
 
