@@ -122,9 +122,15 @@ def test_chat_without_a_template(smollm2_int8, monkeypatch):
         generate("m", model, tokenizer, "x", 1, chat=True)
 
 
-def test_a_broken_tokenizer_is_said_in_one_line(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [("{broken", SourceError, "not readable as JSON"), ('{"model": 1}', DependencyError, "tokenizer does not load")],
+    ids=["no JSON", "no tokenizer"],
+)
+def test_a_broken_tokenizer_is_said_in_one_line(text, error, message, tmp_path):
     source = llama(tmp_path / "source")
-    (source / "tokenizer.json").write_text("{broken")
+    (source / "tokenizer.json").write_text(text)
     convert(str(source), tmp_path / "out")
-    with pytest.raises(DependencyError, match="tokenizer does not load"):
+    with pytest.raises(error, match=message) as caught:
         run(str(tmp_path / "out"))
+    assert "\n" not in str(caught.value)
