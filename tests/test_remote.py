@@ -94,7 +94,7 @@ def fails(message, tmp_path, source="org/tiny", **given) -> str:
         convert(source, tmp_path / "out", stream=True, token=TOKEN, **given)
     text = str(caught.value)
     assert "\n" not in text and TOKEN not in text and "secret-of-the-address" not in text
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*/config.json"))
     return text
 
 
@@ -127,6 +127,25 @@ def test_content_that_is_not_what_the_hub_lists(shards, hub, tmp_path):
     data[-1] ^= 1
     hub.replaced[name] = bytes(data)
     fails(f"{name}: its content has not the sha256 that the hub lists", tmp_path)
+
+
+def test_a_stream_goes_on_from_the_files_that_were_confirmed(hub, tmp_path):
+    """What came of a file whose content was wrong is not kept, though its bytes are as they were written."""
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    data = bytearray((hub.models["org/tiny"] / names[1]).read_bytes())
+    data[-1] ^= 1
+    hub.replaced[names[1]] = bytes(data)
+    fails(f"{names[1]}: its content has not the sha256", tmp_path, workers=1)
+    hub.replaced.clear()
+    before = len(hub.log)
+    found = convert("org/tiny", tmp_path / "out", stream=True, token=TOKEN, workers=1)
+    in_first = [info for info in found.plan.checkpoint.tensors.values() if info.file == names[0]]
+    assert found.kept == len(in_first)
+    convert(str(hub.models["org/tiny"]), tmp_path / "local")
+    assert same(tmp_path / "out", tmp_path / "local")
+    again = [asked for method, path, _, asked in hub.log[before:] if method == "GET" and names[0] in path and asked]
+    length = int.from_bytes((hub.models["org/tiny"] / names[0]).read_bytes()[:8], "little")
+    assert again == ["bytes=0-7", f"bytes=8-{length + 7}"]  # its header, to see that it is the same
 
 
 def test_content_of_another_size(hub, tmp_path):
