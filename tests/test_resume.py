@@ -112,36 +112,38 @@ def test_a_partial_folder_is_no_model(tmp_path, stop_after):
     assert not opens(tmp_path / "out") and not opens(partial_of(tmp_path / "out"))
 
 
-def test_bytes_that_are_not_those_of_the_journal_are_written_again(tmp_path, stop_after):
-    """As after a power failure: the journal is on the disk, and a block of the weights is not."""
+@pytest.fixture
+def stopped(tmp_path, stop_after):
+    """A source, the folder for a conversion of it that was killed after 12 tensors, and the digests of a whole one."""
     source, out = llama(tmp_path / "source"), tmp_path / "out"
     convert(str(source), tmp_path / "whole")
     stop_after(12)
     with pytest.raises(Killed):
         convert(str(source), out, workers=1)
     stop_after(None)
+    return source, out, digests(tmp_path / "whole")
+
+
+def test_bytes_that_are_not_those_of_the_journal_are_written_again(stopped):
+    """As after a power failure: the journal is on the disk, and a block of the weights is not."""
+    source, out, whole = stopped
     unfinished = partial_of(out) / "files" / "model.safetensors.unfinished"
     data = bytearray(unfinished.read_bytes().rstrip(b"\0"))
     data[-100:] = bytes(100)  # of the last codes that were written
     unfinished.write_bytes(data)
     assert 0 < convert(str(source), out).kept < 12
-    assert digests(out) == digests(tmp_path / "whole")
+    assert digests(out) == whole
 
 
 @pytest.mark.parametrize(
     "damage", [lambda data: data[:-9], lambda data: data[:700] + b"\0" * 90 + data[790:], lambda _: b""]
 )
-def test_a_torn_journal_counts_as_far_as_it_is_whole(damage, tmp_path, stop_after):
-    source, out = llama(tmp_path / "source"), tmp_path / "out"
-    convert(str(source), tmp_path / "whole")
-    stop_after(12)
-    with pytest.raises(Killed):
-        convert(str(source), out, workers=1)
-    stop_after(None)
+def test_a_torn_journal_counts_as_far_as_it_is_whole(damage, stopped):
+    source, out, whole = stopped
     (journal,) = partial_of(out).glob("*.journal")
     journal.write_bytes(damage(journal.read_bytes()))
     assert convert(str(source), out).kept < 12
-    assert digests(out) == digests(tmp_path / "whole")
+    assert digests(out) == whole
 
 
 def test_weights_that_vanished_leave_a_journal_that_counts_for_nothing(tmp_path, stop_after):
