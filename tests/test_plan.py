@@ -1,11 +1,14 @@
 """What becomes int8 and why not: the plan keeps the loader's view of the folder consistent."""
 
 import json
+import math
 
 import torch
 from making import llama
 from safetensors.torch import load_file, save_file
 
+from benchmarks import deepseek
+from quantize8 import convert
 from quantize8.artifact.bitsandbytes import BitsAndBytes
 from quantize8.artifact.plan import make_plan
 from quantize8.checkpoint import open_checkpoint
@@ -15,6 +18,26 @@ from quantize8.recipe import Recipe, load_recipe
 
 def plan_of(source, recipe=None):
     return make_plan(open_checkpoint(str(source)), recipe or load_recipe("llm-int8"), BitsAndBytes())
+
+
+def test_headers_of_deepseek_v3_are_those_that_were_published():
+    tensors = {name: math.prod(shape) for name, _, shape in deepseek.tensors(61, 256)}
+    weights = {name: count for name, count in tensors.items() if not name.endswith("scale_inv")}
+    assert len(tensors) == 91_991
+    assert sum(count for name, count in weights.items() if ".layers.61." not in name) == 671_026_419_200
+
+
+def test_deepseek_v3_is_planned_from_headers_alone(tmp_path):
+    """Three dense layers, one with experts, and the one for a second token: of that transformers knows the experts."""
+    source = tmp_path / "source"
+    deepseek.make(source, layers=4, experts=6)
+    plan = convert(str(source), tmp_path / "out", format="compressed-tensors", dry_run=True).plan
+    attention, gated = 5, 3
+    assert len(plan.modules) == 4 * attention + 3 * gated + (1 + 6) * gated + 6 * gated
+    assert plan.kept == {"lm_head": "output head"}
+    held = sum(path.stat().st_blocks * 512 for path in source.iterdir())
+    assert held < 2**20 < plan.source_bytes  # the rest are holes
+    assert sum(shard.nbytes for shard in plan.shards) == plan.output_bytes > plan.source_bytes
 
 
 def test_counts_of_weights_and_bytes(tmp_path):

@@ -27,6 +27,7 @@ class QuantizedCheckpoint(Checkpoint):
         super().__init__(stored.folder, stored.name, stored.identity)
         self.stored = stored
         self.encodings = {f"{module}.weight": encoding for module, encoding in encodings.items()}
+        self._decoded = frozenset(self.encodings)  # asked for once a tensor, of which there may be 92,000
         parts = {part: name for name, encoding in self.encodings.items() for part in encoding.tensors}
         for info in stored.tensors.values():
             name = parts.get(info.name)
@@ -44,7 +45,7 @@ class QuantizedCheckpoint(Checkpoint):
     @property
     def decoded(self) -> frozenset[str]:
         """See `Checkpoint.decoded`."""
-        return frozenset(self.encodings)
+        return self._decoded
 
     @property
     def stored_bytes(self) -> int:
