@@ -197,7 +197,7 @@ def test_adapters_train_over_a_calibrated_model_and_merge_into_its_columns(tmp_p
     merged = merge_and_unload(model)
     for key, (columns, total) in expected.items():
         layer = merged.get_submodule(key)
-        assert layer.mode == "static" and layer.outlier_columns.tolist() == columns.tolist()
+        assert layer.mode == "hybrid" and layer.outlier_columns.tolist() == columns.tolist()
         torch.testing.assert_close(layer.outlier_weight, total.half(), rtol=2e-3, atol=1e-4)
         step = layer.SCB[:, None] / 127
         # the nearest code, of the value rounded to float16
