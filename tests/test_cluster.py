@@ -1,0 +1,160 @@
+"""Conversions on a Ray cluster of three nodes, here all on this machine: the bytes of one process, whatever is lost."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from making import llama, word_tokenizer
+
+from benchmarks.faults import digests
+from quantize8 import DependencyError, OutputError, WeightError, convert, verify
+from quantize8.conversion import cluster as module
+from quantize8.conversion.staging import partial_of
+
+SIZE = {"max_shard_size": "6KB"}  # several files of the tiny Llama
+QUICK = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    """Three nodes with a processor each; this process is connected to the first."""
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'quantize8[ray]'")
+    from ray.cluster_utils import Cluster
+
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(module.__file__).parents[2]), *sys.path]))
+    small = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
+    cluster = Cluster(True, head_node_args={**small, "_system_config": QUICK})
+    try:
+        for _ in range(2):
+            cluster.add_node(**small)
+        ray.init(cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+        patch.undo()
+
+
+@pytest.fixture
+def source(tmp_path):
+    return str(word_tokenizer(llama(tmp_path / "source", shards=2)))
+
+
+def test_the_artifact_is_that_of_one_process(nodes, source, tmp_path, monkeypatch):
+    whole, heard = convert(source, tmp_path / "whole", **SIZE), []
+    monkeypatch.chdir(tmp_path)  # paths are the driver's
+    done = convert(
+        "source", "out", engine="ray", progress=lambda done, total: heard.append((done, total)), **SIZE
+    )
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole") and verify(tmp_path / "out")
+    assert done.manifest == whole.manifest and done.errors == whole.errors and not done.kept
+    assert len(heard) == len(whole.plan.shards) > 3 and heard == sorted(heard)
+    assert heard[-1] == (whole.plan.source_bytes, whole.plan.source_bytes)
+    with pytest.raises(OutputError, match="exists"):
+        convert(source, tmp_path / "out", engine="ray", **SIZE)
+    convert(source, tmp_path / "out", threshold=5.0, part="2/3", overwrite=True, **SIZE)  # what is begun is given up
+    convert(source, tmp_path / "out", engine="ray", overwrite=True, recipe="int8-all", **SIZE)
+    convert(source, tmp_path / "all", recipe="int8-all", **SIZE)
+    assert digests(tmp_path / "out") == digests(tmp_path / "all") and not partial_of(tmp_path / "out").exists()
+
+
+def test_it_goes_on_where_it_was(nodes, source, tmp_path):
+    whole = convert(source, tmp_path / "whole", **SIZE)
+    kept = convert(source, tmp_path / "out", part="1/2", **SIZE).files
+    assert 0 < len(kept) < len(whole.plan.shards)
+    assert convert(source, tmp_path / "out", engine="ray", **SIZE).kept > 0
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_calibrated(nodes, source, tmp_path):
+    (tmp_path / "text").write_text("w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 " * 8)
+    options = {**SIZE, "calibrate": tmp_path / "text", "outlier_columns": 3}
+    convert(source, tmp_path / "whole", **options)
+    convert(source, tmp_path / "out", engine="ray", **options)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_a_node_that_is_killed(nodes, tmp_path):
+    """After the first weight file; the other nodes do what it was at, and what it would have done."""
+    source = str(llama(tmp_path / "source", layers=6, shards=2))
+    convert(source, tmp_path / "whole", max_shard_size="4KB")
+    node = nodes.worker_nodes[0]
+    killers = []
+
+    def kill(done: int, total: int) -> None:
+        if not killers:
+            killers.append(threading.Thread(target=nodes.remove_node, args=(node,), kwargs={"allow_graceful": False}))
+            killers[0].start()
+
+    try:
+        convert(source, tmp_path / "out", engine="ray", max_shard_size="4KB", progress=kill)
+        killers[0].join()
+        assert node not in nodes.worker_nodes
+    finally:
+        nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20, include_dashboard=False)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_an_error_of_the_users_is_raised_as_it_is(nodes, tmp_path):
+    def spoil(state):
+        state["model.norm.weight"][3] = float("nan")
+
+    source = str(llama(tmp_path / "source", shards=2, edit=spoil))
+    with pytest.raises(WeightError, match="norm") as caught:
+        convert(source, tmp_path / "out", engine="ray", **SIZE)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    with pytest.raises(OutputError, match="device|scale mse"):
+        convert(source, tmp_path / "out", engine="ray", workers=0, scale="mse", device="cuda", **SIZE)
+
+
+def test_the_command_line(nodes, source, tmp_path):
+    convert(source, tmp_path / "whole", **SIZE)
+    command = [sys.executable, "-m", "quantize8", "convert", source, "--engine", "ray", "--json"]
+    command += ["--max-shard-size", "6KB", "--address", nodes.address, "--out"]
+    done = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["resumed"]["tensors"] == 0 and not done.stderr
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+    command[command.index(nodes.address)] = "127.0.0.1:9"
+    done = subprocess.run([*command, str(tmp_path / "other")], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "no Ray cluster can be used there" in done.stderr
+
+
+def test_a_node_that_decides_otherwise_does_not_write(nodes, source, tmp_path, monkeypatch):
+    monkeypatch.setattr("quantize8.conversion.request.__version__", "99")  # here, and not in the workers
+    with pytest.raises(OutputError, match=r"this node has version 0\..*install the same quantize8 on all nodes"):
+        convert(source, tmp_path / "out", engine="ray", overwrite=True, **SIZE)
+    assert not partial_of(tmp_path / "out").exists()
+
+
+def test_what_no_node_has(nodes, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_LOOK", 0.1)
+    monkeypatch.setattr(module, "_PATIENCE", 0.3)
+    with pytest.raises(OutputError, match="no node of the cluster has 64 CPU; add one"):
+        convert(source, tmp_path / "out", engine="ray", workers=64, **SIZE)
+    assert not partial_of(tmp_path / "out").exists()
+
+
+def test_options_that_do_not_go_together(source, tmp_path, monkeypatch):
+    for options, message in [
+        ({"engine": "spark"}, "engine spark: unknown"),
+        ({"address": "auto"}, "add --engine ray"),
+        ({"engine": "ray", "part": "1/2"}, "leave out --part"),
+    ]:
+        with pytest.raises(OutputError, match=message) as caught:
+            convert(source, tmp_path / "out", **options)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(OutputError, match="workers 0: must be"):
+        convert(source, tmp_path / "out", engine="ray", workers=0) if "ray" in sys.modules else convert(
+            source, tmp_path / "out", workers=0
+        )
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(DependencyError, match=r"pip install 'quantize8\[ray\]'"):
+        convert(source, tmp_path / "out", engine="ray")
+    assert not partial_of(tmp_path / "out").exists()
