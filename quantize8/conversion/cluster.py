@@ -1,7 +1,7 @@
 """A conversion on a Ray cluster: a task for each weight file, on whichever node is free, and the end of it here.
 
 Source and output lie on a file system that all nodes see, at the same paths. What a task does can be done again by any
-other (`steps.write_part`), so Ray runs it again when its worker or its node is lost. An error of the user's ends it all.
+other (`steps.write_part`), so Ray runs it again when its worker or its node is lost. A user's error ends it all.
 """
 
 from __future__ import annotations
