@@ -79,7 +79,8 @@ class Request:
         """The same with absolute paths, for a process with another working directory."""
         paths = {"source": self.source, "calibrate": self.calibrate, "recipe": self.recipe}
         found = {key: Path(text).expanduser() for key, text in paths.items() if text is not None}
-        return replace(self, **{key: str(path.absolute()) for key, path in found.items() if path.exists()})
+        changes: dict[str, Any] = {key: str(path.absolute()) for key, path in found.items() if path.exists()}
+        return replace(self, **changes)
 
     def prepare(self, token: str | None = None) -> Job:
         """Open the source and settle what can be known from headers; `token` is the hub's.

@@ -73,8 +73,8 @@ def convert(
     write the second fourth of the weight files, which `finalize` makes an artifact of when all are there, or "auto" for
     the share of this process in a Slurm array or under torchrun; engine, local, or ray to have the nodes of a Ray
     cluster write the weight files (`conversion.cluster`), the one at `address`; stream, read a hub model's weights by
-    range and store none of them, one thread a file; push_to_hub, a model id to upload the artifact to, new ones `private`; progress,
-    called with bytes of source done and in all.
+    range and store none of them, one thread a file; push_to_hub, a model id to upload the artifact to, new ones
+    `private`; progress, called with bytes of source done and in all.
     A conversion that was stopped goes on where it was when it is called with the same arguments.
     Raises: SourceError, WeightError, RecipeError, OutputError or DependencyError; then there is no output folder.
     """
