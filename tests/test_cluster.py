@@ -80,30 +80,32 @@ def test_calibrated(nodes, source, tmp_path):
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
+def command_of(nodes, source: str, out: Path) -> list[str]:
+    words = [sys.executable, "-m", "quantize8", "convert", source, "--out", str(out), "--max-shard-size", "6KB"]
+    return [*words, "--engine", "ray", "--address", nodes.address, "--json"]
+
+
 def test_a_node_that_is_killed(nodes, source, tmp_path):
     """When the first weight file is whole and each node waits for a file that this process holds: another takes it."""
     import ray
 
     files = [shard.file for shard in convert(source, tmp_path / "whole", **SIZE).plan.shards]
-    partial_of(tmp_path / "out").mkdir()
-    held = [Journal(partial_of(tmp_path / "out") / f"{file}{SUFFIX}") for file in files[1:]]
-    node, lost = next(iter(nodes.worker_nodes)), []
-
-    def kill(done: int, total: int) -> None:
-        if lost:
-            return
-        while ray.available_resources().get("CPU"):
-            time.sleep(0.05)
-        lost.append(node)
-        nodes.remove_node(node, allow_graceful=False)
-        for journal in held:
-            journal.close()
-
-    try:
-        convert(source, tmp_path / "out", engine="ray", progress=kill, **SIZE)
-    finally:
-        nodes.add_node(**SMALL)
-    assert lost
+    partial = partial_of(tmp_path / "out")
+    partial.mkdir()
+    held = [Journal(partial / f"{file}{SUFFIX}") for file in files[1:]]
+    command = command_of(nodes, source, tmp_path / "out")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while not (partial / "files" / files[0]).exists() or ray.available_resources().get("CPU"):
+                assert process.poll() is None
+                time.sleep(0.05)
+            nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
+        finally:
+            for journal in held:
+                journal.close()
+        output = process.communicate()[0]
+    nodes.add_node(**SMALL)
+    assert process.returncode == 0 and json.loads(output)["out"] == str(tmp_path / "out")
     assert digests(tmp_path / "out") == digests(tmp_path / "whole") and verify(tmp_path / "out")
 
 
@@ -117,16 +119,12 @@ def test_an_error_of_the_users_is_raised_as_it_is(nodes, tmp_path):
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
-def test_the_command_line(nodes, source, tmp_path):
-    convert(source, tmp_path / "whole", **SIZE)
-    command = [sys.executable, "-m", "quantize8", "convert", source, "--engine", "ray", "--json"]
-    command += ["--max-shard-size", "6KB", "--address", nodes.address, "--out"]
-    done = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["resumed"]["tensors"] == 0 and not done.stderr
-    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+def test_an_address_where_no_cluster_is(nodes, source, tmp_path):
+    command = command_of(nodes, source, tmp_path / "out")
     command[command.index(nodes.address)] = "127.0.0.1:9"
-    done = subprocess.run([*command, str(tmp_path / "other")], capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "no Ray cluster can be used there" in done.stderr
+    assert not done.stdout and not partial_of(tmp_path / "out").exists()
 
 
 def test_a_node_that_decides_otherwise_does_not_write(nodes, source, tmp_path, monkeypatch):

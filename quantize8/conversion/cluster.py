@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -71,8 +72,9 @@ def write_all(
 ) -> Conversion:
     """Have the nodes write all weight files, or go on with them, and make an artifact of these.
 
-    `progress` hears of a weight file when it is whole. Raises DependencyError without Ray; OutputError where there is
-    no cluster, no node with enough CPUs or GPUs, or a task lost its node again and again; and what a task raised.
+    `progress` hears of a weight file when it is whole; what is printed meanwhile goes to the error stream.
+    Raises DependencyError without Ray; OutputError where there is no cluster, no node with enough CPUs or GPUs, or
+    where a task lost its node again and again; and what a task raised.
     """
     ray = _ray()
     check_workers(nodes.workers)
@@ -189,10 +191,11 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
             f"address {address}: no Ray cluster can be used there ({first_line(error)}); "
             "begin one with ray start --head, or leave out --address"
         ) from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with contextlib.redirect_stdout(sys.stderr):  # where a node is lost, a thread of Ray's prints its last log lines
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _check_address(address: str) -> None:
