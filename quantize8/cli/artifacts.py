@@ -34,6 +34,10 @@ def convert(
         bool, typer.Option("--overwrite", help="Replace an artifact at --out; start an unfinished one over.")
     ] = False,
     part: Annotated[str | None, typer.Option(help="Write a share of the weight files: 2/4, or auto.")] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray: the nodes of a Ray cluster.")] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="Of that cluster, or auto.  [default: one on this machine]")
+    ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Read the weights remotely, store none.")] = False,
     push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Upload the artifact to this model.")] = None,
     private: Private = False,
@@ -53,7 +57,7 @@ def convert(
             source, out, format=format, scheme=scheme, moe=moe, threshold=threshold, calibrate=calibrate,
             outlier_columns=outlier_columns, smooth=smooth, recipe=recipe, scale=scale, device=device,
             max_shard_size=max_shard_size, workers=workers, dry_run=dry_run, overwrite=overwrite,
-            part=part, stream=stream, push_to_hub=push_to_hub, private=private,
+            part=part, engine=engine, address=address, stream=stream, push_to_hub=push_to_hub, private=private,
             revision=revision, token=token, progress=progress,
         )  # fmt: skip
     show(result, report.conversion(result), as_json)

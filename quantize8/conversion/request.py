@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -74,6 +74,13 @@ class Request:
     def columns(self) -> int | None:
         """How many outlier columns each weight gets; None where calibration decides."""
         return None if self.outlier_columns == "auto" else int(self.outlier_columns)
+
+    def anywhere(self) -> Request:
+        """The same with absolute paths, for a process with another working directory."""
+        paths = {"source": self.source, "calibrate": self.calibrate, "recipe": self.recipe}
+        found = {key: Path(text).expanduser() for key, text in paths.items() if text is not None}
+        changes: dict[str, Any] = {key: str(path.absolute()) for key, path in found.items() if path.exists()}
+        return replace(self, **changes)
 
     def prepare(self, token: str | None = None) -> Job:
         """Open the source and settle what can be known from headers; `token` is the hub's.

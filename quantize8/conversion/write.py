@@ -39,10 +39,15 @@ class Written:
     kept_bytes: int = 0  # of them, as they are written
 
 
-def make_quantizers(device: str, scale: str, workers: int | None) -> list[WeightQuantizer]:
-    """One for each worker; several GPUs get at least one each. `device` is auto, cpu or cuda."""
+def check_workers(workers: int | None) -> None:
+    """Refuse a number of threads that is none."""
     if workers is not None and workers < 1:
         raise OutputError(f"workers {workers}: must be 1 or more")
+
+
+def make_quantizers(device: str, scale: str, workers: int | None) -> list[WeightQuantizer]:
+    """One for each worker; several GPUs get at least one each. `device` is auto, cpu or cuda."""
+    check_workers(workers)
     if scale == MSE and device == "cuda":
         raise OutputError("scale mse: is searched on the CPU; leave out --device cuda")
     device = "cpu" if scale == MSE and device == "auto" else resolve(device)
@@ -59,11 +64,7 @@ def make_quantizers(device: str, scale: str, workers: int | None) -> list[Weight
 
 def heading(job: Job, decisions: dict[str, Any], measured: str) -> dict[str, Any]:
     """What a journal begins with: what decides the bytes, and the request, for who ends the conversion elsewhere."""
-    asked = job.request
-    paths = {"source": asked.source, "calibrate": asked.calibrate, "recipe": asked.recipe}
-    found = {key: Path(text).expanduser() for key, text in paths.items() if text is not None}
-    request = asdict(asked) | {key: str(path.absolute()) for key, path in found.items() if path.exists()}
-    return {"decisions": decisions, "request": request, "calibration_blake3": measured}
+    return {"decisions": decisions, "request": asdict(job.request.anywhere()), "calibration_blake3": measured}
 
 
 def missing_bytes(out: Path, units: Sequence[Unit]) -> int:

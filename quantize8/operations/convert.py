@@ -16,7 +16,8 @@ from quantize8.artifact.layout import DEFAULT_SHARD_SIZE
 from quantize8.artifact.upload import prepare, upload
 from quantize8.artifact.writer import Progress
 from quantize8.checkpoint import is_url
-from quantize8.conversion.parts import parse_part
+from quantize8.conversion import cluster
+from quantize8.conversion.parts import Part, parse_part
 from quantize8.conversion.request import Request
 from quantize8.conversion.result import Conversion
 from quantize8.conversion.steps import write_part
@@ -24,6 +25,9 @@ from quantize8.conversion.write import make_quantizers
 from quantize8.errors import OutputError
 from quantize8.ops.scales import ABSMAX
 from quantize8.recipe import DEFAULT_RECIPE
+
+LOCAL = "local"
+ENGINES = (LOCAL, "ray")
 
 
 def convert(
@@ -45,6 +49,8 @@ def convert(
     dry_run: bool = False,
     overwrite: bool = False,
     part: str | None = None,
+    engine: str = LOCAL,
+    address: str | None = None,
     stream: bool = False,
     push_to_hub: str | None = None,
     private: bool = False,
@@ -65,9 +71,10 @@ def convert(
     kernels can use, else the CPU; scales are searched on the CPU alone); workers, threads that read, quantize and write
     side by side (default: one a processor); dry_run, to settle all that headers tell and write nothing; part, "2/4" to
     write the second fourth of the weight files, which `finalize` makes an artifact of when all are there, or "auto" for
-    the share of this process in a Slurm array or under torchrun; stream, read a hub model's weights by range and store
-    none of them, one thread a file; push_to_hub, a model id to upload the artifact to, new ones `private`; progress,
-    called with bytes of source done and in all.
+    the share of this process in a Slurm array or under torchrun; engine, local, or ray to have the nodes of a Ray
+    cluster write the weight files (`conversion.cluster`), the one at `address`; stream, read a hub model's weights by
+    range and store none of them, one thread a file; push_to_hub, a model id to upload the artifact to, new ones
+    `private`; progress, called with bytes of source done and in all.
     A conversion that was stopped goes on where it was when it is called with the same arguments.
     Raises: SourceError, WeightError, RecipeError, OutputError or DependencyError; then there is no output folder.
     """
@@ -79,7 +86,8 @@ def convert(
     share = None if part is None else parse_part(part)
     if share is not None and push_to_hub is not None:
         raise OutputError(f"push-to-hub {push_to_hub}: a part is no artifact; push it after quantize8 finalize")
-    quantizers = make_quantizers(device, scale, workers)
+    _check_engine(engine, address, share)
+    quantizers = make_quantizers(device, scale, workers) if engine == LOCAL else []
     job = request.prepare(token)
     target = Path(out) if out is not None else Path(f"{job.plan.checkpoint.name}-{job.plan.format.suffix}")
     check_output(target, overwrite, job.plan.checkpoint.folder)
@@ -90,8 +98,21 @@ def convert(
     else:
         if push_to_hub is not None:
             prepare(push_to_hub, token=token)
-        found = write_part(job, target, share, quantizers, overwrite, progress)
+        if engine == LOCAL:
+            found = write_part(job, target, share, quantizers, overwrite, progress)
+        else:
+            nodes = cluster.Nodes(address, device, workers)
+            found = cluster.write_all(job, target, nodes, overwrite, token, progress)
         if push_to_hub is not None:
             found.pushed = upload(target, push_to_hub, private=private, token=token)
     found.seconds = time.perf_counter() - start
     return found
+
+
+def _check_engine(engine: str, address: str | None, share: Part | None) -> None:
+    if engine not in ENGINES:
+        raise OutputError(f"engine {engine}: unknown; name one of {', '.join(ENGINES)}")
+    if engine == LOCAL and address is not None:
+        raise OutputError(f"address {address}: is that of a Ray cluster; add --engine ray")
+    if engine != LOCAL and share is not None:
+        raise OutputError(f"part {share}: the cluster shares out all weight files itself; leave out --part")
