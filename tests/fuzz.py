@@ -1,6 +1,6 @@
 """Longer runs of the targets in tests/fuzzing.py, guided by coverage (`pip install -e '.[fuzz]'`), and of flipped bits.
 
-    python -m tests.fuzz READER --runs 1000000 --corpus /tmp/corpus
+    python -m tests.fuzz READER --runs 1000000 --corpus corpus
     python -m tests.fuzz flips --runs 1000
 
 An input that is a finding is left in the folder `findings`. The executions are added to tests/corpus/executions.json.

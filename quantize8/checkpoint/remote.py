@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from blake3 import blake3
 
+from quantize8 import limits
 from quantize8.checkpoint import hub
 from quantize8.checkpoint.base import TensorInfo, read_config
 from quantize8.checkpoint.ordered import OrderedFile, Transfers
@@ -25,8 +26,6 @@ from quantize8.checkpoint.ranges import FsspecFile, RemoteFile
 from quantize8.checkpoint.safetensors import SafetensorsCheckpoint, open_files, read_header
 from quantize8.errors import DependencyError, SourceError, first_line
 
-_MAX_HEADER = 100_000_000  # bytes, the library's own limit
-_MAX_SMALL = 2**30  # bytes of a small file: a tokenizer has some 30 million
 _HUB_SCHEME = "hf://"
 _DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
@@ -94,7 +93,7 @@ class StreamedCheckpoint(SafetensorsCheckpoint):
         remote = self._remote[file]
         start = bytes(remote.read(0, min(8, remote.size), self._transfers.ended))
         length = int.from_bytes(start, "little")
-        if len(start) < 8 or not 0 < length <= min(_MAX_HEADER, remote.size - 8):
+        if len(start) < 8 or not 0 < length <= min(limits.HEADER_BYTES, remote.size - 8):
             raise SourceError(f"{remote.where}: not a whole safetensors file (a header of {length} bytes)")
         return start + bytes(remote.read(8, 8 + length, self._transfers.ended))
 
@@ -150,8 +149,10 @@ def _read_store(source: str, folder: Path) -> StreamedCheckpoint:
         _check_kind(shown, weights)
         remote = {name: FsspecFile(system, files[name]["name"], f"{shown}/{name}") for name in weights}
         for name in small:
-            if files[name]["size"] > _MAX_SMALL:
-                raise SourceError(f"{shown}/{name}: over {_MAX_SMALL:,} bytes, which no such file has; look at it")
+            if files[name]["size"] > limits.SMALL_BYTES:
+                raise SourceError(
+                    f"{shown}/{name}: over {limits.SMALL_BYTES:,} bytes, which no such file has; look at it"
+                )
             (folder / name).write_bytes(system.cat_file(files[name]["name"]))
         return _open(folder, remote, {"id": shown}, shown.rpartition("/")[2])
     except SourceError:

@@ -160,8 +160,8 @@ class _Work:
                     self.written.kept_bytes += self._writer.written_bytes(records)
                 self._done(number)
             else:
-                computed = name not in self._tensors
-                records = self._writer.write_computed(name) if computed else self._write(name, quantizer)
+                info = self._tensors.get(name)
+                records = self._writer.write(info, quantizer) if info else self._writer.write_computed(name)
                 made.append((number, name, records))
             found |= records
         if made and self._checkpoint.one_reader_a_file and made[0][1] in self._tensors:
@@ -170,9 +170,6 @@ class _Work:
             self._journals[number].append(name, records)
             self._done(number)
         return found
-
-    def _write(self, name: str, quantizer: WeightQuantizer) -> Records:
-        return self._writer.write(self._tensors[name], quantizer)
 
     def _done(self, number: int) -> None:
         """One more tensor of a weight file is there; the last gives the file its name."""

@@ -48,9 +48,8 @@ class Int8Linear(nn.Linear):
         self.threshold, self.mode = threshold, mode
         self.transposed = False  # whether it stands for a Conv1D, which is stored [K, N] in floating point
         self._packed: PackedWeight | None = None
-        self._seen: Tensor | None = (
-            None  # bool [K], columns that joined the outliers on other paths than the packed one
-        )
+        # bool [K]: columns that joined the outliers on other paths than the packed one
+        self._seen: Tensor | None = None
         codes = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.SCB = nn.Parameter(torch.empty(out_features, dtype=torch.float32, device=device), requires_grad=False)

@@ -20,7 +20,7 @@ from quantize8.checkpoint.gguf import GgufCheckpoint
 from quantize8.checkpoint.quantized import decode
 from quantize8.checkpoint.safetensors import open_safetensors
 from quantize8.errors import ArtifactError, SourceError
-from quantize8.limits import INDEX_BYTES, is_file
+from quantize8.limits import HEADER_BYTES, is_file
 from quantize8.ops.reference import INT8_MAX, as_bytes
 
 
@@ -144,7 +144,7 @@ def _digest_header(path: Path) -> tuple[int, str]:
     """Bytes and digest of a safetensors file's length field and header."""
     with path.open("rb") as file:
         length = file.read(8)
-        data = length + file.read(min(int.from_bytes(length, "little"), INDEX_BYTES))
+        data = length + file.read(min(int.from_bytes(length, "little"), HEADER_BYTES))
     return len(data), digest(data)
 
 
