@@ -40,6 +40,16 @@ def test_deepseek_v3_is_planned_from_headers_alone(tmp_path):
     assert sum(shard.nbytes for shard in plan.shards) == plan.output_bytes > plan.source_bytes
 
 
+def test_processes_make_index_and_manifest_of_deepseek_v3_without_the_arithmetic(tmp_path):
+    found = deepseek.simulate(tmp_path, 3, 2, "compressed-tensors", [2], 2)
+    (made,) = found["conversions"]
+    shares = found["plan"]["shares"]
+    assert (made["workers"], shares[0]["machines"]) == (2, 2) and made["files"] == 3
+    assert (
+        made["tensors"] > 2 * found["modules"] and found["source_bytes"] < made["bytes"] < 1.1 * found["source_bytes"]
+    )
+
+
 def test_counts_of_weights_and_bytes(tmp_path):
     source = llama(tmp_path / "source", dtype=torch.float32)
     plan = plan_of(source)
