@@ -87,6 +87,16 @@ def test_a_module_that_vllm_would_join_with_one_in_float_stays_in_float(tmp_path
     assert "model.layers.0.self_attn.o_proj" in plan.modules
 
 
+def test_what_vllm_joins_is_told_of_in_one_order(tmp_path):
+    """That of the source: the manifest of the same conversion has the same bytes."""
+    source = llama(tmp_path / "source", layers=8)
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("threshold = 6.0\nskip = ['*.k_proj']\n")
+    plan = convert(str(source), tmp_path / "out", format="compressed-tensors", recipe=str(recipe), dry_run=True).plan
+    joined = [f"{name}.weight" for name, why in plan.kept.items() if "vLLM" in why]
+    assert len(joined) == 16 and joined == [name for name in plan.checkpoint.tensors if name in joined]
+
+
 def test_multi_head_latent_attention_is_joined_too(tmp_path):
     deepseek.make(tmp_path / "source", layers=1, experts=2)
     recipe = tmp_path / "mine.toml"

@@ -63,7 +63,7 @@ class CompressedTensors(Int8Format):
     def misfits(self, modules: Mapping[str, str], structure: Structure) -> Mapping[str, str]:
         """Modules that vLLM joins with one that stays in floating point."""
         groups: dict[str, list[str]] = {}
-        for name in {*structure.linears, *structure.experts}:
+        for name in (*structure.linears, *structure.experts):
             if match := _FUSED.search(name):
                 groups.setdefault(f"{name[: match.start()]}{match.lastgroup}", []).append(name)
         split = [names for names in groups.values() if not modules.keys() >= set(names)]
