@@ -6,20 +6,31 @@ from pathlib import Path
 
 from quantize8.artifact.folder import check_disk, check_output
 from quantize8.artifact.journal import SUFFIX, read_heading
+from quantize8.artifact.store import Store
 from quantize8.artifact.writer import Progress, WeightQuantizer
+from quantize8.conversion import remote
 from quantize8.conversion.finish import finish, unfinished
 from quantize8.conversion.measure import measure
 from quantize8.conversion.parts import Part
 from quantize8.conversion.request import Job, job_of
 from quantize8.conversion.result import Conversion, errors_of
 from quantize8.conversion.staging import partial_of, staged
+from quantize8.conversion.stored import look
 from quantize8.conversion.write import heading, missing_bytes, write_units
 from quantize8.errors import OutputError
 
 
+def check_place(out: Path | Store, overwrite: bool, source: Path) -> None:
+    """Refuse an output that must not be written to: see `check_output`, and for a store `stored.look`."""
+    if isinstance(out, Store):
+        look(out)
+    else:
+        check_output(out, overwrite, source)
+
+
 def write_part(
     job: Job,
-    out: Path,
+    out: Path | Store,
     part: Part | None,
     quantizers: list[WeightQuantizer],
     overwrite: bool = False,
@@ -30,6 +41,8 @@ def write_part(
     Part k of as many as there are `job.units` is weight file k alone. The job is as `Request.prepare` gives it, and
     is used up: its plan gets what is calibrated. It may be called again, at any time and by any process.
     """
+    if isinstance(out, Store):
+        return remote.write_part(job, out, part, quantizers, overwrite, progress)
     units = job.units if part is None else part.of(job.units)
     names = [unit.shard.file for unit in units]
     found = Conversion(out, job.plan, part=part, files=names)
@@ -47,13 +60,20 @@ def write_part(
     return found
 
 
-def end_parts(out: Path, overwrite: bool = False, token: str | None = None) -> Conversion:
-    """Make an artifact of the weight files that all parts have written; see `operations.finalize`."""
+def end_parts(
+    out: Path | Store, overwrite: bool = False, token: str | None = None, job: Job | None = None
+) -> Conversion:
+    """Make an artifact of the weight files that all parts have written; see `operations.finalize`.
+
+    Without a `job`, which is used up, it is the one that their journals tell of.
+    """
+    if isinstance(out, Store):
+        return remote.end_parts(out, token, job)
     paths = sorted(partial_of(out).glob(f"*{SUFFIX}"))
     first = next((found for found in map(read_heading, paths) if found), None)
     if first is None:
         raise OutputError(f"{out}: no part of it is here (in {partial_of(out)}); run convert with --part first")
-    job = job_of(first, token)
+    job = job or job_of(first, token)
     check_output(out, overwrite, job.plan.checkpoint.folder)
     decisions = job.decisions()
     names = [unit.shard.file for unit in job.units]
