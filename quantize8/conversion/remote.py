@@ -141,8 +141,8 @@ def _write(
         try:
             written = write_units(job, [unit], staging, head, quantizers, progress)
         except BaseException:
-            if claims and file not in found.files:
-                with suppress(Quantize8Error):
+            with suppress(Quantize8Error):
+                if claims and file not in store.files():  # nor put by another process meanwhile
                     store.remove([journal])
             raise
         store.put(staging.files / file, file)
@@ -197,8 +197,7 @@ def _publish(store: Store, folder: Path, found: Found) -> None:
     store.remove(sorted({*found.small} - names - {*found.journals}))  # of an end that had other small files
     for name in [*sorted(names - {*last}), *last]:
         store.put(folder / name, name)
-    kept = {name for name in found.files if name.startswith(f"{PARTIAL}/")} | {ENDING}
-    store.remove([*sorted(kept - {ENDING}), ENDING])
+    store.remove([*found.kept, ENDING])
 
 
 @contextmanager

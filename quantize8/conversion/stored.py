@@ -31,6 +31,7 @@ class Found:
     files: dict[str, int | None]  # bytes by name
     journals: dict[str, tuple[dict[str, Any], dict[str, Records]]]  # weight file -> heading, entries
     small: list[str]  # files of an end that was begun
+    kept: list[str]  # all that goes when the conversion ends
 
     def has(self, unit: Unit, heading: dict[str, Any]) -> bool:
         """Whether a weight file is finished, with what is written together with it."""
@@ -52,7 +53,7 @@ class Found:
 def look(store: Store) -> Found:
     """What is there already. Raises OutputError for an artifact, and for anything that no conversion has begun."""
     files = store.files()
-    kept = [name for name in files if name.startswith(f"{PARTIAL}/")]
+    kept = [name for name, nbytes in files.items() if nbytes is not None and _is_kept(name)]
     if MANIFEST_NAME in files:
         store.remove(kept)  # of the conversion that made it, which was stopped at its very end
         raise OutputError(
@@ -62,7 +63,7 @@ def look(store: Store) -> Found:
     weights = [name.removeprefix(f"{PARTIAL}/").removesuffix(SUFFIX) for name in names]
     journals = dict(zip(weights, map(parse, store.read(names)), strict=True))
     (ending,) = store.read([ENDING]) if ENDING in files else (b"",)
-    found = Found(files, journals, _files_of(ending))
+    found = Found(files, journals, _files_of(ending), kept)
     known = {*kept, *weights, *(name.partition("/")[0] for name in found.small)}
     foreign = sorted(files.keys() - known)
     if foreign:
@@ -82,7 +83,12 @@ def accept(store: Store, found: Found, decisions: dict[str, Any], start_over: bo
     store.remove([name for name in names if name in found.files or name in found.small])
     found.files = {name: nbytes for name, nbytes in found.files.items() if name not in names}
     found.journals = {name: each for name, each in found.journals.items() if name not in others}
-    found.small = []
+    found.small, found.kept = [], [name for name in found.kept if name not in names]
+
+
+def _is_kept(name: str) -> bool:
+    """Whether a file is one that goes when the conversion ends."""
+    return name in (CALIBRATION, ENDING) or (name.startswith(f"{PARTIAL}/") and name.endswith((SUFFIX, beside(""))))
 
 
 def _files_of(manifest: bytes) -> list[str]:
