@@ -12,6 +12,8 @@ import pytest
 from gguf_files import assemble, config_of, folder_of
 from making import llama, word_tokenizer
 
+from benchmarks.checkpoints import make_llama
+from benchmarks.faults import SHARD_SIZE, kill_and_resume_to_a_store
 from quantize8 import ArtifactError, DependencyError, OutputError, SourceError, cli, convert, verify
 from quantize8.artifact.folder import WeightFile
 from quantize8.artifact.journal import SUFFIX
@@ -192,6 +194,32 @@ def test_what_fails_before_a_tensor_is_finished_leaves_nothing(address, source, 
     with pytest.raises(KeyboardInterrupt):
         convert(source, address)
     assert not content(address) and not [path for path in cache.rglob("*") if path.is_file()]
+
+
+def test_kill_at_any_moment(tmp_path):
+    """Three moments here; benchmarks/faults.py tries as many as it is asked for."""
+    make_llama(tmp_path / "source", hidden=512, inner=1408, layers=8, vocabulary=512, shards=2)
+    convert(str(tmp_path / "source"), tmp_path / "whole", max_shard_size=SHARD_SIZE)
+    found = kill_and_resume_to_a_store(tmp_path / "source", tmp_path / "whole", tmp_path / "out", [0.04, 0.1, 0.2])
+    assert found["unfinished"] + found["complete"]
+
+
+def test_a_manifest_that_was_put_in_part(source, tmp_path, calls):
+    """By a driver that does not put files whole."""
+    calls.fail = lambda kind, name: Path("/nowhere").stat() if (kind, name) == ("put", MANIFEST_NAME) else None
+    with pytest.raises(OutputError):
+        convert(source, f"local://{tmp_path}/out")
+    manifest = (tmp_path / "out" / ENDING).read_bytes()
+    (tmp_path / "out" / MANIFEST_NAME).write_bytes(manifest[:-100])
+    calls.fail = lambda _kind, _name: None
+    with pytest.raises(OutputError, match="holds an unfinished conversion with"):
+        convert(source, f"local://{tmp_path}/out", threshold=5.0)
+    shutil.copytree(tmp_path / "out", tmp_path / "other")
+    assert convert(source, f"local://{tmp_path}/out").kept
+    convert(source, f"local://{tmp_path}/other", threshold=5.0, overwrite=True)
+    for options in ({}, {"threshold": 5.0}):
+        convert(source, tmp_path / "whole", overwrite=True, **options)
+        assert local(tmp_path / ("other" if options else "out")) == local(tmp_path / "whole")
 
 
 def stopped_at_end(source: str, address: str, calls, **options) -> None:
@@ -483,6 +511,30 @@ def test_a_folder_here_that_cannot_be_made(source, tmp_path, monkeypatch):
             convert(source, f"local://{tmp_path}/out", **options)
         assert "\n" not in str(caught.value) and str(tmp_path / "file") in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")  # huggingface_hub's way to send a body
+def test_a_model_on_the_hub(hub, source, tmp_path, calls):
+    """On the hub of the tests; each file is a commit."""
+    from huggingface_hub import HfFileSystem
+
+    HfFileSystem.clear_instance_cache()
+    token = "hf_averysecrettoken"
+    with pytest.raises(OutputError, match="hf://me/model: cannot be written") as caught:
+        convert(source, "hf://me/model", token=token, **SIZE)
+    assert "\n" not in str(caught.value) and token not in str(caught.value)
+    hub.models["me/model"] = tmp_path / "me"
+    (tmp_path / "me").mkdir()
+    (tmp_path / "me" / ".gitattributes").write_text("*.safetensors filter=lfs")
+    HfFileSystem.clear_instance_cache()
+    stopped_at_end(source, "hf://me/model", calls, **SIZE)
+    done = convert(source, "hf://me/model", token=token, **SIZE)
+    convert(source, tmp_path / "whole", **SIZE)
+    written = local(tmp_path / "me")
+    assert written.pop(".gitattributes") and written == local(tmp_path / "whole")
+    assert done.kept == len(done.plan.checkpoint.tensors)
+    with pytest.raises(OutputError, match="exists"):
+        convert(source, "hf://me/model@main", token=token)
 
 
 def test_push_takes_files_that_are_here(source, address):

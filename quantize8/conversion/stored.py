@@ -54,7 +54,7 @@ def look(store: Store) -> Found:
     """What is there already. Raises OutputError for an artifact, and for anything that no conversion has begun."""
     files = store.files()
     kept = [name for name, nbytes in files.items() if nbytes is not None and _is_kept(name)]
-    if MANIFEST_NAME in files:
+    if MANIFEST_NAME in files and files.get(ENDING, files[MANIFEST_NAME]) == files[MANIFEST_NAME]:  # and is whole
         store.remove(kept)  # of the conversion that made it, which was stopped at its very end
         raise OutputError(
             f"{store}: exists, and a store replaces no artifact in one step; remove it, or name another --out"
@@ -64,7 +64,7 @@ def look(store: Store) -> Found:
     journals = dict(zip(weights, map(parse, store.read(names)), strict=True))
     (ending,) = store.read([ENDING]) if ENDING in files else (b"",)
     found = Found(files, journals, _files_of(ending), kept)
-    known = {*kept, *weights, *(name.partition("/")[0] for name in found.small)}
+    known = {MANIFEST_NAME, *kept, *weights, *(name.partition("/")[0] for name in found.small)}
     foreign = sorted(files.keys() - known)
     if foreign:
         raise OutputError(f"{store}: holds {foreign[0]}, which is of no unfinished conversion; name an empty --out")
@@ -78,7 +78,14 @@ def accept(store: Store, found: Found, decisions: dict[str, Any], start_over: bo
         return
     if not start_over:
         raise OutputError(f"{store}: {PARTIAL} {next(iter(others.values()))}")
-    names = [CONFIG_NAME, *found.small, *others, *(f"{PARTIAL}/{beside(name)}" for name in others), CALIBRATION]
+    names = [
+        MANIFEST_NAME,
+        CONFIG_NAME,
+        *found.small,
+        *others,
+        *(f"{PARTIAL}/{beside(name)}" for name in others),
+        CALIBRATION,
+    ]
     names += [*(f"{PARTIAL}/{name}{SUFFIX}" for name in others), ENDING]
     store.remove([name for name in names if name in found.files or name in found.small])
     found.files = {name: nbytes for name, nbytes in found.files.items() if name not in names}
