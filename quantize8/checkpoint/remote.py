@@ -139,7 +139,8 @@ def _read_store(source: str, folder: Path) -> StreamedCheckpoint:
         files = {name: entry for name, entry in entries.items() if entry["type"] == "file"}
         weights, small = hub.needed_files(list(files))
         _check_kind(shown, weights)
-        remote = {name: FsspecFile(system, files[name]["name"], f"{shown}/{name}") for name in weights}
+        found = {name: (files[name]["name"], f"{shown}/{name}", int(files[name]["size"])) for name in weights}
+        remote = {name: FsspecFile(system, *each) for name, each in found.items()}
         for name in small:
             if files[name]["size"] > limits.SMALL_BYTES:
                 raise SourceError(
