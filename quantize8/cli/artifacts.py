@@ -12,7 +12,7 @@ from quantize8.cli.terminal import progress_bar, show
 
 def convert(
     source: Annotated[str, typer.Argument(help="Hub id, folder, .safetensors, .bin or .gguf file, or s3://...")],
-    out: Annotated[str | None, typer.Option(help="New folder.  [default: <name>-int8]")] = None,
+    out: Annotated[str | None, typer.Option(help="New folder, or s3://...  [default: <name>-int8]")] = None,
     format: Annotated[
         str, typer.Option(help="bitsandbytes, compressed-tensors, gguf, float16, bfloat16 or float32.")
     ] = "bitsandbytes",
@@ -65,7 +65,7 @@ def convert(
 
 
 def finalize(
-    out: Annotated[str, typer.Argument(help="Folder that convert --part was given.")],
+    out: Annotated[str, typer.Argument(help="Folder or address that convert --part was given.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact there.")] = False,
     token: Token = None,
     as_json: Json = False,
