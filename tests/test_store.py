@@ -405,6 +405,25 @@ def test_an_artifact_is_not_replaced(address, source, cache):
     assert content(address) == before
 
 
+def test_credentials_that_remove_nothing(address, source, tmp_path, calls):
+    def fail(kind, _name):
+        if kind == "remove":
+            raise OutputError("not allowed")
+
+    calls.fail = fail
+    convert(source, address, **SIZE)
+    convert(source, tmp_path / "whole", **SIZE)
+    there = content(address)
+    assert there.items() >= local(tmp_path / "whole").items() and verify(copy(address, tmp_path / "copy"))
+    assert all(name.startswith(PARTIAL) for name in there.keys() - local(tmp_path / "whole").keys())
+    with pytest.raises(OutputError, match="exists"):
+        convert(source, address, **SIZE)
+    calls.fail = lambda _kind, _name: None
+    with pytest.raises(OutputError, match="exists"):
+        convert(source, address, **SIZE)
+    assert content(address) == local(tmp_path / "whole")
+
+
 def test_a_source_file_with_another_time_is_converted_again(address, source, tmp_path, calls):
     stopped_at_end(source, address, calls, **SIZE)
     os.utime(sorted(Path(source).glob("*.safetensors"))[0], ns=(1, 1))

@@ -197,7 +197,8 @@ def _publish(store: Store, folder: Path, found: Found) -> None:
     store.remove(sorted({*found.small} - names - {*found.journals}))  # of an end that had other small files
     for name in [*sorted(names - {*last}), *last]:
         store.put(folder / name, name)
-    store.remove([*found.kept, ENDING])
+    with suppress(OutputError):  # the artifact is there; credentials need not be good for more than putting files
+        store.remove([*found.kept, ENDING])
 
 
 @contextmanager
@@ -209,6 +210,5 @@ def _folder(store: Store) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(dir=root.parent, prefix=f"{root.name}-") as name:
             yield Path(name)
     except OSError as error:
-        raise OutputError(
-            f"{store}: {root.parent} cannot be written to ({error.strerror or error}); make room, or {_ELSE}"
-        ) from None
+        why = f"{error.strerror or error} at {error.filename or root.parent}"
+        raise OutputError(f"{store}: not written here ({why}); mend that, or {_ELSE}, and run it again") from None

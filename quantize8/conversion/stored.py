@@ -8,6 +8,7 @@ file of the right size whose journal has all tensors.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +56,8 @@ def look(store: Store) -> Found:
     files = store.files()
     kept = [name for name, nbytes in files.items() if nbytes is not None and _is_kept(name)]
     if MANIFEST_NAME in files and files.get(ENDING, files[MANIFEST_NAME]) == files[MANIFEST_NAME]:  # and is whole
-        store.remove(kept)  # of the conversion that made it, which was stopped at its very end
+        with suppress(OutputError):
+            store.remove(kept)  # of the conversion that made it, which was stopped at its very end
         raise OutputError(
             f"{store}: exists, and a store replaces no artifact in one step; remove it, or name another --out"
         )
