@@ -20,6 +20,7 @@ from quantize8.artifact.journal import SUFFIX
 from quantize8.artifact.manifest import MANIFEST_NAME
 from quantize8.artifact.store import PARTIAL, Store, place_of
 from quantize8.artifact.writer import Writer
+from quantize8.checkpoint.address import reason, without_secrets
 from quantize8.operations.finalize import finalize
 
 SIZE = {"max_shard_size": "6KB"}  # several files of the tiny Llama
@@ -585,3 +586,23 @@ def test_the_command_line(source, tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert out in page and "quantize8 verify COPY" in page
     assert verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("s3://bucket/model/", "s3://bucket/model"),
+        ("ftp://me:pa@ss@host:21/a@b/c?key=1#x", "ftp://host:21/a@b/c"),
+        ("hf://me/model@branch", "hf://me/model@branch"),
+        ("memory://", "memory:"),
+        ("s3://[bucket/model", "s3://[bucket/model"),
+    ],
+)
+def test_addresses_as_they_are_shown(address, shown):
+    assert without_secrets(address) == shown
+
+
+def test_what_drivers_say_is_shown_without_secrets():
+    address = "ftp://me:p%40ss@host/model?key=hidden"
+    error = PermissionError(f"{address}: no p%40ss, p@ss, me:p%40ss or key=hidden\nsecond line")
+    assert reason(error, address) == "ftp://host/model: no ***, ***, *** or ***"
