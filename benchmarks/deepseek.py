@@ -1,24 +1,41 @@
-"""Planning at scale: DeepSeek-V3 as published, 671 billion float8 weights and a layer more; only its headers exist.
+"""Conversion at scale: DeepSeek-V3 as published, 671 billion float8 weights and a layer more; only its headers exist.
 
 Names, shapes and dtypes are those of deepseek-ai/DeepSeek-V3 (config.json, and its inference code); the values are
-holes in sparse files. A dry run settles every byte of the artifact; its time and its peak memory are printed.
+holes in sparse files. It is planned, and then converted by 1, 8 and 64 processes that do all but the arithmetic: each
+opens the source, locks and makes its weight files (of holes again) and their journals; `finalize` writes index,
+config and manifest. Time and peak memory of each process are measured. Room for 2 GB is enough.
 
-Run: python -m benchmarks.deepseek [--layers 61] [--format compressed-tensors]
+Run: python -m benchmarks.deepseek [--layers 61] [--format compressed-tensors] [--workers 1,8,64] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
-import resource
+import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-from quantize8 import convert
+import numpy as np
+
+from quantize8 import convert, plan
+from quantize8.artifact.manifest import MANIFEST_NAME, Quantized, digest, read_manifest, summarize
+from quantize8.artifact.writer import Writer
+from quantize8.checkpoint.safetensors import INDEX_NAME
+from quantize8.conversion import write
+from quantize8.memory import peak_rss
+from quantize8.operations.finalize import finalize
+from quantize8.ops.reference import ColumnStats
 
 Header = dict[str, tuple[str, tuple[int, ...]]]  # tensor -> dtype, shape
 BLOCK = 128  # rows and columns of a weight that share a scale
@@ -130,24 +147,119 @@ def write_sparse(path: Path, header: Header) -> None:
     os.truncate(path, 8 + len(text) + position)
 
 
+class SparseWriter(Writer):
+    """Leaves holes where the others write, and says what a weight of zeros would have become."""
+
+    def write(self, info: Any, quantizer: Any) -> Any:
+        """See `Writer.write`."""
+        records = {out.name: self._record(out.name, digest(out.name.encode())) for out in self._plan.outputs[info.name]}
+        if self._plan.module_of(info):
+            next(iter(records.values())).quantized = _of_zeros(
+                info.shape, self._plan.checkpoint.stored_dtype(info.name)
+            )
+        return records
+
+
+@functools.cache
+def _of_zeros(shape: tuple[int, int], dtype: str) -> Quantized:
+    return summarize(ColumnStats.empty(shape[1]), np.zeros(shape[0], np.float32), dtype, digest(b""), False)
+
+
+def work(source: str, out: str, part: str, format: str) -> None:
+    """One process: a part of the weight files, or with part 0 their end."""
+    start = time.perf_counter()
+    if part == "0":
+        finalize(out)
+    else:
+        os.posix_fallocate = lambda *_: None  # or the disk would have to be as large as the model
+        shutil.disk_usage = lambda _: SimpleNamespace(free=2**60)  # type: ignore[assignment,return-value]
+        write.Writer = SparseWriter  # type: ignore[misc]
+        convert(source, out, part=part, format=format)
+    print(json.dumps([time.perf_counter() - start, peak_rss() / 2**20]))
+
+
+def convert_by(workers: int, source: Path, out: Path, format: str, at_once: int) -> dict[str, Any]:
+    """Parts by so many processes, some at once, and the end: seconds and MiB of the slowest and the largest."""
+
+    def run(part: str) -> tuple[float, float]:
+        command = [sys.executable, "-m", "benchmarks.deepseek", "--do", str(source), str(out), part, "--format", format]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        seconds, memory = json.loads(done.stdout)
+        return seconds, memory
+
+    with ThreadPoolExecutor(at_once) as pool:
+        parts = list(pool.map(run, [f"{number}/{workers}" for number in range(1, workers + 1)]))
+    end_seconds, end_memory = run("0")
+    index, manifest = json.loads((out / INDEX_NAME).read_text()), read_manifest(out)
+    assert index["weight_map"].keys() <= manifest.tensors.keys()
+    assert {*index["weight_map"].values()} == manifest.headers.keys()
+    small = [path for path in sorted(out.iterdir()) if path.name not in manifest.headers]
+    return {
+        "workers": workers,
+        "seconds": max(seconds for seconds, _ in parts),
+        "MiB": max(memory for _, memory in parts),
+        "end_seconds": end_seconds,
+        "end_MiB": end_memory,
+        "files": len(manifest.headers),
+        "bytes": sum(path.stat().st_size for path in out.iterdir()),
+        "tensors": len(manifest.tensors),
+        "index_bytes": (out / INDEX_NAME).stat().st_size,
+        "manifest_bytes": (out / MANIFEST_NAME).stat().st_size,
+        "digest": digest(b"".join(path.read_bytes() for path in small)),
+    }
+
+
+def simulate(folder: Path, layers: int, experts: int, format: str, workers: list[int], at_once: int) -> dict[str, Any]:
+    """Make the headers, plan, convert without arithmetic, and say what it took."""
+    source = folder / "DeepSeek-V3"
+    make(source, layers, experts)
+    start = time.perf_counter()
+    found = plan(str(source), folder / "out", format=format, machines=workers)
+    seconds = time.perf_counter() - start
+    result: dict[str, Any] = {
+        "source_tensors": len(found.plan.checkpoint.tensors),
+        "source_bytes": found.plan.source_bytes,
+        "weights": found.plan.weights,
+        "modules": len(found.plan.modules),
+        "plan": {"seconds": seconds, "MiB": peak_rss() / 2**20, **found.as_json()["forecast"]},
+        "conversions": [],
+    }
+    for count in workers:
+        result["conversions"].append(convert_by(count, source, folder / f"out-{count}", format, at_once))
+        shutil.rmtree(folder / f"out-{count}")
+    assert len({each["digest"] for each in result["conversions"]}) == 1  # index, config and manifest are the same
+    return result
+
+
 def main() -> None:
-    """Make the headers, plan, and print what it took."""
+    """Measure, and print what it took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=61)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--format", default="compressed-tensors")
+    parser.add_argument("--workers", default="1,8,64")
+    parser.add_argument("--at-once", type=int, default=os.cpu_count(), help="processes side by side on this machine")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--do", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.do:
+        work(*options.do, options.format)
+        return
+    workers = [int(word) for word in options.workers.split(",")]
     with tempfile.TemporaryDirectory() as name:
-        source = Path(name) / "DeepSeek-V3"
-        make(source, options.layers, options.experts)
-        start = time.perf_counter()
-        plan = convert(str(source), Path(name) / "out", format=options.format, dry_run=True).plan
-        seconds = time.perf_counter() - start
-    source_tensors = f"{len(plan.checkpoint.tensors):,} tensors, {plan.source_bytes:,} bytes"
-    print(f"{plan.weights / 1e9:.1f} billion numbers in {source_tensors}")
-    print(f"{len(plan.modules):,} int8 modules; {len(plan.shards)} files, {plan.output_bytes:,} bytes")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"planned in {seconds:.1f} s; peak memory {peak:,.0f} MiB")
+        model = (options.layers, options.experts, options.format)
+        result = simulate(Path(name), *model, workers, options.at_once)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{result['weights'] / 1e9:.1f} billion numbers, {result['source_bytes']:,} bytes")
+    print(f"planned in {result['plan']['seconds']:.1f} s, {result['plan']['MiB']:.0f} MiB")
+    for share, done in zip(result["plan"]["shares"], result["conversions"], strict=True):
+        print(
+            f"{done['workers']} workers: plan says {share['seconds']:.0f} s, {share['files']} files each; without "
+            f"arithmetic {done['seconds']:.1f} s, {done['MiB']:.0f} MiB; "
+            f"end {done['end_seconds']:.1f} s, {done['end_MiB']:.0f} MiB"
+        )
+    print(f"{done['files']} files, {done['tensors']:,} tensors, manifest {done['manifest_bytes']:,} bytes")
 
 
 if __name__ == "__main__":

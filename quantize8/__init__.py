@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from quantize8.operations.convert import convert
     from quantize8.operations.evaluate import evaluate
     from quantize8.operations.inspect import inspect
+    from quantize8.operations.plan import plan
     from quantize8.operations.push import push
     from quantize8.operations.run import run
     from quantize8.operations.verify import verify
@@ -46,6 +47,7 @@ __all__ = [
     "inspect",
     "load",
     "merge_and_unload",
+    "plan",
     "push",
     "run",
     "verify",
@@ -60,6 +62,7 @@ _HOMES = {
     "inspect": "operations.inspect",
     "load": "model.loading",
     "merge_and_unload": "model.training",
+    "plan": "operations.plan",
     "push": "operations.push",
     "run": "operations.run",
     "verify": "operations.verify",

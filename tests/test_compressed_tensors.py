@@ -14,7 +14,8 @@ from making import llama
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from quantize8 import SourceError, convert
+from benchmarks import deepseek
+from quantize8 import SourceError, convert, verify
 from quantize8.checkpoint import open_checkpoint
 from quantize8.ops import reference
 
@@ -84,6 +85,41 @@ def test_a_module_that_vllm_would_join_with_one_in_float_stays_in_float(tmp_path
     joined = {name for name, why in plan.kept.items() if "vLLM" in why}
     assert joined == {f"model.layers.0.self_attn.{name}_proj" for name in "qv"} | {"model.layers.1.mlp.gate_proj"}
     assert "model.layers.0.self_attn.o_proj" in plan.modules
+
+
+def test_what_vllm_joins_is_told_of_in_one_order(tmp_path):
+    """That of the source: the manifest of the same conversion has the same bytes."""
+    source = llama(tmp_path / "source", layers=8)
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("threshold = 6.0\nskip = ['*.k_proj']\n")
+    plan = convert(str(source), tmp_path / "out", format="compressed-tensors", recipe=str(recipe), dry_run=True).plan
+    joined = [f"{name}.weight" for name, why in plan.kept.items() if "vLLM" in why]
+    assert len(joined) == 16 and joined == [name for name in plan.checkpoint.tensors if name in joined]
+
+
+def test_multi_head_latent_attention_is_joined_too(tmp_path):
+    deepseek.make(tmp_path / "source", layers=1, experts=2)
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("threshold = 6.0\nskip = ['model.layers.0.self_attn.q_a_proj']\n")
+    options = {"format": "compressed-tensors", "recipe": str(recipe), "dry_run": True}
+    plan = convert(str(tmp_path / "source"), tmp_path / "out", **options).plan
+    joined = {name for name, why in plan.kept.items() if "vLLM" in why}
+    assert joined == {"model.layers.0.self_attn.kv_a_proj_with_mqa"}
+
+
+def test_the_gate_of_a_shared_expert_stays_in_float(tmp_path):
+    """vLLM's Qwen2-MoE and Qwen3-Next have it as a plain layer, and would take codes for weights."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64, "num_experts": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "moe_intermediate_size": 16}
+    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, shared_expert_intermediate_size=16, pad_token_id=0))
+    model.save_pretrained(tmp_path / "source")
+    gate = "model.layers.0.mlp.shared_expert_gate"
+    plan = convert(str(tmp_path / "source"), tmp_path / "out", format="compressed-tensors").plan
+    assert "vLLM" in plan.kept[gate] and "model.layers.0.mlp.shared_expert.up_proj" in plan.modules
+    entry = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert gate in entry["ignore"] and verify(tmp_path / "out")
 
 
 def test_conv1d_is_refused_with_another_format(mgm, tmp_path):

@@ -28,16 +28,32 @@ def test_headers_of_deepseek_v3_are_those_that_were_published():
 
 
 def test_deepseek_v3_is_planned_from_headers_alone(tmp_path):
-    """Three dense layers, one with experts, and the one for a second token: of that transformers knows the experts."""
+    """Three dense layers, one with experts, and the one for a second token, which transformers does not have."""
     source = tmp_path / "source"
     deepseek.make(source, layers=4, experts=6)
     plan = convert(str(source), tmp_path / "out", format="compressed-tensors", dry_run=True).plan
     attention, gated = 5, 3
-    assert len(plan.modules) == 4 * attention + 3 * gated + (1 + 6) * gated + 6 * gated
-    assert plan.kept == {"lm_head": "output head"}
+    assert len(plan.modules) == 5 * attention + 3 * gated + 2 * (1 + 6) * gated
+    foreign = [f"model.layers.4.{name}" for name in ("eh_proj", "embed_tokens", "shared_head.head")]
+    assert plan.kept == {"lm_head": "output head"} | dict.fromkeys(foreign, "no part of transformers' model")
+    matrices = {name.removesuffix(".weight") for name, info in plan.checkpoint.tensors.items() if len(info.shape) == 2}
+    others = matrices - plan.modules.keys() - plan.kept.keys()
+    assert others == {"model.embed_tokens", "model.layers.3.mlp.gate", "model.layers.4.mlp.gate"}
+    ignored = plan.format.edit_config({}, plan)["quantization_config"]["ignore"]
+    assert {*plan.kept, *others} == {*ignored} - {r"re:.*\.gate$"}
     held = sum(path.stat().st_blocks * 512 for path in source.iterdir())
     assert held < 2**20 < plan.source_bytes  # the rest are holes
     assert sum(shard.nbytes for shard in plan.shards) == plan.output_bytes > plan.source_bytes
+
+
+def test_processes_make_index_and_manifest_of_deepseek_v3_without_the_arithmetic(tmp_path):
+    found = deepseek.simulate(tmp_path, 3, 2, "compressed-tensors", [2], 2)
+    (made,) = found["conversions"]
+    shares = found["plan"]["shares"]
+    assert (made["workers"], shares[0]["machines"]) == (2, 2) and made["files"] == 3
+    assert (
+        made["tensors"] > 2 * found["modules"] and found["source_bytes"] < made["bytes"] < 1.1 * found["source_bytes"]
+    )
 
 
 def test_counts_of_weights_and_bytes(tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf_files import assemble, config_of, folder_of
+from gguf_files import assemble, config_of, folder_of, write_tokenizer
 from making import llama, word_tokenizer
 from safetensors.torch import load_file, save_file
 
@@ -181,6 +181,33 @@ def test_other_decisions_are_named_and_nothing_is_touched(options, message, tmp_
     assert convert(str(source), out, overwrite=True, **options).kept == 0
     convert(str(source), tmp_path / "whole", **options)
     assert digests(out) == digests(tmp_path / "whole") and not partial_of(out).exists()
+
+
+UNFIT = [  # a --format, and what is advised where it cannot hold a number
+    ("float16", {"format": "float32"}),
+    ("gguf", {"format": "float32"}),
+    ("bitsandbytes", {"recipe": "mine.toml"}),
+]
+
+
+@pytest.mark.parametrize(("format", "advised"), UNFIT, ids=[format for format, _ in UNFIT])
+def test_the_advice_on_a_number_that_a_format_cannot_hold_works_as_it_is(format, advised, tmp_path, monkeypatch):
+    source = folder_of(tmp_path / "source", config_of("llama"), tokenizer=False)
+    write_tokenizer(tmp_path / "tokenizer")
+    shutil.copytree(tmp_path / "tokenizer", source, dirs_exist_ok=True)
+    state = load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    state[f"{name}.weight"][7, 3] = 1e9
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_text(f"threshold = 6.0\nskip = [{name!r}]\n")
+    with pytest.raises(WeightError, match=r"up_proj.weight row 7 holds .*, with --overwrite for the same --out$"):
+        convert("source", "out", format=format, workers=1)
+    assert partial_of(tmp_path / "out").exists()  # some tensors are finished
+    convert("source", "out", overwrite=True, **advised)
+    convert("source", "none finished", overwrite=True, **advised)
+    assert verify("out") and digests(tmp_path / "out") == digests(tmp_path / "none finished")
+    assert not partial_of(tmp_path / "out").exists()
 
 
 def test_another_version_does_not_go_on(tmp_path, stop_after, monkeypatch):

@@ -80,6 +80,66 @@ def test_embeddings_routers_and_fused_experts_are_not_linear_weights():
     assert len(found.experts) == 12 and not set(found.experts) & set(found.skip_list(set(found.linears)))
 
 
+_EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 1, "tie_word_embeddings": False}
+_GROUPED = _EXPERTS | {"n_routed_experts": 2, "n_shared_experts": 1, "first_k_dense_replace": 1}
+_GROUPED |= {"n_group": 1, "topk_group": 1}
+_MULTI_HEAD = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "q_lora_rank": 8, "kv_lora_rank": 8}
+_GATED_DELTA = {f"linear_{name}": 8 for name in ("key_head_dim", "value_head_dim", "num_key_heads", "num_value_heads")}
+FURTHER = {  # architecture: config, its last layer, the one for a further token, what that one has besides
+    "DeepseekV3ForCausalLM": (
+        _GROUPED | _MULTI_HEAD | {"model_type": "deepseek_v3"},
+        "model.layers.1.",
+        "model.layers.2.",
+        ["embed_tokens", "eh_proj", "shared_head.head"],
+    ),
+    "Glm4MoeForCausalLM": (
+        _GROUPED | {"model_type": "glm4_moe"},
+        "model.layers.1.",
+        "model.layers.2.",
+        ["embed_tokens", "eh_proj", "shared_head.head"],
+    ),
+    "Qwen3NextForCausalLM": (
+        _EXPERTS | _GATED_DELTA | {"model_type": "qwen3_next", "num_experts": 2, "num_hidden_layers": 4},
+        "model.layers.3.",
+        "mtp.layers.0.",
+        ["fc"],
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", FURTHER)
+def test_a_layer_that_predicts_a_further_token_is_what_its_like_is(architecture):
+    """transformers has no such layer. Embeddings, projections and heads of it are in no other layer, and told of."""
+    config, last, further, besides = FURTHER[architecture]
+    config = TINY | config | {"architectures": [architecture]}
+    _, tensors = meta(config)
+    besides = [f"{further.removesuffix('layers.0.')}{name}" for name in besides]
+    likes = {name: further + name.removeprefix(last) for name in tensors if name.startswith(last)}
+    experts = [f"{layer}mlp.experts.1.{name}_proj" for layer in (last, further) for name in ("gate", "up", "down")]
+    for name in [*likes.values(), *(f"{module}.weight" for module in [*besides, *experts])]:
+        shape = next((tensors[like].shape for like, own in likes.items() if own == name), (4, 4))
+        tensors[name] = TensorInfo(name, "F16", shape, "f")
+    found = read_structure(config, tensors)
+    own = {name.removeprefix(last): kind for name, kind in found.linears.items() if name.startswith(last)}
+    assert {name.removeprefix(further): kind for name, kind in found.linears.items() if name.startswith(further)} == own
+    assert {"self_attn.o_proj", "mlp.gate"} - own.keys() == {"mlp.gate"}  # the router is no Linear layer
+    assert found.kept == {"lm_head": "output head"} | dict.fromkeys(besides, "no part of transformers' model")
+    assert sorted(found.experts) == sorted(experts)
+    assert set(found.skip_list({*found.linears})) == {"lm_head", *besides}
+
+
+def test_a_weight_that_no_module_of_the_model_has_is_told_of():
+    config = TINY | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
+    _, tensors = meta(config)
+    names = ("v_head.summary", "medusa_head.0.0.linear", "lm_head.0")
+    tensors |= {f"{name}.weight": TensorInfo(f"{name}.weight", "F16", (4, 4), "f") for name in names}
+    expected = {"lm_head": "output head"} | dict.fromkeys(names, "no part of transformers' model")
+    assert read_structure(config, tensors).kept == expected
+    config |= {"architectures": ["LlamaForSequenceClassification"]}
+    del expected["lm_head"], tensors["lm_head.weight"]
+    assert read_structure(config, tensors).kept == expected
+
+
 def test_encoder_decoder_with_shared_embeddings():
     config = {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "d_model": 32, "d_kv": 8}
     config |= {"d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 64}

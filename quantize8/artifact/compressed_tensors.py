@@ -28,7 +28,9 @@ MoeLoader = Literal["vllm", "transformers"]
 
 _OFFSET = 128  # added to codes, so that packed ones are unsigned
 _WORD = 4  # codes in an int32
-_FUSED = re.compile(r"(?:(q|k|v)|(gate|up))_proj$")  # vLLM multiplies by these at once, and wants one scheme for them
+# vLLM multiplies by these at once, and wants one scheme for them; q_a and kv_a are multi-head latent attention's
+_FUSED = re.compile(r"(?P<qkv>[qkv]_proj)$|(?P<gate_up>(?:gate|up)_proj)$|(?P<qkv_a>q_a_proj|kv_a_proj_with_mqa)$")
+_GATE = ".shared_expert_gate"  # of Qwen's experts, N = 1: built without a quantization by vLLM
 
 
 @dataclass(frozen=True)
@@ -47,18 +49,23 @@ class CompressedTensors(Int8Format):
 
     def linears(self, structure: Structure) -> tuple[dict[str, str], dict[str, str]]:
         """See `Int8Format.linears`."""
-        modules = {name: kind for name, kind in structure.linears.items() if kind != CONV1D}
-        refused = [name for name, kind in structure.linears.items() if kind == CONV1D]
-        return modules | dict.fromkeys(structure.experts, EXPERT), dict.fromkeys(
-            refused, "a Conv1D, which this format's loaders do not quantize"
-        )
+        modules: dict[str, str] = {}
+        refused: dict[str, str] = {}
+        for name, kind in structure.linears.items():
+            if kind == CONV1D:
+                refused[name] = "a Conv1D, which this format's loaders do not quantize"
+            elif name.endswith(_GATE):
+                refused[name] = "a gate that vLLM has in floating point"
+            else:
+                modules[name] = kind
+        return modules | dict.fromkeys(structure.experts, EXPERT), refused
 
     def misfits(self, modules: Mapping[str, str], structure: Structure) -> Mapping[str, str]:
         """Modules that vLLM joins with one that stays in floating point."""
         groups: dict[str, list[str]] = {}
-        for name in {*structure.linears, *structure.experts}:
+        for name in (*structure.linears, *structure.experts):
             if match := _FUSED.search(name):
-                groups.setdefault(f"{name[: match.start()]}{'qkv' if match[1] else 'gate_up'}", []).append(name)
+                groups.setdefault(f"{name[: match.start()]}{match.lastgroup}", []).append(name)
         split = [names for names in groups.values() if not modules.keys() >= set(names)]
         alone = [name for names in split for name in names if name in modules]
         return dict.fromkeys(alone, "vLLM joins it with one in floating point")

@@ -24,6 +24,7 @@ from quantize8.ops.q8_0 import Q8_0
 from quantize8.ops.reference import FLOAT16_MAX, STATS_TILE_ROWS, Array, ColumnStats, as_bytes, dequantize
 from quantize8.ops.scales import ABSMAX, MSE, ScaleSearch
 
+_OVER = "with --overwrite for the same --out"  # where an unfinished artifact of what failed may lie
 Progress = Callable[[int, int], None]  # bytes of source done, bytes in all
 
 
@@ -251,7 +252,8 @@ def _rounded(block: Array, out: OutTensor, info: TensorInfo, first_row: int) -> 
     if not cpu.all_finite(values):
         row = first_row + int(np.argmin(np.isfinite(values).reshape(len(values), -1).all(axis=1)))
         raise WeightError(
-            f"{info.file}: {info.name} row {row} holds a magnitude that {out.dtype} cannot; choose another --format"
+            f"{info.file}: {info.name} row {row} holds a magnitude that {out.dtype} cannot; "
+            f"choose another --format, {_OVER}"
         )
     return values
 
@@ -260,7 +262,9 @@ def _check_scales(packed: Array, info: TensorInfo, first_row: int) -> None:
     row = q8_0.first_unfit(packed)
     if row is not None:
         where = f"{info.file}: {info.name} row {first_row + row}"
-        raise WeightError(f"{where} holds a magnitude that Q8_0's float16 scale cannot; choose another --format")
+        raise WeightError(
+            f"{where} holds a magnitude that Q8_0's float16 scale cannot; choose another --format, {_OVER}"
+        )
 
 
 def _unfit(values: Array, absmax: Array, info: TensorInfo, first_row: int) -> WeightError:
@@ -271,6 +275,6 @@ def _unfit(values: Array, absmax: Array, info: TensorInfo, first_row: int) -> We
     if np.isfinite(magnitudes).all():
         return WeightError(
             f"{where} holds |w| = {magnitudes.max():g}, over float16's {FLOAT16_MAX:g}, which int8 here starts from; "
-            f"keep it in floating point by a recipe with skip = [{info.name.removesuffix('.weight')!r}]"
+            f"keep it in floating point by a recipe with skip = [{info.name.removesuffix('.weight')!r}], {_OVER}"
         )
     return WeightError(f"{where} holds NaN or infinity; repair or replace the checkpoint")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from quantize8.checkpoint.address import is_url, without_secrets
 from quantize8.checkpoint.base import Checkpoint, TensorInfo, companions, contained, read_config
-from quantize8.checkpoint.fetch import download
+from quantize8.checkpoint.fetch import download, is_stored
 from quantize8.checkpoint.gguf import GgufCheckpoint
 from quantize8.checkpoint.quantized import QuantizedCheckpoint, decode
 from quantize8.checkpoint.remote import open_stream
@@ -18,16 +18,20 @@ __all__ = ["Checkpoint", "QuantizedCheckpoint", "TensorInfo", "is_url", "locate"
 
 
 def open_checkpoint(
-    source: str, *, revision: str | None = None, token: str | None = None, stream: bool = False
+    source: str, *, revision: str | None = None, token: str | None = None, stream: bool | None = False
 ) -> Checkpoint:
     """Open a model by folder, file or hub id; headers are read and checked, values are not.
 
     With `stream` the weights of a hub model stay there, and are read by range; so are those at an address such as
-    s3://bucket/model, always. What is on this machine is read from there. Raises SourceError, in one line, where the
-    source is missing, incomplete, damaged or unsafe.
+    s3://bucket/model, always. What is on this machine is read from there. With None they are if they are not stored
+    here, and can be. Raises SourceError, in one line, where the source is missing, incomplete, damaged or unsafe.
     """
-    if stream and (is_url(source) or not Path(source).expanduser().exists()):
+    if is_url(source) or not Path(source).expanduser().exists():
         _check_id(source)
+        stream = (is_url(source) or not is_stored(source, revision, token)) if stream is None else stream
+    else:
+        stream = False
+    if stream:
         return decode(open_stream(source, revision, token))
     path, identity = locate(source, revision=revision, token=token)
     name = identity["id"].rpartition("/")[2]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,19 +30,28 @@ def download(repo_id: str, revision: str | None, token: str | None) -> tuple[Pat
     except hub.OfflineError:
         folder = hub.cached(repo_id, revision)
         return folder, folder.name
-    missing = {
-        blob: file
-        for file in listing.weights.values()
-        if file.digest is not None
-        and file.digest.kind == "sha256"
-        and not (blob := _blob(repo_id, file.digest.value)).exists()
-    }
+    missing = _missing(repo_id, listing.weights.values())
     if missing:
         _fetch_all(missing, repo_id)
     folder = hub.snapshot(listing, [*listing.weights, *listing.small])
     for name, file in listing.weights.items():
         _check(file, folder / name)
     return folder, listing.commit
+
+
+def is_stored(repo_id: str, revision: str | None, token: str | None) -> bool:
+    """Whether reading a model downloads nothing large, or it cannot be streamed."""
+    try:
+        weights = hub.find(repo_id, revision, token).weights
+    except hub.OfflineError:
+        return True
+    return not _missing(repo_id, weights.values()) or not any(name.endswith(".safetensors") for name in weights)
+
+
+def _missing(repo_id: str, files: Iterable[HubFile]) -> dict[Path, HubFile]:
+    """Weight files that are not in the cache, by the place where they would be."""
+    wanted = {_blob(repo_id, file.digest.value): file for file in files if file.digest and file.digest.kind == "sha256"}
+    return {blob: file for blob, file in wanted.items() if not blob.exists()}
 
 
 def _fetch_all(missing: dict[Path, HubFile], title: str) -> None:

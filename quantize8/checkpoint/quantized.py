@@ -8,6 +8,7 @@ from typing import Any
 from quantize8.checkpoint import awq, bitsandbytes, compressed_tensors, fp8, gptq
 from quantize8.checkpoint.base import Checkpoint, TensorInfo
 from quantize8.checkpoint.encoding import Encoding, RowwiseInt8
+from quantize8.checkpoint.wrapper import Wrapper
 from quantize8.errors import SourceError
 from quantize8.ops.reference import Array
 
@@ -20,12 +21,11 @@ _FORMATS: dict[str, Callable[[Checkpoint, dict[str, Any]], dict[str, Encoding]]]
 }
 
 
-class QuantizedCheckpoint(Checkpoint):
+class QuantizedCheckpoint(Wrapper):
     """The weights of `stored` under their usual names, float32; int8 ones also as they are, by `int8_rows`."""
 
     def __init__(self, stored: Checkpoint, encodings: dict[str, Encoding]) -> None:
-        super().__init__(stored.folder, stored.name, stored.identity)
-        self.stored = stored
+        super().__init__(stored, {})
         self.encodings = {f"{module}.weight": encoding for module, encoding in encodings.items()}
         self._decoded = frozenset(self.encodings)  # asked for once a tensor, of which there may be 92,000
         parts = {part: name for name, encoding in self.encodings.items() for part in encoding.tensors}
@@ -40,26 +40,17 @@ class QuantizedCheckpoint(Checkpoint):
     @property
     def config(self) -> dict[str, Any]:
         """config.json of the model without its quantization."""
-        return {key: value for key, value in self.stored.config.items() if key not in _CONFIG_KEYS}
+        return {key: value for key, value in super().config.items() if key not in _CONFIG_KEYS}
 
     @property
     def decoded(self) -> frozenset[str]:
         """See `Checkpoint.decoded`."""
         return self._decoded
 
-    @property
-    def stored_bytes(self) -> int:
-        """See `Checkpoint.stored_bytes`."""
-        return self.stored.stored_bytes
-
-    def fingerprint(self) -> dict[str, list[Any]]:
-        """See `Checkpoint.fingerprint`."""
-        return self.stored.fingerprint()
-
     def stored_dtype(self, name: str) -> str:
         """See `Checkpoint.stored_dtype`."""
         encoding = self.encodings.get(name)
-        return self.stored.tensors[name if encoding is None else encoding.tensors[0]].dtype
+        return self.inner.tensors[name if encoding is None else encoding.tensors[0]].dtype
 
     def is_int8(self, name: str) -> bool:
         """See `Checkpoint.is_int8`."""
@@ -74,7 +65,7 @@ class QuantizedCheckpoint(Checkpoint):
     def rows(self, name: str, start: int, stop: int) -> Array:
         """See `Checkpoint.rows`."""
         encoding = self.encodings.get(name)
-        return self.stored.rows(name, start, stop) if encoding is None else encoding.rows(start, stop)
+        return super().rows(name, start, stop) if encoding is None else encoding.rows(start, stop)
 
     def blocks(self, name: str, block_bytes: int | None = None, multiple: int = 1) -> Iterator[Array]:
         """See `Checkpoint.blocks`."""
@@ -83,19 +74,6 @@ class QuantizedCheckpoint(Checkpoint):
         finally:
             if name in self.encodings:
                 self.encodings[name].release()
-
-    @property
-    def one_reader_a_file(self) -> bool:
-        """See `Checkpoint.one_reader_a_file`."""
-        return self.stored.one_reader_a_file
-
-    def confirm(self, file: str | None = None) -> None:
-        """See `Checkpoint.confirm`."""
-        self.stored.confirm(file)
-
-    def write_companions(self, folder: Any) -> None:
-        """See `Checkpoint.write_companions`."""
-        self.stored.write_companions(folder)
 
     def _check_plain(self, info: TensorInfo) -> None:
         if info.dtype.startswith("F8") or (info.dtype == "I8" and info.name.endswith(".weight")):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from quantize8.checkpoint.base import Checkpoint
+from quantize8.checkpoint.wrapper import Wrapper
 from quantize8.ops.reference import FLOAT16_MAX, Array
 
 
@@ -29,12 +28,12 @@ class Factors:
         return rows if self.columns is None else rows * self.columns
 
 
-class SmoothedCheckpoint(Checkpoint):
+class SmoothedCheckpoint(Wrapper):
     """`inner` with some of its tensors multiplied, in the dtype that they are stored in."""
 
     def __init__(self, inner: Checkpoint, factors: Mapping[str, Factors], features: int = 0, left: int = 0) -> None:
-        super().__init__(inner.folder, inner.name, inner.identity, inner.tensors)
-        self.inner, self.factors = inner, factors
+        super().__init__(inner, inner.tensors)
+        self.factors = factors
         self.features, self.left = features, left  # rows that have a factor of their own; those where it had to be 1
 
     @property
@@ -43,45 +42,13 @@ class SmoothedCheckpoint(Checkpoint):
         left = f"; {self.left} left, whose weights would overflow or lose digits" if self.left else ""
         return f"{self.features - self.left} features{left}"
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """See `Checkpoint.config`."""
-        return self.inner.config
-
-    @property
-    def origin(self) -> Checkpoint:
-        """See `Checkpoint.origin`."""
-        return self.inner.origin
-
-    @property
-    def decoded(self) -> frozenset[str]:
-        """See `Checkpoint.decoded`."""
-        return self.inner.decoded
-
-    @property
-    def stored_bytes(self) -> int:
-        """See `Checkpoint.stored_bytes`."""
-        return self.inner.stored_bytes
-
-    def fingerprint(self) -> dict[str, list[Any]]:
-        """See `Checkpoint.fingerprint`."""
-        return self.inner.fingerprint()
-
-    def stored_dtype(self, name: str) -> str:
-        """See `Checkpoint.stored_dtype`."""
-        return self.inner.stored_dtype(name)
-
     def is_int8(self, name: str) -> bool:
         """See `Checkpoint.is_int8`; the codes of a weight that is multiplied are not those of the source."""
-        return name not in self.factors and self.inner.is_int8(name)
-
-    def int8_rows(self, name: str, start: int, stop: int) -> tuple[Array, Array]:
-        """See `Checkpoint.int8_rows`."""
-        return self.inner.int8_rows(name, start, stop)
+        return name not in self.factors and super().is_int8(name)
 
     def rows(self, name: str, start: int, stop: int) -> Array:
         """See `Checkpoint.rows`."""
-        values = self.inner.rows(name, start, stop)
+        values = super().rows(name, start, stop)
         return values if name not in self.factors else self._scaled(name, values, start)
 
     def blocks(self, name: str, block_bytes: int | None = None, multiple: int = 1) -> Iterator[Array]:
@@ -90,19 +57,6 @@ class SmoothedCheckpoint(Checkpoint):
         for values in self.inner.blocks(name, block_bytes, multiple):
             yield values if name not in self.factors else self._scaled(name, values, start)
             start += len(values) if values.ndim else 1
-
-    @property
-    def one_reader_a_file(self) -> bool:
-        """See `Checkpoint.one_reader_a_file`."""
-        return self.inner.one_reader_a_file
-
-    def confirm(self, file: str | None = None) -> None:
-        """See `Checkpoint.confirm`."""
-        self.inner.confirm(file)
-
-    def write_companions(self, folder: Path) -> None:
-        """See `Checkpoint.write_companions`."""
-        self.inner.write_companions(folder)
 
     def lossy(self, name: str) -> Array:
         """Elements of a multiplied tensor, row by row reduced: where its dtype does not hold the product, or

@@ -4,12 +4,16 @@ The model is built without storage (torch's meta device), so that embeddings, ro
 layers by their type, and the layers that transformers itself would leave alone are known. The common decoder
 families name their layers alike; for them the names are enough, and neither torch nor transformers is imported (a
 test holds the two answers equal). An architecture that transformers does not know is judged by names and shapes.
+
+Some checkpoints hold a layer more, which predicts a further token (MTP: `model.layers.61` of DeepSeek-V3, `mtp.` of
+Qwen3-Next). transformers drops it, vLLM and SGLang run it, built from the same code as the layers before it. So each
+of its weights is what its like in those layers is. What has no like stays as it is, as nn.Linear does in vLLM.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +30,9 @@ _NAMES_SUFFICE = frozenset(
     {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM"}
 )
 _DECODER_LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj")
+_IN_LAYER = re.compile(r"(.+?)\.\d+\.(.+)")  # a list of layers, and a module of one
+_FURTHER = re.compile(r"(^|\.)mtp")  # a list of layers that predict further tokens
+_FOREIGN = "no part of transformers' model"
 _NOT_LINEAR = re.compile(r"embed|wte|wpe|norm|ln_|position|token_type|shared|relative_attention|router|gate$|head$")
 
 
@@ -34,7 +41,7 @@ class Structure:
     """The Linear-like modules of a model.
 
     linears: module name in the checkpoint -> LINEAR or CONV1D, for each whose weight may become int8.
-    kept: the same, for those that transformers' 8-bit loading leaves alone -> why.
+    kept: the same, for those that transformers' 8-bit loading leaves alone, or does not know -> why.
     output_head: which of `kept` is the output head and has a weight of its own (not tied), if there is one.
     model_names: module name in the checkpoint -> in the model, where they differ.
     absent: Linear modules of the model (by the model's names) that have no weight of their own in the checkpoint.
@@ -60,7 +67,8 @@ def read_structure(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo])
     architecture = architecture_of(config)
     if architecture in _NAMES_SUFFICE:
         linears = {name: LINEAR for name in weights if _DECODER_LINEAR.fullmatch(name)}
-        kept = {"lm_head": "output head"}
+        kept = {name: _FOREIGN for name in weights if name not in linears and name != "model.embed_tokens"}
+        kept["lm_head"] = "output head"
         untied = "lm_head" in weights and not config.get("tie_word_embeddings", False)
         return Structure(linears, kept, "lm_head" if untied else None)
     return _from_transformers(config, architecture, weights) or _by_names(weights)
@@ -98,21 +106,26 @@ def _from_transformers(config: Mapping[str, Any], architecture: str | None, weig
     if model is None:
         return None
     modules = linear_kinds(model)
-    to_model, experts = _names_in_model(model, weights)
+    state = model.state_dict()
+    to_model, experts = _names_in_model(model, state, weights)
+    likes, joined = _likes(to_model.values(), [name.removesuffix(".weight") for name in state]), set(experts)
     fixed = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or [])]
     head = model.get_output_embeddings()
     tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
     structure = Structure({}, experts=experts)
     for name in weights:
-        in_model = to_model[name]
-        if in_model not in modules:
-            continue  # an embedding, a router, fused experts, or a tensor the model does not know
+        in_model, like = to_model[name], likes.get(to_model[name])
+        if name in joined or (like is not None and like not in modules):
+            continue  # fused experts, an embedding, or a router
         if in_model != name:
             structure.model_names[name] = in_model
-        if not is_skipped(in_model, fixed):
-            structure.linears[name] = modules[in_model]
+        if like is None:
+            structure.kept[name] = _FOREIGN
             continue
-        is_head = head is not None and model.get_submodule(in_model) is head
+        if not is_skipped(in_model, fixed):
+            structure.linears[name] = modules[like]
+            continue
+        is_head = head is not None and model.get_submodule(like) is head
         structure.kept[name] = "output head" if is_head else "kept in floating point by transformers"
         if is_head and in_model not in tied:
             structure.output_head = name
@@ -177,7 +190,26 @@ def linear_kinds(model: Any) -> dict[str, str]:
     }
 
 
-def _names_in_model(model: Any, weights: list[str]) -> tuple[dict[str, str], list[str]]:
+def _likes(modules: Collection[str], known: Sequence[str]) -> dict[str, str]:
+    """Each module that the model knows -> itself; one of a layer that predicts further tokens -> its like.
+
+    Its like has the same name in another layer of the list, or in any where the list itself is for such layers.
+    """
+    found = {name: name for name in known}
+    places: dict[str, dict[str, str]] = {}  # name in a layer -> {list: first module of that name}
+    for name in known:
+        if match := _IN_LAYER.fullmatch(name):
+            places.setdefault(match[2], {}).setdefault(match[1], name)
+    for name in modules:
+        if name not in found and (match := _IN_LAYER.fullmatch(name)):
+            lists = places.get(match[2], {})
+            like = next(iter(lists.values()), None) if _FURTHER.search(match[1]) else lists.get(match[1])
+            if like is not None:
+                found[name] = like
+    return found
+
+
+def _names_in_model(model: Any, state: Mapping[str, Any], weights: list[str]) -> tuple[dict[str, str], list[str]]:
     """Each weight's module name as transformers renames it on loading, and the weights that it joins with others."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -185,7 +217,6 @@ def _names_in_model(model: Any, weights: list[str]) -> tuple[dict[str, str], lis
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    state = model.state_dict()
     names, joined = {}, []
     for name in weights:
         key, converter = rename_source_key(f"{name}.weight", renamings, converters, model.base_model_prefix, state)

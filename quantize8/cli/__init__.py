@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from quantize8 import __version__
-from quantize8.cli.artifacts import convert, finalize, push, verify
+from quantize8.cli.artifacts import convert, finalize, plan, push, verify
 from quantize8.cli.models import evaluate, inspect, run
 from quantize8.cli.options import Json
 from quantize8.cli.terminal import progress_bar, show
@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help starts faster, and reads well in a log
 )
-for _command in (convert, finalize, inspect, run, evaluate, verify, push):
+for _command in (convert, plan, finalize, inspect, run, evaluate, verify, push):
     app.command()(_command)
 
 

@@ -6,29 +6,44 @@ from typing import Annotated
 
 import typer
 
-from quantize8.cli.options import Json, Page, Private, Revision, Token
+from quantize8.cli.options import (
+    Device,
+    Json,
+    Moe,
+    Out,
+    OutputFormat,
+    Page,
+    Private,
+    RecipeName,
+    Revision,
+    ScaleKind,
+    Scheme,
+    ShardSize,
+    Source,
+    Stream,
+    Threshold,
+    Token,
+    Workers,
+)  # fmt: skip
 from quantize8.cli.terminal import progress_bar, show
+from quantize8.errors import OutputError
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="Hub id, folder, .safetensors, .bin or .gguf file, or s3://...")],
-    out: Annotated[str | None, typer.Option(help="New folder, or s3://...  [default: <name>-int8]")] = None,
-    format: Annotated[
-        str, typer.Option(help="bitsandbytes, compressed-tensors, gguf, float16, bfloat16 or float32.")
-    ] = "bitsandbytes",
-    scheme: Annotated[str | None, typer.Option(help="Of compressed-tensors: w8a8 or w8a16.  [default: w8a8]")] = None,
-    moe: Annotated[str | None, typer.Option(help="Its experts are for vllm or transformers.  [default: vllm]")] = None,
-    threshold: Annotated[
-        float | None, typer.Option(help="Outlier threshold, 0 for none.  [default: the recipe's]")
-    ] = None,
+    source: Source,
+    out: Out = None,
+    format: OutputFormat = "bitsandbytes",
+    scheme: Scheme = None,
+    moe: Moe = None,
+    threshold: Threshold = None,
     calibrate: Annotated[str | None, typer.Option(help="Text file to choose and store outlier columns by.")] = None,
     outlier_columns: Annotated[str, typer.Option(help="auto, or how many of each weight.")] = "auto",
     smooth: Annotated[float | None, typer.Option(help="SmoothQuant's alpha, by that text: 0.5.")] = None,
-    recipe: Annotated[str, typer.Option(help="llm-int8, int8, int8-all, or a .toml file.")] = "llm-int8",
-    scale: Annotated[str, typer.Option(help="absmax, or mse: the one with the least squared error.")] = "absmax",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
-    workers: Annotated[int | None, typer.Option(help="Threads.  [default: one a processor]")] = None,
+    recipe: RecipeName = "llm-int8",
+    scale: ScaleKind = "absmax",
+    device: Device = "auto",
+    max_shard_size: ShardSize = "5GB",
+    workers: Workers = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and convert nothing.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an artifact at --out; start an unfinished one over.")
@@ -38,7 +53,7 @@ def convert(
     address: Annotated[
         str | None, typer.Option(help="Of that cluster, or auto.  [default: one on this machine]")
     ] = None,
-    stream: Annotated[bool, typer.Option("--stream", help="Read the weights remotely, store none.")] = False,
+    stream: Stream = False,
     push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Upload the artifact to this model.")] = None,
     private: Private = False,
     page: Page = None,
@@ -62,6 +77,36 @@ def convert(
         )  # fmt: skip
     show(result, report.conversion(result), as_json)
     build.write(page, result, source)
+
+
+def plan(
+    source: Source,
+    out: Out = None,
+    machines: Annotated[str, typer.Option(help="Numbers of machines to share the work.")] = "1,8,64",
+    format: OutputFormat = "bitsandbytes",
+    scheme: Scheme = None,
+    moe: Moe = None,
+    threshold: Threshold = None,
+    recipe: RecipeName = "llm-int8",
+    scale: ScaleKind = "absmax",
+    device: Device = "auto",
+    max_shard_size: ShardSize = "5GB",
+    workers: Workers = None,
+    stream: Stream = False,
+    revision: Revision = None,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Plan a conversion, and measure how long it will take, and the memory and disk it needs."""
+    from quantize8 import report
+    from quantize8.operations.plan import plan as operation
+
+    result = operation(
+        source, out, machines=_numbers(machines), format=format, scheme=scheme, moe=moe,
+        threshold=threshold, recipe=recipe, scale=scale, device=device, max_shard_size=max_shard_size,
+        workers=workers, stream=stream, revision=revision, token=token,
+    )  # fmt: skip
+    show(result, report.conversion(result), as_json)
 
 
 def finalize(
@@ -105,3 +150,10 @@ def push(
     show(
         result, f"{result.artifact}: {result.files} files, {result.nbytes / 1e6:,.1f} MB, now at {result.url}", as_json
     )
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise OutputError(f"machines {text}: not a list of numbers; write for example 1,8,64") from None

@@ -89,13 +89,15 @@ class Request:
         found = self.anywhere()
         return replace(found, source=without_secrets(found.source)) if is_url(found.source) else found
 
-    def prepare(self, token: str | None = None) -> Job:
+    def prepare(self, token: str | None = None, download: bool = True) -> Job:
         """Open the source and settle what can be known from headers; `token` is the hub's.
 
-        Raises RecipeError, SourceError, OutputError.
+        Without `download`, weights of the hub that are not here are not fetched. Raises RecipeError, SourceError,
+        OutputError.
         """
         recipe, text = load_recipe(self.recipe, self.threshold), self._text()
-        checkpoint = open_checkpoint(self.source, revision=self.revision, token=token, stream=self.stream)
+        stream = self.stream or (False if download else None)
+        checkpoint = open_checkpoint(self.source, revision=self.revision, token=token, stream=stream)
         plan = make_plan(checkpoint, recipe, self.output, self.max_shard_size)
         if self.smooth is not None:
             from quantize8.model.smoothing import check_smoothable
@@ -142,6 +144,11 @@ class Job:
     plan: Plan
     calibration: dict[str, Any]  # what the manifest says of it; {} where nothing is calibrated
     text: str | None = None  # to calibrate with
+
+    @property
+    def default_out(self) -> Path:
+        """Where the artifact goes if nobody says."""
+        return Path(f"{self.plan.checkpoint.name}-{self.plan.format.suffix}")
 
     @property
     def units(self) -> list[Unit]:

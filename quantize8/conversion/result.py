@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from quantize8.artifact.manifest import Manifest, Quantized, TensorRecord
 from quantize8.artifact.plan import Plan
 from quantize8.artifact.store import Store
+from quantize8.conversion.forecast import Forecast
 from quantize8.conversion.parts import Part
 
 
@@ -28,6 +29,7 @@ class Conversion:
     kept: int = 0  # source tensors that an earlier run had finished
     kept_bytes: int = 0  # of them, as they are written
     pushed: str | None = None  # the address of the commit on the hub, if it was uploaded
+    forecast: Forecast | None = None  # of a dry run
     to_calibrate: bool = False  # a dry run, which does not choose the outlier columns that converting would
 
     def as_json(self) -> dict[str, Any]:
@@ -54,6 +56,7 @@ class Conversion:
             "worst": f"{errors[worst]:.4f} in {worst}" if errors else None,
             "pushed": self.pushed,
             "seconds": round(self.seconds, 3),
+            "forecast": None if self.forecast is None else asdict(self.forecast),
         }
 
 

@@ -1,7 +1,10 @@
-"""The two steps of a conversion, for one process or many: write weight files, and end it when all are there."""
+"""The steps of a conversion, for one process or many: look ahead, write weight files, end it when all are there."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from quantize8.artifact.folder import check_disk, check_output
@@ -10,9 +13,10 @@ from quantize8.artifact.store import Store
 from quantize8.artifact.writer import Progress, WeightQuantizer
 from quantize8.conversion import remote
 from quantize8.conversion.finish import finish, unfinished
+from quantize8.conversion.forecast import forecast
 from quantize8.conversion.measure import measure
 from quantize8.conversion.parts import Part
-from quantize8.conversion.request import Job, job_of
+from quantize8.conversion.request import Job, Request, job_of
 from quantize8.conversion.result import Conversion, errors_of
 from quantize8.conversion.staging import partial_of, staged
 from quantize8.conversion.stored import look
@@ -58,6 +62,33 @@ def write_part(
             found.manifest = finish(job, units, staging, overwrite)
     found.errors, found.kept, found.kept_bytes = errors_of(written.records), written.kept, written.kept_bytes
     return found
+
+
+def look_ahead(
+    request: Request,
+    out: Path | Store | None,
+    part: Part | None,
+    quantizers: list[WeightQuantizer],
+    *,
+    machines: Sequence[int] = (1,),
+    overwrite: bool = False,
+    token: str | None = None,
+) -> Conversion:
+    """What a conversion would do, and take: from headers, and by converting a few tensors to nowhere.
+
+    To a store, the time that putting files takes is not in it.
+    """
+    start = time.perf_counter()
+    job = request.prepare(token, download=False)
+    target = out or job.default_out
+    check_place(target, overwrite, job.plan.checkpoint.folder)
+    units = part.of(job.units) if part else job.units
+    local = remote.scratch_of(target) if isinstance(target, Store) else target
+    found = forecast(job, local, quantizers, start, machines, part)
+    if isinstance(target, Store):  # the disk holds one weight file at a time
+        found = replace(found, disk=max((unit.nbytes for unit in units), default=0))
+    files, calibrates = [unit.shard.file for unit in units], bool(job.calibration)
+    return Conversion(target, job.plan, dry_run=True, part=part, files=files, forecast=found, to_calibrate=calibrates)
 
 
 def end_parts(

@@ -46,7 +46,7 @@ def load(
     with quiet():
         # opening tells what is missing, cut or lying in one line, before transformers meets it
         checkpoint = open_checkpoint(str(path), revision=revision, token=token)
-        stored = checkpoint.stored if isinstance(checkpoint, QuantizedCheckpoint) else checkpoint
+        stored = checkpoint.inner if isinstance(checkpoint, QuantizedCheckpoint) else checkpoint
         if (stored.folder / _ADAPTER).exists():
             raise SourceError(f"{path}: holds an adapter ({_ADAPTER}), which is not run; merge it, or move it away")
         calibrated = has_outliers(stored.folder)

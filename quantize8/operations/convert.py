@@ -20,7 +20,7 @@ from quantize8.conversion import cluster
 from quantize8.conversion.parts import Part, parse_part
 from quantize8.conversion.request import Request
 from quantize8.conversion.result import Conversion
-from quantize8.conversion.steps import check_place, write_part
+from quantize8.conversion.steps import check_place, look_ahead, write_part
 from quantize8.conversion.write import make_quantizers
 from quantize8.errors import OutputError
 from quantize8.ops.scales import ABSMAX
@@ -70,12 +70,12 @@ def convert(
     file, of the first two formats; scale, absmax, or mse to search the one with the least squared error
     (ops/scales.py), of the int8 formats; device, auto, cpu or cuda (auto: a GPU that kernels can use, else the CPU;
     scales are searched on the CPU alone); workers, threads that read, quantize and write side by side (default: one a
-    processor); dry_run, to settle all that headers tell and write nothing; part, "2/4" to write the second fourth of
-    the weight files, which `finalize` makes an artifact of when all are there, or "auto" for the share of this
-    process in a Slurm array or under torchrun; engine, local, or ray to have the nodes of a Ray cluster write the
-    weight files (`conversion.cluster`), the one at `address`; stream, read a hub model's weights by range and store
-    none of them, one thread a file; push_to_hub, a model id to upload the artifact to, new ones `private`; progress,
-    called with bytes of source done and in all.
+    processor); dry_run, to settle all that headers tell, measure how long the rest will take, and write nothing;
+    part, "2/4" to write the second fourth of the weight files, which `finalize` makes an artifact of when all are
+    there, or "auto" for the share of this process in a Slurm array or under torchrun; engine, local, or ray to have
+    the nodes of a Ray cluster write the weight files (`conversion.cluster`), the one at `address`; stream, read a hub
+    model's weights by range and store none of them, one thread a file; push_to_hub, a model id to upload the artifact
+    to, new ones `private`; progress, called with bytes of source done and in all.
     A conversion that was stopped goes on where it was when it is called with the same arguments.
     Raises: SourceError, WeightError, RecipeError, OutputError or DependencyError; then there is no output folder.
     """
@@ -88,27 +88,26 @@ def convert(
     if share is not None and push_to_hub is not None:
         raise OutputError(f"push-to-hub {push_to_hub}: a part is no artifact; push it after quantize8 finalize")
     _check_engine(engine, address, share)
-    quantizers = make_quantizers(device, scale, workers) if engine == LOCAL else []
+    quantizers = make_quantizers(device, scale, workers) if engine == LOCAL or dry_run else []
     place = None if out is None else place_of(out, token)
     if isinstance(place, Store) and push_to_hub is not None:
         raise OutputError(f"push-to-hub {push_to_hub}: takes files that are here, not at {place}; leave out one")
-    job = request.prepare(token)
-    target = place or Path(f"{job.plan.checkpoint.name}-{job.plan.format.suffix}")
-    check_place(target, overwrite, job.plan.checkpoint.folder)
     if dry_run:
-        files = [unit.shard.file for unit in (share.of(job.units) if share else job.units)]
-        calibrates = bool(job.calibration)
-        found = Conversion(target, job.plan, dry_run=True, part=share, files=files, to_calibrate=calibrates)
+        found = look_ahead(request, place, share, quantizers, overwrite=overwrite, token=token)
+        found.seconds = time.perf_counter() - start
+        return found
+    job = request.prepare(token)
+    target = place or job.default_out
+    check_place(target, overwrite, job.plan.checkpoint.folder)
+    if push_to_hub is not None:
+        prepare(push_to_hub, token=token)
+    if engine == LOCAL:
+        found = write_part(job, target, share, quantizers, overwrite, progress)
     else:
-        if push_to_hub is not None:
-            prepare(push_to_hub, token=token)
-        if engine == LOCAL:
-            found = write_part(job, target, share, quantizers, overwrite, progress)
-        else:
-            nodes = cluster.Nodes(address, device, workers)
-            found = cluster.write_all(job, target, nodes, overwrite, token, progress)
-        if push_to_hub is not None and isinstance(target, Path):
-            found.pushed = upload(target, push_to_hub, private=private, token=token)
+        nodes = cluster.Nodes(address, device, workers)
+        found = cluster.write_all(job, target, nodes, overwrite, token, progress)
+    if push_to_hub is not None and isinstance(target, Path):
+        found.pushed = upload(target, push_to_hub, private=private, token=token)
     found.seconds = time.perf_counter() - start
     return found
 

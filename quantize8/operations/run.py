@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from quantize8.errors import SourceError
+from quantize8.memory import peak_rss
 from quantize8.model.loading import quiet
 from quantize8.model.scoring import compare_continuation
 from quantize8.model.text import new_outliers, open_for_text
@@ -173,14 +173,3 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
     if not ids.numel():
         raise SourceError("prompt: is empty; give some text")
     return ids
-
-
-def peak_rss() -> int:
-    """The most memory this process has held, in bytes; what it holds now where the system keeps no peak."""
-    try:  # getrusage would also count the process that started this one
-        status = Path("/proc/self/status").read_text()
-        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        import psutil
-
-        return int(psutil.Process().memory_info().rss)

@@ -166,7 +166,7 @@ def _stored(plan: Plan) -> dict[str, int]:
     scales: set[str] = set()
     if isinstance(checkpoint, QuantizedCheckpoint):
         scales = {name for encoding in checkpoint.encodings.values() for name in encoding.tensors[1:]}
-        checkpoint = checkpoint.stored
+        checkpoint = checkpoint.inner
     tensors = checkpoint.tensors.values()
     return _sums((_SCALES if info.name in scales else names.part(info.name), info.nbytes) for info in tensors)
 

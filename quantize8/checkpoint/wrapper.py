@@ -1,0 +1,73 @@
+"""A checkpoint read through another: what is said once of all such."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from quantize8.checkpoint.base import Checkpoint, TensorInfo
+from quantize8.ops.reference import Array
+
+
+class Wrapper(Checkpoint):
+    """A checkpoint around `inner`, which answers all that a subclass does not.
+
+    `blocks` alone is not handed on: it reads by the subclass's `rows`.
+    """
+
+    def __init__(self, inner: Checkpoint, tensors: dict[str, TensorInfo]) -> None:
+        super().__init__(inner.folder, inner.name, inner.identity, tensors)
+        self.inner = inner
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """See `Checkpoint.config`."""
+        return self.inner.config
+
+    @property
+    def origin(self) -> Checkpoint:
+        """See `Checkpoint.origin`."""
+        return self.inner.origin
+
+    @property
+    def decoded(self) -> frozenset[str]:
+        """See `Checkpoint.decoded`."""
+        return self.inner.decoded
+
+    @property
+    def stored_bytes(self) -> int:
+        """See `Checkpoint.stored_bytes`."""
+        return self.inner.stored_bytes
+
+    def fingerprint(self) -> dict[str, list[Any]]:
+        """See `Checkpoint.fingerprint`."""
+        return self.inner.fingerprint()
+
+    def stored_dtype(self, name: str) -> str:
+        """See `Checkpoint.stored_dtype`."""
+        return self.inner.stored_dtype(name)
+
+    def is_int8(self, name: str) -> bool:
+        """See `Checkpoint.is_int8`."""
+        return self.inner.is_int8(name)
+
+    def int8_rows(self, name: str, start: int, stop: int) -> tuple[Array, Array]:
+        """See `Checkpoint.int8_rows`."""
+        return self.inner.int8_rows(name, start, stop)
+
+    def rows(self, name: str, start: int, stop: int) -> Array:
+        """See `Checkpoint.rows`."""
+        return self.inner.rows(name, start, stop)
+
+    @property
+    def one_reader_a_file(self) -> bool:
+        """See `Checkpoint.one_reader_a_file`."""
+        return self.inner.one_reader_a_file
+
+    def confirm(self, file: str | None = None) -> None:
+        """See `Checkpoint.confirm`."""
+        self.inner.confirm(file)
+
+    def write_companions(self, folder: Path) -> None:
+        """See `Checkpoint.write_companions`."""
+        self.inner.write_companions(folder)

@@ -1,0 +1,87 @@
+"""What conversions and checks of artifacts have come to."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from quantize8.artifact.format import Int8Format
+from quantize8.conversion.forecast import Forecast
+from quantize8.conversion.result import Conversion
+from quantize8.operations.verify import Verification
+from quantize8.report.tables import duration, size, table
+
+
+def conversion(result: Conversion) -> RenderableType:
+    """What a conversion did, or a dry run found."""
+    plan, numbers = result.plan, result.as_json()
+    rows = table(("", "left"), ("", "left"))
+    rows.add_row(*_artifact(result))
+    rows.add_row("format", plan.format.title + (", scales of the least error" if plan.searches else ""))
+    if isinstance(plan.format, Int8Format):
+        rows.add_row("recipe", f"{plan.recipe.name}, threshold {plan.recipe.threshold:g}")
+    rows.add_row("size", f"{size(plan.source_bytes)} -> {size(plan.output_bytes)} in {len(plan.shards)} file(s)")
+    share, density = plan.int8_weights / max(1, plan.weights), f"{numbers['bits_per_weight']} bits a weight"
+    layers = f"{len(plan.modules)} layers, {share:.1%} of the weights; {density}"
+    rows.add_row(*(("int8", layers) if plan.modules else ("weights", density)))
+    if plan.smoothed:
+        rows.add_row("smoothed", plan.smoothed)
+    if result.to_calibrate:
+        rows.add_row("outliers", "columns are chosen by the text only when converting")
+    if plan.outliers is not None:
+        wide = sum(len(found.columns) for found in plan.calibrated.values())
+        exact = sum(found.exact for found in plan.calibrated.values())
+        rows.add_row("outliers", f"{wide} columns, {exact} of them stored exactly: {size(plan.outliers.nbytes)}")
+    for reason, names in sorted(_by_reason(plan.kept).items()):
+        rows.add_row("kept in float", f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}")
+    if plan.carries:
+        rows.add_row("codes", "those of the source")
+    elif result.errors:
+        rows.add_row("relative error", f"{numbers['mean_relative_error']:.4f} mean, {numbers['worst']}")
+    if result.kept:
+        rows.add_row("resumed", f"{result.kept} tensors were there already, {size(result.kept_bytes)}, and are right")
+    if result.forecast is not None:
+        return Group(rows, Text(), *_forecast(result.forecast, result.to_calibrate))
+    rows.add_row("time", f"{result.seconds:.1f} s")
+    return rows
+
+
+def verification(result: Verification) -> RenderableType:
+    """What was checked."""
+    return Text(f"{result.artifact}: {result.tensors} tensors, {result.files} files, {size(result.nbytes)}: all good")
+
+
+def _artifact(result: Conversion) -> tuple[str, str]:
+    """What a conversion has come to."""
+    if result.part is None:
+        where = f"{result.out} {result.pushed or ''}".rstrip()
+        return "would write" if result.dry_run else "artifact", where
+    if not result.files:
+        count = len(result.plan.shards)
+        return f"part {result.part}", f"nothing to do: {result.out} has {count} weight file{'s' * (count > 1)}"
+    does = "would write" if result.dry_run else f"when all parts are there: quantize8 finalize {result.out}; wrote"
+    return f"part {result.part}", f"{does} {', '.join(result.files)}"
+
+
+def _forecast(found: Forecast, to_calibrate: bool) -> list[RenderableType]:
+    shares = table(("machines", "right"), ("files each", "right"), ("written each", "right"), ("time", "right"))
+    for share in found.shares:
+        counts = (f"{share.machines:,}", f"{share.files:,}")
+        shares.add_row(*counts, size(share.written_bytes), duration(share.seconds))
+    needs = table(("", "left"), ("", "left"))
+    needs.add_row("memory", f"{size(found.memory)} with {found.threads} thread(s)")
+    more = f", and {size(found.download)} for the download, none with --stream" if found.download else ""
+    needs.add_row("disk", f"{size(found.disk)}{more}; {size(found.free)} are free")
+    for kind, rate in sorted(found.rates.items()):
+        needs.add_row("measured", f"{kind}: {size(rate)}/s")
+    needs.add_row("", f"disk: {size(found.disk_rate)}/s")
+    if to_calibrate:
+        needs.add_row("not in it", "the time and memory of --calibrate")
+    return [shares, Text(), needs]
+
+
+def _by_reason(kept: dict[str, str]) -> dict[str, list[str]]:
+    reasons: dict[str, list[str]] = {}
+    for name, reason in kept.items():
+        reasons.setdefault(reason, []).append(name)
+    return reasons

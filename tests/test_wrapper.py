@@ -1,0 +1,23 @@
+"""A wrapped checkpoint says of itself what the inner one does, until a subclass says otherwise."""
+
+from unittest.mock import create_autospec
+
+from quantize8.checkpoint.base import Checkpoint
+from quantize8.checkpoint.wrapper import Wrapper
+
+
+def test_all_that_a_checkpoint_offers_is_handed_on_but_blocks():
+    offered = {name for name in vars(Checkpoint) if not name.startswith("_")}
+    assert offered - vars(Wrapper).keys() == {"blocks"}
+    inner = create_autospec(Checkpoint, instance=True, folder="folder", identity={})
+    inner.name = "model"  # which a mock's constructor takes for its own
+    wrapper = Wrapper(inner, {})
+    assert (wrapper.folder, wrapper.name, wrapper.identity) == ("folder", "model", {})
+    for name in offered - {"blocks"}:
+        if isinstance(vars(Wrapper)[name], property):
+            assert getattr(wrapper, name) is getattr(inner, name), name
+            continue
+        arguments = {"int8_rows": ("t", 1, 2), "rows": ("t", 1, 2), "fingerprint": ()}.get(name, ("t",))
+        result = getattr(wrapper, name)(*arguments)
+        assert result is getattr(inner, name).return_value or name in ("confirm", "write_companions"), name
+        getattr(inner, name).assert_called_once_with(*arguments)
