@@ -4,7 +4,7 @@ Each kill is of a process of its own, by SIGKILL, at a moment between its first 
 several times. After each, no loader may open anything but a whole artifact; the same command then has to bring out
 the bytes of a run that nobody disturbed. Each full disk is a tmpfs of another size (mounting takes root), on which a
 conversion has to stop in one line; on the same one, grown, it goes on. One line a failure; exit code 1 if there is one.
-Run: python -m benchmarks.faults [--kills 100] [--disks 20] [--seed 0] [--folder FOLDER]
+Run: python -m benchmarks.faults [--kills 100] [--stores 20] [--disks 20] [--seed 0] [--folder FOLDER]
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from unittest import mock
 
+from quantize8.artifact.manifest import MANIFEST_NAME
 from quantize8.checkpoint import open_checkpoint
 from quantize8.conversion.staging import partial_of
 from quantize8.errors import ArtifactError, OutputError, Quantize8Error
@@ -49,6 +51,7 @@ def main() -> None:
     """Make a model, do both series, print what came of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--stores", type=int, default=20, help="conversions to a store that are killed")
     parser.add_argument("--disks", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=None, help="where to work (default: a temporary folder)")
@@ -72,6 +75,15 @@ def main() -> None:
             shutil.rmtree(folder / "out", ignore_errors=True)
         kills = sum(found[state] for state in ("absent", "resumable", "complete"))
         print(f"{kills} kills in {chosen.kills} conversions of {seconds:.2f} s: {dict(found)}")
+        found = Counter[str]()
+        for i in range(chosen.stores):
+            moments = [random_moments.uniform(0, 1.1 * seconds) for _ in range(3)]
+            try:
+                found += kill_and_resume_to_a_store(folder / "source", folder / "whole", folder / "store", moments)
+            except AssertionError as error:
+                failures.append(f"store {i}, killed at {moments}: {error}")
+            shutil.rmtree(folder / "store", ignore_errors=True)
+        print(f"{chosen.stores} conversions to a store: {dict(found)}")
         if chosen.disks:
             found = fill_disks(folder / "source", folder / "whole", folder / "disk", chosen.disks, failures)
             print(f"{chosen.disks} full disks: {dict(found)}")
@@ -112,6 +124,31 @@ def kill_and_resume(source: Path, whole: Path, out: Path, moments: list[float]) 
     leftovers = partial_of(out)
     assert not (leftovers / "files").exists(), "unfinished files are left beside the artifact"
     shutil.rmtree(leftovers, ignore_errors=True)  # killed between the move and the end
+    return found
+
+
+def kill_and_resume_to_a_store(source: Path, whole: Path, out: Path, moments: list[float]) -> Counter[str]:
+    """The same for a conversion to a folder as a store; files are copied there, so a kill also leaves torn ones."""
+    found, address, expected = Counter[str](), f"local://{out}", digests(whole)
+    for seconds in moments:
+        process = begin(source, address)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        there = digests(out)
+        if there == expected:
+            found["complete"] += 1
+            break
+        found["unfinished"] += 1
+        if there.get("config.json") == expected["config.json"]:
+            found["of these in the end"] += 1
+            lacks = {name for name in expected if there.get(name) != expected[name]}
+            assert lacks <= {MANIFEST_NAME}, f"config.json is there before {lacks}"
+        else:
+            assert not opens(out), "a loader opens it"
+    with suppress(OutputError):  # it exists; what was kept until the end goes now
+        found["tensors kept"] += convert(str(source), address, max_shard_size=SHARD_SIZE).kept
+    assert digests(out) == expected, "the artifact differs"
     return found
 
 
@@ -190,7 +227,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def begin(source: Path, out: Path) -> subprocess.Popen[bytes]:
+def begin(source: Path, out: Path | str) -> subprocess.Popen[bytes]:
     """A process that has loaded all it needs and now begins to convert."""
     command = [sys.executable, "-c", WARMED, str(source), str(out), SHARD_SIZE]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)

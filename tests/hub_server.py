@@ -101,7 +101,7 @@ class Handler(BaseHTTPRequestHandler):
     hub: Hub
     ROUTES = (
         (r"(?:GET|HEAD) /api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", "model_info"),
-        (r"GET /api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/.*)?", "tree"),
+        (r"GET /api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", "tree"),
         (r"(?:GET|HEAD) /([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
         (r"GET /cdn/([^/]+/[^/]+)/(.+)", "content"),
         (r"GET /api/whoami-v2", "whoami"),
@@ -189,11 +189,20 @@ class Handler(BaseHTTPRequestHandler):
             info["cardData"] = {"license": license[1]}
         return self.json(info)
 
-    def tree(self, model: str, revision: str) -> tuple:
+    def tree(self, model: str, revision: str, folder: str | None) -> tuple:
+        """Files of a folder, and all in those below where that is asked for, else their names."""
         if answer := self.refused(model, revision):
             return answer
-        files = self.hub.files(model).items()
-        return self.json([{"type": "file", "path": name, **self.entry(name, path)} for name, path in files])
+        start = f"{folder}/" if folder else ""
+        files = {name: path for name, path in self.hub.files(model).items() if name.startswith(start)}
+        if folder and not files:
+            return 404, b"{}", {"X-Error-Code": "EntryNotFound"}
+        folders = set()
+        if "recursive=true" not in self.query.lower():
+            folders = {start + name[len(start) :].partition("/")[0] for name in files} - files.keys()
+            files = {name: path for name, path in files.items() if "/" not in name[len(start) :]}
+        entries = [{"type": "file", "path": name, **self.entry(name, path)} for name, path in files.items()]
+        return self.json(entries + [{"type": "directory", "path": name, "oid": "0" * 40} for name in folders])
 
     def resolve(self, model: str, revision: str, name: str) -> tuple:
         if answer := self.refused(model, revision):

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -77,6 +78,30 @@ def test_calibrated(nodes, source, tmp_path):
     options = {"max_shard_size": "20KB", "calibrate": tmp_path / "text", "outlier_columns": 3}
     convert(source, tmp_path / "whole", **options)
     convert(source, tmp_path / "out", engine="ray", **options)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_to_a_store(nodes, source, tmp_path, monkeypatch):
+    """In a folder that all nodes see, as a store, where one file is there already; and one that has an error."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # of this process; the nodes have theirs
+    (tmp_path / "text").write_text("w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 " * 8)
+    out = f"local://{tmp_path}/out"
+    for options in ({}, {"calibrate": tmp_path / "text", "outlier_columns": 3}):
+        whole = convert(source, tmp_path / "whole", overwrite=True, **SIZE, **options)
+        first = len(convert(source, out, part="1/4", **SIZE, **options).files)
+        done = convert(source, out, engine="ray", **SIZE, **options)
+        assert 0 < first < len(whole.plan.shards) and 0 < done.kept < len(whole.plan.checkpoint.tensors)
+        assert digests(tmp_path / "out") == digests(tmp_path / "whole") and verify(tmp_path / "out")
+        assert done.manifest == whole.manifest and done.errors == whole.errors and str(done.out) == out
+        with pytest.raises(OutputError, match="exists, and a store replaces no artifact"):
+            convert(source, out, engine="ray", **SIZE)
+        shutil.rmtree(tmp_path / "out")
+    convert(source, out, threshold=5.0, part="2/3", **SIZE)
+    with pytest.raises(OutputError, match="unfinished conversion with another recipe") as caught:
+        convert(source, out, engine="ray", **SIZE)
+    assert "\n" not in str(caught.value)
+    convert(source, out, engine="ray", overwrite=True, **SIZE)
+    convert(source, tmp_path / "whole", overwrite=True, **SIZE)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 

@@ -328,6 +328,23 @@ def test_stores_give_the_bytes_of_a_local_source(store, tmp_path):
     assert open_checkpoint(addresses[0], stream=True).name == "model"
 
 
+def test_a_driver_that_keeps_listings(store, tmp_path, monkeypatch):
+    """As that of S3: what it has listed it describes in other words than what it asks for by itself."""
+    system, source, (address, _) = store
+    kept, ls, info = {}, type(system).ls, type(system).info
+
+    def keeping(self, path, detail=True, **_):
+        entries = [{**entry, "Size": entry["size"]} for entry in ls(self, path, detail=True)]
+        kept.update({entry["name"]: entry for entry in entries})
+        return entries if detail else [entry["name"] for entry in entries]
+
+    monkeypatch.setattr(type(system), "ls", keeping)
+    monkeypatch.setattr(type(system), "info", lambda self, path, **_: kept.get(path) or info(self, path))
+    monkeypatch.setattr(type(system), "invalidate_cache", lambda self, path=None: kept.clear())
+    convert(str(source), tmp_path / "local")
+    assert same(convert(address, tmp_path / "remote").out, tmp_path / "local")
+
+
 def test_a_store_that_changes(store, tmp_path):
     system, _, (address, _) = store
     checkpoint = open_checkpoint(address, stream=True)

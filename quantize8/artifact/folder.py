@@ -33,14 +33,13 @@ def check_output(out: Path, overwrite: bool, source: Path) -> None:
         raise OutputError(f"{out}: is not an artifact of quantize8, and is not overwritten; remove it yourself")
 
 
-def check_disk(out: Path, nbytes: int) -> None:
-    """Refuse to begin what the disk cannot hold."""
+def check_disk(out: Path, nbytes: int, otherwise: str = "use --out") -> None:
+    """Refuse to begin what the disk cannot hold; `otherwise` is what helps, unless there is room."""
     existing = next(parent for parent in out.absolute().parents if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < nbytes + _SLACK:
-        raise OutputError(
-            f"{out}: needs {nbytes + _SLACK:,} bytes, the disk has {free:,} free; make room, or use --out"
-        )
+        needs = f"needs {nbytes + _SLACK:,} bytes, the disk has {free:,} free"
+        raise OutputError(f"{out}: {needs}; make room, or {otherwise}")
 
 
 class WeightFile:

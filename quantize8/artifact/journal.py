@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import json
 import os
 import threading
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,16 @@ def read_heading(path: Path) -> dict[str, Any]:
         os.close(descriptor)
 
 
+def begun(heading: dict[str, Any]) -> bytes:
+    """A journal with this heading, and nothing finished."""
+    return _line(heading)
+
+
+def parse(data: bytes) -> tuple[dict[str, Any], dict[str, Records]]:
+    """Heading and entries of a whole journal, as far as it is not damaged."""
+    return _parse(io.BytesIO(data))[:2]
+
+
 def is_locked(path: Path) -> bool:
     """Whether another process has the journal there open to write."""
     try:
@@ -114,25 +126,29 @@ def _open_locked(path: Path) -> int:
 
 
 def _read(descriptor: int) -> tuple[dict[str, Any], dict[str, Records], int]:
+    with open(os.dup(descriptor), "rb") as file:  # noqa: PTH123
+        file.seek(0)
+        return _parse(file)
+
+
+def _parse(lines: Iterable[bytes]) -> tuple[dict[str, Any], dict[str, Records], int]:
     """Heading, entries, and the bytes of whole lines."""
     heading: dict[str, Any] = {}
     entries: dict[str, Records] = {}
     good = 0
-    with open(os.dup(descriptor), "rb") as file:  # noqa: PTH123
-        file.seek(0)
-        for line in file:
-            try:
-                stated, text = line[:-1].split(b" ", 1)
-                if line[-1:] != b"\n" or stated.decode() != digest(text):
-                    break
-            except ValueError:
+    for line in lines:
+        try:
+            stated, text = line[:-1].split(b" ", 1)
+            if line[-1:] != b"\n" or stated.decode() != digest(text):
                 break
-            value = json.loads(text)
-            if good == 0:
-                heading = value
-            else:
-                entries[value["source"]] = {name: record_of(entry) for name, entry in value["records"].items()}
-            good += len(line)
+        except ValueError:
+            break
+        value = json.loads(text)
+        if good == 0:
+            heading = value
+        else:
+            entries[value["source"]] = {name: record_of(entry) for name, entry in value["records"].items()}
+        good += len(line)
     return heading, entries, good
 
 

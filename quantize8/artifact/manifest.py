@@ -128,7 +128,7 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path}: not readable as a manifest ({error}); convert the source again") from None
     files = {*manifest.files, *manifest.headers} if _fits(manifest, Manifest) else {""}
-    if not all(map(_is_inside, files)) or not {record.file for record in manifest.tensors.values()} <= files:
+    if not all(map(is_inside, files)) or not {record.file for record in manifest.tensors.values()} <= files:
         raise ArtifactError(f"{path}: has fields of another kind than a manifest's; convert the source again")
     return manifest
 
@@ -141,7 +141,7 @@ def check_inside(path: Path, folder: Path) -> None:
         raise ArtifactError(f"{path}: leads out of the artifact, and is not read; copy the artifact again") from None
 
 
-def _is_inside(name: str) -> bool:
+def is_inside(name: str) -> bool:
     """Whether a name is that of a file in the artifact's folder, or in one below, as the writer gives it."""
     path = PurePosixPath(name)
     return name.isprintable() and str(path) == name and not path.is_absolute() and not {"..", "."} & set(path.parts)

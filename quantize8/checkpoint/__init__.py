@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from quantize8.checkpoint.address import is_url, without_secrets
 from quantize8.checkpoint.base import Checkpoint, TensorInfo, companions, contained, read_config
 from quantize8.checkpoint.fetch import download, is_stored
 from quantize8.checkpoint.gguf import GgufCheckpoint
 from quantize8.checkpoint.quantized import QuantizedCheckpoint, decode
-from quantize8.checkpoint.remote import is_url, open_stream, without_secrets
+from quantize8.checkpoint.remote import open_stream
 from quantize8.checkpoint.safetensors import SafetensorsCheckpoint, open_safetensors
 from quantize8.checkpoint.torch_bin import TorchCheckpoint, open_torch
 from quantize8.errors import SourceError

@@ -183,10 +183,10 @@ def _transport_error() -> Any:
 class FsspecFile(RemoteFile):
     """A file that fsspec opens, such as s3://bucket/model/model.safetensors."""
 
-    def __init__(self, system: Any, path: str, where: str) -> None:
+    def __init__(self, system: Any, path: str, where: str, size: int) -> None:
         self._system, self._path = system, path
-        self._key = system.ukey(path)
-        super().__init__(where, int(system.info(path)["size"]), None)
+        self._key = self._asked()
+        super().__init__(where, size, None)
 
     def _fetch(self, start: int, stop: int, data: bytearray) -> None:
         try:
@@ -200,13 +200,17 @@ class FsspecFile(RemoteFile):
 
     def check_unchanged(self) -> None:
         """Refuse a file whose size, time or ETag is another now."""
-        self._system.invalidate_cache()
         try:
-            key = self._system.ukey(self._path)
+            key = self._asked()
         except OSError:
             raise self.changed("it is gone") from None
         if key != self._key:
             raise self.changed("another size, time or ETag")
+
+    def _asked(self) -> Any:
+        """What the store says of the file itself: of a listing, which a driver keeps, it is in other words."""
+        self._system.invalidate_cache()
+        return self._system.ukey(self._path)
 
 
 def first_line_of(value: object) -> str:

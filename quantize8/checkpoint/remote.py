@@ -14,20 +14,17 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from blake3 import blake3
 
 from quantize8 import limits
 from quantize8.checkpoint import hub
+from quantize8.checkpoint.address import HUB_SCHEME, file_system, is_url, reason, without_secrets
 from quantize8.checkpoint.base import TensorInfo, read_config
 from quantize8.checkpoint.ordered import OrderedFile, Transfers
 from quantize8.checkpoint.ranges import FsspecFile, RemoteFile
 from quantize8.checkpoint.safetensors import SafetensorsCheckpoint, open_files, read_header
-from quantize8.errors import DependencyError, SourceError, first_line
-
-_HUB_SCHEME = "hf://"
-_DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+from quantize8.errors import SourceError
 
 
 class StreamedCheckpoint(SafetensorsCheckpoint):
@@ -98,16 +95,11 @@ class StreamedCheckpoint(SafetensorsCheckpoint):
         return start + bytes(remote.read(8, 8 + length, self._transfers.ended))
 
 
-def is_url(source: str) -> bool:
-    """Whether a source is an address of fsspec's, with a scheme."""
-    return "://" in source
-
-
 def open_stream(source: str, revision: str | None, token: str | None) -> StreamedCheckpoint:
     """Open a hub id or an address for reading by range. Raises SourceError or DependencyError, in one line."""
-    if is_url(source) and not source.startswith(_HUB_SCHEME):
+    if is_url(source) and not source.startswith(HUB_SCHEME):
         return _open_store(source)
-    repo_id, _, at = source.removeprefix(_HUB_SCHEME).removeprefix("models/").strip("/").partition("@")
+    repo_id, _, at = source.removeprefix(HUB_SCHEME).removeprefix("models/").strip("/").partition("@")
     listing = hub.find(repo_id, revision or at or None, token)
     _check_kind(repo_id, [*listing.weights])
     folder = hub.snapshot(listing, listing.small)
@@ -141,13 +133,14 @@ def _open_store(source: str) -> StreamedCheckpoint:
 
 def _read_store(source: str, folder: Path) -> StreamedCheckpoint:
     shown = without_secrets(source)
-    system, root = _file_system(source, shown)
+    system, root = file_system(source, SourceError)
     try:
         entries = {str(entry["name"]).rstrip("/").rpartition("/")[2]: entry for entry in system.ls(root, detail=True)}
         files = {name: entry for name, entry in entries.items() if entry["type"] == "file"}
         weights, small = hub.needed_files(list(files))
         _check_kind(shown, weights)
-        remote = {name: FsspecFile(system, files[name]["name"], f"{shown}/{name}") for name in weights}
+        found = {name: (files[name]["name"], f"{shown}/{name}", int(files[name]["size"])) for name in weights}
+        remote = {name: FsspecFile(system, *each) for name, each in found.items()}
         for name in small:
             if files[name]["size"] > limits.SMALL_BYTES:
                 raise SourceError(
@@ -160,25 +153,4 @@ def _read_store(source: str, folder: Path) -> StreamedCheckpoint:
     except (FileNotFoundError, NotADirectoryError):
         raise SourceError(f"{shown}: no such folder; name the folder of a model") from None
     except Exception as error:  # each driver has errors of its own, which may quote the address
-        raise SourceError(f"{shown}: cannot be read ({first_line(error).replace(source, shown)})") from None
-
-
-def _file_system(source: str, shown: str) -> tuple[Any, str]:
-    """fsspec's driver for an address, and the path there."""
-    import fsspec
-
-    scheme = source.partition("://")[0]
-    try:
-        system, root = fsspec.core.url_to_fs(source)
-    except ImportError:
-        extra = "'quantize8[remote]'" if _DRIVERS.get(scheme) == "s3fs" else _DRIVERS.get(scheme, "its driver")
-        raise DependencyError(f"{shown}: {scheme}:// needs a driver of fsspec; pip install {extra}") from None
-    except Exception as error:  # an unknown scheme is a ValueError; a driver's own errors are its own
-        raise SourceError(f"{shown}: cannot be opened ({first_line(error).replace(source, shown)})") from None
-    return system, str(root)
-
-
-def without_secrets(source: str) -> str:
-    """An address without the user, password and query that it may hold."""
-    parts = urlsplit(source)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
+        raise SourceError(f"{shown}: cannot be read ({reason(error, source)})") from None

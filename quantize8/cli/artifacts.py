@@ -110,7 +110,7 @@ def plan(
 
 
 def finalize(
-    out: Annotated[str, typer.Argument(help="Folder that convert --part was given.")],
+    out: Annotated[str, typer.Argument(help="Folder or address that convert --part was given.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact there.")] = False,
     token: Token = None,
     as_json: Json = False,

@@ -34,7 +34,7 @@ Token = Annotated[
 ]
 # What decides an artifact, of `convert` and `plan`
 Source = Annotated[str, typer.Argument(help="Hub id, folder, .safetensors, .bin or .gguf file, or s3://...")]
-Out = Annotated[str | None, typer.Option(help="New folder.  [default: <name>-int8]")]
+Out = Annotated[str | None, typer.Option(help="New folder, or s3://...  [default: <name>-int8]")]
 OutputFormat = Annotated[
     str, typer.Option(help="bitsandbytes, compressed-tensors, gguf, float16, bfloat16 or float32.")
 ]

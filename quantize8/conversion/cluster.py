@@ -1,7 +1,8 @@
 """A conversion on a Ray cluster: a task for each weight file, on whichever node is free, and the end of it here.
 
-Source and output lie on a file system that all nodes see, at the same paths. What a task does can be done again by any
-other (`steps.write_part`), so Ray runs it again when its worker or its node is lost. A user's error ends it all.
+Source and output lie on a file system that all nodes see, at the same paths, or in stores. What a task does can be done
+again by any other (`steps.write_part`), so Ray runs it again when its worker or its node is lost. A user's error ends
+it all.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from typing import Any
 
 from quantize8.artifact.folder import check_disk
 from quantize8.artifact.journal import SUFFIX, is_locked
+from quantize8.artifact.store import Store
 from quantize8.artifact.units import Unit
 from quantize8.artifact.writer import Progress
 from quantize8.conversion.parts import Part
+from quantize8.conversion.remote import scratch_of
 from quantize8.conversion.request import Job, Request
 from quantize8.conversion.result import Conversion
 from quantize8.conversion.staging import difference, partial_of
@@ -56,7 +59,7 @@ class _Task:
     """What each task is told."""
 
     request: Request
-    out: Path
+    out: Path | Store
     nodes: Nodes
     token: str | None
     decisions: dict[str, Any]  # of the process that began it all: a node that decides otherwise must not write
@@ -64,7 +67,7 @@ class _Task:
 
 def write_all(
     job: Job,
-    out: Path,
+    out: Path | Store,
     nodes: Nodes,
     overwrite: bool = False,
     token: str | None = None,
@@ -78,13 +81,15 @@ def write_all(
     """
     ray = _ray()
     check_workers(nodes.workers)
-    check_disk(out, missing_bytes(out, job.units))
-    task = _Task(job.request.anywhere(), out.absolute(), nodes, token, job.decisions())
+    if isinstance(out, Path):
+        check_disk(out, missing_bytes(out, job.units))
+        out = out.absolute()
+    task = _Task(job.request.anywhere(), out, nodes, token, job.decisions())
     kept = kept_bytes = 0
     with _connected(ray, nodes.address):
         for tensors, nbytes in _run(ray, job, task, overwrite, progress):
             kept, kept_bytes = kept + tensors, kept_bytes + nbytes
-    found = end_parts(out, overwrite, token)
+    found = end_parts(out, overwrite, token, job)
     found.kept, found.kept_bytes = kept, kept_bytes
     return found
 
@@ -100,7 +105,8 @@ def _write(task: _Task, number: int, overwrite: bool) -> tuple[int, int]:
         )
     device = "cpu" if task.nodes.device == "auto" else task.nodes.device  # Ray gives a GPU to who asks for it
     quantizers = make_quantizers(device, task.request.scale, task.nodes.workers or 1)
-    journal = partial_of(task.out) / f"{job.units[number - 1].shard.file}{SUFFIX}"
+    local = task.out if isinstance(task.out, Path) else scratch_of(task.out)
+    journal = partial_of(local) / f"{job.units[number - 1].shard.file}{SUFFIX}"
     deadline = time.monotonic() + _UNLOCK
     while is_locked(journal) and time.monotonic() < deadline:  # by this task's first run, which is ending
         time.sleep(0.1)

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from quantize8 import __version__
 from quantize8.artifact.folder import flush, write_at, write_file
@@ -17,9 +17,17 @@ from quantize8.artifact.units import Unit
 from quantize8.checkpoint.base import CONFIG_NAME
 from quantize8.conversion.request import Job
 from quantize8.conversion.staging import Staging, weight_files
+from quantize8.conversion.write import agrees
 from quantize8.errors import OutputError
 
 _COPY_BYTES = 4 * 2**20
+
+
+class Folders(Protocol):
+    """Where an artifact is put together."""
+
+    files: Path  # its files
+    folder: Path  # the outlier columns of each weight file
 
 
 def finish(job: Job, units: Sequence[Unit], staging: Staging, overwrite: bool) -> Manifest:
@@ -42,14 +50,13 @@ def unfinished(units: Sequence[Unit], staging: Staging, heading: dict[str, Any])
     for unit in units:
         journal = staging.journals[unit.shard.file]
         whole = all(file.is_whole for file in weight_files(staging.out, unit))
-        of_same = all(journal.heading.get(key) == heading[key] for key in ("decisions", "calibration_blake3"))
-        if not (whole and of_same and journal.entries.keys() >= set(unit.sources)):
+        if not (whole and agrees(journal.heading, heading) and journal.entries.keys() >= set(unit.sources)):
             found.append(unit)
     return found
 
 
-def assemble(job: Job, units: Sequence[Unit], staging: Staging, records: Records) -> Manifest:
-    """Put all other files beside the weight files; the manifest is written last."""
+def assemble(job: Job, units: Sequence[Unit], staging: Folders, records: Records) -> Manifest:
+    """Put all other files beside the weight files, which may be elsewhere; the manifest is written last."""
     plan, folder, checkpoint = job.plan, staging.files, job.plan.checkpoint
     _clear(folder, {unit.shard.file for unit in units})
     manifest = Manifest(
@@ -79,7 +86,7 @@ def assemble(job: Job, units: Sequence[Unit], staging: Staging, records: Records
     return manifest
 
 
-def _gather(outliers: Shard, units: Sequence[Unit], staging: Staging) -> None:
+def _gather(outliers: Shard, units: Sequence[Unit], staging: Folders) -> None:
     """Write the file of all outlier columns from those that were written beside each weight file."""
     with (staging.files / outliers.file).open("wb+") as target:
         write_at(target.fileno(), outliers.header, 0)

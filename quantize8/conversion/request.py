@@ -15,8 +15,10 @@ from quantize8.artifact.gguf import NAME as GGUF
 from quantize8.artifact.layout import DEFAULT_SHARD_SIZE, parse_size
 from quantize8.artifact.manifest import digest
 from quantize8.artifact.plan import Plan, make_plan
+from quantize8.artifact.store import Store
 from quantize8.artifact.units import Unit, units
 from quantize8.checkpoint import open_checkpoint
+from quantize8.checkpoint.address import is_url, without_secrets
 from quantize8.errors import OutputError
 from quantize8.ops.scales import ABSMAX, MSE, Scale, ScaleSearch
 from quantize8.recipe import DEFAULT_RECIPE, Recipe, load_recipe
@@ -82,6 +84,11 @@ class Request:
         changes: dict[str, Any] = {key: str(path.absolute()) for key, path in found.items() if path.exists()}
         return replace(self, **changes)
 
+    def noted(self) -> Request:
+        """The same as it is written down: without what is secret in an address."""
+        found = self.anywhere()
+        return replace(found, source=without_secrets(found.source)) if is_url(found.source) else found
+
     def prepare(self, token: str | None = None, download: bool = True) -> Job:
         """Open the source and settle what can be known from headers; `token` is the hub's.
 
@@ -102,7 +109,7 @@ class Request:
             plan.searches = {name: ScaleSearch() for name in plan.quantized}
         return Job(self, plan, {} if text is None else self._calibration(text), text)
 
-    def command(self, out: Path) -> str:
+    def command(self, out: Path | Store) -> str:
         """The command line that asks for this."""
         source = str(Path(self.source).absolute()) if Path(self.source).exists() else self.source
         words = ["quantize8", "convert", source, "--out", str(out)]

@@ -9,6 +9,7 @@ from typing import Any
 
 from quantize8.artifact.manifest import Manifest, Quantized, TensorRecord
 from quantize8.artifact.plan import Plan
+from quantize8.artifact.store import Store
 from quantize8.conversion.forecast import Forecast
 from quantize8.conversion.parts import Part
 
@@ -17,7 +18,7 @@ from quantize8.conversion.parts import Part
 class Conversion:
     """The result of `convert` and of `finalize`."""
 
-    out: Path
+    out: Path | Store
     plan: Plan
     seconds: float = 0.0
     manifest: Manifest | None = None  # None while there is no artifact: after a dry run, and after a part

@@ -51,14 +51,11 @@ class Staging:
             name = path.name.removesuffix(SUFFIX)
             own = self.journals.get(name)
             heading = own.heading if own else read_heading(path)
-            if not heading or _timeless(heading["decisions"]) == _timeless(decisions):
+            other = unlike(heading, decisions)
+            if other is None:
                 continue
             if not start_over:
-                raise OutputError(
-                    f"{self.out}: {self.folder.name} holds an unfinished conversion with "
-                    f"{difference(_timeless(heading['decisions']), _timeless(decisions))}; "
-                    "run that command again, or start over with --overwrite"
-                )
+                raise OutputError(f"{self.out}: {self.folder.name} {other}")
             journal = own or Journal(path)
             self.calibration.unlink(missing_ok=True)
             _remove_files(self, name)
@@ -83,6 +80,12 @@ class Staging:
         flush(self.out.parent)
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def discard(self) -> None:
+        """Remove what there is of the weight files, and let other processes have them."""
+        for journal in self.journals.values():
+            journal.forget()
+        self.leave()
+
     def leave(self) -> None:
         """Let other processes have the weight files, without a trace of those of which nothing is finished."""
         for name, journal in self.journals.items():
@@ -97,8 +100,8 @@ class Staging:
 
     def close(self) -> None:
         """Let other processes have the weight files."""
-        for journal in self.journals.values():
-            journal.close()
+        while self.journals:
+            self.journals.popitem()[1].close()
 
     def _lock(self, name: str) -> Journal:
         for _ in range(_TRIES):
@@ -164,6 +167,16 @@ def weight_files(out: Path, unit: Unit) -> list[WeightFile]:
     if unit.outliers is not None:
         found.append(WeightFile(folder / unit.outliers.file, unit.outliers.header, unit.outliers.nbytes))
     return found
+
+
+def unlike(heading: dict[str, Any], decisions: dict[str, Any]) -> str | None:
+    """What to say where a journal's heading is of other decisions; but for the times of the source's files."""
+    if not heading or _timeless(heading["decisions"]) == _timeless(decisions):
+        return None
+    return (
+        f"holds an unfinished conversion with {difference(_timeless(heading['decisions']), _timeless(decisions))}; "
+        "run that command again, or start over with --overwrite"
+    )
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str:

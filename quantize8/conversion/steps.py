@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from quantize8.artifact.folder import check_disk, check_output
 from quantize8.artifact.journal import SUFFIX, read_heading
+from quantize8.artifact.store import Store
 from quantize8.artifact.writer import Progress, WeightQuantizer
+from quantize8.conversion import remote
 from quantize8.conversion.finish import finish, unfinished
 from quantize8.conversion.forecast import forecast
 from quantize8.conversion.measure import measure
@@ -16,13 +19,22 @@ from quantize8.conversion.parts import Part
 from quantize8.conversion.request import Job, Request, job_of
 from quantize8.conversion.result import Conversion, errors_of
 from quantize8.conversion.staging import partial_of, staged
+from quantize8.conversion.stored import look
 from quantize8.conversion.write import heading, missing_bytes, write_units
 from quantize8.errors import OutputError
 
 
+def check_place(out: Path | Store, overwrite: bool, source: Path) -> None:
+    """Refuse an output that must not be written to: see `check_output`, and for a store `stored.look`."""
+    if isinstance(out, Store):
+        look(out)
+    else:
+        check_output(out, overwrite, source)
+
+
 def write_part(
     job: Job,
-    out: Path,
+    out: Path | Store,
     part: Part | None,
     quantizers: list[WeightQuantizer],
     overwrite: bool = False,
@@ -33,6 +45,8 @@ def write_part(
     Part k of as many as there are `job.units` is weight file k alone. The job is as `Request.prepare` gives it, and
     is used up: its plan gets what is calibrated. It may be called again, at any time and by any process.
     """
+    if isinstance(out, Store):
+        return remote.write_part(job, out, part, quantizers, overwrite, progress)
     units = job.units if part is None else part.of(job.units)
     names = [unit.shard.file for unit in units]
     found = Conversion(out, job.plan, part=part, files=names)
@@ -52,7 +66,7 @@ def write_part(
 
 def look_ahead(
     request: Request,
-    out: Path | None,
+    out: Path | Store | None,
     part: Part | None,
     quantizers: list[WeightQuantizer],
     *,
@@ -60,24 +74,37 @@ def look_ahead(
     overwrite: bool = False,
     token: str | None = None,
 ) -> Conversion:
-    """What a conversion would do, and take: from headers, and by converting a few tensors to nowhere."""
+    """What a conversion would do, and take: from headers, and by converting a few tensors to nowhere.
+
+    To a store, the time that putting files takes is not in it.
+    """
     start = time.perf_counter()
     job = request.prepare(token, download=False)
     target = out or job.default_out
-    check_output(target, overwrite, job.plan.checkpoint.folder)
-    files = [unit.shard.file for unit in (part.of(job.units) if part else job.units)]
-    found = forecast(job, target, quantizers, start, machines, part)
-    calibrates = bool(job.calibration)
+    check_place(target, overwrite, job.plan.checkpoint.folder)
+    units = part.of(job.units) if part else job.units
+    local = remote.scratch_of(target) if isinstance(target, Store) else target
+    found = forecast(job, local, quantizers, start, machines, part)
+    if isinstance(target, Store):  # the disk holds one weight file at a time
+        found = replace(found, disk=max((unit.nbytes for unit in units), default=0))
+    files, calibrates = [unit.shard.file for unit in units], bool(job.calibration)
     return Conversion(target, job.plan, dry_run=True, part=part, files=files, forecast=found, to_calibrate=calibrates)
 
 
-def end_parts(out: Path, overwrite: bool = False, token: str | None = None) -> Conversion:
-    """Make an artifact of the weight files that all parts have written; see `operations.finalize`."""
+def end_parts(
+    out: Path | Store, overwrite: bool = False, token: str | None = None, job: Job | None = None
+) -> Conversion:
+    """Make an artifact of the weight files that all parts have written; see `operations.finalize`.
+
+    Without a `job`, which is used up, it is the one that their journals tell of.
+    """
+    if isinstance(out, Store):
+        return remote.end_parts(out, token, job)
     paths = sorted(partial_of(out).glob(f"*{SUFFIX}"))
     first = next((found for found in map(read_heading, paths) if found), None)
     if first is None:
         raise OutputError(f"{out}: no part of it is here (in {partial_of(out)}); run convert with --part first")
-    job = job_of(first, token)
+    job = job or job_of(first, token)
     check_output(out, overwrite, job.plan.checkpoint.folder)
     decisions = job.decisions()
     names = [unit.shard.file for unit in job.units]

@@ -64,7 +64,12 @@ def make_quantizers(device: str, scale: str, workers: int | None) -> list[Weight
 
 def heading(job: Job, decisions: dict[str, Any], measured: str) -> dict[str, Any]:
     """What a journal begins with: what decides the bytes, and the request, for who ends the conversion elsewhere."""
-    return {"decisions": decisions, "request": asdict(job.request.anywhere()), "calibration_blake3": measured}
+    return {"decisions": decisions, "request": asdict(job.request.noted()), "calibration_blake3": measured}
+
+
+def agrees(found: dict[str, Any], heading: dict[str, Any]) -> bool:
+    """Whether a journal with the heading `found` is of the same bytes."""
+    return all(found.get(key) == heading[key] for key in ("decisions", "calibration_blake3"))
 
 
 def missing_bytes(out: Path, units: Sequence[Unit]) -> int:

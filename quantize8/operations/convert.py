@@ -10,9 +10,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from quantize8.artifact.folder import check_output
 from quantize8.artifact.formats import DEFAULT_FORMAT
 from quantize8.artifact.layout import DEFAULT_SHARD_SIZE
+from quantize8.artifact.store import Store, place_of
 from quantize8.artifact.upload import prepare, upload
 from quantize8.artifact.writer import Progress
 from quantize8.checkpoint import is_url
@@ -20,7 +20,7 @@ from quantize8.conversion import cluster
 from quantize8.conversion.parts import Part, parse_part
 from quantize8.conversion.request import Request
 from quantize8.conversion.result import Conversion
-from quantize8.conversion.steps import look_ahead, write_part
+from quantize8.conversion.steps import check_place, look_ahead, write_part
 from quantize8.conversion.write import make_quantizers
 from quantize8.errors import OutputError
 from quantize8.ops.scales import ABSMAX
@@ -61,21 +61,21 @@ def convert(
     """Write an artifact of a checkpoint: int8, or with a floating-point format the plain numbers of a quantized one.
 
     Args: source, a hub id, folder or file; out, the new folder (default: the source's name with what was made of it,
-    such as `<name>-int8`, in the current one); format, bitsandbytes, compressed-tensors, gguf, float16, bfloat16 or
-    float32; scheme (w8a8 or w8a16) and moe (vllm or transformers), of compressed-tensors alone; threshold, of
-    bitsandbytes, in place of the recipe's; calibrate, a text file by which outlier columns are chosen, to be stored
-    beside the weights, and which inputs the scales of mse matter for; outlier_columns of each weight, "auto" for as
-    many as are worth it; smooth, SmoothQuant's alpha between 0 and 1, to move outliers of activations into the weights
-    by that text; recipe, a shipped name or a .toml file, of the first two formats; scale, absmax, or mse to search the
-    one with the least squared error (ops/scales.py), of the int8 formats; device, auto, cpu or cuda (auto: a GPU that
-    kernels can use, else the CPU; scales are searched on the CPU alone); workers, threads that read, quantize and write
-    side by side (default: one a processor); dry_run, to settle all that headers tell, measure how long the
-    rest will take, and write nothing; part, "2/4" to
-    write the second fourth of the weight files, which `finalize` makes an artifact of when all are there, or "auto" for
-    the share of this process in a Slurm array or under torchrun; engine, local, or ray to have the nodes of a Ray
-    cluster write the weight files (`conversion.cluster`), the one at `address`; stream, read a hub model's weights by
-    range and store none of them, one thread a file; push_to_hub, a model id to upload the artifact to, new ones
-    `private`; progress, called with bytes of source done and in all.
+    such as `<name>-int8`, in the current one) or an address in a store, such as s3://bucket/model-int8; format,
+    bitsandbytes, compressed-tensors, gguf, float16, bfloat16 or float32; scheme (w8a8 or w8a16) and moe (vllm or
+    transformers), of compressed-tensors alone; threshold, of bitsandbytes, in place of the recipe's; calibrate, a
+    text file by which outlier columns are chosen, to be stored beside the weights, and which inputs the scales of mse
+    matter for; outlier_columns of each weight, "auto" for as many as are worth it; smooth, SmoothQuant's alpha
+    between 0 and 1, to move outliers of activations into the weights by that text; recipe, a shipped name or a .toml
+    file, of the first two formats; scale, absmax, or mse to search the one with the least squared error
+    (ops/scales.py), of the int8 formats; device, auto, cpu or cuda (auto: a GPU that kernels can use, else the CPU;
+    scales are searched on the CPU alone); workers, threads that read, quantize and write side by side (default: one a
+    processor); dry_run, to settle all that headers tell, measure how long the rest will take, and write nothing;
+    part, "2/4" to write the second fourth of the weight files, which `finalize` makes an artifact of when all are
+    there, or "auto" for the share of this process in a Slurm array or under torchrun; engine, local, or ray to have
+    the nodes of a Ray cluster write the weight files (`conversion.cluster`), the one at `address`; stream, read a hub
+    model's weights by range and store none of them, one thread a file; push_to_hub, a model id to upload the artifact
+    to, new ones `private`; progress, called with bytes of source done and in all.
     A conversion that was stopped goes on where it was when it is called with the same arguments.
     Raises: SourceError, WeightError, RecipeError, OutputError or DependencyError; then there is no output folder.
     """
@@ -89,14 +89,16 @@ def convert(
         raise OutputError(f"push-to-hub {push_to_hub}: a part is no artifact; push it after quantize8 finalize")
     _check_engine(engine, address, share)
     quantizers = make_quantizers(device, scale, workers) if engine == LOCAL or dry_run else []
-    place = None if out is None else Path(out)
+    place = None if out is None else place_of(out, token)
+    if isinstance(place, Store) and push_to_hub is not None:
+        raise OutputError(f"push-to-hub {push_to_hub}: takes files that are here, not at {place}; leave out one")
     if dry_run:
         found = look_ahead(request, place, share, quantizers, overwrite=overwrite, token=token)
         found.seconds = time.perf_counter() - start
         return found
     job = request.prepare(token)
     target = place or job.default_out
-    check_output(target, overwrite, job.plan.checkpoint.folder)
+    check_place(target, overwrite, job.plan.checkpoint.folder)
     if push_to_hub is not None:
         prepare(push_to_hub, token=token)
     if engine == LOCAL:
@@ -104,7 +106,7 @@ def convert(
     else:
         nodes = cluster.Nodes(address, device, workers)
         found = cluster.write_all(job, target, nodes, overwrite, token, progress)
-    if push_to_hub is not None:
+    if push_to_hub is not None and isinstance(target, Path):
         found.pushed = upload(target, push_to_hub, private=private, token=token)
     found.seconds = time.perf_counter() - start
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from quantize8.artifact.store import place_of
 from quantize8.conversion.result import Conversion
 from quantize8.conversion.steps import end_parts
 
@@ -16,6 +17,6 @@ def finalize(out: str | Path, *, overwrite: bool = False, token: str | None = No
     missing and the command for it, where a weight file is not there, not whole, or of other options than the rest.
     """
     start = time.perf_counter()
-    found = end_parts(Path(out), overwrite, token)
+    found = end_parts(place_of(out, token), overwrite, token)
     found.seconds = time.perf_counter() - start
     return found

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from quantize8.artifact.formats import DEFAULT_FORMAT
 from quantize8.artifact.layout import DEFAULT_SHARD_SIZE
+from quantize8.artifact.store import place_of
 from quantize8.checkpoint import is_url
 from quantize8.conversion.forecast import MACHINES
 from quantize8.conversion.request import Request
@@ -51,7 +52,7 @@ def plan(
         stream=stream or is_url(source),
     )  # fmt: skip
     quantizers = make_quantizers(device, scale, workers)
-    place = None if out is None else Path(out)
+    place = None if out is None else place_of(out, token)
     found = look_ahead(request, place, None, quantizers, machines=machines, overwrite=True, token=token)
     found.seconds = time.perf_counter() - start
     return found

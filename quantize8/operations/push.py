@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantize8.artifact.manifest import read_manifest
+from quantize8.artifact.store import path_of
 from quantize8.artifact.upload import artifact_files, prepare, upload
 
 
@@ -34,7 +35,7 @@ def push(
     there is none. An artifact that is there already is replaced; a model that holds anything else is refused.
     Raises ArtifactError where the folder is no whole artifact, OutputError where the hub refuses.
     """
-    folder = Path(artifact)
+    folder = path_of(artifact)
     files = artifact_files(folder, read_manifest(folder))
     prepare(repo_id, revision=revision, token=token)
     url = upload(folder, repo_id, private=private, revision=revision, token=token)

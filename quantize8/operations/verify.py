@@ -13,6 +13,7 @@ from quantize8.artifact.card import CARD_NAME
 from quantize8.artifact.gguf import NAME as GGUF
 from quantize8.artifact.manifest import MANIFEST_NAME, Manifest, TensorRecord, check_inside, digest, read_manifest
 from quantize8.artifact.outliers import open_outliers, read_outliers
+from quantize8.artifact.store import path_of
 from quantize8.checkpoint import Checkpoint, QuantizedCheckpoint, bitsandbytes, compressed_tensors
 from quantize8.checkpoint.base import BLOCK_BYTES, CONFIG_NAME, READERS
 from quantize8.checkpoint.encoding import Encoding, RowwiseInt8
@@ -39,7 +40,7 @@ def verify(artifact: str | Path) -> Verification:
 
     Raises ArtifactError at the first file or tensor that is missing, foreign, changed, or not what its format allows.
     """
-    folder = Path(artifact)
+    folder = path_of(artifact)
     manifest = read_manifest(folder)
     nbytes = _check_files(folder, manifest)
     try:

@@ -121,6 +121,11 @@ def _next_steps(result: Conversion, found: list[_Weight]) -> list[str]:
     tips = _stand_out(found)
     if plan.carries:
         tips = ["The int8 codes are those of the source: this conversion has added no error."]
+    if not isinstance(result.out, Path):
+        return [
+            *tips,
+            f"Copy it to where it is used, and check every byte there: {markup.code('quantize8 verify COPY')}",
+        ]
     if plan.format.is_folder:
         tips.append(f"Measure what it costs: {markup.code(f'quantize8 evaluate {out} --reference SOURCE')}")
     return [*tips, f"After copying it, check every byte: {markup.code(f'quantize8 verify {out}')}"]

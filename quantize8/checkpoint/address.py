@@ -1,0 +1,59 @@
+"""Addresses with a scheme: fsspec's driver for one, and how it is shown, without the secrets that it may hold."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import unquote
+
+from quantize8.errors import DependencyError, Quantize8Error, first_line
+
+HUB_SCHEME = "hf://"
+_DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+
+
+def is_url(text: str) -> bool:
+    """Whether a source or an output is an address of fsspec's, with a scheme."""
+    return "://" in text
+
+
+def scheme_of(address: str) -> str:
+    """What the driver is found by."""
+    return address.partition("://")[0]
+
+
+def without_secrets(address: str) -> str:
+    """An address without the user, password and query that it may hold."""
+    scheme, _, rest = address.partition("://")
+    host, slash, path = rest.partition("?")[0].partition("#")[0].partition("/")
+    if address.startswith(HUB_SCHEME):  # there @ is before a revision
+        return address.rstrip("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}".rstrip("/")
+
+
+def reason(error: BaseException, address: str) -> str:
+    """What a driver's error says, in one line, without the secrets of the address."""
+    text = first_line(error).replace(address, without_secrets(address))
+    rest = address.partition("://")[2]
+    user, _, password = rest.partition("/")[0].rpartition("@")[0].partition(":")
+    secrets = {f"{user}:{password}" if password else "", password, unquote(password), rest.partition("?")[2]}
+    for secret in sorted(filter(None, secrets), key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return text
+
+
+def file_system(address: str, error: type[Quantize8Error], **options: Any) -> tuple[Any, str]:
+    """fsspec's driver for an address, and the path there.
+
+    Raises DependencyError where the driver is not installed, `error` for what it refuses.
+    """
+    import fsspec
+
+    scheme, shown = scheme_of(address), without_secrets(address)
+    try:
+        system, root = fsspec.core.url_to_fs(address, **options)
+    except ImportError:
+        extra = "'quantize8[remote]'" if _DRIVERS.get(scheme) == "s3fs" else _DRIVERS.get(scheme, "its driver")
+        raise DependencyError(f"{shown}: {scheme}:// needs a driver of fsspec; pip install {extra}") from None
+    except Exception as refused:  # an unknown scheme is a ValueError; a driver's own errors are its own
+        raise error(f"{shown}: cannot be opened ({reason(refused, address)})") from None
+    return system, str(root)
