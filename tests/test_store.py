@@ -107,7 +107,8 @@ def test_the_artifact_is_the_local_one(options, address, source, tmp_path, cache
     assert content(address) == local(tmp_path / "whole") and verify(copy(address, tmp_path / "copy"))
     assert done.manifest == whole.manifest and done.errors == whole.errors and not done.kept
     assert str(done.out) == address and done.as_json()["out"] == address
-    assert heard == sorted(heard) and heard[-1] == (whole.plan.source_bytes, whole.plan.source_bytes)
+    assert max(heard) == (whole.plan.source_bytes, whole.plan.source_bytes)  # threads may tell in another order
+    assert {total for _, total in heard} == {whole.plan.source_bytes}
     assert not any(cache.iterdir())
     puts = [name for kind, name in calls if kind == "put"]
     weights = [shard.file for shard in whole.plan.shards]
