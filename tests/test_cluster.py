@@ -16,7 +16,9 @@ from benchmarks.faults import digests
 from quantize8 import DependencyError, OutputError, WeightError, convert, verify
 from quantize8.artifact.journal import SUFFIX, Journal
 from quantize8.conversion import cluster as module
+from quantize8.conversion.request import Request
 from quantize8.conversion.staging import partial_of
+from quantize8.operations.finalize import finalize
 
 SIZE = {"max_shard_size": "6KB"}  # several files of the tiny Llama
 SMALL = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
@@ -103,6 +105,34 @@ def test_to_a_store(nodes, source, tmp_path, monkeypatch):
     convert(source, out, engine="ray", overwrite=True, **SIZE)
     convert(source, tmp_path / "whole", overwrite=True, **SIZE)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_worker_plans_once_for_all_its_tasks(calibrated, source, tmp_path, monkeypatch):
+    """Unless a text decides; and anew when the source is another."""
+    (tmp_path / "text").write_text("w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 " * 8)
+    given = {"calibrate": str(tmp_path / "text")} if calibrated else {}
+    request, prepare, calls = Request(source, **SIZE, **given), Request.prepare, []
+    monkeypatch.setattr(Request, "prepare", lambda self, *rest: calls.append(self) or prepare(self, *rest))
+
+    def write_all(out):
+        job = prepare(request)
+        task = module._Task(request.anywhere(), out, module.Nodes(), None, job.decisions())
+        for number in range(1, len(job.units) + 1):
+            module._write(task, number, False)
+        finalize(out)
+        return len(job.units)
+
+    assert write_all(tmp_path / "out") == len(calls) if calibrated else write_all(tmp_path / "out") > len(calls) == 1
+    convert(source, tmp_path / "whole", **SIZE, **given)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+    calls.clear()
+    llama(tmp_path / "other", shards=2, layers=3)
+    for path in (tmp_path / "other").iterdir():
+        path.replace(tmp_path / "source" / path.name)
+    write_all(tmp_path / "second")
+    convert(source, tmp_path / "third", **SIZE, **given)
+    assert calls and digests(tmp_path / "second") == digests(tmp_path / "third")
 
 
 def command_of(nodes, source: str, out: Path) -> list[str]:
