@@ -139,6 +139,15 @@ def test_options_that_take_time(options, source, tmp_path):
     assert found.threads == options.get("workers", min(8, os.cpu_count())) and found.shares[0].seconds > 0
 
 
+def test_empty_tensors_take_no_time(tmp_path):
+    def add(state):
+        state["empty"], state["nothing.weight"] = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 5)
+
+    source = str(llama(tmp_path / "source", edit=add))
+    found = plan(source, tmp_path / "out").forecast
+    assert found.shares[0].seconds > 0 and not any("I64" in kind for kind in found.rates)
+
+
 def test_sources_of_other_kinds(tmp_path):
     experts, gguf = mixtral(tmp_path / "mixtral"), tmp_path / "model.gguf"
     assemble(folder_of(tmp_path / "folder", config_of("llama")), gguf)

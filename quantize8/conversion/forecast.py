@@ -129,16 +129,17 @@ def _kind(job: Job, name: str) -> str:
 def _seconds(job: Job, units: Sequence[Unit], rates: dict[str, float]) -> float:
     """What reading, quantizing, hashing and beginning to write these weight files takes."""
     tensors = job.plan.checkpoint.tensors
-    kinds, largest = _kinds(job, units).items(), max(rates.values(), default=0.0)  # large ones are mostly copied
-    return sum(sum(tensors[name].nbytes for name in names) / rates.get(kind, largest) for kind, names in kinds)
+    kinds = {kind: sum(tensors[name].nbytes for name in names) for kind, names in _kinds(job, units).items()}
+    largest = max(rates.values(), default=0.0)  # of what was too large to try: that is mostly copied
+    return sum(nbytes / rates.get(kind, largest) for kind, nbytes in kinds.items() if nbytes)
 
 
 def _to_try(job: Job, units: Sequence[Unit]) -> dict[str, list[str]]:
-    """The kinds with tensors that are not too large to try; all, if no kind has such."""
+    """The kinds with tensors that are not empty, and not too large to try; all, if no kind has such."""
     kinds, tensors = _kinds(job, units), job.plan.checkpoint.tensors
     if job.plan.checkpoint.one_reader_a_file:
         return kinds
-    small = {kind: [name for name in names if tensors[name].nbytes <= _TENSOR_BYTES] for kind, names in kinds.items()}
+    small = {kind: [n for n in names if 0 < tensors[n].nbytes <= _TENSOR_BYTES] for kind, names in kinds.items()}
     return {kind: names for kind, names in small.items() if names} or {
         kind: [min(names, key=lambda name: tensors[name].nbytes)] for kind, names in kinds.items()
     }
