@@ -44,7 +44,7 @@ def test_every_cut_leaves_whole_lines_which_can_be_gone_on_from(path, cut):
     journal = Journal(path)
     assert journal.entries.items() <= ENTRIES.items() and journal.heading in ({}, HEADING)
     journal.begin(HEADING, journal.entries)
-    for source in ENTRIES.keys() - journal.entries.keys():
+    for source in [name for name in ENTRIES if name not in journal.entries]:
         journal.append(source, ENTRIES[source])
     journal.close()
     assert path.read_bytes() == data

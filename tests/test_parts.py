@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ from making import llama, mixtral, word_tokenizer
 
 from benchmarks.faults import digests, opens
 from quantize8 import OutputError, SourceError, cli, convert, verify
+from quantize8.artifact.journal import SUFFIX, _line
 from quantize8.artifact.writer import Writer
 from quantize8.conversion.parts import Part, parse_part
 from quantize8.conversion.staging import partial_of
+from quantize8.conversion.steps import end_parts
 from quantize8.operations.finalize import finalize
 
 SIZE = {"max_shard_size": "6KB"}  # several files of the tiny Llama
@@ -72,6 +75,58 @@ def test_experts_and_quantized_sources(tmp_path):
     finalize(tmp_path / "plain")
     convert(str(tmp_path / "out"), tmp_path / "one", format="bfloat16", **SIZE)
     assert digests(tmp_path / "plain") == digests(tmp_path / "one")
+
+
+def altered(value, path=()):
+    """Copies of JSON's values, each with one of them left out or of another kind."""
+    if isinstance(value, dict):
+        for key in value:
+            yield {name: each for name, each in value.items() if name != key}, (*path, key, "left out")
+            for other, where in altered(value[key], (*path, key)):
+                yield {**value, key: other}, where
+        yield {**value, "more": 1}, (*path, "more")
+    for other in (None, 5, "x", [], [[]], {}, True):
+        if type(other) is not type(value):
+            yield other, (*path, other)
+
+
+def test_journals_that_are_no_journals(source, tmp_path, monkeypatch):
+    """A heading, or an entry, as another version would have it, or an enemy: one line, or what convert makes."""
+    whole = convert(source, tmp_path / "whole", **SIZE)
+    convert(source, tmp_path / "out", part="1/1", **SIZE)
+    path = partial_of(tmp_path / "out") / f"{whole.plan.shards[0].file}{SUFFIX}"
+    heading, *entries = (json.loads(line.split(b" ", 1)[1]) for line in path.read_bytes().splitlines())
+    refused, taken = [], []
+    shutil.copytree(partial_of(tmp_path / "out"), tmp_path / "kept")
+    monkeypatch.setattr("quantize8.conversion.steps.finish", lambda *_: whole.manifest)  # where it comes so far
+    cases = [([other, *entries], where) for other, where in altered(heading)]
+    cases += [([heading, other, *entries[1:]], where) for other, where in altered(entries[0])]
+
+    def lay(lines, out):
+        shutil.rmtree(partial_of(out), ignore_errors=True)
+        shutil.copytree(tmp_path / "kept", partial_of(out))
+        (partial_of(out) / path.name).write_bytes(b"".join(map(_line, lines)))
+
+    for lines, where in cases:
+        lay(lines, tmp_path / "out")
+        try:
+            end_parts(tmp_path / "out")
+        except (OutputError, SourceError) as error:
+            assert "\n" not in str(error) and str(error), where
+            refused.append(where)
+        else:
+            taken.append(where)
+    assert len(refused) > 5 * len(taken) > 0
+    assert not [where for where in taken if where[0] == "decisions"]
+    monkeypatch.undo()
+    for number, (lines, _) in enumerate(cases[::7]):  # and what convert goes on from
+        lay(lines, tmp_path / f"new-{number}")
+        try:
+            convert(source, tmp_path / f"new-{number}", **SIZE)
+        except OutputError as error:
+            assert "\n" not in str(error) and "holds an unfinished conversion" in str(error)
+            convert(source, tmp_path / f"new-{number}", overwrite=True, **SIZE)
+        assert digests(tmp_path / f"new-{number}") == digests(tmp_path / "whole")
 
 
 def test_what_is_missing_is_named_with_the_command_for_it(source, tmp_path):

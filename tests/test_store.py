@@ -16,7 +16,7 @@ from benchmarks.checkpoints import make_llama
 from benchmarks.faults import SHARD_SIZE, kill_and_resume_to_a_store
 from quantize8 import ArtifactError, DependencyError, OutputError, SourceError, cli, convert, verify
 from quantize8.artifact.folder import WeightFile
-from quantize8.artifact.journal import SUFFIX
+from quantize8.artifact.journal import SUFFIX, _line
 from quantize8.artifact.manifest import MANIFEST_NAME
 from quantize8.artifact.store import PARTIAL, Store, place_of
 from quantize8.artifact.writer import Writer
@@ -607,3 +607,29 @@ def test_what_drivers_say_is_shown_without_secrets():
     address = "ftp://me:p%40ss@host/model?key=hidden"
     error = PermissionError(f"{address}: no p%40ss, p@ss, me:p%40ss or key=hidden\nsecond line")
     assert reason(error, address) == "ftp://host/model: no ***, ***, *** or ***"
+
+
+@pytest.mark.parametrize(
+    "heading",
+    [
+        [],
+        {},
+        {"request": 5},
+        {"request": {"source": "x", "of another version": 1}},
+        {"decisions": {"source": {"files": 7}}},
+    ],
+    ids=str,
+)
+def test_a_journal_of_anybody_is_told_of_in_one_line(heading, source, address):
+    convert(source, address, part="1/2", **SIZE)
+    store = Store(address)
+    names = [name for name in store.files() if name.endswith(SUFFIX)]
+    for name in names:
+        store.write(name, _line(heading))
+    with pytest.raises(OutputError) as caught:
+        finalize(address)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(address)
+    if heading:
+        with pytest.raises(OutputError, match=r"holds an unfinished conversion with (other options|another version)"):
+            convert(source, address, **SIZE)
+    convert(source, address, overwrite=bool(heading), **SIZE)

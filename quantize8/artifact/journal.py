@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from quantize8.artifact.manifest import TensorRecord, digest, record_of
+from quantize8.artifact.manifest import TensorRecord, digest, fits, record_of
 
 SUFFIX = ".journal"
 Records = dict[str, TensorRecord]  # by name in the artifact
@@ -141,15 +141,24 @@ def _parse(lines: Iterable[bytes]) -> tuple[dict[str, Any], dict[str, Records], 
             stated, text = line[:-1].split(b" ", 1)
             if line[-1:] != b"\n" or stated.decode() != digest(text):
                 break
-        except ValueError:
+            value = json.loads(text)
+            if good == 0 and fits(value, dict[str, Any]):
+                heading = value
+            else:
+                source, records = _entry_of(value)
+                entries[source] = records
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             break
-        value = json.loads(text)
-        if good == 0:
-            heading = value
-        else:
-            entries[value["source"]] = {name: record_of(entry) for name, entry in value["records"].items()}
         good += len(line)
     return heading, entries, good
+
+
+def _entry_of(value: dict[str, Any]) -> tuple[str, Records]:
+    """Source tensor and records of a line; of one that is no entry it raises what comes of it."""
+    source, records = value["source"], {name: record_of(entry) for name, entry in value["records"].items()}
+    if not (fits(source, str) and fits(records, Records)):
+        raise TypeError(source)
+    return source, records
 
 
 def _entry(source: str, records: Records) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(**value, tensors=tensors)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path}: not readable as a manifest ({error}); convert the source again") from None
-    files = {*manifest.files, *manifest.headers} if _fits(manifest, Manifest) else {""}
+    files = {*manifest.files, *manifest.headers} if fits(manifest, Manifest) else {""}
     if not all(map(is_inside, files)) or not {record.file for record in manifest.tensors.values()} <= files:
         raise ArtifactError(f"{path}: has fields of another kind than a manifest's; convert the source again")
     return manifest
@@ -152,25 +152,23 @@ def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def fits(value: Any, kind: Any) -> bool:
     """Whether a value read from JSON is of an annotated type; a float may be written as an integer."""
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any:
         return True
     if is_dataclass(kind):
         return type(value) is kind and all(
-            _fits(getattr(value, name), each) for name, each in _hints(cast("Hashable", kind)).items()
+            fits(getattr(value, name), each) for name, each in _hints(cast("Hashable", kind)).items()
         )
     if origin is dict:
-        return type(value) is dict and all(
-            _fits(key, inner[0]) and _fits(each, inner[1]) for key, each in value.items()
-        )
+        return type(value) is dict and all(fits(key, inner[0]) and fits(each, inner[1]) for key, each in value.items())
     if origin is list or (origin is tuple and inner[-1] is ...):
-        return type(value) is origin and all(_fits(each, inner[0]) for each in value)
+        return type(value) is origin and all(fits(each, inner[0]) for each in value)
     if origin is tuple:
-        return type(value) is tuple and len(value) == len(inner) and all(map(_fits, value, inner))
+        return type(value) is tuple and len(value) == len(inner) and all(map(fits, value, inner))
     if origin is not None:  # X | None
-        return any(_fits(value, each) for each in inner)
+        return any(fits(value, each) for each in inner)
     if type(value) is int and abs(value) > _LARGEST:
         return False
     return type(value) in (int, float) if kind is float else type(value) is kind

@@ -75,7 +75,7 @@ def end_parts(store: Store, token: str | None = None, job: Job | None = None) ->
     first = next((stated for stated, _ in found.journals.values() if stated), None)
     if first is None:
         raise OutputError(f"{store}: no part of it is here (in {PARTIAL}); run convert with --part first")
-    job = job or job_of(first, token)
+    job = job or job_of(first, store, token)
     decisions = job.decisions()
     accept(store, found, decisions, start_over=False)
     manifest = _end(job, store, heading(job, decisions, _measure(job, store, found, decisions)))

@@ -13,7 +13,7 @@ from quantize8.artifact.format import Format, Int8Format
 from quantize8.artifact.formats import DEFAULT_FORMAT, make_format
 from quantize8.artifact.gguf import NAME as GGUF
 from quantize8.artifact.layout import DEFAULT_SHARD_SIZE, parse_size
-from quantize8.artifact.manifest import digest
+from quantize8.artifact.manifest import digest, fits
 from quantize8.artifact.plan import Plan, make_plan
 from quantize8.artifact.store import Store
 from quantize8.artifact.units import Unit, units
@@ -172,12 +172,24 @@ class Job:
         }
 
 
-def job_of(heading: dict[str, Any], token: str | None = None) -> Job:
-    """The job that a journal's heading is of, without the text and the recipe's file: what they said is in it."""
-    request, decisions = Request(**heading["request"]), heading["decisions"]
-    revision = decisions["source"].get("revision", request.revision)
+def job_of(heading: dict[str, Any], out: Path | Store, token: str | None = None) -> Job:
+    """The job that a journal's heading is of, without the text and the recipe's file: what they said is in it.
+
+    Raises OutputError for a heading of another version, and what opening the source does.
+    """
+    try:
+        request, decisions = Request(**heading["request"]), heading["decisions"]
+        revision = decisions["source"].get("revision", request.revision)
+        recipe = Recipe(**{**decisions["recipe"], "skip": tuple(decisions["recipe"]["skip"])})
+        known = fits(request, Request) and fits(recipe, Recipe) and fits(revision, str | None)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        known = False
+    if not known or not fits(decisions.get("calibration"), dict[str, Any]):
+        raise OutputError(
+            f"{out}: its parts are not of quantize8 {__version__}; end it with their version, or start over by "
+            "convert with --overwrite"
+        )
     checkpoint = open_checkpoint(request.source, revision=revision, token=token, stream=request.stream)
-    recipe = Recipe(**{**decisions["recipe"], "skip": tuple(decisions["recipe"]["skip"])})
     plan = make_plan(checkpoint, recipe, request.output, request.max_shard_size)
     if request.scale == MSE:
         plan.searches = {name: ScaleSearch() for name in plan.quantized}

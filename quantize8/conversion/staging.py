@@ -15,6 +15,7 @@ from typing import Any
 
 from quantize8.artifact.folder import WeightFile, check_output, flush
 from quantize8.artifact.journal import SUFFIX, Journal, read_heading
+from quantize8.artifact.manifest import fits
 from quantize8.artifact.units import Unit, beside
 from quantize8.errors import OutputError
 
@@ -171,16 +172,17 @@ def weight_files(out: Path, unit: Unit) -> list[WeightFile]:
 
 def unlike(heading: dict[str, Any], decisions: dict[str, Any]) -> str | None:
     """What to say where a journal's heading is of other decisions; but for the times of the source's files."""
-    if not heading or _timeless(heading["decisions"]) == _timeless(decisions):
+    stated = heading.get("decisions")
+    if not heading or _timeless(stated) == _timeless(decisions):
         return None
-    return (
-        f"holds an unfinished conversion with {difference(_timeless(heading['decisions']), _timeless(decisions))}; "
-        "run that command again, or start over with --overwrite"
-    )
+    other = difference(_timeless(stated), _timeless(decisions))
+    return f"holds an unfinished conversion with {other}; run that command again, or start over with --overwrite"
 
 
-def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """In words, what two decisions do not share."""
+def difference(before: Any, now: dict[str, Any]) -> str:
+    """In words, what two decisions do not share; those before may be of another version, or of nobody's making."""
+    if not isinstance(before, dict):
+        return "other options"
     words = {"layout": "another layout of files", "calibration": "another calibration"}
     for key in ("version", "format", "recipe", "scale", "calibration", "source", "layout"):
         old, new = before.get(key), now.get(key)
@@ -192,7 +194,9 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     return "other options"
 
 
-def _source_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+def _source_difference(old: Any, new: dict[str, Any]) -> str:
+    if not fits(old, dict[str, Any]) or not fits(old.get("files"), dict[str, Any]) or "id" not in old:
+        return "another source"
     if old["files"].keys() != new["files"].keys() or old["id"] != new["id"]:
         return f"another source ({old['id']})"
     changed = [file for file, stamp in old["files"].items() if new["files"][file] != stamp]
@@ -201,9 +205,12 @@ def _source_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     return "a source of another revision, or with another config.json"
 
 
-def _timeless(decisions: dict[str, Any]) -> dict[str, Any]:
+def _timeless(decisions: Any) -> Any:
     """Decisions without the times of the source's files: what came of a file with another time is written again."""
-    files = {file: [nbytes, head] for file, (nbytes, _, head) in decisions["source"]["files"].items()}
+    try:
+        files = {file: [nbytes, head] for file, (nbytes, _, head) in decisions["source"]["files"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return decisions  # not of this version: like no others
     return {**decisions, "source": {**decisions["source"], "files": files}}
 
 

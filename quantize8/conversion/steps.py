@@ -104,7 +104,7 @@ def end_parts(
     first = next((found for found in map(read_heading, paths) if found), None)
     if first is None:
         raise OutputError(f"{out}: no part of it is here (in {partial_of(out)}); run convert with --part first")
-    job = job or job_of(first, token)
+    job = job or job_of(first, out, token)
     check_output(out, overwrite, job.plan.checkpoint.folder)
     decisions = job.decisions()
     names = [unit.shard.file for unit in job.units]

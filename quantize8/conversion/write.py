@@ -139,7 +139,7 @@ class _Work:
     def _usable(self, journal: Journal, heading: dict[str, Any]) -> dict[str, Records]:
         """The entries of a journal but for those whose source file has another time: it was mended, or copied."""
         before, now = journal.heading.get("decisions"), heading["decisions"]
-        if before is None or journal.heading["calibration_blake3"] != heading["calibration_blake3"]:
+        if before is None or journal.heading.get("calibration_blake3") != heading["calibration_blake3"]:
             return {}
         stamps = before["source"]["files"]
         touched = {file for file, stamp in now["source"]["files"].items() if stamps[file] != stamp}
