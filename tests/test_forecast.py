@@ -203,6 +203,8 @@ def test_a_hub_model_is_planned_without_a_download(hub, tmp_path):
     hub.sent = 0
     there = plan("org/tiny", tmp_path / "out").forecast  # it is in the cache now
     assert hub.sent == 0 < large and there.download == 0 and "streamed" not in there.rates
+    hub.stop()
+    assert plan("org/tiny", tmp_path / "out").forecast.download == 0
 
 
 def test_only_the_beginnings_of_files_are_streamed(hub, tmp_path, monkeypatch):
