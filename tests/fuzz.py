@@ -15,7 +15,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-_GUIDES = ("quantize8.checkpoint", "quantize8.artifact", "quantize8.recipe", "quantize8.limits", "gguf.gguf_reader")
+_GUIDES = (
+    "quantize8.checkpoint", "quantize8.artifact", "quantize8.conversion", "quantize8.recipe", "quantize8.limits",
+    "gguf.gguf_reader",
+)  # fmt: skip
 _EVERY = 1000  # executions, after which they are counted
 
 
@@ -36,17 +39,17 @@ def fuzz(name: str, runs: int, seconds: int, corpus: Path) -> None:
     """Run atheris on a reader; it ends the process."""
     import atheris
 
-    with atheris.instrument_imports(include=[*_GUIDES, "tomllib", "torch._weights_only_unpickler"]):
-        from tests import fuzzing
-
-        reader = fuzzing.READERS[name]
     findings = Path("findings")
     for place in (corpus, findings):
         place.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-", dir="/dev/shm"))
-    for i, seed in enumerate(reader.seeds()):
-        (corpus / f"seed-{i}").write_bytes(seed)
-        fuzzing.attempt(name, seed, folder)  # imports what it needs before a limit of time counts
+    with atheris.instrument_imports(include=[*_GUIDES, "tomllib", "torch._weights_only_unpickler"]):
+        from tests import fuzzing
+
+        reader = fuzzing.READERS[name]
+        for i, seed in enumerate(reader.seeds()):
+            (corpus / f"seed-{i}").write_bytes(seed)
+            fuzzing.attempt(name, seed, folder)  # imports what it needs, before a limit of time counts
     done = 0
 
     def one(data: bytes) -> None:

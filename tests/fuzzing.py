@@ -26,11 +26,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
 from quantize8.checkpoint import base
-from quantize8.errors import Quantize8Error, SourceError
+from quantize8.errors import OutputError, Quantize8Error, SourceError
 
 ROOT = Path(__file__).parent
 CORPUS = ROOT / "corpus"
@@ -399,6 +400,54 @@ def _manifest_bytes() -> bytes:
     manifest.headers, manifest.files = {"model.safetensors": "00"}, {"config.json": "00", "1_Pooling/config.json": "00"}
     manifest.kept = {"lm_head": "output head"}
     return manifest.to_bytes()
+
+
+def _journal(data: bytes, folder: Path) -> None:
+    """A journal of an unfinished conversion, which anybody may have put into a store; its source is not opened."""
+    from quantize8.artifact import journal
+    from quantize8.artifact.manifest import Manifest
+    from quantize8.conversion import request, staging, write
+
+    content = data[1:]
+    if data[:1] != RAW:
+        lines = _parsed(data)
+        try:
+            content = b"".join(map(journal._line, lines if isinstance(lines, list) else [lines]))
+        except (ValueError, TypeError):
+            raise SourceError("no description") from None
+    heading, entries = journal.parse(content)
+    for records in entries.values():
+        assert Manifest("1", "bitsandbytes", {"id": "x"}, {}, 8, tensors=records).to_bytes()
+    expected = {"decisions": _HEADING["decisions"], "calibration_blake3": ""}
+    if not write.agrees(heading, expected) and (other := staging.unlike(heading, expected["decisions"])):
+        raise OutputError(other)
+    with mock.patch.object(request, "open_checkpoint", side_effect=_Opened), contextlib.suppress(_Opened):
+        request.job_of(heading, folder)
+
+
+class _Opened(Exception):
+    """A source would be opened."""
+
+
+_HEADING = {
+    "decisions": {
+        "version": "1",
+        "source": {"id": "x", "config": "00", "files": {"model.safetensors": [8, 1, "00"]}, "revision": "00"},
+        "format": {"scheme": "w8a8"},
+        "recipe": {"name": "r", "threshold": 6.0, "output_head": False, "skip": ["a.*"]},
+        "scale": "absmax",
+        "calibration": {"text_blake3": "00", "tokens": 8, "outlier_columns": "auto", "smooth": None},
+        "layout": "00",
+    },
+    "request": {"source": "x", "threshold": 6.0, "outlier_columns": 4, "calibrate": "text", "smooth": 0.5},
+    "calibration_blake3": "",
+}
+
+
+def _journal_seeds() -> list[bytes]:
+    tensors = json.loads(_manifest_bytes())["tensors"]
+    entries = [{"source": name, "records": {name: record}} for name, record in tensors.items()]
+    return [described([_HEADING, *entries]), described([_HEADING]), RAW + b"00 {}\n"]
 
 
 def _verify(data: bytes, folder: Path) -> None:
@@ -832,6 +881,7 @@ READERS: dict[str, Reader] = {
     "tokenizer": _json(_tokenizer, _tokenizer_seeds),
     "recipe": Reader(_recipe, _recipe_seeds, mutate_recipe),
     "manifest": _json(_manifest, lambda: [MADE + _manifest_bytes(), RAW + _manifest_bytes()]),
+    "journal": _json(_journal, _journal_seeds),
     "verify": _json(_verify, _verify_seeds),
     "outliers": _json(_outliers, _outliers_seeds),
     "awq": _json(_quantized, _AWQ),

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import io
 import json
+import math
 import os
 import threading
 from collections.abc import Iterable
@@ -141,7 +142,7 @@ def _parse(lines: Iterable[bytes]) -> tuple[dict[str, Any], dict[str, Records], 
             stated, text = line[:-1].split(b" ", 1)
             if line[-1:] != b"\n" or stated.decode() != digest(text):
                 break
-            value = json.loads(text)
+            value = json.loads(text, parse_float=_finite, parse_constant=_finite)
             if good == 0 and fits(value, dict[str, Any]):
                 heading = value
             else:
@@ -151,6 +152,13 @@ def _parse(lines: Iterable[bytes]) -> tuple[dict[str, Any], dict[str, Records], 
             break
         good += len(line)
     return heading, entries, good
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):  # which no manifest may have
+        raise ValueError(text)
+    return value
 
 
 def _entry_of(value: dict[str, Any]) -> tuple[str, Records]:
