@@ -109,10 +109,7 @@ def kill_and_resume(source: Path, whole: Path, out: Path, moments: list[float]) 
     found = Counter[str]()
     before = digests(source)
     for seconds in moments:
-        process = begin(source, out)
-        time.sleep(seconds)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        begin_and_kill(source, out, seconds)
         state = state_of(out)
         found[state] += 1
         if state == "complete":
@@ -131,10 +128,7 @@ def kill_and_resume_to_a_store(source: Path, whole: Path, out: Path, moments: li
     """The same for a conversion to a folder as a store; files are copied there, so a kill also leaves torn ones."""
     found, address, expected = Counter[str](), f"local://{out}", digests(whole)
     for seconds in moments:
-        process = begin(source, address)
-        time.sleep(seconds)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        begin_and_kill(source, address, seconds)
         there = digests(out)
         if there == expected:
             found["complete"] += 1
@@ -150,6 +144,14 @@ def kill_and_resume_to_a_store(source: Path, whole: Path, out: Path, moments: li
         found["tensors kept"] += convert(str(source), address, max_shard_size=SHARD_SIZE).kept
     assert digests(out) == expected, "the artifact differs"
     return found
+
+
+def begin_and_kill(source: Path, out: Path | str, seconds: float) -> None:
+    """A conversion that is killed after so many seconds."""
+    process = begin(source, out)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
 
 
 def state_of(out: Path) -> str:

@@ -1,5 +1,6 @@
-"""Where the files that ship with the package are: kernels (`cuda/`), recipes (`configs/`) and a text."""
+"""Where files are: those that ship with the package (`cuda/`, `configs/` and a text), and what is kept for later."""
 
+import os
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
@@ -10,3 +11,9 @@ def resource_dir(name: str) -> Path:
     """Folder `cuda` or `configs`: inside the package in a wheel, beside it in a checkout."""
     inside, beside = _PACKAGE / name, _PACKAGE.parent / name
     return inside if inside.is_dir() else beside
+
+
+def cache_dir(name: str) -> Path:
+    """A folder of the user's cache, which need not be there yet."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "quantize8" / name

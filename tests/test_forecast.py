@@ -26,8 +26,8 @@ def source(tmp_path):
     return str(word_tokenizer(llama(tmp_path / "source", shards=2)))
 
 
-def told(job, tmp_path, **options):
-    return forecast(job, tmp_path / "out", [CpuQuantizer()], time.perf_counter(), **options)
+def told(job, tmp_path, units=None, **options):
+    return forecast(job, units or job.units, tmp_path / "out", [CpuQuantizer()], time.perf_counter(), **options)
 
 
 @pytest.mark.parametrize("format", ["bitsandbytes", "compressed-tensors", "gguf", "float32"])
@@ -76,7 +76,7 @@ def test_times_are_sums_of_what_was_measured(source, tmp_path, monkeypatch):
         halves = [Part(number, 2).of(job.units) for number in (1, 2)]
         sums = [max(sum(d[unit.number] for unit in half) for d in (by_file, writing)) for half in halves]
         assert two.seconds == pytest.approx(max(sums), rel=1e-3)
-        part = told(job, tmp_path, machines=[1], part=Part(2, count)).shares
+        part = told(job, tmp_path, Part(2, count).of(job.units), machines=[1]).shares
         assert part[0].seconds == pytest.approx(max(by_file[2], writing[2]), rel=1e-3) and part[0].files == 1
 
 
@@ -84,7 +84,7 @@ def test_planning_counts_once_on_one_machine_and_twice_on_several(source, tmp_pa
     monkeypatch.setattr(module, "_rate", lambda *_: 1e12)
     monkeypatch.setattr(module, "_disk_rate", lambda _: 1e12)
     job, began = Request(source).prepare(), time.perf_counter() - 1000
-    one, many = forecast(job, tmp_path / "out", [CpuQuantizer()], began, [1, 8]).shares
+    one, many = forecast(job, job.units, tmp_path / "out", [CpuQuantizer()], began, [1, 8]).shares
     assert one.seconds == pytest.approx(1000, abs=1) and many.seconds == pytest.approx(2000, abs=1)
 
 

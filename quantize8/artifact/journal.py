@@ -14,7 +14,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,11 @@ def begun(heading: dict[str, Any]) -> bytes:
 def parse(data: bytes) -> tuple[dict[str, Any], dict[str, Records]]:
     """Heading and entries of a whole journal, as far as it is not damaged."""
     return _parse(io.BytesIO(data))[:2]
+
+
+def records_of(entries: Mapping[str, Records]) -> Records:
+    """Of all entries of a journal."""
+    return {name: record for records in entries.values() for name, record in records.items()}
 
 
 def is_locked(path: Path) -> bool:

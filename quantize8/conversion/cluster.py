@@ -127,7 +127,7 @@ def _job(request: Request, token: str | None, _: str) -> Job:
 
 def _run(ray: Any, job: Job, task: _Task, overwrite: bool, progress: Progress | None) -> Iterator[tuple[int, int]]:
     """What each task returns, in the order in which they end."""
-    needs, units, tensors = task.nodes.needs, job.units, job.plan.checkpoint.tensors
+    needs, units = task.nodes.needs, job.units
     remote = ray.remote(_write).options(
         name="quantize8 convert",
         num_cpus=needs["CPU"],
@@ -135,7 +135,7 @@ def _run(ray: Any, job: Job, task: _Task, overwrite: bool, progress: Progress | 
         max_retries=_RETRIES,
         retry_exceptions=False,  # only where a worker or a node is lost
     )
-    nbytes = {unit.number: sum(tensors[name].nbytes for name in unit.sources if name in tensors) for unit in units}
+    nbytes = {unit.number: job.read_bytes(unit) for unit in units}
     done, total = 0, sum(nbytes.values())
     # The first is alone where it decides for the others: it measures the text, or removes what is replaced.
     alone = 1 if job.calibration or overwrite else 0

@@ -10,9 +10,10 @@ from typing import Any, BinaryIO, Protocol
 
 from quantize8 import __version__
 from quantize8.artifact.folder import flush, write_at, write_file
-from quantize8.artifact.journal import Records
+from quantize8.artifact.journal import Records, records_of
 from quantize8.artifact.layout import Shard, index
 from quantize8.artifact.manifest import MANIFEST_NAME, Manifest, digest
+from quantize8.artifact.store import Store
 from quantize8.artifact.units import Unit
 from quantize8.checkpoint.base import CONFIG_NAME
 from quantize8.conversion.request import Job
@@ -37,8 +38,7 @@ def finish(job: Job, units: Sequence[Unit], staging: Staging, overwrite: bool) -
     """
     records: Records = {}
     for unit in units:
-        for entry in staging.journals[unit.shard.file].entries.values():
-            records |= entry
+        records |= records_of(staging.journals[unit.shard.file].entries)
     manifest = assemble(job, units, staging, records)
     staging.publish(overwrite)
     return manifest
@@ -53,6 +53,14 @@ def unfinished(units: Sequence[Unit], staging: Staging, heading: dict[str, Any])
         if not (whole and agrees(journal.heading, heading) and journal.entries.keys() >= set(unit.sources)):
             found.append(unit)
     return found
+
+
+def check_finished(job: Job, missing: Sequence[Unit], out: Path | Store) -> None:
+    """Raise OutputError where a unit is not finished, with the command for the first."""
+    if missing:
+        files = ", ".join(unit.shard.file for unit in missing)
+        again = f"{job.request.command(out)} --part {missing[0].number}/{len(job.units)}"
+        raise OutputError(f"{out}: not finished: {files}; run {again}")
 
 
 def assemble(job: Job, units: Sequence[Unit], staging: Folders, records: Records) -> Manifest:

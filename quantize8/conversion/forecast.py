@@ -63,19 +63,18 @@ class Forecast:
 
 def forecast(
     job: Job,
+    units: Sequence[Unit],
     out: Path,
     quantizers: Sequence[WeightQuantizer],
     began: float,
     machines: Sequence[int] = MACHINES,
-    part: Part | None = None,
 ) -> Forecast:
-    """Measure, and tell what a conversion to `out` takes; preparing the job `began` at that time of perf_counter.
+    """Measure, and tell what writing these units to `out` takes; preparing the job `began` at that perf_counter.
 
-    With a `part` it is about that one's weight files. Raises OutputError where nothing can be written beside `out`,
-    and what a conversion does, where a tensor that is tried shows it.
+    Raises OutputError where nothing can be written beside `out`, and what a conversion does, where a tensor that is
+    tried shows it.
     """
     planning = time.perf_counter() - began
-    units = part.of(job.units) if part else job.units
     folder = next(parent for parent in out.absolute().parents if parent.exists())
     try:
         rates = {kind: _rate(job, names, folder, quantizers) for kind, names in _to_try(job, units).items()}

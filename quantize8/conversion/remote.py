@@ -5,7 +5,6 @@ There are no locks in a store: two processes that write one file put the same by
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from quantize8.artifact.store import PARTIAL, Store
 from quantize8.artifact.units import Unit
 from quantize8.artifact.writer import Progress, WeightQuantizer
 from quantize8.checkpoint.base import CONFIG_NAME
-from quantize8.conversion.finish import assemble
+from quantize8.conversion.finish import assemble, check_finished
 from quantize8.conversion.measure import measure
 from quantize8.conversion.parts import Part
 from quantize8.conversion.request import Job, job_of
@@ -30,6 +29,7 @@ from quantize8.conversion.staging import staged
 from quantize8.conversion.stored import CALIBRATION, ENDING, Found, accept, look
 from quantize8.conversion.write import Written, agrees, heading, missing_bytes, write_units
 from quantize8.errors import OutputError, Quantize8Error
+from quantize8.resources import cache_dir
 
 _ELSE = "set XDG_CACHE_HOME to a folder on another disk"
 
@@ -85,8 +85,7 @@ def end_parts(store: Store, token: str | None = None, job: Job | None = None) ->
 
 def scratch_of(store: Store) -> Path:
     """Where weight files are written on this machine: the same for the same address, so that a run goes on."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "quantize8" / "out" / digest(store.shown.encode())[:32] / "artifact"
+    return cache_dir("out") / digest(store.shown.encode())[:32] / "artifact"
 
 
 def _measure(job: Job, store: Store, found: Found, decisions: dict[str, Any], start_over: bool = False) -> str:
@@ -109,16 +108,16 @@ def _measure(job: Job, store: Store, found: Found, decisions: dict[str, Any], st
 
 def _each(job: Job, units: list[Unit], progress: Progress | None) -> Iterator[Progress]:
     """What hears of the bytes that are read for each weight file, and tells of all."""
-    tensors = job.plan.checkpoint.tensors
-    nbytes = [sum(tensors[name].nbytes for name in unit.sources if name in tensors) for unit in units]
-    for number, own in enumerate(nbytes):
-        before, total = sum(nbytes[:number]), sum(nbytes)
+    nbytes = [job.read_bytes(unit) for unit in units]
+    before, total = 0, sum(nbytes)
+    for own in nbytes:
 
-        def heard(done: int, of: int, before: int = before, own: int = own, total: int = total) -> None:
+        def heard(done: int, of: int, before: int = before, own: int = own) -> None:
             if progress is not None:
                 progress(before + (done if of else own), total)  # nothing is read for one that is there
 
         yield heard
+        before += own
 
 
 def _write(
@@ -159,10 +158,7 @@ def _end(job: Job, store: Store, head: dict[str, Any]) -> Manifest:
     """Make an artifact of weight files that are all there: the small files, config.json, and last the manifest."""
     found, units = look(store), job.units
     missing = [unit for unit in units if not found.has(unit, head)]
-    if missing:
-        files = ", ".join(unit.shard.file for unit in missing)
-        again = f"{job.request.command(store)} --part {missing[0].number}/{len(units)}"
-        raise OutputError(f"{store}: not finished: {files}; run {again}")
+    check_finished(job, missing, store)
     records: Records = {}
     for unit in units:
         records |= found.records(unit)

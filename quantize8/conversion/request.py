@@ -155,6 +155,11 @@ class Job:
         """The weight files, each of which a process can write by itself."""
         return units(self.plan)
 
+    def read_bytes(self, unit: Unit) -> int:
+        """Bytes of the source that are read for a weight file, quantized ones decoded."""
+        tensors = self.plan.checkpoint.tensors
+        return sum(tensors[name].nbytes for name in unit.sources if name in tensors)
+
     def decisions(self) -> dict[str, Any]:
         """What decides the bytes, as JSON has it: two jobs with the same decisions make the same artifact."""
         plan, checkpoint = self.plan, self.plan.checkpoint

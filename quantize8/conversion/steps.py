@@ -12,7 +12,7 @@ from quantize8.artifact.journal import SUFFIX, read_heading
 from quantize8.artifact.store import Store
 from quantize8.artifact.writer import Progress, WeightQuantizer
 from quantize8.conversion import remote
-from quantize8.conversion.finish import finish, unfinished
+from quantize8.conversion.finish import check_finished, finish, unfinished
 from quantize8.conversion.forecast import forecast
 from quantize8.conversion.measure import measure
 from quantize8.conversion.parts import Part
@@ -84,7 +84,7 @@ def look_ahead(
     check_place(target, overwrite, job.plan.checkpoint.folder)
     units = part.of(job.units) if part else job.units
     local = remote.scratch_of(target) if isinstance(target, Store) else target
-    found = forecast(job, local, quantizers, start, machines, part)
+    found = forecast(job, units, local, quantizers, start, machines)
     if isinstance(target, Store):  # the disk holds one weight file at a time
         found = replace(found, disk=max((unit.nbytes for unit in units), default=0))
     files, calibrates = [unit.shard.file for unit in units], bool(job.calibration)
@@ -111,10 +111,6 @@ def end_parts(
     with staged(out, names, decisions, job.plan.checkpoint.folder, overwrite=overwrite) as staging:
         measured = measure(job, staging.calibration, decisions)
         units = job.units
-        missing = unfinished(units, staging, heading(job, decisions, measured))
-        if missing:
-            files = ", ".join(unit.shard.file for unit in missing)
-            again = f"{job.request.command(out)} --part {missing[0].number}/{len(units)}"
-            raise OutputError(f"{out}: not finished: {files}; run {again}")
+        check_finished(job, unfinished(units, staging, heading(job, decisions, measured)), out)
         manifest = finish(job, units, staging, overwrite)
     return Conversion(out, job.plan, manifest=manifest, errors=errors_of(manifest.tensors), files=names)

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from quantize8.artifact.journal import SUFFIX, Records, parse
+from quantize8.artifact.journal import SUFFIX, Records, parse, records_of
 from quantize8.artifact.manifest import MANIFEST_NAME, is_inside
 from quantize8.artifact.store import PARTIAL, Store
 from quantize8.artifact.units import Unit, beside
@@ -45,10 +45,7 @@ class Found:
 
     def records(self, unit: Unit) -> Records:
         """Of the tensors of a weight file."""
-        found: Records = {}
-        for entry in self.journals[unit.shard.file][1].values():
-            found |= entry
-        return found
+        return records_of(self.journals[unit.shard.file][1])
 
 
 def look(store: Store) -> Found:

@@ -122,7 +122,7 @@ class _Work:
         found: dict[str, Place] = {}
         for unit in units:
             found |= places(unit, self._files[unit.number])
-        read = sum(self._tensors[name].nbytes for _, name in pairs if name in self._tensors)
+        read = sum(map(job.read_bytes, units))
         self._writer = Writer(job.plan, found, read, progress)
 
     @property

@@ -17,7 +17,7 @@ from typing import Any
 
 from quantize8.errors import DependencyError, first_line
 from quantize8.ops.kernels import Kernel
-from quantize8.resources import resource_dir
+from quantize8.resources import cache_dir, resource_dir
 
 _OPTIONS = ("-std=c++17", "-default-device", "--ptxas-options=-v", "--ptxas-options=-warn-spills")
 _OPENING = threading.Lock()  # threads that compile at once must not both be the first
@@ -25,7 +25,7 @@ _OPENING = threading.Lock()  # threads that compile at once must not both be the
 
 def cubin(kernel: Kernel, architecture: str) -> bytes:
     """Machine code of a kernel, from the cache or compiled now; raises DependencyError where it cannot be compiled."""
-    place = _cache() / f"{Path(kernel.file).stem}-{_key(kernel, architecture)}.cubin"
+    place = cache_dir("kernels") / f"{Path(kernel.file).stem}-{_key(kernel, architecture)}.cubin"
     with contextlib.suppress(OSError):
         return place.read_bytes()
     code, _ = compile_kernel(kernel, architecture)
@@ -111,8 +111,3 @@ def _key(kernel: Kernel, architecture: str) -> str:
     version = load_nvrtc().getVersion()
     parts = (_source(kernel), kernel.options, _OPTIONS, version, architecture)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-
-
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "quantize8" / "kernels"
