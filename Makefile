@@ -46,8 +46,8 @@ gpu:
 clean:
 	rm -rf .venv tests/cuda_on_cpu/.build
 
-# torch comes first and alone, so that no other package's range chooses its build
-.venv/installed: pyproject.toml constraints.txt
+# The CPU kernels are compiled by the installation of the package. torch comes first and alone, so that no other package's range chooses its build
+.venv/installed: pyproject.toml constraints.txt $(wildcard cpu/*)
 	$(PYTHON) -m venv .venv
 	$(PIP) torch
 	$(PIP) -e .

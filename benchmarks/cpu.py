@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "bitsandbytes", "compressed-tensors", "xllamacpp", "ctranslate2", "numba", "numpy")
+PACKAGES = ("torch", "transformers", "bitsandbytes", "compressed-tensors", "xllamacpp", "ctranslate2", "numpy")
 
 
 def about_machine() -> dict[str, Any]:

@@ -176,7 +176,7 @@ def test_expected_errors_are_near_the_measured_ones():
     y, known = x @ weight.t(), x.double().square().sum(0)
     y_energy, rounded = float(y.double().square().sum()), weight_error(weight)
     for found in input_errors(x):
-        product = cpu.mixed_matmul(x, reference.Int8Weight(codes, absmax), None, found.threshold)
+        product = cpu.linear(x, reference.Int8Weight(codes, absmax), None, found.threshold)
         measured = float((product - y).norm() / y.norm())
         assert relative_error(found.squares, known, rounded, y_energy) == pytest.approx(measured, rel=0.15)
     alone = float((x @ (codes.float() * (absmax / 127)[:, None]).t() - y).norm() / y.norm())

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from benchmarks import checkpoints, convert, cpu, linear_cpu, model_cpu, quality, training
-from quantize8.ops import packed
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -19,7 +18,6 @@ def test_spread_is_the_middle_of_the_runs():
     assert cpu.spread([1.0]) == {"median": 1.0, "low": 1.0, "high": 1.0}
 
 
-@pytest.mark.skipif(not packed.available(), reason="the packed layout needs a processor with VNNI")
 def test_linear_layers_are_timed_side_by_side():
     rows = linear_cpu.measure(64, 200, (1, 20), rounds=2)
     assert [row["M"] for row in rows] == [1, 20]

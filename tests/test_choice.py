@@ -206,11 +206,3 @@ def test_the_command_line_shows_a_warning_in_one_line(capsys, monkeypatch):
         warnings.simplefilter("always")
         cli.main()
     assert capsys.readouterr().err == "warning: no GPU here\n"
-
-
-def test_int8_units_are_those_of_the_processor_and_none_without_numba(monkeypatch):
-    from quantize8.ops import jit, units
-
-    assert choice.int8_units() == units.available()
-    monkeypatch.setattr(jit, "INSTALLED", False)
-    assert choice.int8_units() == () and not choice.has_int8_unit.__wrapped__(64)

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from quantize8 import Int8Linear
-from quantize8.ops.choice import has_int8_unit
 from quantize8.ops.operator import linear, packed_linear
 
 
@@ -31,7 +30,6 @@ def test_the_operator_keeps_the_rules_of_torch(tokens, gradient, bias):
     torch.library.opcheck(linear, arguments(tokens, bias=bias, gradient=gradient))
 
 
-@pytest.mark.skipif(not has_int8_unit(32), reason="weights go into tiles on processors with AMX or AVX512-VNNI")
 @pytest.mark.parametrize("tokens", [1, 20])
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_operator_on_tiles_keeps_them_too_and_is_what_a_compiled_model_calls(tokens, bias):
@@ -66,7 +64,6 @@ def test_stored_outlier_columns_keep_the_rules_too(tokens, gradient):
     torch.library.opcheck(linear, (x, made.weight.data, made.SCB.data, *rest))
 
 
-@pytest.mark.skipif(not has_int8_unit(32), reason="weights go into tiles on processors with AMX or AVX512-VNNI")
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_a_compiled_static_layer_gives_the_same_bits(tokens):
     made, x = static_layer(), torch.randn(tokens, 32)

@@ -1,16 +1,16 @@
-"""Q8_0: equal to llama.cpp's own package on hostile data, with Numba and without."""
+"""Q8_0: equal to llama.cpp's own package on hostile data, with the kernels of every unit."""
 
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 
-from quantize8.ops import jit, q8_0
+from quantize8.ops import q8_0, units
 from quantize8.ops.scales import ScaleSearch
 
 
-@pytest.fixture(params=["compiled", "numpy"])
+@pytest.fixture(params=units.available())
 def way(request, monkeypatch):
-    monkeypatch.setattr(jit, "INSTALLED", jit.INSTALLED and request.param == "compiled")
+    monkeypatch.setattr(units, "chosen", lambda: request.param)
 
 
 def hostile(rows=64, columns=1024):
@@ -129,13 +129,20 @@ def test_a_search_leaves_what_no_scale_can_hold_to_be_found(bad, way):
     assert q8_0.quantize_rows(np.empty((0, 64), np.float32), ScaleSearch()).shape == (0, 68)
 
 
-@pytest.mark.skipif(not jit.INSTALLED, reason="without Numba there is one way only")
-@pytest.mark.parametrize("search", [None, ScaleSearch(), ScaleSearch(importances())], ids=["plain", "mse", "weighted"])
-def test_both_ways_are_equal_bit_for_bit(search, monkeypatch):
+@pytest.mark.parametrize("search", [ScaleSearch(), ScaleSearch(importances())], ids=["mse", "weighted"])
+def test_a_search_equals_its_definition_bit_for_bit(search, way):
     values = hostile()
-    packed = q8_0.quantize_rows(values, search)
-    compiled = q8_0.row_errors(values, packed)
-    monkeypatch.setattr(jit, "INSTALLED", False)
-    np.testing.assert_array_equal(q8_0.quantize_rows(values, search), packed)
-    for ours, theirs in zip(compiled, q8_0.row_errors(values, packed), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    blocks, weights = values.reshape(-1, 32), search.weights(values.shape[1]).reshape(-1, 32)
+    with np.errstate(all="ignore"):
+        np.testing.assert_array_equal(q8_0._searched(blocks, weights), q8_0.search_scales(blocks, weights))
+
+
+def test_row_errors_are_those_of_what_is_read_back(way):
+    values = hostile()
+    packed = q8_0.quantize_rows(values)
+    parts = (values, values - q8_0.dequantize_rows(packed))
+    for found, part in zip(q8_0.row_errors(values, packed), parts, strict=True):
+        lanes = np.zeros((len(part), 32))
+        for block in np.moveaxis(part.reshape(len(part), -1, 32), 1, 0).astype(np.float64):
+            lanes += block * block
+        np.testing.assert_array_equal(found, np.cumsum(lanes, axis=1)[:, -1])

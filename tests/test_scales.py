@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from test_cpu import DTYPES, SHAPES, hostile
 
-from quantize8.ops import cpu, jit, reference
+from quantize8.ops import cpu, reference, units
 from quantize8.ops.reference import ColumnStats
 from quantize8.ops.scales import CLIPS, ScaleSearch, folded, search_absmax
 
@@ -64,24 +64,23 @@ def test_each_row_has_the_candidate_with_the_least_error(columns, kind):
 @pytest.mark.parametrize("kind", searches(1))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[1]])
-def test_the_pass_equals_the_definition_in_every_bit(shape, dtype, kind, monkeypatch):
+@pytest.mark.parametrize("unit", units.available())
+def test_the_pass_equals_the_definition_in_every_bit(unit, shape, dtype, kind, monkeypatch):
+    monkeypatch.setattr(units, "chosen", lambda: unit)
     weight, search = hostile(*shape, dtype), searches(shape[1])[kind]
     got = ColumnStats.empty(shape[1])
     codes, absmax = cpu.quantize_rowwise(weight, got, search)
     np.testing.assert_array_equal(absmax, search_absmax(weight, search))
     np.testing.assert_array_equal(codes, reference.quantize_rowwise(weight, absmax)[0])
-    monkeypatch.setattr(jit, "INSTALLED", False)
-    stats = ColumnStats.empty(shape[1])
-    for ours, theirs in zip(cpu.quantize_rowwise(weight, stats, search), (codes, absmax), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    stats = reference.column_stats(weight, codes, absmax)
     for field in ("absmax", "sum_square", "sum_error", "outliers", "rows"):
         np.testing.assert_array_equal(getattr(got, field), getattr(stats, field), field)
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_extremes(compiled, monkeypatch):
+@pytest.mark.parametrize("unit", units.available())
+def test_extremes(unit, monkeypatch):
     """The least float16, whose clips are itself; the largest; exact columns far above all others."""
-    monkeypatch.setattr(jit, "INSTALLED", jit.INSTALLED and compiled)
+    monkeypatch.setattr(units, "chosen", lambda: unit)
     weight = np.zeros((4, 6), np.float16)
     weight[0, 2], weight[1], weight[2, :2] = 6e-8, 65504, [65504, -6e-8]
     weight[3] = [1, 0, 0, 0, 0, 0]
@@ -92,9 +91,9 @@ def test_extremes(compiled, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 70000.0])
-@pytest.mark.parametrize("compiled", [True, False])
-def test_rows_that_cannot_be_quantized_are_told(compiled, bad, dtype, monkeypatch):
-    monkeypatch.setattr(jit, "INSTALLED", jit.INSTALLED and compiled)
+@pytest.mark.parametrize("unit", units.available())
+def test_rows_that_cannot_be_quantized_are_told(unit, bad, dtype, monkeypatch):
+    monkeypatch.setattr(units, "chosen", lambda: unit)
     weight = hostile(5, 40, dtype)
     clean = cpu.quantize_rowwise(weight, None, ScaleSearch())
     with np.errstate(over="ignore"):

@@ -12,7 +12,6 @@ from quantize8 import Int8Config, Int8Linear, SourceError, WeightError, convert
 from quantize8 import load as load_artifact
 from quantize8.model import linear
 from quantize8.model.training import TrainableInt8Linear, dithered_codes, merge_and_unload
-from quantize8.ops import packed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:MatMul8bitLt"),
@@ -74,7 +73,6 @@ def train(model, folder, steps=3, **options) -> list[float]:
     ],
 )
 def test_logits_are_those_of_the_int8_model_and_what_is_saved_is_the_source(name, mode, request, tmp_path, monkeypatch):
-    monkeypatch.setattr(linear, "has_int8_unit", lambda _: False)  # packed weights are summed in another order
     source = source_of(name, request, tmp_path)
     trained = load(source, mode=mode, llm_int8_has_fp16_weight=True)
     assert torch.equal(logits(trained), logits(load(source, mode=mode)))
@@ -248,7 +246,6 @@ def test_an_output_head_that_is_trained_whole_stays_in_float(tmp_path):
     assert saved["lm_head.weight"].dtype == torch.float32 and saved[f"{LAYER}.weight"].dtype == torch.int8
 
 
-@pytest.mark.skipif(not packed.available(), reason="the packed layout needs a processor with VNNI")
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_packed_layer_trains_its_input_and_its_bias(bias):
     layer = Int8Linear.from_float(nn.Linear(33, 24, bias))

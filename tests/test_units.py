@@ -1,47 +1,63 @@
-"""Which int8 units are offered, and what a unit computes by itself. test_packed.py holds products to the reference."""
+"""Which int8 units are offered and chosen. test_cpu.py and test_packed.py hold what they compute to the reference."""
 
-import platform
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from llvmlite import binding
 
+from quantize8 import DependencyError
 from quantize8.ops import units
 
 
-@pytest.fixture
-def offered(monkeypatch):
-    """The units offered on a processor with these features, if Linux gives the tiles."""
-
-    def ask(features: set[str], machine: str = "x86_64", system: str = "linux", permitted: bool = True):
-        monkeypatch.setattr(platform, "machine", lambda: machine)
-        monkeypatch.setattr(sys, "platform", system)
-        monkeypatch.setattr(binding, "get_host_cpu_features", lambda: dict.fromkeys(features, True))
-        if system == "linux":
-            monkeypatch.setattr(units, "_may_use_tiles", lambda: permitted)
-        return units.available.__wrapped__()
-
-    return ask
+def chosen(**environment: str) -> subprocess.CompletedProcess[str]:
+    """What a new process chooses."""
+    script = "from quantize8.ops import units; print(units.chosen(), *units.available())"
+    rest = {name: value for name, value in os.environ.items() if name != units.VARIABLE}
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, env=rest | environment, capture_output=True, text=True)
 
 
-ALL = {"avx512f", "avx512vnni", "amx-int8", "amx-tile"}
+def test_the_fastest_unit_is_chosen_and_any_processor_has_one():
+    first, *found = chosen().stdout.split()
+    assert first == found[0] and found[-1] == "generic"
+    assert tuple(found) == tuple(unit for unit in units.UNITS if unit in found)
 
 
-def test_amx_comes_before_vnni(offered):
-    assert offered(ALL) == ("amx", "vnni")
+@pytest.mark.parametrize("unit", units.available())
+def test_a_unit_can_be_forced(unit):
+    assert chosen(QUANTIZE8_UNIT=unit).stdout.split()[0] == unit
 
 
-@pytest.mark.parametrize("missing", [{"permitted": False}, {"system": "win32"}])
-def test_without_the_systems_permission_for_tiles_vnni_serves(offered, missing):
-    assert offered(ALL, **missing) == ("vnni",)
+@pytest.mark.parametrize("name", ["neon-i8mm" if "avx2" in units.available() else "amx", "AVX2", "mmx"])
+def test_a_forced_unit_that_is_not_here_is_an_error_that_names_what_is(name):
+    message = chosen(QUANTIZE8_UNIT=name).stderr.splitlines()[-1]
+    assert f"QUANTIZE8_UNIT={name}: not available here; set it to one of {units.available()[0]}" in message
 
 
-def test_a_processor_of_another_kind_or_age_has_none(offered):
-    assert offered(ALL, machine="aarch64") == ()
-    assert offered({"avx2", "avxvnni"}) == ()
-    assert offered({"avx512f"}) == ()
+def test_what_linux_says_of_the_processor_is_what_is_offered():
+    flags = Path("/proc/cpuinfo").read_text().split()
+    names = {"avx2": "avx2", "avx_vnni": "avxvnni", "avx512_vnni": "avx512vnni", "asimddp": "neon-dotprod",
+             "i8mm": "neon-i8mm"}  # fmt: skip
+    for flag, unit in names.items():
+        assert (flag in flags) == (unit in units.available()), unit
+    assert "amx" not in units.available() or "amx_int8" in flags
 
 
-@pytest.mark.skipif("amx" not in units.available(), reason="this processor has no AMX, or its system keeps it")
-def test_asking_linux_twice_for_tiles_is_harmless():
-    assert units._may_use_tiles() and units._may_use_tiles()
+def test_the_library_of_a_unit_that_is_not_here_is_not_loaded():
+    absent = next(unit for unit in units.UNITS if unit not in units.available())
+    with pytest.raises(DependencyError, match=f"unit {absent}: not available here"):
+        units.library(absent)
+
+
+def test_kernels_that_are_not_compiled_are_told_of_in_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(units, "_FOLDER", tmp_path)
+    with pytest.raises(DependencyError, match=r"generic\.\w+: the CPU kernels are not compiled .*build.py"):
+        units.available.__wrapped__()
+
+
+def test_memory_that_is_short_is_an_error():
+    units.check(0)
+    with pytest.raises(MemoryError, match="not enough memory"):
+        units.check(-1)

@@ -5,13 +5,10 @@ import pytest
 import torch
 from test_packed import numpy, tokens_of
 
-from quantize8.ops import epilogue, packed, reference, units, wide
+from quantize8.ops import reference, units
 from quantize8.ops.packed import PackedWeight
 from quantize8.ops.reference import DECODE_TOKENS, STATIC_MODES, Int8Weight
 
-pytestmark = pytest.mark.skipif(
-    not packed.available(), reason="tiles are for processors with AMX or AVX512-VNNI, and this one has neither"
-)
 UNITS = units.available()
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 EPSILON = 2.0**-23  # of float32
@@ -95,46 +92,23 @@ def defined(x: np.ndarray, weight: Int8Weight, mode: str) -> tuple[np.ndarray, n
     return (below + above) * units, (np.abs(below) + np.abs(above)) * units
 
 
+@pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("mode", STATIC_MODES)
-@pytest.mark.parametrize("shift", [0, units.VNNI_SHIFT])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("columns", "count", "exact"), [(577, 65, 16), (64, 64, 64), (131, 0, 0), (131, 1, 0)])
-def test_digits_scales_and_marks_equal_their_definition_in_every_bit(columns, count, exact, dtype, shift, mode):
-    weight = Int8Weight(np.zeros((1, columns)), None, np.random.default_rng(2).permutation(columns)[:count])
+def test_digits_scales_and_marks_equal_their_definition_in_every_bit(columns, count, exact, dtype, mode, unit):
+    weight, ours = weight_of(3, columns, count, exact, unit)
     x = inputs_of(40, weight, dtype)
     x[9] *= 1e-38  # too small for an inverse in float32
-    values, bits, limit = numpy(x).astype(np.float32), packed._bits_of(x), np.float32(6).view(np.uint32)
+    values = numpy(x).astype(np.float32)
     low, high, absmax = digits_of(values, weight.outlier_columns, mode)
-    steps, highs, most = -(-columns // 64), -(-count // 64), columns // 64 + 1 if mode == "hybrid" else 0
-    digits, apart = np.ones((3, steps + 1, 16, 64), np.int8), np.ones((3, highs, 16, 64), np.int8)
-    marks, work = np.zeros(columns, np.int32), wide._scratch(steps, highs)
-    for m in range(40):
-        found = np.zeros(most, np.int32), np.zeros(most, np.int32), np.ones(2, np.int64)
-        tiles = digits[m // 16], apart[m // 16]
-        step = wide._quantize(bits[m], limit, weight.outlier_columns, exact, m % 16, shift, work, found, tiles, marks)
-        assert np.float32(step) == absmax[m] / MOST
-        taken = np.zeros(columns)
-        for j in [*range(found[2][0]), *range(most - found[2][1], most)]:
-            byte = next(byte for byte in range(4) if found[1][j] >> 8 * byte <= 127)
-            sign = -1 if j < found[2][0] else 1
-            (k,) = (k for k in range(columns) if epilogue.word_of(k) == found[0][j] and k % 4 == byte)
-            taken[k] = sign * (found[1][j] >> 8 * byte)
-        mine = high[m].copy()
-        mine[weight.outlier_columns] = 0
-        np.testing.assert_array_equal(taken, mine)
-
-    def rows(tiles: np.ndarray) -> np.ndarray:
-        flat = tiles.transpose(0, 2, 1, 3).reshape(48, -1)[:40]
-        return (flat.view(np.uint8) - np.uint8(shift)).view(np.int8)
-
-    np.testing.assert_array_equal(rows(digits)[:, :columns], low)
-    np.testing.assert_array_equal(rows(digits)[:, columns : 64 * steps], 0)
-    high = high[:, weight.outlier_columns]
-    np.testing.assert_array_equal(rows(digits)[:, 64 * steps : 64 * steps + exact], high[:, :exact])
-    np.testing.assert_array_equal(rows(apart)[:, :count], high)
-    over = (np.abs(values) >= 6).any(0)
+    found_low, found_high, scale, _ = ours.encode(x, 6.0, mode)
+    np.testing.assert_array_equal(found_low, low)
+    np.testing.assert_array_equal(found_high, high)
+    np.testing.assert_array_equal(scale, absmax / MOST)
+    over = (np.abs(values) >= 6).any(0) if mode == "static" else np.zeros(columns, bool)
     over[weight.outlier_columns] = False
-    np.testing.assert_array_equal(marks.astype(bool), over)
+    np.testing.assert_array_equal(ours.static.marks > 0, over)
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -279,7 +253,7 @@ def test_a_token_has_the_same_bits_alone_and_with_any_others(dtype, unit):
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_sums_are_exact_at_the_largest_columns_and_values(unit):
-    columns = packed._LARGEST_K
+    columns = 65_538
     codes = torch.full((33, columns), -127, dtype=torch.int8)
     codes[1::2] = 127
     exact = torch.full((33, 16), -127.49)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from quantize8.errors import WeightError
 from quantize8.ops import bitsandbytes
-from quantize8.ops.choice import has_int8_unit
 from quantize8.ops.operator import linear, packed_linear
 from quantize8.ops.reference import DECODE_TOKENS, DEFAULT_THRESHOLD, INT8_MAX, STATIC_MODES, OutlierMode
 
@@ -165,11 +164,11 @@ class Int8Linear(nn.Linear):
         return self.codes().float() * (self.SCB / INT8_MAX)[:, None]
 
     def _packs_for(self, x: Tensor) -> bool:
-        """Whether the packed weight can serve: on a CPU that is fast at it, without gradients.
+        """Whether the packed weight can serve: on a CPU, without gradients.
 
         Tracing does not move weights, so a model is called once before it is compiled.
         """
-        if x.is_cuda:
+        if x.device.type != "cpu" or self.weight.device.type != "cpu":
             return False
         if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             return False
@@ -179,7 +178,7 @@ class Int8Linear(nn.Linear):
             return False
         if self._packed is not None:
             return True
-        return not torch.compiler.is_compiling() and has_int8_unit(self.in_features) and not self.weight.is_cuda
+        return not torch.compiler.is_compiling()
 
     def extra_repr(self) -> str:
         """What print(model) says of the layer."""

@@ -135,8 +135,8 @@ def weight_gradient(gradient: Tensor, x: Tensor, threshold: float) -> Tensor:
     """
     if gradient.is_cuda:
         return gradient.t() @ x
-    left, left_scale, _ = cpu.quantize_activations(gradient.t().contiguous(), 0)
-    right, right_scale, _ = cpu.quantize_activations(x.t().contiguous(), 0)
+    left, left_scale = cpu.quantize_activations(gradient.t().contiguous())
+    right, right_scale = cpu.quantize_activations(x.t().contiguous())
     product = cpu.int8_matmul(left, right).float().mul_(left_scale[:, None]).mul_(right_scale)
     columns = (x.abs() >= threshold).any(0).nonzero().flatten() if threshold > 0 else None
     if columns is not None and len(columns):

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import psutil
 
 from quantize8 import __version__
-from quantize8.ops import choice, nvrtc
+from quantize8.ops import choice, nvrtc, units
 
-_PACKAGES = ("torch", "transformers", "numpy", "numba", "safetensors", "huggingface_hub", "gguf", "accelerate")
+_PACKAGES = ("torch", "transformers", "numpy", "safetensors", "huggingface_hub", "gguf", "accelerate")
 _OPTIONAL = {
     "bitsandbytes": ("open artifacts without quantize8", "pip install bitsandbytes"),
     "matplotlib": ("write pages with --report", "pip install 'quantize8[report]'"),
@@ -36,7 +36,7 @@ class Environment:
 
 
 def environment() -> Environment:
-    """Look at the installed packages and the devices; reads no environment variable and no credential."""
+    """Look at the installed packages and devices; reads no credential, and of the environment QUANTIZE8_UNIT alone."""
     versions: dict[str, str | None] = {"quantize8": __version__}
     versions |= {name: _version(name) for name in (*_PACKAGES, *_OPTIONAL)}
     versions["cupy"] = next((found for name in _CUPY_PACKAGES if (found := _version(name))), None)
@@ -79,5 +79,8 @@ def _devices() -> tuple[str, list[str]]:
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    unit = next(iter(choice.int8_units()), None)
-    return f"{torch.backends.cpu.get_cpu_capability()}, {f'int8 by {unit}' if unit else 'no int8 unit'}", gpus
+    forced = f", by {units.VARIABLE}" if os.environ.get(units.VARIABLE) else ""
+    return (
+        f"int8 by {units.MEANING[units.chosen()]}{forced}; torch uses {torch.backends.cpu.get_cpu_capability()}",
+        gpus,
+    )

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from quantize8.ops.cpu import int8_matmul
 from quantize8.ops.reference import INT8_MAX
 
 if TYPE_CHECKING:
@@ -20,18 +19,18 @@ _BOTH_SCALES = 6.200124e-05  # its constant for 1 / 127^2, in float32
 _WEIGHT_SCALE = 7.874015718698502e-3  # and for 1 / 127
 
 
-def linear(x: Tensor, codes: Tensor | PackedWeight, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
-    """x [M, K] times codes int8 [N, K], packed or not, with absmax float32 [N], plus bias [N]: [M, N] in x's dtype.
+def linear(x: Tensor, weight: PackedWeight, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    """x [M, K] times packed codes [N, K] with absmax float32 [N], plus bias [N]: [M, N] in x's dtype.
 
     Equal, bit for bit, to bitsandbytes.matmul on a CPU without gradients.
     """
     import torch
 
     with torch.autocast("cpu", enabled=False):  # it would round products of float32, and of codes, to 16-bit
-        return _steps(x, codes, absmax, bias, threshold)
+        return _steps(x, weight, absmax, bias, threshold)
 
 
-def _steps(x: Tensor, codes: Tensor | PackedWeight, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+def _steps(x: Tensor, weight: PackedWeight, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
     import torch
 
     half = x.half()
@@ -45,14 +44,9 @@ def _steps(x: Tensor, codes: Tensor | PackedWeight, absmax: Tensor, bias: Tensor
     tokens = torch.nan_to_num(scaled, nan=0.0, posinf=0.0, neginf=0.0).round_().to(torch.int8)
     if columns is not None:
         tokens[:, columns] = 0
-    if isinstance(codes, Tensor):
-        product = int8_matmul(tokens, codes).float() * (peaks[:, None] * absmax)
-    else:
-        product = codes.product(tokens, peaks)
-    product = product * _BOTH_SCALES
+    product = weight.multiply(tokens).float() * (peaks[:, None] * absmax) * _BOTH_SCALES
     result = (product if bias is None else product + bias.float()).to(x.dtype)
     if columns is not None and len(columns):
-        beside = codes[:, columns] if isinstance(codes, Tensor) else codes.columns(columns)
-        weight = (beside * absmax[:, None] * _WEIGHT_SCALE).to(x.dtype)
-        result = result.addmm(x[:, columns], weight.t())
+        beside = (weight.columns(columns) * absmax[:, None] * _WEIGHT_SCALE).to(x.dtype)
+        result = result.addmm(x[:, columns], beside.t())
     return result

@@ -14,7 +14,7 @@ from functools import cache
 import numpy as np
 
 from quantize8.errors import DependencyError, DeviceWarning
-from quantize8.ops import jit, reference
+from quantize8.ops import reference
 from quantize8.ops.reference import ColumnStats, Int8Weight
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -38,25 +38,6 @@ def resolve(device: str) -> str:
         raise DependencyError(reason)
     warnings.warn(f"{reason}; going on with the CPU", DeviceWarning, stacklevel=2)
     return "cpu"
-
-
-@cache
-def has_int8_unit(columns: int) -> bool:
-    """Whether the CPU has a unit for int8 products with weights of so many columns, and Numba is there to reach it."""
-    if not jit.INSTALLED:
-        return False
-    from quantize8.ops import packed
-
-    return packed.available(columns)
-
-
-def int8_units() -> tuple[str, ...]:
-    """Names of the CPU's units for int8 products that can be used here, the fastest first."""
-    if not jit.INSTALLED:
-        return ()
-    from quantize8.ops import units
-
-    return units.available()
 
 
 @cache

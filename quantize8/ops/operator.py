@@ -36,9 +36,10 @@ def _on_cpu(
     *outliers: Tensor | None,
 ) -> Tensor:
     from quantize8.ops import bitsandbytes, cpu
+    from quantize8.ops.packed import PackedWeight
 
     if mode == "bitsandbytes":
-        return bitsandbytes.linear(x, codes, absmax, bias, threshold)
+        return bitsandbytes.linear(x, PackedWeight(codes, absmax), absmax, bias, threshold)
     with torch.autocast("cpu", enabled=False):  # as there
         return cpu.linear(x, Int8Weight(codes, absmax, *outliers), bias, threshold, mode)
 

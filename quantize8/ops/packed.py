@@ -1,49 +1,34 @@
-"""The fast CPU path of a linear layer: a weight in tiles for the processor's int8 unit, and one compiled call.
+"""A linear layer on the CPU: a weight in the order that the int8 unit reads, and one call of cpu/linear.c.
 
-At prefill a token becomes one row of int8 codes, and what outlier columns lose by that is added in float32, or in mode
-static in int8 too (`ops.wide`). At decode (M <= 16) activations keep their precision: each is written in base 254, as
-three or four int8 digits, and the digits are multiplied as rows of their own. Reading the weight is the cost there, so
-they are nearly free.
-
-    x = s (d1 + d2 / 254 + d3 / 254^2 + ...),    s = absmax / 127
+At prefill a token becomes one row of int8 codes, and what outlier columns lose by that is added in float32, or in modes
+static and hybrid in integers too. At decode (M <= 16) activations keep their precision. cpu/linear.c says how.
 """
 
 from __future__ import annotations
 
-import math
-import threading
+from ctypes import byref
+from typing import Any
 
-import numpy as np
 import torch
-from numba import config, set_num_threads
 from torch import Tensor
 
-from quantize8.errors import DependencyError
+from quantize8.errors import WeightError
 from quantize8.ops import units
-from quantize8.ops.jit import PARALLEL
-from quantize8.ops.passes import NOTHING, decode, prefill, product
-from quantize8.ops.reference import DECODE_TOKENS, INT8_MAX, Array, OutlierMode
-from quantize8.ops.units import BLOCK, DIGIT_BASE, TILE_COLUMNS, TILE_ROWS, VNNI_SHIFT, Unit
-from quantize8.ops.wide import static
+from quantize8.ops.reference import INT8_MAX, OutlierMode
+from quantize8.ops.units import BLOCK_N, GROUP_K, LARGEST_K, STEP_BYTES, STEP_K, LinearCall, Unit
 
-_DIGITS = {torch.float32: 4, torch.bfloat16: 3, torch.float16: 3}  # to 2^-31 and 2^-23 of a token's absmax
-_BITS = (torch.float32, torch.bfloat16)  # what the loops read and write
-_NO_BIAS, _NO_COLUMNS = np.empty(0, np.float32), np.empty(0, np.int64)
-_HALF_A_CACHE = 2**20  # bytes of a second-level cache that activations may stay in
-_PART_BYTES = 3 * 2**18  # of weight that a thread multiplies by all tokens before it goes on, where they do not
-_LARGEST_K = (2**31 - 1) // (INT8_MAX * 2 * VNNI_SHIFT)  # int32 sums hold these; 65,538
-
-
-def available(columns: int = 1) -> bool:
-    """Whether this processor has an int8 unit for weights of so many columns, K."""
-    return bool(units.available()) and columns <= _LARGEST_K
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum dtype of cpu/quantize8.h
+_MODES = {"dynamic": 0, "elementwise": 1, "static": 2, "hybrid": 3}  # enum mode of cpu/linear.c
+_SECOND_DIGIT = 254  # a stored weight's second digit counts 254ths of a step: twice the largest code
+_SHARING: set[Unit] = set()  # units whose library knows torch's threads
 
 
 class PackedWeight:
-    """An int8 weight [N, K] with its scales, in the layout of an int8 unit: the fastest there is, if none is given.
+    """An int8 weight [N, K] with its scales, in the layout of the CPU's int8 units.
 
-    Args: wide int [J] and exact float16 [N, E], the outlier_columns and outlier_weight of an Int8Weight; with them it
-    multiplies in the modes static and hybrid, and in no other.
+    Args: codes int8 [N, K]; absmax float32 [N]; unit that multiplies, or None for the best; wide int [J] and exact
+    float16 [N, E], the outlier_columns and outlier_weight of an Int8Weight: with them it multiplies in the modes static
+    and hybrid, and in no other. Raises WeightError where K is beyond what int32 sums hold.
     """
 
     def __init__(
@@ -54,193 +39,174 @@ class PackedWeight:
         wide: Tensor | None = None,
         exact: Tensor | None = None,
     ) -> None:
+        if codes.shape[1] > LARGEST_K:
+            raise WeightError(f"a layer of {codes.shape[1]} input features: int32 sums hold {LARGEST_K} at most")
         self.shape = (codes.shape[0], codes.shape[1])
-        self._unit = unit or units.available()[0]  # which also asks for the tiles that AMX needs
+        self._library = _library(unit or units.chosen())
         self.scale = _blocks(absmax / INT8_MAX)
-        self.absmax = _blocks(absmax)
         self.static: StaticColumns | None = None
         if wide is None or exact is None:
-            self.tiles, self.start = self._tiles(codes)
+            self.tiles, self.code_sums = self._pack(codes)
         else:
-            wide, marks = wide.long(), torch.zeros(codes.shape[1], dtype=torch.int32)
+            wide = wide.long()
             second = _second_digits(codes, absmax, wide[: exact.shape[1]], exact)
-            self.tiles, self.start = self._tiles(codes, second)
-            self.static = StaticColumns(wide, exact.shape[1], *self._tiles(codes[:, wide]), marks)
-        self._arrays = self.tiles.numpy(), self.scale.numpy(), self.start.numpy()
+            self.tiles, self.code_sums = self._pack(codes, second)
+            marks = torch.zeros(codes.shape[1], dtype=torch.int32)
+            self.static = StaticColumns(wide, exact.shape[1], *self._pack(codes[:, wide]), marks)
+        self._call = _call_of(self.parts, self.shape, self.static)
 
-    def _tiles(self, *parts: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes int8 [N, K] side by side, each in whole tiles: [N / 32, steps, 2048]; what VNNI's sums start at."""
-        rows, blocks = self.shape[0], -(-self.shape[0] // BLOCK)
-        steps = [-(-part.shape[1] // TILE_COLUMNS) for part in parts]
-        tiles = torch.zeros(blocks, 2, TILE_ROWS, sum(steps), TILE_COLUMNS // 4, 4, dtype=torch.int8)
-        matrix, column = tiles.view(blocks * BLOCK, sum(steps) * TILE_COLUMNS), 0
+    def _pack(self, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes int8 [N, K] side by side, each in whole steps: int8 [N / 32, steps, 2048]; the sum of each row."""
+        blocks, steps = -(-self.shape[0] // BLOCK_N), [-(-part.shape[1] // STEP_K) for part in parts]
+        tiles = torch.zeros(blocks, sum(steps), STEP_BYTES, dtype=torch.int8)
+        sums, step = torch.zeros(blocks, BLOCK_N, dtype=torch.int32), 0
         for part, count in zip(parts, steps, strict=True):
-            matrix[:rows, column : column + part.shape[1]] = part
-            column += count * TILE_COLUMNS
-        start = _blocks(matrix[:rows].sum(1, dtype=torch.int32) * -VNNI_SHIFT)
-        tiles = tiles.permute(0, 3, 1, 4, 2, 5).reshape(blocks, sum(steps), BLOCK * TILE_COLUMNS)
-        return (tiles if self._unit == "amx" else tiles.view(torch.uint8)), start
+            rows = part.contiguous()
+            self._library.q8_pack(
+                rows.data_ptr(), *rows.shape, step, sum(steps), _threads(), tiles.data_ptr(), sums.data_ptr()
+            )
+            step += count
+        return tiles, sums
 
     def codes(self) -> Tensor:
         """The codes int8 [N, K] again, in the usual layout."""
-        blocks, steps, _ = self.tiles.shape
-        tiles = self.tiles.view(torch.int8).view(blocks, steps, 2, TILE_COLUMNS // 4, TILE_ROWS, 4)
-        codes = tiles.permute(0, 2, 4, 1, 3, 5).reshape(blocks * BLOCK, steps * TILE_COLUMNS)
-        return codes[: self.shape[0], : self.shape[1]].contiguous()
+        codes = torch.empty(self.shape, dtype=torch.int8)
+        self._library.q8_unpack(self.tiles.data_ptr(), *self.shape, self.tiles.shape[1], _threads(), codes.data_ptr())
+        return codes
 
     def columns(self, columns: Tensor) -> Tensor:
         """Codes int8 [N, J] of some columns int [J]."""
         blocks, steps, _ = self.tiles.shape
-        tiles = self.tiles.view(torch.int8).view(blocks, steps, 2, TILE_COLUMNS // 4, TILE_ROWS, 4)
-        place = columns % TILE_COLUMNS
-        found = tiles[:, columns // TILE_COLUMNS, :, place // 4, :, place % 4]  # [J, blocks, 2, rows of a tile]
-        return found.reshape(len(columns), blocks * BLOCK)[:, : self.shape[0]].t().contiguous()
+        tiles = self.tiles.view(blocks, steps, 2, STEP_K // GROUP_K, BLOCK_N // 2, GROUP_K)
+        place = columns % STEP_K
+        found = tiles[:, columns // STEP_K, :, place // GROUP_K, :, place % GROUP_K]  # [J, blocks, 2, 16]
+        return found.reshape(len(columns), blocks * BLOCK_N)[:, : self.shape[0]].t().contiguous()
 
-    def product(self, codes: Tensor, peaks: Tensor) -> Tensor:
-        """Codes int8 [M, K] times the codes transposed, each sum times (peaks [M] * absmax): float32 [M, N]."""
-        tokens, steps = len(codes), self.tiles.shape[1]
-        y = torch.empty(tokens, self.shape[0])
-        if y.numel():
-            digits = _SCRATCH.digits(-(-tokens // TILE_ROWS), steps)
-            padded = np.zeros(len(digits) * TILE_ROWS, np.float32)
-            padded[:tokens] = peaks.numpy()
-            shift = VNNI_SHIFT if self.tiles.dtype == torch.uint8 else 0
-            with PARALLEL:
-                parts = _parts(digits, self._arrays[0], _SCRATCH.use_threads())
-                weight = (self._arrays[0], self.absmax.numpy(), self._arrays[2])
-                product(codes.numpy(), padded, *weight, shift, digits, parts, y.numpy())
-        return y
+    def multiply(self, codes: Tensor) -> Tensor:
+        """Codes int8 [M, K] times the weight's codes transposed: int32 [M, N], exact."""
+        codes, sums = codes.contiguous(), torch.empty(len(codes), self.shape[0], dtype=torch.int32)
+        units.check(
+            self._library.q8_multiply(
+                codes.data_ptr(), *codes.shape, self.tiles.data_ptr(), self.code_sums.data_ptr(), self.shape[0],
+                _threads(), sums.data_ptr(),
+            )
+        )  # fmt: skip
+        return sums
 
     @property
     def parts(self) -> list[Tensor]:
         """The tensors that it consists of, for an operator of torch."""
-        parts = [self.tiles, self.scale, self.start]
+        parts = [self.tiles, self.scale, self.code_sums]
         if self.static is not None:
-            parts += [self.static.wide, self.static.wide[: self.static.exact], self.static.tiles, self.static.start]
+            parts += [self.static.wide, self.static.wide[: self.static.exact], self.static.tiles, self.static.code_sums]
         return parts
 
     def linear(self, x: Tensor, bias: Tensor | None, threshold: float, mode: OutlierMode) -> Tensor:
         """`reference.linear`: x [M, K] -> [M, N] in x's dtype. Static and hybrid, or dynamic and elementwise."""
-        return _linear(x, self._arrays, bias, self.shape[0], threshold, mode, self.static)
+        return _linear(self._library, LinearCall.from_buffer_copy(self._call), x, bias, threshold, mode)
+
+    def encode(self, x: Tensor, threshold: float, mode: OutlierMode) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The codes of x [M, K] that prefill multiplies.
+
+        Returns: int8 [M, K], the low digits; int8 [M, K], the high ones of modes static and hybrid, where x has two;
+        float32 [M], the scale of a low digit; bool [K], outlier columns of modes dynamic and elementwise.
+        """
+        return _encode(self._library, LinearCall.from_buffer_copy(self._call), x, threshold, mode)
 
 
 class StaticColumns:
     """What modes static and hybrid need beside a packed weight: its outlier columns' codes, and who joined since.
 
-    wide: int64 [J]; exact, how many of them have a second digit; marks: int32 [K], 1 at another column that reached
-    the threshold.
+    wide: int64 [J]; exact, how many of them have a second digit; tiles and sums, their packed codes; marks int32 [K],
+    1 at another column that reached the threshold.
     """
 
-    def __init__(self, wide: Tensor, exact: int, tiles: Tensor, start: Tensor, marks: Tensor) -> None:
-        self.wide, self.exact, self.tiles, self.start, self.marks = wide, exact, tiles, start, marks
-        self.arrays = wide.numpy(), exact, tiles.numpy(), start.numpy(), marks.numpy()
+    def __init__(self, wide: Tensor, exact: int, tiles: Tensor, sums: Tensor, marks: Tensor) -> None:
+        self.wide, self.exact, self.tiles, self.code_sums, self.marks = wide.contiguous(), exact, tiles, sums, marks
+
+
+def encode(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Codes int8 [M, K] of x [M, K], 0 at elements with |x| >= threshold (0: none), and their scale float32 [M]."""
+    codes, _, scale, _ = _encode(_library(units.chosen()), LinearCall(columns=x.shape[1]), x, threshold, "elementwise")
+    return codes, scale
 
 
 def linear(
     x: Tensor, parts: list[Tensor], bias: Tensor | None, out_features: int, threshold: float, mode: str
 ) -> Tensor:
-    """`PackedWeight.linear` on its `parts`; columns that join those of mode static are not noted.
-
-    Raises DependencyError where they are laid out for a unit that this processor lacks: a saved graph may have moved.
-    """
-    tiles, scale, start, *rest = parts
-    unit = "vnni" if tiles.dtype == torch.uint8 else "amx"
-    if unit not in units.available():
-        raise DependencyError(
-            f"packed_linear: the weight is laid out for {unit}, which is not here; load the model anew"
-        )
-    columns = None
-    if rest:
-        wide, exact, apart, apart_start = rest
-        columns = StaticColumns(wide, len(exact), apart, apart_start, torch.zeros(x.shape[1], dtype=torch.int32))
-    return _linear(x, (tiles.numpy(), scale.numpy(), start.numpy()), bias, out_features, threshold, mode, columns)
+    """`PackedWeight.linear` on its `parts`; columns that join those of mode static are not noted."""
+    static = None
+    if len(parts) > 3:
+        wide, exact, tiles, sums = parts[3:]
+        static = StaticColumns(wide, len(exact), tiles, sums, torch.zeros(x.shape[1], dtype=torch.int32))
+    return _linear(
+        _library(units.chosen()), _call_of(parts, (out_features, x.shape[1]), static), x, bias, threshold, mode
+    )
 
 
-def _linear(
-    x: Tensor,
-    weight: tuple[Array, Array, Array],
-    bias: Tensor | None,
-    out_features: int,
-    threshold: float,
-    mode: str,
-    static_columns: StaticColumns | None = None,
-) -> Tensor:
-    values = (x if x.dtype in _BITS else x.float()).contiguous()
-    tokens, (tiles, scale, start) = values.shape[0], weight
-    y = torch.empty(tokens, out_features, dtype=values.dtype)
-    if not y.numel():
-        return y.to(x.dtype)
-    count = _DIGITS[x.dtype] if tokens <= DECODE_TOKENS else 1
-    digits = _SCRATCH.digits(-(-count * tokens // TILE_ROWS), tiles.shape[1])
-    shift = VNNI_SHIFT if tiles.dtype == np.uint8 else 0
-    added = _NO_BIAS if bias is None else bias.detach().float().numpy()
-    rest, bits, out = (shift, added, digits), _bits_of(values), _bits_of(y)
-    limit = np.float32(threshold).view(np.uint32) if threshold > 0 and mode != "hybrid" else NOTHING
-    with PARALLEL:
-        threads = _SCRATCH.use_threads()
-        parts = _parts(digits, tiles, threads)
-        if count > 1:
-            seconds = _NO_COLUMNS if static_columns is None else static_columns.arrays[0][: static_columns.exact]
-            decode(bits, count, seconds, *weight, *rest, threads, out)
-        elif static_columns is None:
-            prefill(bits, limit, mode == "elementwise", *weight, *rest, parts, out)
-        else:
-            wide, exact, apart, apart_start, marks = static_columns.arrays
-            high = np.empty((len(digits), apart.shape[1], TILE_ROWS, TILE_COLUMNS), np.int8)
-            columns = (wide, exact, tiles, start, apart, apart_start, scale)
-            static(bits, limit, mode == "hybrid", *columns, *rest, high, marks, parts, out)
-    return y if y.dtype == x.dtype else y.to(x.dtype)
+def _call_of(parts: list[Tensor], shape: tuple[int, int], static: StaticColumns | None) -> LinearCall:
+    """What every call of a weight has in common."""
+    tiles, scale, sums = parts[:3]
+    call = LinearCall(
+        weight=tiles.data_ptr(), scale=scale.data_ptr(), code_sums=sums.data_ptr(), outputs=shape[0], columns=shape[1]
+    )
+    if static is not None:
+        call.wide, call.wide_count, call.exact = static.wide.data_ptr(), len(static.wide), static.exact
+        call.apart, call.apart_sums = static.tiles.data_ptr(), static.code_sums.data_ptr()
+        call.marks = static.marks.data_ptr()
+    return call
+
+
+def _linear(library: Any, call: LinearCall, x: Tensor, bias: Tensor | None, threshold: float, mode: str) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty(x.shape[0], call.outputs, dtype=x.dtype)
+    if bias is not None:
+        bias = bias.detach().float().contiguous()
+        call.bias = bias.data_ptr()
+    call.out = out.data_ptr()
+    _set_input(call, x, threshold, mode)
+    units.check(library.q8_linear(byref(call)))
+    return out
+
+
+def _encode(
+    library: Any, call: LinearCall, x: Tensor, threshold: float, mode: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = x.contiguous()
+    low, high = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape, dtype=torch.int8)
+    scale, found = torch.empty(len(x)), torch.zeros(x.shape[1], dtype=torch.int32)
+    _set_input(call, x, threshold, mode)
+    units.check(library.q8_encode(byref(call), *(part.data_ptr() for part in (low, high, scale, found))))
+    return low, high, scale, found > 0
+
+
+def _set_input(call: LinearCall, x: Tensor, threshold: float, mode: str) -> None:
+    call.x, call.tokens, call.dtype = x.data_ptr(), x.shape[0], _DTYPES[x.dtype]
+    call.threshold, call.mode, call.threads = threshold, _MODES[mode], _threads()
+
+
+def _library(unit: Unit) -> Any:
+    """The kernels of a unit, on torch's threads."""
+    loaded = units.library(unit)
+    if unit not in _SHARING:
+        units.share_threads(loaded)
+        _SHARING.add(unit)
+    return loaded
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
 
 
 def _second_digits(codes: Tensor, absmax: Tensor, columns: Tensor, exact: Tensor) -> Tensor:
     """int8 [N, E]: what exact float16 [N, E] has beyond the codes of its columns, in 254ths of a step."""
     inverse = torch.where(absmax > 0, INT8_MAX / absmax, torch.zeros_like(absmax))[:, None]
-    rest = (exact.float() * inverse - codes[:, columns]) * DIGIT_BASE
+    rest = (exact.float() * inverse - codes[:, columns]) * _SECOND_DIGIT
     return rest.round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
-
-
-def _parts(digits: Array, tiles: Array, threads: int) -> int:
-    """How many parts the outputs of many tokens are divided into."""
-    if digits.size <= _HALF_A_CACHE:
-        return len(tiles)
-    return min(len(tiles), max(2 * threads, tiles.size // _PART_BYTES))
-
-
-class _Scratch(threading.local):
-    """What a thread keeps between calls: memory, as fresh pages cost more than filling them, and Numba's threads."""
-
-    def __init__(self) -> None:
-        self._digits = np.empty(0, np.int8)
-        self._threads = 0
-
-    def use_threads(self) -> int:
-        """Let Numba use as many threads as torch does, and say how many."""
-        threads: int = min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
-        if threads != self._threads:
-            set_num_threads(threads)
-            self._threads = threads
-        return threads
-
-    def digits(self, tiles: int, steps: int) -> Array:
-        """Room for activations, with anything in it."""
-        shape = (tiles, steps, TILE_ROWS, TILE_COLUMNS)
-        count = math.prod(shape)
-        if self._digits.size < count:
-            self._digits = np.empty(count, np.int8)
-        return self._digits[:count].reshape(shape)
-
-
-_SCRATCH = _Scratch()
 
 
 def _blocks(values: Tensor) -> Tensor:
     """A value for each output feature as [N / 32, 32], with zeros at the end."""
-    padded = torch.zeros(-(-len(values) // BLOCK), BLOCK, dtype=values.dtype)
+    padded = torch.zeros(-(-len(values) // BLOCK_N), BLOCK_N, dtype=values.dtype)
     padded.view(-1)[: len(values)] = values
     return padded
-
-
-def _bits_of(values: Tensor) -> Array:
-    """The bits of float32 or bfloat16 values, sharing their memory."""
-    bits: Array = values.view(torch.uint32 if values.dtype == torch.float32 else torch.uint16).numpy()
-    return bits

@@ -1,8 +1,8 @@
 """Q8_0, llama.cpp's int8 format: blocks of 32 weights of a row with one float16 scale, by llama.cpp's own rule.
 
 A block is 34 bytes: d, float16 little-endian, then 32 codes, int8. d = absmax / 127 in float32, codes are the weights
-times 1 / d rounded half away from zero, and only then is d rounded to float16. `gguf.quants` is the definition, and
-what computes where Numba is missing; the compiled loops equal it bit for bit.
+times 1 / d rounded half away from zero, and only then is d rounded to float16. `gguf.quants` is the definition; the
+kernels of cpu/weights.c equal it bit for bit.
 
 A searched scale is the d = absmax / level, of a few levels from 127 down, with which a block is read back with the
 least weighted squared error, summed as in `scales`. The level 127, llama.cpp's own, comes first and stays where errors
@@ -11,14 +11,12 @@ are equal.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from quantize8.ops import jit
-from quantize8.ops.jit import compiled
+from quantize8.ops import units
 from quantize8.ops.reference import INT8_MAX, Array, scale_of
 from quantize8.ops.scales import ScaleSearch, folded
+from quantize8.ops.units import pointer
 
 Q8_0 = "Q8_0"  # as llama.cpp names the type
 BLOCK = 32  # weights that share a scale
@@ -39,18 +37,11 @@ def quantize_rows(values: Array, search: ScaleSearch | None = None) -> Array:
     """
     blocks = values.reshape(-1, BLOCK)
     with np.errstate(all="ignore"):
-        if not jit.INSTALLED and search is None:
-            from gguf import GGMLQuantizationType, quants
-
-            packed: Array = quants.quantize(values, GGMLQuantizationType.Q8_0)
-            return packed
         packed, scales = np.empty((len(blocks), BLOCK_BYTES), np.uint8), scale_of(_absmax(blocks))
         if search is not None:
             scales = _searched(blocks, search.weights(values.shape[1]).reshape(-1, BLOCK))
-        if jit.INSTALLED:
-            _encode(blocks, _inverses(scales), packed)
-        else:
-            packed[:, _SCALE_BYTES:] = _codes(blocks, _inverses(scales)).astype(np.int8).view(np.uint8)
+        inverses = _inverses(scales)
+        units.library().q8_0_encode(pointer(blocks), pointer(inverses), len(blocks), pointer(packed))
         _put_scales(packed, scales)
     return packed.reshape(len(values), values.shape[1] // BLOCK * BLOCK_BYTES)
 
@@ -89,29 +80,21 @@ def row_errors(values: Array, packed: Array) -> tuple[Array, Array]:
     """The sum of squares of each row, and of its difference to what Q8_0 makes of it.
 
     Args: values, contiguous float32 [N, K]; packed uint8 [N, K // 32 * 34], as of `quantize_rows` or `carry_rows`.
-    Returns: two float64 [N]. Per row, 32 sums run down the blocks and are then added from left to right: one order
-    with and without Numba, and whatever rows come together.
+    Returns: two float64 [N]. Per row, 32 sums run down the blocks and are then added from left to right: one order,
+    whatever rows come together.
     """
     squares, errors = np.zeros((len(values), BLOCK)), np.zeros((len(values), BLOCK))
-    if jit.INSTALLED:
-        _add_squares(
-            values.reshape(len(values), values.shape[1] // BLOCK, BLOCK), packed, _scales(packed), squares, errors
-        )
-    else:
-        difference = values - dequantize_rows(packed)
-        for total, part in ((squares, values), (errors, difference)):
-            for block in np.moveaxis(part.reshape(len(part), part.shape[1] // BLOCK, BLOCK), 1, 0).astype(np.float64):
-                total += block * block
+    scales, blocks = _scales(packed), values.shape[1] // BLOCK
+    units.library().q8_0_add_squares(
+        *map(pointer, (values, packed, scales)), len(values), blocks, pointer(squares), pointer(errors)
+    )
     return np.cumsum(squares, axis=1)[:, -1], np.cumsum(errors, axis=1)[:, -1]
 
 
 def _absmax(blocks: Array) -> Array:
     """The largest magnitude of each block [B, 32]; NaN where it holds one."""
-    if not jit.INSTALLED:
-        absmax: Array = np.abs(blocks).max(axis=1, initial=0.0)
-        return absmax
     peaks = np.empty(len(blocks), np.uint32)
-    _peaks(blocks.view(np.uint32), peaks)
+    units.library().q8_0_peaks(pointer(blocks), len(blocks), pointer(peaks))
     return peaks.view(np.float32)
 
 
@@ -123,30 +106,36 @@ def _inverses(scales: Array) -> Array:
 
 def _searched(blocks: Array, weights: Array) -> Array:
     """The best scale float32 [B] of each block [B, 32], not yet rounded; weights are [K // 32, 32], for every row."""
-    scales: Array = _absmax(blocks) / _LEVELS[:, None]
-    inverses, stored = _inverses(scales), scales.astype("<f2").astype(np.float32)
-    best = np.zeros(len(blocks), np.int64)
-    if jit.INSTALLED:
-        _search(blocks, weights, inverses, stored, best)
-    else:
-        least = np.full(len(blocks), np.inf, np.float32)
-        for level in range(len(scales)):
-            difference = blocks - _codes(blocks, inverses[level]) * stored[level][:, None]
-            terms = (difference * difference).reshape(-1, *weights.shape) * weights
-            errors = folded(terms).reshape(-1)
-            best[errors < least] = level
-            least = np.fmin(errors, least)
+    scales, inverses, stored = _candidates(blocks)
+    best, weights = np.zeros(len(blocks), np.int64), np.ascontiguousarray(weights)
+    units.library().q8_0_search(
+        pointer(blocks), len(blocks), pointer(weights), len(weights), pointer(inverses), pointer(stored), len(scales),
+        pointer(best),
+    )  # fmt: skip
     chosen: Array = scales[best, np.arange(len(blocks))]
     return chosen
 
 
-def _codes(blocks: Array, inverses: Array) -> Array:
-    """Codes of blocks [B, 32] as float32."""
-    scaled = blocks * inverses[:, None]
-    magnitudes = np.abs(scaled)
-    whole = np.floor(magnitudes)
-    codes: Array = np.copysign(whole + (magnitudes - whole >= np.float32(0.5)), scaled)
-    return codes
+def search_scales(blocks: Array, weights: Array) -> Array:
+    """The definition of the search, slow: the scale float32 [B] of each block [B, 32]; weights are [K // 32, 32]."""
+    scales, inverses, stored = _candidates(blocks)
+    best, least = np.zeros(len(blocks), np.int64), np.full(len(blocks), np.inf, np.float32)
+    for level in range(len(scales)):
+        magnitudes = np.abs(blocks * inverses[level][:, None])
+        whole = np.floor(magnitudes)
+        codes = whole + (magnitudes - whole >= np.float32(0.5))  # half away from zero
+        difference = np.abs(blocks) - codes * stored[level][:, None]
+        errors = folded((difference * difference).reshape(-1, *weights.shape) * weights).reshape(-1)
+        best[errors < least] = level
+        least = np.fmin(errors, least)
+    chosen: Array = scales[best, np.arange(len(blocks))]
+    return chosen
+
+
+def _candidates(blocks: Array) -> tuple[Array, Array, Array]:
+    """Scales of each level and block [L, B], their inverses, and what is stored of them."""
+    scales: Array = np.ascontiguousarray(_absmax(blocks) / _LEVELS[:, None])
+    return scales, _inverses(scales), scales.astype("<f2").astype(np.float32)
 
 
 def _scales(packed: Array) -> Array:
@@ -158,65 +147,3 @@ def _scales(packed: Array) -> Array:
 
 def _put_scales(packed: Array, scales: Array) -> None:
     packed[..., :_SCALE_BYTES] = np.ascontiguousarray(scales.astype("<f2"))[..., None].view(np.uint8)
-
-
-@compiled(nogil=True)
-def _peaks(blocks: Any, peaks: Any) -> None:
-    """The bits of the largest magnitude of each block, given by its bits [B, 32]; NaN where it holds one."""
-    for b in range(len(blocks)):
-        peak, block = np.uint32(0), blocks[b]
-        for k in range(BLOCK):
-            peak = max(peak, block[k] & np.uint32(0x7FFFFFFF))
-        peaks[b] = peak
-
-
-@compiled(nogil=True)
-def _encode(blocks: Any, inverses: Any, packed: Any) -> None:
-    """Codes of blocks float32 [B, 32] behind the place of the scale in `packed` [B, 34]."""
-    for b in range(len(blocks)):
-        block, code, inverse = blocks[b], packed[b], inverses[b]
-        for k in range(BLOCK):
-            scaled = block[k] * inverse
-            magnitude = abs(scaled)
-            whole = np.int32(magnitude)
-            number = whole + np.int32(magnitude - np.float32(whole) >= np.float32(0.5))  # adding 0.5 could round up
-            code[2 + k] = np.uint8(np.int32(-number if scaled < 0 else number))
-
-
-@compiled(nogil=True)
-def _search(blocks: Any, weights: Any, inverses: Any, stored: Any, best: Any) -> None:
-    """The number of each block's best level of L; inverses and stored scales are [L, B]."""
-    terms = np.empty(BLOCK, np.float32)
-    for b in range(len(blocks)):
-        block, weight, least = blocks[b], weights[b % len(weights)], np.float32(np.inf)
-        for level in range(len(stored)):
-            inverse, scale = inverses[level, b], stored[level, b]
-            for k in range(BLOCK):
-                magnitude = abs(block[k] * inverse)
-                whole = np.floor(magnitude)
-                number = whole + np.float32(magnitude - whole >= np.float32(0.5))
-                difference = abs(block[k]) - number * scale
-                terms[k] = weight[k] * (difference * difference)
-            for k in range(16):  # as `folded` does, with lengths that a compiler knows
-                terms[k] += terms[16 + k]
-            for k in range(8):
-                terms[k] += terms[8 + k]
-            for k in range(4):
-                terms[k] += terms[4 + k]
-            error = (terms[0] + terms[2]) + (terms[1] + terms[3])
-            if error < least:
-                best[b], least = level, error
-
-
-@compiled(nogil=True)
-def _add_squares(values: Any, packed: Any, scales: Any, squares: Any, errors: Any) -> None:
-    """See `row_errors`."""
-    for n in range(len(values)):
-        square, error, row = squares[n], errors[n], packed[n]
-        for b in range(values.shape[1]):
-            block, code, scale = values[n, b], row[b * 34 + 2 : b * 34 + 34], scales[n, b]
-            for k in range(BLOCK):
-                value = block[k]
-                difference = value - np.float32(np.int8(code[k])) * scale
-                square[k] += np.float64(value) * np.float64(value)
-                error[k] += np.float64(difference) * np.float64(difference)

@@ -69,7 +69,7 @@ def kernels_for_layers(monkeypatch) -> EmulatedGpu:
     emulated = EmulatedGpu(order=3)
     monkeypatch.setattr(gpu, "gpu_of", lambda index: emulated)
     monkeypatch.setattr(cpu, "linear", gpu.linear)
-    monkeypatch.setattr(linear, "has_int8_unit", lambda columns: False)
+    monkeypatch.setattr(linear.Int8Linear, "_packs_for", lambda self, x: False)
     return emulated
 
 

@@ -1,0 +1,141 @@
+"""Compile the CPU kernels: one library for each unit of the target's architecture, into quantize8/cpu.
+
+`pip install` runs this (it is the build hook in pyproject.toml). In a clone, `python cpu/build.py` does the same. The
+compiler is $CC, or else cc, gcc or clang; where there is none, pip fetches Zig's from PyPI for the build (`ziglang`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+SOURCES = Path(__file__).resolve().parent
+OUT = SOURCES.parent / "quantize8" / "cpu"
+# no option that changes a result: fused operations are written as such, and no code looks at errno or exceptions
+_FLOATS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = ["-std=gnu11", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-psabi", *_FLOATS]
+_X86 = ("x86_64", "AMD64")
+_V3, _V4 = "-march=x86-64-v3", "-march=x86-64-v4"
+# unit: the machines it is for, and what the compiler may use
+UNITS: dict[str, tuple[tuple[str, ...], list[str]]] = {
+    "generic": ((), []),
+    "avx2": (_X86, [_V3]),
+    "avxvnni": (_X86, [_V3, "-mavxvnni"]),
+    "avx512vnni": (_X86, [_V4, "-mavx512vnni"]),
+    "amx": (_X86, [_V4, "-mavx512vnni", "-mamx-tile", "-mamx-int8"]),
+    "neon-dotprod": (("aarch64", "arm64", "ARM64"), ["-march=armv8.2-a+dotprod"]),
+    "neon-i8mm": (("aarch64", "arm64", "ARM64"), ["-march=armv8.2-a+dotprod+i8mm"]),
+}
+
+
+def library_name(unit: str) -> str:
+    """The file of a unit's library, as the system's loader wants it."""
+    return f"{unit}.{'dll' if sys.platform == 'win32' else 'so'}"
+
+
+def units_of(machine: str) -> list[str]:
+    """The units of an architecture, as platform.machine() names it."""
+    return [unit for unit, (machines, _) in UNITS.items() if not machines or machine in machines]
+
+
+def find_compiler() -> list[str] | None:
+    """The command of a C compiler; None where there is none."""
+    if named := os.environ.get("CC"):
+        return shlex.split(named)
+    for name in ("cc", "gcc", "clang"):
+        if path := shutil.which(name):
+            return [path]
+    try:
+        import ziglang  # noqa: F401
+    except ImportError:
+        return None
+    return [sys.executable, "-m", "ziglang", "cc"]
+
+
+def compile_unit(unit: str, out: Path, compiler: list[str], extra: list[str] | None = None) -> None:
+    """Compile the library of a unit; raises CalledProcessError with what the compiler said."""
+    sources = [SOURCES / name for name in ("weights.c", "linear.c", "threads.c")]
+    if unit == "generic":
+        sources.append(SOURCES / "detect.c")
+    define = f"-DUNIT_{unit.upper().replace('-', '_')}"
+    libraries = [] if sys.platform == "win32" else ["-lm", "-lpthread"]
+    command = [
+        *compiler,
+        *FLAGS,
+        define,
+        *UNITS[unit][1],
+        *(extra or []),
+        *map(str, sources),
+        "-o",
+        str(out),
+        *libraries,
+    ]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def digest(machine: str) -> str:
+    """Of all that decides the libraries' bytes, but for the compiler's version."""
+    files = [*sorted(SOURCES.glob("*.[ch]")), SOURCES / "build.py"]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files) + machine.encode()).hexdigest()
+
+
+def build(machine: str | None = None) -> list[Path]:
+    """Compile what is not up to date; the libraries. Exits with one line where that is impossible."""
+    machine = machine or platform.machine()
+    made = [OUT / library_name(unit) for unit in units_of(machine)]
+    stamp, wanted = OUT / "digest", digest(machine)
+    if stamp.is_file() and stamp.read_text() == wanted and all(path.is_file() for path in made):
+        return made
+    compiler = find_compiler()
+    if compiler is None:
+        sys.exit("cpu/build.py: no C compiler found; install gcc or clang, or `pip install ziglang`, or set CC")
+    OUT.mkdir(exist_ok=True)
+    stamp.unlink(missing_ok=True)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda path: compile_unit(path.stem, path, compiler), made))
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"cpu/build.py: {shlex.join(error.cmd)} failed:\n{error.stderr}")
+    stamp.write_text(wanted)
+    return made
+
+
+try:
+    from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+except ImportError:  # run as a script
+    pass
+else:
+
+    class CpuKernels(BuildHookInterface):  # type: ignore[type-arg]
+        """What hatchling runs before it packs a wheel, or makes an editable install."""
+
+        def dependencies(self) -> list[str]:
+            """Zig's compiler, where the system has none."""
+            return [] if find_compiler() else ["ziglang>=0.13"]
+
+        def initialize(self, version: str, build_data: dict[str, object]) -> None:
+            """Compile, and have the wheel named after the platform."""
+            if self.target_name == "wheel":
+                build()
+                build_data.update(
+                    pure_python=False,
+                    tag=f"py3-none-{_platform_tag()}",
+                    artifacts=[f"quantize8/cpu/{library_name('*')}"],
+                )
+
+
+def _platform_tag() -> str:
+    import sysconfig
+
+    return sysconfig.get_platform().replace("-", "_").replace(".", "_")
+
+
+if __name__ == "__main__":
+    print(*build(), sep="\n")

@@ -1,0 +1,231 @@
+/* Passes over a weight while it is converted: scales, codes and statistics of its rows, and Q8_0 blocks.
+ *
+ * Each equals its definition in quantize8/ops (reference.py, scales.py, q8_0.py) bit for bit. A row is read into
+ * float32 once and stays in the nearest cache. Callers run one thread a tensor, so nothing here is parallel.
+ */
+#include "quantize8.h"
+
+#define OUTLIER_SIGMAS 6       /* a weight beyond 6 standard deviations of its row is an outlier of its column */
+#define STATS_TILE_ROWS 64     /* column sums run in float32 over 64 rows, and in float64 over such tiles */
+#define INT32_SQUARES 131072   /* codes whose squares an int32 can sum */
+
+static float row_absmax(const float *row, int64_t columns) {
+  /* rounding keeps the order of numbers, so only the largest has to be rounded */
+  float absmax = round_to_half(as_float(largest_magnitude(row, columns)));
+  return absmax < INFINITY ? absmax : INFINITY;
+}
+
+static void encode_row(const float *row, int64_t columns, float absmax, int8_t *codes) {
+  if (absmax == 0 || absmax == INFINITY) {
+    memset(codes, 0, (size_t)columns);
+    return;
+  }
+  float inverse = 1.0f / absmax * (float)INT8_MAX_CODE;
+  for (int64_t k = 0; k < columns; k++) {
+    float scaled = round_to_half(row[k]) * inverse;
+    scaled = scaled < -127.0f ? -127.0f : scaled;
+    scaled = scaled > 127.0f ? 127.0f : scaled;
+    codes[k] = (int8_t)as_bits(scaled + ROUNDER);
+  }
+}
+
+static int64_t sum_of_squares(const int8_t *codes, int64_t columns) {
+  int64_t total = 0;
+  for (int64_t first = 0; first < columns; first += INT32_SQUARES) {
+    int64_t last = first + INT32_SQUARES < columns ? first + INT32_SQUARES : columns;
+    int32_t squares = 0;
+    for (int64_t k = first; k < last; k++) squares += (int32_t)codes[k] * codes[k];
+    total += squares;
+  }
+  return total;
+}
+
+/* Sums down the columns of up to STATS_TILE_ROWS rows, float32 [K] and int32 [K]. */
+struct tile_sums {
+  float *squares, *errors, *peaks;
+  int32_t *counts;
+};
+
+static void add_row(const float *row, const int8_t *codes, int64_t columns, float absmax, struct tile_sums sums) {
+  float scale = absmax / (float)INT8_MAX_CODE;
+  /* q^2 K > 36 sum q^2, with one division a row: q^2 is an integer, so rounding down changes nothing */
+  int32_t limit = (int32_t)(OUTLIER_SIGMAS * OUTLIER_SIGMAS * sum_of_squares(codes, columns) / columns);
+  float *restrict squares = sums.squares, *restrict errors = sums.errors, *restrict peaks = sums.peaks;
+  int32_t *restrict counts = sums.counts;
+  for (int64_t k = 0; k < columns; k++) {
+    int32_t code = codes[k];
+    float value = row[k], error = value - (float)code * scale, magnitude = fabsf(value);
+    squares[k] += value * value;
+    errors[k] += error * error;
+    counts[k] += code * code > limit;
+    peaks[k] = magnitude > peaks[k] ? magnitude : peaks[k];
+  }
+}
+
+/* Codes int8 [N, K] and absmax [N] of a weight [N, K]; statistics of its columns are added to float32 and float64 [K],
+ * int64 [K]. `chosen`: absmax is given. Returns -1 where memory is short. */
+EXPORT int q8_quantize_rows(int dtype, const void *weight, int64_t rows, int64_t columns, int chosen, int8_t *codes,
+                            float *absmax, float *column_absmax, double *sum_square, double *sum_error,
+                            int64_t *outliers) {
+  float *work = calloc((size_t)columns * 5, 4);
+  if (!work) return -1;
+  struct tile_sums sums = {work, work + columns, work + 2 * columns, (int32_t *)(work + 3 * columns)};
+  for (int64_t n = 0; n < rows; n++) {
+    const float *row = read_row(dtype, row_of(dtype, weight, n, columns), columns, work + 4 * columns);
+    int8_t *code = codes + n * columns;
+    if (!chosen) absmax[n] = row_absmax(row, columns);
+    encode_row(row, columns, absmax[n], code);
+    add_row(row, code, columns, absmax[n], sums);
+    if ((n + 1) % STATS_TILE_ROWS && n + 1 < rows) continue;
+    for (int64_t k = 0; k < columns; k++) {
+      sum_square[k] += (double)sums.squares[k];
+      sum_error[k] += (double)sums.errors[k];
+      outliers[k] += sums.counts[k];
+      column_absmax[k] = sums.peaks[k] > column_absmax[k] ? sums.peaks[k] : column_absmax[k];
+    }
+    memset(work, 0, (size_t)columns * 16);
+  }
+  free(work);
+  return 0;
+}
+
+/* Whether all numbers are neither NaN nor infinite. */
+EXPORT int q8_all_finite(int dtype, const void *values, int64_t count) {
+  float part[1024];
+  for (int64_t first = 0; first < count; first += 1024) {
+    int64_t here = count - first < 1024 ? count - first : 1024;
+    const float *row = read_row(dtype, row_of(dtype, values, 1, first), here, part);
+    if (largest_magnitude(row, here) >= INFINITY_BITS) return 0;
+  }
+  return 1;
+}
+
+/* terms[0] = the sum of terms, in halves as scales.folded: the second half is added to the first until one is left. */
+static float fold(float *restrict terms, int64_t count) {
+  while (count > 1) {
+    int64_t half = (count + 1) / 2;
+    for (int64_t k = 0; k < count - half; k++) terms[k] += terms[half + k];
+    count = half;
+  }
+  return terms[0];
+}
+
+/* The weighted squared error of a row with an absmax; terms is room for K numbers. */
+static float row_error(const float *values, int64_t columns, float absmax, const float *weights, float *restrict terms) {
+  float inverse = 1.0f / absmax * (float)INT8_MAX_CODE, scale = absmax / (float)INT8_MAX_CODE;
+  for (int64_t k = 0; k < columns; k++) {
+    float scaled = values[k] * inverse;
+    scaled = scaled < -127.0f ? -127.0f : scaled;
+    scaled = scaled > 127.0f ? 127.0f : scaled;
+    float difference = values[k] - ((scaled + ROUNDER) - ROUNDER) * scale;
+    terms[k] = weights[k] * (difference * difference);
+  }
+  return fold(terms, columns);
+}
+
+/* scales.search_absmax: absmax [N] of a weight [N, K], for weights and kept float32 [K] and clips float32 [clip_count],
+ * the first of them 1. Returns -1 where memory is short. */
+EXPORT int q8_search_rows(int dtype, const void *weight, int64_t rows, int64_t columns, const float *weights,
+                          const float *kept, const float *clips, int clip_count, float least_scale, float *absmax) {
+  float *work = malloc((size_t)columns * 12);
+  if (!work) return -1;
+  float *values = work, *terms = work + columns, *others = work + 2 * columns;
+  int all_kept = 1;
+  for (int64_t k = 0; k < columns; k++) {
+    others[k] = weights[k] * kept[k];
+    all_kept &= kept[k] > 0;
+  }
+  for (int64_t n = 0; n < rows; n++) {
+    const float *row = read_row(dtype, row_of(dtype, weight, n, columns), columns, values);
+    float peak = absmax[n] = row_absmax(row, columns), lowest = 0;
+    if (peak == 0 || peak == INFINITY) continue;
+    for (int64_t k = 0; k < columns; k++) {
+      values[k] = round_to_half(row[k]);
+      float needed = fabsf(values[k]) * (1.0f - kept[k]) * least_scale;
+      lowest = needed > lowest ? needed : lowest;
+    }
+    float limit = row_error(values, columns, peak, weights, terms);
+    float least = all_kept ? limit : row_error(values, columns, peak, others, terms);
+    for (int c = 1; c < clip_count; c++) {
+      float candidate = round_to_half(clips[c] * peak);
+      if (candidate == 0 || candidate >= peak || candidate < lowest) continue;
+      float error = row_error(values, columns, candidate, others, terms);
+      if (error < least && (all_kept || row_error(values, columns, candidate, weights, terms) <= limit)) {
+        absmax[n] = candidate;
+        least = error;
+      }
+    }
+  }
+  free(work);
+  return 0;
+}
+
+/* ---- Q8_0: blocks of 32 weights with one float16 scale, 34 bytes (ops/q8_0.py) ---- */
+
+#define Q8_0_BLOCK 32
+#define Q8_0_BYTES 34
+
+/* The bits of the largest magnitude of each block [B, 32]; NaN's where it holds one. */
+EXPORT void q8_0_peaks(const float *blocks, int64_t count, uint32_t *peaks) {
+  for (int64_t b = 0; b < count; b++) peaks[b] = largest_magnitude(blocks + b * Q8_0_BLOCK, Q8_0_BLOCK);
+}
+
+/* Codes of blocks [B, 32] behind the place of the scale in packed [B, 34], rounded half away from zero. */
+EXPORT void q8_0_encode(const float *blocks, const float *inverses, int64_t count, uint8_t *packed) {
+  for (int64_t b = 0; b < count; b++) {
+    const float *block = blocks + b * Q8_0_BLOCK;
+    float inverse = inverses[b];
+    uint8_t codes[Q8_0_BLOCK];
+    for (int k = 0; k < Q8_0_BLOCK; k++) {
+      float scaled = block[k] * inverse, magnitude = fabsf(scaled);
+      int32_t whole = magnitude < 1e9f ? (int32_t)magnitude : 0;        /* a block that is not finite has no codes */
+      whole += magnitude - (float)whole >= 0.5f && magnitude < 1e9f;    /* adding 0.5 first could round up */
+      codes[k] = (uint8_t)(scaled < 0 ? -whole : whole);
+    }
+    memcpy(packed + b * Q8_0_BYTES + 2, codes, Q8_0_BLOCK);
+  }
+}
+
+/* The number of each block's best level of L: inverses and stored scales are [L, B], weights [W, 32], repeated. */
+EXPORT void q8_0_search(const float *blocks, int64_t count, const float *weights, int64_t weight_count,
+                        const float *inverses, const float *stored, int64_t levels, int64_t *best) {
+  for (int64_t b = 0; b < count; b++) {
+    const float *block = blocks + b * Q8_0_BLOCK, *weight = weights + b % weight_count * Q8_0_BLOCK;
+    float least = INFINITY;
+    for (int64_t level = 0; level < levels; level++) {
+      float inverse = inverses[level * count + b], scale = stored[level * count + b], terms[Q8_0_BLOCK];
+      for (int k = 0; k < Q8_0_BLOCK; k++) {
+        float magnitude = fabsf(block[k] * inverse), whole = floorf(magnitude);
+        float code = whole + (magnitude - whole >= 0.5f ? 1.0f : 0.0f), difference = fabsf(block[k]) - code * scale;
+        terms[k] = weight[k] * (difference * difference);
+      }
+      for (int k = 0; k < 16; k++) terms[k] += terms[16 + k]; /* as `fold` does, with lengths that a compiler knows */
+      for (int k = 0; k < 8; k++) terms[k] += terms[8 + k];
+      for (int k = 0; k < 4; k++) terms[k] += terms[4 + k];
+      float error = (terms[0] + terms[2]) + (terms[1] + terms[3]);
+      if (error < least) {
+        best[b] = level;
+        least = error;
+      }
+    }
+  }
+}
+
+/* squares and errors float64 [N, 32] += the squares of values [N, B, 32], and of their differences to packed ones;
+ * scales float32 [N, B]. */
+EXPORT void q8_0_add_squares(const float *values, const uint8_t *packed, const float *scales, int64_t rows,
+                             int64_t blocks, double *squares, double *errors) {
+  for (int64_t n = 0; n < rows; n++) {
+    double *restrict square = squares + n * Q8_0_BLOCK, *restrict error = errors + n * Q8_0_BLOCK;
+    for (int64_t b = 0; b < blocks; b++) {
+      const float *block = values + (n * blocks + b) * Q8_0_BLOCK;
+      const int8_t *codes = (const int8_t *)packed + (n * blocks + b) * Q8_0_BYTES + 2;
+      float scale = scales[n * blocks + b];
+      for (int k = 0; k < Q8_0_BLOCK; k++) {
+        float difference = block[k] - (float)codes[k] * scale;
+        square[k] += (double)block[k] * block[k];
+        error[k] += (double)difference * difference;
+      }
+    }
+  }
+}

@@ -1,0 +1,119 @@
+"""The Arm units under an emulator: the same integers, and prefill and decode to the bit as on this machine's unit.
+
+It takes qemu-user and a compiler for aarch64 (Debian: qemu-user-static and gcc-aarch64-linux-gnu, or PyPI: ziglang),
+and tells of bits, not of times.
+"""
+
+import importlib.util
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from quantize8.ops import reference, units
+from quantize8.ops.packed import _DTYPES, _MODES, PackedWeight, _second_digits
+
+HERE = Path(__file__).parent
+UNITS = {"generic": [], "neon-dotprod": ["-march=armv8.2-a+dotprod"], "neon-i8mm": ["-march=armv8.2-a+dotprod+i8mm"]}
+NATIVE = platform.machine() in ("aarch64", "arm64")
+EMULATOR = (
+    [] if NATIVE else [path for name in ("qemu-aarch64-static", "qemu-aarch64") if (path := shutil.which(name))][:1]
+)
+GCC = shutil.which("aarch64-linux-gnu-gcc") or (shutil.which("cc") if NATIVE else None)
+ZIG = importlib.util.find_spec("ziglang") is not None
+
+pytestmark = [
+    pytest.mark.skipif(not (NATIVE or EMULATOR), reason="qemu-user is not installed: the Arm units do not run here"),
+    pytest.mark.skipif(not (GCC or ZIG), reason="no compiler for aarch64: install gcc-aarch64-linux-gnu or ziglang"),
+]
+
+
+@pytest.fixture(scope="module", params=UNITS)
+def driver(request, tmp_path_factory) -> tuple[str, list[str]]:
+    """A unit, and the command of a program that has it compiled in."""
+    path = tmp_path_factory.mktemp("arm") / request.param
+    compiler = [GCC] if GCC else [sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-musl"]
+    define = f"-DUNIT_{request.param.upper().replace('-', '_')}"
+    flags = ["-std=gnu11", "-O2", "-ffp-contract=off", "-static", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+    command = [
+        *compiler,
+        *flags,
+        define,
+        *UNITS[request.param],
+        str(HERE / "driver.c"),
+        "-o",
+        str(path),
+        "-lm",
+        "-lpthread",
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    return request.param, [*EMULATOR, *(["-cpu", "max"] if EMULATOR else []), str(path)]
+
+
+def numpy_of(x: torch.Tensor) -> np.ndarray:
+    return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mode", ["dynamic", "elementwise", "static", "hybrid"])
+@pytest.mark.parametrize("shape", [(3, 45, 131), (16, 33, 64), (17, 70, 577), (70, 64, 200)], ids=str)
+def test_an_arm_unit_computes_what_this_machines_does(shape, mode, dtype, driver, tmp_path):
+    unit, command = driver
+    tokens, rows, columns = shape
+    random = np.random.default_rng(tokens)
+    values = random.standard_t(3, (rows, columns)).astype(np.float32)
+    values[rows // 2] = 0
+    codes, absmax = reference.quantize_rowwise(values)
+    x = torch.from_numpy(random.normal(size=(tokens, columns)).astype(np.float32) * random.choice([1, 30], columns))
+    x = x.to(dtype)
+    x_codes = random.integers(-127, 128, (tokens, columns)).astype(np.int8)
+    x_codes[0], codes[0] = 127, -127
+    wide, exact = np.zeros(0, np.int64), np.zeros((rows, 0), np.float16)
+    weight = [torch.from_numpy(codes), torch.from_numpy(absmax)]
+    if mode in reference.STATIC_MODES:
+        wide = random.permutation(columns)[:9].astype(np.int64)
+        exact = values[:, wide[:4]].astype(np.float16)
+    second = _second_digits(*weight, torch.from_numpy(wide[: exact.shape[1]]), torch.from_numpy(exact)).numpy()
+    static = (torch.from_numpy(wide), torch.from_numpy(exact)) if mode in reference.STATIC_MODES else ()
+    packed = PackedWeight(*weight, None, *static)
+
+    header = np.array([tokens, rows, columns, len(wide), exact.shape[1], _DTYPES[dtype], _MODES[mode], 2], np.int64)
+    parts = [
+        header,
+        np.float32(6.0),
+        codes,
+        packed.scale.numpy(),
+        numpy_of(x),
+        x_codes,
+        wide,
+        codes[:, wide],
+        second,
+        values,
+    ]
+    (tmp_path / "case").write_bytes(b"".join(np.ascontiguousarray(part).tobytes() for part in parts))
+    subprocess.run([*command, str(tmp_path / "case"), str(tmp_path / "result")], check=True, timeout=60)
+
+    result, size = (tmp_path / "result").read_bytes(), tokens * rows
+    sums_at = size * x.element_size()
+    y = torch.frombuffer(bytearray(result[:sums_at]), dtype=dtype).view(tokens, rows)
+    sums = np.frombuffer(result, np.int32, size, sums_at).reshape(tokens, rows)
+    codes_at = sums_at + 4 * size
+    found = np.frombuffer(result, np.int8, rows * columns, codes_at).reshape(rows, columns)
+    peaks = np.frombuffer(result, np.float32, rows, codes_at + rows * columns)
+    has = int(np.frombuffer(result, np.int32, 1, codes_at + rows * columns + 4 * rows)[0])
+
+    np.testing.assert_array_equal(sums, reference.int8_matmul(x_codes, codes))
+    np.testing.assert_array_equal(found[1:], codes[1:])
+    np.testing.assert_array_equal(peaks, absmax)
+    assert has & units._BITS["neon-dotprod"] or NATIVE
+    expected = packed.linear(x, None, 6.0, mode)
+    if tokens <= reference.DECODE_TOKENS and (unit == "generic") != (units.chosen() in ("avx2", "generic")):
+        torch.testing.assert_close(y, expected, rtol=1e-2 if dtype != torch.float32 else 1e-4, atol=1e-4)
+    else:
+        assert torch.equal(y, expected)
