@@ -8,14 +8,22 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from quantize8.ops import units
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "bitsandbytes", "compressed-tensors", "xllamacpp", "ctranslate2", "numpy")
+
+
+AVX2_ONLY = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+SLOW = 4.0  # seconds that a variant may take in all rounds together,
+MEDIAN_OF = 3  # but for so many calls
 
 
 def about_machine() -> dict[str, Any]:
@@ -28,14 +36,19 @@ def about_machine() -> dict[str, Any]:
             versions[name] = "not installed"
     command = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    units = [name for name in ("avx2", "avx512f", "avx512_vnni", "amx_int8") if name in flags]
     return {
-        "machine": f"{os.cpu_count()} processors, {platform.machine()}, {', '.join(units)}",
+        "machine": f"{os.cpu_count()} processors, {platform.machine()}, {', '.join(units.available())}",
+        "unit": units.chosen(),
         "versions": versions,
         "commit": commit or "unknown",
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def hold_torch_to_unit(module: str) -> None:
+    """Where a unit without AVX-512 is forced, run the module again with torch held to AVX2, as on such a processor."""
+    if units.chosen() in ("avx2", "avxvnni") and not AVX2_ONLY.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], os.environ | AVX2_ONLY)
 
 
 def has(package: str) -> bool:
@@ -47,16 +60,22 @@ def has(package: str) -> bool:
 
 
 def interleaved(variants: dict[str, Callable[[int], Any]], rounds: int, warm: int = 2) -> dict[str, dict[str, float]]:
-    """Seconds of each variant, called in turn with the number of the round: median, and the middle half's range."""
+    """Seconds of each variant, called in turn with the number of the round: median, and the middle half's range.
+
+    One that takes longer than SLOW in all is called less often.
+    """
     for call in variants.values():
+        start = time.perf_counter()
         for round_ in range(warm):
-            call(round_)
+            if time.perf_counter() - start < SLOW / 4:
+                call(round_)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for round_ in range(rounds):
         for name, call in variants.items():
-            start = time.perf_counter()
-            call(round_)
-            seconds[name].append(time.perf_counter() - start)
+            if sum(seconds[name]) < SLOW or len(seconds[name]) < MEDIAN_OF:
+                start = time.perf_counter()
+                call(round_)
+                seconds[name].append(time.perf_counter() - start)
     return {name: spread(values) for name, values in seconds.items()}
 
 

@@ -63,6 +63,17 @@ def smollm2_int8(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
+@pytest.fixture(autouse=True)
+def an_exact_product_for_cublas() -> Iterator[None]:
+    """On a CPU torch._int_mm is a scalar loop, or saturates, unless the processor has AVX512-VNNI."""
+    with pytest.MonkeyPatch.context() as patch:
+        if gpu := sys.modules.get("quantize8.ops.gpu"):
+            from quantize8.ops import cpu
+
+            patch.setattr(gpu, "_int_mm", lambda a, b: cpu.int8_matmul(a, b.t()))
+        yield
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     """A hub on this machine (hub_server.Hub) with one model, org/tiny, which also has files that nobody needs."""

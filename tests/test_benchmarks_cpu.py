@@ -21,8 +21,33 @@ def test_spread_is_the_middle_of_the_runs():
 def test_linear_layers_are_timed_side_by_side():
     rows = linear_cpu.measure(64, 200, (1, 20), rounds=2)
     assert [row["M"] for row in rows] == [1, 20]
-    assert all({"bf16", "quantize8"} <= set(row["seconds"]) for row in rows)
-    assert re.fullmatch(r"64 x 200, M 1: bf16 .* ms \(1\.00x\), quantize8 .*x\).*", linear_cpu.line(rows[0]))
+    assert all({"float32", "bfloat16", "quantize8, float32"} <= set(row["seconds"]) for row in rows)
+    assert re.fullmatch(
+        r"64 x 200, M 1: float32 [\d.]+ ms, quantize8, float32 .*: [\d.]+ / [\d.]+.*", linear_cpu.line(rows[0])
+    )
+
+
+def test_a_forced_unit_without_avx512_holds_torch_to_avx2(monkeypatch):
+    runs = []
+    for name in cpu.AVX2_ONLY:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cpu.os, "execve", lambda *given: runs.append(given))
+    for unit in ("amx", "avx2"):
+        monkeypatch.setattr(cpu.units, "chosen", lambda unit=unit: unit)
+        cpu.hold_torch_to_unit("benchmarks.linear_cpu")
+    ((_, command, environment),) = runs
+    assert command[1:3] == ["-m", "benchmarks.linear_cpu"] and environment["MKL_ENABLE_INSTRUCTIONS"] == "AVX2"
+    for name, value in cpu.AVX2_ONLY.items():
+        monkeypatch.setenv(name, value)
+    cpu.hold_torch_to_unit("benchmarks.linear_cpu")
+    assert len(runs) == 1
+
+
+def test_a_slow_variant_is_called_less_often(monkeypatch):
+    monkeypatch.setattr(cpu, "SLOW", 0.0)
+    calls = {"slow": 0}
+    cpu.interleaved({"slow": lambda _: calls.update(slow=calls["slow"] + 1)}, rounds=9, warm=2)
+    assert calls["slow"] == cpu.MEDIAN_OF
 
 
 def test_conversions_are_timed_as_processes(tmp_path, monkeypatch):
@@ -46,11 +71,13 @@ def test_a_model_is_timed_beside_its_source(tmp_path, monkeypatch):
 
 def test_the_documented_tables_are_the_results():
     page = (ROOT / "docs" / "benchmarks.md").read_text()
-    for row in json.loads((RESULTS / "linear-cpu.json").read_text())["rows"]:
-        seconds = {name: each["median"] for name, each in row["seconds"].items()}
-        line = next(each for each in page.splitlines() if each.startswith(f"| {row['N']} x {row['K']} |"))
-        cell = f"{seconds['bf16'] / seconds['quantize8']:.2f} / {seconds['bitsandbytes'] / seconds['quantize8']:.1f}"
-        assert cell == line.split("|")[2 + linear_cpu.TOKENS.index(row["M"])].strip()
+    results = sorted(RESULTS.glob("linear-cpu-*.json"))
+    assert {"linear-cpu-avx2", "linear-cpu-amx"} <= {path.stem for path in results}
+    for path in results:
+        unit = path.stem.removeprefix("linear-cpu-")
+        for row in json.loads(path.read_text())["rows"]:
+            line = next(each for each in page.splitlines() if each.startswith(f"| {unit}, {row['N']} x {row['K']} |"))
+            assert linear_cpu.cell(row) == line.split("|")[2 + linear_cpu.TOKENS.index(row["M"])].strip()
     for row in json.loads((RESULTS / "convert.json").read_text())["rows"]:
         assert f"| {row['what']}, {row['cache']} | {row['seconds']['median']:.2f} s |" in page
     for row in json.loads((RESULTS / "model-cpu.json").read_text())["rows"]:

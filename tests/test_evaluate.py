@@ -241,6 +241,7 @@ def test_smollm2_loses_what_llm_int8_loses(smollm2_int8, smollm2_gguf):
     assert agreement.perplexity.value == pytest.approx(22.113, abs=0.01)
     assert found.perplexity.value == pytest.approx(22.6, abs=0.15)
     assert agreement.kl.mean == pytest.approx(0.014, abs=0.001) and 0.92 < agreement.top1 < 0.95
-    assert agreement.kl.p99 == pytest.approx(0.082, abs=0.006)  # the 20th largest: 0.079 to 0.084 by the last bits
+    # the 20th largest of the tokens: 0.079 to 0.095 by the last bits of float sums
+    assert agreement.kl.p99 == pytest.approx(0.085, abs=0.015)
     assert agreement.ratio.low > 1 and agreement.ratio.high < 1.05
     assert len(agreement.layers) == 30 and all(0.01 < value < 0.1 for value in agreement.layers.values())

@@ -30,6 +30,7 @@ from quantize8.ops.reference import (
 _ROWS_OF_A_BLOCK = 16  # of quantize_rowwise without statistics; with them it is a tile, whose sums one block makes
 _LIBRARY_TOKENS = 24  # the least M, a multiple of 8 over 16, that torch._int_mm takes everywhere
 _LIBRARY_MULTIPLE = 8  # of K and N, as it demands
+_int_mm = torch._int_mm  # cuBLAS's; tests without a GPU put an exact one of the CPU in its place
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ def _library_matmul(a: Tensor, b: Tensor) -> Tensor:
         a = torch.nn.functional.pad(a, (0, depth, 0, rows))
     if columns or depth:
         b = torch.nn.functional.pad(b, (0, depth, 0, columns))
-    return torch._int_mm(a, b.t())
+    return _int_mm(a, b.t())
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ def test_a_layer_launches_and_waits_for_nothing(monkeypatch, capability, tokens,
     """So a CUDA graph can hold it; and the launches are as few as promised."""
     emulated = EmulatedGpu(capability)
     monkeypatch.setattr(gpu, "gpu_of", lambda index: emulated)
+    monkeypatch.setattr(gpu, "_int_mm", torch._int_mm)
     weight = Int8Weight(torch.ones(24, 64, dtype=torch.int8), torch.ones(24))
     x, bias = torch.randn(tokens, 64).half(), torch.zeros(24).half()
     x[0, 3] = 50

@@ -129,7 +129,11 @@ PLANTED = [
 ]
 
 
-@pytest.mark.parametrize(("check", "file", "right", "wrong", "what"), PLANTED, ids=lambda value: str(value)[:40])
+def _name(value: object) -> str:
+    return getattr(value, "__name__", str(value))[:40]  # without addresses: two processes call a test alike
+
+
+@pytest.mark.parametrize(("check", "file", "right", "wrong", "what"), PLANTED, ids=_name)
 def test_a_planted_bug_is_caught(monkeypatch, tmp_path, check, file, right, wrong, what):
     folder = tmp_path / "cuda"
     shutil.copytree(SOURCES, folder)
