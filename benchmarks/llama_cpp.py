@@ -15,14 +15,14 @@ import torch
 class Server:
     """A model in llama.cpp, which answers while this object lives."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, context: int = 256, threads: int = 2) -> None:
         import xllamacpp
 
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
-        params.n_ctx, params.n_parallel, params.verbosity = 256, 1, 0
+        params.n_ctx, params.n_parallel, params.verbosity = context, 1, 0
         params.warmup = params.cache_prompt = False
-        params.cpuparams.n_threads = 2
+        params.cpuparams.n_threads = threads
         self.server = xllamacpp.Server(params)
 
     def ask(self, route: str, **body: Any) -> Any:
@@ -49,11 +49,16 @@ class Server:
         found = {entry["id"]: entry["logprob"] for entry in entries}
         return torch.tensor([found[number] for number in range(size)])
 
+    def speed(self, ids: list[int], steps: int) -> tuple[float, float]:
+        """Tokens a second of the prompt, and of the greedy steps after it, by llama.cpp's own clock."""
+        told = self.ask("/completion", prompt=ids, n_predict=steps, temperature=0, ignore_eos=True, cache_prompt=False)
+        return told["timings"]["prompt_per_second"], told["timings"]["predicted_per_second"]
+
 
 @contextlib.contextmanager
-def served(path: Path) -> Iterator[Server]:
+def served(path: Path, context: int = 256, threads: int = 2) -> Iterator[Server]:
     """A server for a block of code."""
-    server = Server(path)
+    server = Server(path, context, threads)
     try:
         yield server
     finally:

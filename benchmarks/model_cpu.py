@@ -1,9 +1,10 @@
-"""Whole models on a CPU: prefill of 512 tokens and decode of 64, the source in bfloat16 against its int8 artifact.
+"""Whole models on a CPU: prefill of 512 tokens and decode of 64, the float source against its int8 artifact.
 
-Both are transformers models run by the same loop, in turn, in one process; with --compile also with a static cache and
-a decode step through torch.compile. CTranslate2 runs the same model in int8, its output head and embeddings too, and is
-left out where it is not installed. Run: python -m benchmarks.model_cpu [--compile] [MODEL ...], folders or GGUF files
-(default: SmolLM2-135M-Instruct from its package, and a random Llama of 1.2 billion weights)
+Both are transformers models run by the same loop, in turn, in one process; outside the int8 layers in bfloat16, or in
+float32 where the unit has no AVX-512; with --compile also with a static cache and a decode step through torch.compile.
+CTranslate2 runs the same model in int8, its output head and embeddings too, and llama.cpp (xllamacpp) in Q8_0; each is
+left out where it is not installed. Run: [QUANTIZE8_UNIT=avx2] python -m benchmarks.model_cpu [--compile] [MODEL ...],
+folders or GGUF files (default: SmolLM2-135M-Instruct from its package, and a random Llama of 1.2 billion weights)
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ import torch
 
 from benchmarks import convert as convert_benchmark
 from benchmarks.checkpoints import TOKENIZER_SIZE, add_tokenizer, make_llama
-from benchmarks.cpu import has, spread, write
+from benchmarks.cpu import has, hold_torch_to_unit, spread, write
 from quantize8.demo import find_model
 from quantize8.model.loading import load
 from quantize8.operations.convert import convert
+from quantize8.ops import units
 
 PROMPT, STEPS = 512, 64
 CTRANSLATE2 = """
@@ -39,7 +41,17 @@ for _ in range(2):  # the first is to warm up
     times = [time.perf_counter() for _ in stream]
 print(prompt / (times[0] - start), (len(times) - 1) / (times[-1] - times[0]))
 """
-VARIANTS = ("bf16", "quantize8", "bf16, compiled", "quantize8, compiled", "CTranslate2")
+LLAMA_CPP = """
+import sys
+from pathlib import Path
+from benchmarks.llama_cpp import served
+threads, prompt, steps, size = map(int, sys.argv[2:])
+with served(Path(sys.argv[1]), prompt + steps + 8, threads) as server:
+    for _ in range(2):  # the first is to warm up
+        speeds = server.speed([i % size for i in range(prompt)], steps)
+print(*speeds)
+"""
+VARIANTS = ("float", "quantize8", "float, compiled", "quantize8, compiled", "CTranslate2", "llama.cpp")
 
 
 def main() -> None:
@@ -49,6 +61,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="also a compiled decode step; takes minutes more")
     chosen = parser.parse_args()
+    hold_torch_to_unit("benchmarks.model_cpu")
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -61,7 +74,13 @@ def main() -> None:
             row = measure(model, folder / str(number), chosen.rounds, chosen.compile)
             rows.append(row)
             print(line(row), flush=True)
-    print(f"written to {write('model-cpu', {'threads': torch.get_num_threads(), 'rows': rows})}")
+    values = {"unit": units.chosen(), "dtype": dtype(), "threads": torch.get_num_threads(), "rows": rows}
+    print(f"written to {write(f'model-cpu-{units.chosen()}', values)}")
+
+
+def dtype() -> str:
+    """What is fast outside the int8 layers: without AVX-512, bfloat16 is many times slower than float32."""
+    return "bfloat16" if units.chosen() in ("amx", "avx512vnni") else "float32"
 
 
 def measure(source: Path, folder: Path, rounds: int, compiled: bool = False) -> dict[str, Any]:
@@ -69,8 +88,8 @@ def measure(source: Path, folder: Path, rounds: int, compiled: bool = False) -> 
     folder.mkdir()
     convert(str(source), folder / "int8", device="cpu")
     models = {
-        "bf16": load(source, "cpu", dtype="bfloat16")[0],
-        "quantize8": load(folder / "int8", "cpu", dtype="bfloat16")[0],
+        "float": load(source, "cpu", dtype=dtype())[0],
+        "quantize8": load(folder / "int8", "cpu", dtype=dtype())[0],
     }
     runs: dict[str, Callable[[], tuple[float, float]]] = {}
     for name, model in models.items():
@@ -80,6 +99,8 @@ def measure(source: Path, folder: Path, rounds: int, compiled: bool = False) -> 
             runs[f"{name}, compiled"] = partial(generate, model, step)
     if has("ctranslate2"):
         runs["CTranslate2"] = _ctranslate2(source, folder)
+    if has("xllamacpp"):
+        runs["llama.cpp"] = _llama_cpp(source, folder, models["float"].config.vocab_size)
     found: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in runs}
     for round_ in range(rounds + 1):
         for name, run in runs.items():
@@ -121,9 +142,21 @@ def _ctranslate2(source: Path, folder: Path) -> Callable[[], tuple[float, float]
         tokenizer.save_pretrained(source)
     converted = str(folder / "ctranslate2")
     subprocess.run([sys.executable, "-c", convert_benchmark.CTRANSLATE2, str(source), converted], check=True)
-    command = [sys.executable, "-c", CTRANSLATE2, converted, *map(str, (torch.get_num_threads(), PROMPT, STEPS))]
+    return _process(CTRANSLATE2, converted, torch.get_num_threads(), PROMPT, STEPS)
+
+
+def _llama_cpp(source: Path, folder: Path, vocabulary: int) -> Callable[[], tuple[float, float]]:
+    """The same for llama.cpp's Q8_0."""
+    convert(str(source), folder / "gguf", format="gguf", device="cpu")
+    (path,) = (folder / "gguf").glob("*.gguf")
+    return _process(LLAMA_CPP, path, torch.get_num_threads(), PROMPT, STEPS, vocabulary)
+
+
+def _process(script: str, *arguments: Any) -> Callable[[], tuple[float, float]]:
+    """A script that prints both speeds, run in a process of its own."""
 
     def run() -> tuple[float, float]:
+        command = [sys.executable, "-c", script, *map(str, arguments)]
         prefill, decode = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
         return float(prefill), float(decode)
 

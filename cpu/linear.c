@@ -504,6 +504,7 @@ static void decode_part(void *context, int64_t part) {
 #define PAIRS (BLOCK_N / 4) /* of half a block */
 #define MOST_TOGETHER 6     /* tokens, by two pairs: 12 of the 16 registers */
 #define FLOAT_STEPS 2       /* of which codes, values and sums stay in the nearest cache as float32 */
+#define FLOAT_AHEAD (4 * STEP_BYTES) /* to what is asked of memory: each line, as halves are not read in its order */
 typedef float pair_floats __attribute__((vector_size(4 * PAIR_LANES)));
 typedef int8_t pair_codes __attribute__((vector_size(PAIR_LANES)));
 
@@ -541,7 +542,7 @@ INLINE void add_values(const int8_t *codes, const pair_floats *wide, const float
     for (int p = 0; p < pairs; p++) total[i][p] = totals[i * PAIRS + p];
   for (int64_t s = 0; s < steps; s++, codes += STEP_BYTES, values += STEP_K)
     for (int g = 0; g < STEP_K / GROUP_K; g++, wide += PAIRS) {
-      if (tokens <= 2) __builtin_prefetch(codes + 64 * g + 2 * STEP_BYTES, 0, 2);
+      if (tokens <= 2) __builtin_prefetch(codes + 64 * g + FLOAT_AHEAD, 0, 2);
 #pragma GCC unroll 8
       for (int p = 0; p < pairs; p++) {
         pair_floats right = tokens > 2 ? wide[p] : codes_at(codes + 64 * g + PAIR_LANES * p);
@@ -572,14 +573,13 @@ static void add_half(const int8_t *codes, const pair_floats *wide, const float *
 static void multiply_float(const int8_t *block, const float *values, int64_t next_token, int64_t steps, int64_t tokens,
                            float *sums) {
   pair_floats totals[2][DECODE_TOKENS][PAIRS] = {0}, wide[FLOAT_STEPS * STEP_K / GROUP_K * PAIRS];
-  int64_t chunk = tokens > 2 ? FLOAT_STEPS : steps;
-  for (int64_t step = 0; step < steps; step += chunk) {
-    int64_t here = steps - step < chunk ? steps - step : chunk;
+  for (int64_t step = 0; step < steps; step += FLOAT_STEPS) {
+    int64_t here = steps - step < FLOAT_STEPS ? steps - step : FLOAT_STEPS;
     for (int half = 0; half < 2; half++) {
       const int8_t *codes = block + step * STEP_BYTES + half * HALF_BLOCK;
       for (int64_t g = 0; tokens > 2 && g < here * (STEP_K / GROUP_K); g++) {
         const int8_t *group = codes + g / (STEP_K / GROUP_K) * STEP_BYTES + g % (STEP_K / GROUP_K) * 64;
-        __builtin_prefetch(group + 2 * STEP_BYTES, 0, 2);
+        __builtin_prefetch(group + FLOAT_AHEAD, 0, 2);
         for (int p = 0; p < PAIRS; p++) wide[g * PAIRS + p] = codes_at(group + PAIR_LANES * p);
       }
       for (int64_t m = 0, together; m < tokens; m += together) {
