@@ -21,7 +21,12 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "bitsandbytes", "compressed-tensors", "xllamacpp", "ctranslate2", "numpy")
 
 
-AVX2_ONLY = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+AVX2_ONLY = {  # for torch, oneDNN, MKL and CTranslate2
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "CT2_FORCE_CPU_ISA": "AVX2",
+}
 SLOW = 4.0  # seconds that a variant may take in all rounds together,
 MEDIAN_OF = 3  # but for so many calls
 

@@ -79,7 +79,7 @@ def ratios(row: dict[str, Any]) -> list[float]:
 
 def cell(row: dict[str, Any]) -> str:
     """The ratios of a row as a cell of a table, with as many digits as mean something."""
-    return " / ".join(f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}" for ratio in ratios(row))
+    return "/".join(f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}" for ratio in ratios(row))
 
 
 def line(row: dict[str, Any]) -> str:

@@ -20,18 +20,20 @@ SOURCES = Path(__file__).resolve().parent
 OUT = SOURCES.parent / "quantize8" / "cpu"
 # no option that changes a result: fused operations are written as such, and no code looks at errno or exceptions
 _FLOATS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-FLAGS = ["-std=gnu11", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-psabi", *_FLOATS]
+FLAGS = ["-std=gnu11", "-O3", "-shared", "-fvisibility=hidden", "-Wno-psabi", *_FLOATS]
 _X86 = ("x86_64", "AMD64")
-_V3, _V4 = "-march=x86-64-v3", "-march=x86-64-v4"
+_ARM = ("aarch64", "arm64", "ARM64")
+_AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
+_VNNI = [*_AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "cd", "dq", "vl", "vnni"))]
 # unit: the machines it is for, and what the compiler may use
 UNITS: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "generic": ((), []),
-    "avx2": (_X86, [_V3]),
-    "avxvnni": (_X86, [_V3, "-mavxvnni"]),
-    "avx512vnni": (_X86, [_V4, "-mavx512vnni"]),
-    "amx": (_X86, [_V4, "-mavx512vnni", "-mamx-tile", "-mamx-int8"]),
-    "neon-dotprod": (("aarch64", "arm64", "ARM64"), ["-march=armv8.2-a+dotprod"]),
-    "neon-i8mm": (("aarch64", "arm64", "ARM64"), ["-march=armv8.2-a+dotprod+i8mm"]),
+    "avx2": (_X86, _AVX2),
+    "avxvnni": (_X86, [*_AVX2, "-mavxvnni"]),
+    "avx512vnni": (_X86, _VNNI),
+    "amx": (_X86, [*_VNNI, "-mamx-tile", "-mamx-int8"]),
+    "neon-dotprod": (_ARM, ["-march=armv8.2-a+dotprod"]),
+    "neon-i8mm": (_ARM, ["-march=armv8.2-a+dotprod+i8mm"]),
 }
 
 
@@ -59,24 +61,17 @@ def find_compiler() -> list[str] | None:
     return [sys.executable, "-m", "ziglang", "cc"]
 
 
-def compile_unit(unit: str, out: Path, compiler: list[str], extra: list[str] | None = None) -> None:
+def compile_unit(unit: str, out: Path, compiler: list[str]) -> None:
     """Compile the library of a unit; raises CalledProcessError with what the compiler said."""
     sources = [SOURCES / name for name in ("weights.c", "linear.c", "threads.c")]
     if unit == "generic":
         sources.append(SOURCES / "detect.c")
     define = f"-DUNIT_{unit.upper().replace('-', '_')}"
-    libraries = [] if sys.platform == "win32" else ["-lm", "-lpthread"]
-    command = [
-        *compiler,
-        *FLAGS,
-        define,
-        *UNITS[unit][1],
-        *(extra or []),
-        *map(str, sources),
-        "-o",
-        str(out),
-        *libraries,
-    ]
+    libraries = [] if sys.platform == "win32" else ["-fPIC", "-lm", "-lpthread"]
+    target = UNITS[unit][1]
+    if "ziglang" in compiler:  # which has names of its own for Arm's
+        target = [flag.replace("-march=armv8.2-a", "-mcpu=generic+v8_2a") for flag in target]
+    command = [*compiler, *FLAGS, define, *target, *map(str, sources), "-o", str(out), *libraries]
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
@@ -102,7 +97,10 @@ def build(machine: str | None = None) -> list[Path]:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda path: compile_unit(path.stem, path, compiler), made))
     except subprocess.CalledProcessError as error:
-        sys.exit(f"cpu/build.py: {shlex.join(error.cmd)} failed:\n{error.stderr}")
+        sys.exit(
+            f"cpu/build.py: {shlex.join(error.cmd)} failed; it takes gcc 11, clang 12 or Zig: `pip install ziglang`, "
+            f"and CC='{sys.executable} -m ziglang cc'. The compiler said:\n{error.stderr}"
+        )
     stamp.write_text(wanted)
     return made
 

@@ -83,7 +83,7 @@ static void encode(const float *values, int64_t steps, float inverse, code_t *co
 }
 
 /* Room for a token's float32 values, in whole steps. */
-static float *token_room(int64_t columns) { return malloc((size_t)ceil_div(columns, STEP_K) * STEP_K * 4); }
+static float *token_room(int64_t columns) { return malloc((size_t)(ceil_div(columns, STEP_K) + 1) * STEP_K * 4); }
 
 /* A token as float32 with zeros up to whole steps, in `room`. */
 static float *read_token(const struct q8_linear *in, int64_t token, float *room) {

@@ -23,7 +23,7 @@ def test_linear_layers_are_timed_side_by_side():
     assert [row["M"] for row in rows] == [1, 20]
     assert all({"float32", "bfloat16", "quantize8, float32"} <= set(row["seconds"]) for row in rows)
     assert re.fullmatch(
-        r"64 x 200, M 1: float32 [\d.]+ ms, quantize8, float32 .*: [\d.]+ / [\d.]+.*", linear_cpu.line(rows[0])
+        r"64 x 200, M 1: float32 [\d.]+ ms, quantize8, float32 .*: [\d.]+/[\d.]+.*", linear_cpu.line(rows[0])
     )
 
 

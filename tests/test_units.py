@@ -1,6 +1,7 @@
 """Which int8 units are offered and chosen. test_cpu.py and test_packed.py hold what they compute to the reference."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from quantize8 import DependencyError
-from quantize8.ops import units
+from quantize8.ops import packed, q8_0, reference, units
+
+SOURCES = Path(__file__).parent.parent / "cpu"
 
 
 def chosen(**environment: str) -> subprocess.CompletedProcess[str]:
@@ -55,6 +58,38 @@ def test_kernels_that_are_not_compiled_are_told_of_in_one_line(monkeypatch, tmp_
     monkeypatch.setattr(units, "_FOLDER", tmp_path)
     with pytest.raises(DependencyError, match=r"generic\.\w+: the CPU kernels are not compiled .*build.py"):
         units.available.__wrapped__()
+
+
+def test_constants_of_c_are_those_of_python():
+    """C cannot import them: what one side changes, the other has to."""
+    text = "".join(path.read_text() for path in sorted(SOURCES.glob("*.[ch]")))
+    found = {
+        name: value.split("/*")[0].strip() for name, value in re.findall(r"^#define (\w+) (.+)$", text, re.MULTILINE)
+    }
+    assert float(found["TOKEN_SIGMAS"].rstrip("f")) == reference.TOKEN_SIGMAS
+    assert float.fromhex(found["LEAST_SQUARES"].rstrip("f")) == reference.LEAST_SQUARES
+    for name, value in {
+        "DECODE_TOKENS": reference.DECODE_TOKENS,
+        "INT8_MAX_CODE": reference.INT8_MAX,
+        "OUTLIER_SIGMAS": reference.OUTLIER_SIGMAS,
+        "STATS_TILE_ROWS": reference.STATS_TILE_ROWS,
+        "BLOCK_N": units.BLOCK_N,
+        "STEP_K": units.STEP_K,
+        "GROUP_K": units.GROUP_K,
+        "DIGIT_BASE": packed._SECOND_DIGIT,
+        "Q8_0_BLOCK": q8_0.BLOCK,
+        "Q8_0_BYTES": q8_0.BLOCK_BYTES,
+    }.items():
+        assert int(found[name]) == value, name
+    numbers = {
+        **packed._MODES,
+        **{str(dtype).removeprefix("torch."): number for dtype, number in packed._DTYPES.items()},
+    }
+    names = re.search(r"enum dtype \{(.*?)\}", text)[1] + "," + re.search(r"enum mode \{(.*?)\}", text)[1]
+    order = [name.strip().lower() for name in names.split(",")]
+    assert {name: order.index(name) % 3 if "float" in name else order.index(name) - 3 for name in order} == numbers
+    bits = re.search(r"enum unit \{(.*?)\}", text)[1].lower().replace("_", "-").replace(" ", "").split(",")
+    assert dict(pair.split("=") for pair in bits) == {unit: str(bit) for unit, bit in units._BITS.items() if bit}
 
 
 def test_memory_that_is_short_is_an_error():
