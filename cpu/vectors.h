@@ -64,9 +64,17 @@ INLINE ints add_dots(ints total, int32_t factors, ints words) {
 }
 
 INLINE shorts to_bfloat16(floats values) {
+#if defined(__AVX512F__) /* the same in fewer instructions than gcc finds */
+  __m512i number = (__m512i)values, half = _mm512_srli_epi32(number, 16);
+  __m512i up = _mm512_add_epi32(_mm512_and_si512(half, _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7FFF));
+  __mmask16 nan = _mm512_cmp_ps_mask((__m512)values, (__m512)values, _CMP_UNORD_Q);
+  __m512i high = _mm512_srli_epi32(_mm512_add_epi32(number, up), 16);
+  return (shorts)_mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(high, nan, _mm512_set1_epi32(0x7FC0)));
+#else
   ints bits = (ints)values, number = values == values;
   ints rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF;
   return __builtin_convertvector((rounded & number) | (0x7FC0 & ~number), shorts);
+#endif
 }
 
 INLINE shorts to_float16(floats values) {
