@@ -54,6 +54,14 @@ def test_the_library_of_a_unit_that_is_not_here_is_not_loaded():
         units.library(absent)
 
 
+def test_another_choice_is_another_library(monkeypatch):
+    found = set()
+    for unit in units.available():
+        monkeypatch.setattr(units, "chosen", lambda unit=unit: unit)
+        found.add(units.library()._name)
+    assert len(found) == len(units.available())
+
+
 def test_kernels_that_are_not_compiled_are_told_of_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(units, "_FOLDER", tmp_path)
     with pytest.raises(DependencyError, match=r"generic\.\w+: the CPU kernels are not compiled .*build.py"):

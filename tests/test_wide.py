@@ -5,6 +5,7 @@ import pytest
 import torch
 from test_packed import numpy, tokens_of
 
+from quantize8.errors import WeightError
 from quantize8.ops import reference, units
 from quantize8.ops.packed import PackedWeight
 from quantize8.ops.reference import DECODE_TOKENS, STATIC_MODES, Int8Weight
@@ -180,6 +181,13 @@ def test_decode_takes_stored_columns_to_a_254th_of_a_step(shape, dtype, unit):
         bound += 4 * EPSILON * peak * np.abs(reference._float_weight(weight)).sum(1)
         representable = np.abs(exact) < torch.finfo(dtype).max
         assert (np.abs(y.double().numpy() - exact) <= bound)[representable].all(), tokens
+
+
+@pytest.mark.parametrize("column", [-1, 64])
+def test_columns_that_are_not_there_are_refused_before_c_sees_them(column):
+    codes, exact = torch.ones(3, 64, dtype=torch.int8), torch.ones(3, 1).half()
+    with pytest.raises(WeightError, match="an outlier column is not one of 0 to 63"):
+        PackedWeight(codes, torch.ones(3), None, torch.tensor([5, column]), exact)
 
 
 @pytest.mark.parametrize("unit", UNITS)

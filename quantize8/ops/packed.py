@@ -28,7 +28,7 @@ class PackedWeight:
 
     Args: codes int8 [N, K]; absmax float32 [N]; unit that multiplies, or None for the best; wide int [J] and exact
     float16 [N, E], the outlier_columns and outlier_weight of an Int8Weight: with them it multiplies in the modes static
-    and hybrid, and in no other. Raises WeightError where K is beyond what int32 sums hold.
+    and hybrid, and in no other. Raises WeightError where int32 sums do not hold K, or an outlier column is beyond K.
     """
 
     def __init__(
@@ -49,6 +49,8 @@ class PackedWeight:
             self.tiles, self.code_sums = self._pack(codes)
         else:
             wide = wide.long()
+            if len(wide) and not 0 <= int(wide.min()) <= int(wide.max()) < codes.shape[1]:
+                raise WeightError(f"an outlier column is not one of 0 to {codes.shape[1] - 1}")
             second = _second_digits(codes, absmax, wide[: exact.shape[1]], exact)
             self.tiles, self.code_sums = self._pack(codes, second)
             marks = torch.zeros(codes.shape[1], dtype=torch.int32)

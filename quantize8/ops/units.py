@@ -99,10 +99,13 @@ def chosen() -> Unit:
     raise DependencyError(f"{VARIABLE}={forced}: not available here; set it to one of {', '.join(available())}")
 
 
-@cache
 def library(unit: Unit | None = None) -> Any:
     """The compiled kernels for a unit, or for the chosen one; raises DependencyError where it is not here."""
-    unit = unit or chosen()
+    return _prepared(unit or chosen())
+
+
+@cache
+def _prepared(unit: Unit) -> Any:
     if unit not in available():  # which also asks Linux for AMX's tiles
         raise DependencyError(f"unit {unit}: not available here; use one of {', '.join(available())}")
     loaded = _load(unit)
