@@ -98,6 +98,8 @@ def generate(
     import torch
     from transformers import TextStreamer
 
+    from quantize8.model.cache import preallocated_cache
+
     class Timed(TextStreamer):  # type: ignore[misc]
         """Notes when each token came, the prompt first."""
 
@@ -117,6 +119,7 @@ def generate(
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
+            past_key_values=preallocated_cache(model, ids.shape[1] + max_new_tokens),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             temperature=None,
