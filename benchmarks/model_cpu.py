@@ -1,7 +1,9 @@
 """Whole models on a CPU: prefill of 512 tokens and decode of 64, the float source against its int8 artifact.
 
-Both are transformers models run by the same loop, in turn, in one process; outside the int8 layers in bfloat16, or in
-float32 where the unit has no AVX-512; with --compile also with a static cache and a decode step through torch.compile.
+Both are transformers models run by the same loop with the cache of `quantize8 run`, in turn, in one process; outside
+the int8 layers in bfloat16, or in float32 where the unit has no AVX-512. "int8 head" is the same artifact with an
+output head in int8, which both peers have. With --compile also with a static cache and a decode step through
+torch.compile.
 CTranslate2 runs the same model in int8, its output head and embeddings too, and llama.cpp (xllamacpp) in Q8_0; each is
 left out where it is not installed. Run: [QUANTIZE8_UNIT=avx2] python -m benchmarks.model_cpu [--compile] [MODEL ...],
 folders or GGUF files (default: SmolLM2-135M-Instruct from its package, and a random Llama of 1.2 billion weights)
@@ -25,13 +27,15 @@ from benchmarks import convert as convert_benchmark
 from benchmarks.checkpoints import TOKENIZER_SIZE, add_tokenizer, make_llama
 from benchmarks.cpu import has, hold_torch_to_unit, spread, write
 from quantize8.demo import find_model
+from quantize8.model.cache import preallocated_cache
+from quantize8.model.linear import Int8Linear
 from quantize8.model.loading import load
 from quantize8.operations.convert import convert
 from quantize8.ops import units
 
 PROMPT, STEPS = 512, 64
 CTRANSLATE2 = """
-import json, sys, time, ctranslate2
+import json, os, sys, time, ctranslate2
 folder, threads, prompt, steps = sys.argv[1], *map(int, sys.argv[2:])
 model = ctranslate2.Generator(folder, compute_type="int8_float32", intra_threads=threads)
 tokens = json.load(open(folder + "/vocabulary.json"))[:prompt]
@@ -39,7 +43,8 @@ for _ in range(2):  # the first is to warm up
     start = time.perf_counter()
     stream = model.generate_tokens(tokens, max_length=steps + 1, sampling_topk=1, end_token=[])
     times = [time.perf_counter() for _ in stream]
-print(prompt / (times[0] - start), (len(times) - 1) / (times[-1] - times[0]))
+print(prompt / (times[0] - start), (len(times) - 1) / (times[-1] - times[0]), flush=True)
+os._exit(0)  # at its end, CTranslate2 sometimes aborts over a thread that still runs
 """
 LLAMA_CPP = """
 import sys
@@ -51,7 +56,8 @@ with served(Path(sys.argv[1]), prompt + steps + 8, threads) as server:
         speeds = server.speed([i % size for i in range(prompt)], steps)
 print(*speeds)
 """
-VARIANTS = ("float", "quantize8", "float, compiled", "quantize8, compiled", "CTranslate2", "llama.cpp")
+HEAD = "quantize8, int8 head"
+VARIANTS = ("float", "quantize8", HEAD, "float, compiled", "quantize8, compiled", "CTranslate2", "llama.cpp")
 
 
 def main() -> None:
@@ -91,7 +97,8 @@ def measure(source: Path, folder: Path, rounds: int, compiled: bool = False) -> 
         "float": load(source, "cpu", dtype=dtype())[0],
         "quantize8": load(folder / "int8", "cpu", dtype=dtype())[0],
     }
-    runs: dict[str, Callable[[], tuple[float, float]]] = {}
+    head = Int8Linear.from_float(models["quantize8"].get_output_embeddings())
+    runs: dict[str, Callable[[], tuple[float, float]]] = {HEAD: partial(_with_head, models["quantize8"], head)}
     for name, model in models.items():
         runs[name] = partial(generate, model)
         if compiled:
@@ -114,12 +121,12 @@ def measure(source: Path, folder: Path, rounds: int, compiled: bool = False) -> 
 
 def generate(model: Any, step: Any = None) -> tuple[float, float]:
     """Tokens a second of one prefill and of the greedy steps after it; `step`, the compiled model, for the latter."""
-    from transformers import DynamicCache, StaticCache
+    from transformers import StaticCache
 
     ids = torch.arange(PROMPT)[None] % model.config.vocab_size
     with torch.inference_mode():
         if step is None:
-            cache = DynamicCache(config=model.config)
+            cache = preallocated_cache(model, PROMPT + STEPS)
         else:
             cache = StaticCache(config=model.config, max_cache_len=PROMPT + STEPS)
         start = time.perf_counter()
@@ -131,6 +138,16 @@ def generate(model: Any, step: Any = None) -> tuple[float, float]:
             token = output.logits[:, -1].argmax(-1, keepdim=True)
         end = time.perf_counter()
     return PROMPT / (middle - start), STEPS / (end - middle)
+
+
+def _with_head(model: Any, head: Int8Linear) -> tuple[float, float]:
+    """The same with another output head."""
+    own = model.get_output_embeddings()
+    model.set_output_embeddings(head)
+    try:
+        return generate(model)
+    finally:
+        model.set_output_embeddings(own)
 
 
 def _ctranslate2(source: Path, folder: Path) -> Callable[[], tuple[float, float]]:
