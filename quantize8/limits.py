@@ -21,6 +21,7 @@ MANIFEST_BYTES = 2**28  # some 700 bytes a tensor: 65 MB for DeepSeek-V3
 RECIPE_BYTES = 2**20
 TOKENIZER_BYTES = 2**28  # tokenizer.json; 33 MB with Gemma's 262,144 tokens
 PICKLE_BYTES = 2**28  # what tells the tensors of a .bin file apart; some 200 bytes each
+FILES = 10_000  # of a model folder and the folders in it; DeepSeek-V3 has some 200
 JSON_DEPTH = 64  # nested settings have 5 levels; recursion fails at some hundreds
 TENSORS = 2**20  # DeepSeek-V3 has 92,000
 NAME_LENGTH = 1024  # of a tensor; they have 100

@@ -5,8 +5,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import save_file
 
+# Settings of small models of several families
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT2 = {"vocab_size": 64, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, "pad_token_id": 0}
+MAMBA2 = SIZES | {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8, "expand": 2}
 VOCABULARY, INNER, HEADS, KV_HEADS = 64, 48, 4, 2
 
 
@@ -124,4 +140,11 @@ def word_tokenizer(folder: Path, words: int = VOCABULARY) -> Path:
     tokenizer.pre_tokenizer = Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<unk>")
     fast.save_pretrained(folder)
+    return folder
+
+
+def saved(folder: Path, kind: type[transformers.PreTrainedModel], **settings: object) -> Path:
+    """A model of random weights as transformers saves it."""
+    torch.manual_seed(0)
+    kind(kind.config_class(**settings)).save_pretrained(folder)
     return folder

@@ -108,9 +108,14 @@ def test_what_is_no_hub_id(hub, name):
         (["a.safetensors", "b.safetensors", "x/c.safetensors"], ["a.safetensors", "b.safetensors"], []),
         (["pytorch_model-00001-of-00002.bin", "tf_model.h5"], ["pytorch_model-00001-of-00002.bin"], []),
         (
-            ["model.safetensors", "1_Pooling/config.json", "onnx/config.json", "LICENSE", "README.md"],
+            ["model.safetensors", "1_Pooling/config.json", "onnx/config.json", "onnx/m.onnx", "LICENSE", "README.md"],
             ["model.safetensors"],
             ["1_Pooling/config.json", "LICENSE"],
+        ),
+        (
+            ["model.safetensors", "2_Dense/pytorch_model.bin", "source.spm", "bpe.codes", "a/chat.jinja", "a/b/c.txt"],
+            ["model.safetensors"],
+            ["2_Dense/pytorch_model.bin", "a/chat.jinja", "bpe.codes", "source.spm"],
         ),
         (["x.gguf", "quantize8.json"], ["x.gguf"], ["quantize8.json"]),
         (["x.gguf", "y.gguf"], [], []),

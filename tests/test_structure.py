@@ -36,14 +36,20 @@ def meta(config):
     }
 
 
-@pytest.mark.parametrize("architecture", sorted(structure._NAMES_SUFFICE))
+@pytest.mark.parametrize("architecture", sorted(structure._PLAIN))
 @pytest.mark.parametrize("tied", [False, True])
-def test_names_give_the_same_answer_as_transformers_where_they_are_trusted(architecture, tied, monkeypatch):
+@pytest.mark.parametrize("biased", [False, True])
+def test_names_give_the_same_answer_as_transformers_where_they_are_trusted(architecture, tied, biased, monkeypatch):
     model_type = architecture.removesuffix("ForCausalLM").lower()
     config = TINY | {"architectures": [architecture], "model_type": model_type, "tie_word_embeddings": tied}
+    if biased and model_type in ("llama", "qwen3", "gemma2"):
+        config |= {"attention_bias": True, "mlp_bias": model_type == "llama"}
     _, tensors = meta(config)
+    assert structure._is_plain_decoder(config, tensors)
+    for name in tensors:  # each of them is needed
+        assert not structure._is_plain_decoder(config, {key: info for key, info in tensors.items() if key != name})
     by_names = read_structure(config, tensors)
-    monkeypatch.setattr(structure, "_NAMES_SUFFICE", frozenset())
+    monkeypatch.setattr(structure, "_PLAIN", {})
     by_model = read_structure(config, tensors)
     assert by_names.linears == by_model.linears and len(by_names.linears) == 14
     assert by_names.output_head == by_model.output_head == (None if tied else "lm_head")

@@ -56,6 +56,8 @@ class CompressedTensors(Int8Format):
                 refused[name] = "a Conv1D, which this format's loaders do not quantize"
             elif name.endswith(_GATE):
                 refused[name] = "a gate that vLLM has in floating point"
+            elif self.scheme == "w8a16" and name in structure.read_on_loading:
+                refused[name] = "read by transformers while it loads the model, which packed codes cannot be"
             else:
                 modules[name] = kind
         return modules | dict.fromkeys(structure.experts, EXPERT), refused

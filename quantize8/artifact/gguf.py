@@ -28,7 +28,7 @@ from gguf import (
 )
 
 from quantize8.checkpoint.guard import guarded
-from quantize8.checkpoint.structure import architecture_of
+from quantize8.checkpoint.native import architecture_of
 from quantize8.errors import SourceError, first_line
 from quantize8.ops.q8_0 import BLOCK, BLOCK_BYTES, Q8_0
 from quantize8.ops.reference import Array

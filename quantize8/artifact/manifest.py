@@ -24,6 +24,7 @@ from quantize8.ops.reference import ColumnStats
 from quantize8.ops.scales import ABSMAX
 
 MANIFEST_NAME = "quantize8.json"
+CHECK_FAILED = "check-failed.txt"  # beside it, of an artifact that its check found broken: what was wrong
 FORMAT_VERSION = 1
 _WORST_COLUMNS = 8  # as many as fit a line of a report
 _DIGEST = "manifest_blake3"
@@ -108,11 +109,15 @@ def summarize(stats: ColumnStats, absmax: Any, source_dtype: str, source_blake3:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of an artifact, checked against its own digest; no byte of the file may be another.
 
-    Raises ArtifactError, also where a field is of another type, or names a file outside the artifact.
+    Raises ArtifactError, also where `convert --check` found the artifact broken, where a field is of another type, or
+    names a file outside the artifact.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise ArtifactError(f"{folder}: no {MANIFEST_NAME}, so not a finished artifact; convert the source again")
+    if (folder / CHECK_FAILED).is_file():
+        reason = limits.read_bytes(folder / CHECK_FAILED, limits.CONFIG_BYTES, ArtifactError).decode(errors="replace")
+        raise ArtifactError(f"{folder}: failed the check when it was made ({reason.strip()}); convert the source again")
     check_inside(path, folder)
     data = limits.read_bytes(path, limits.MANIFEST_BYTES, ArtifactError)
     value = limits.parse_object(data, path, ArtifactError)

@@ -12,7 +12,7 @@ from quantize8.artifact.outliers import OUTLIERS_NAME, Calibrated
 from quantize8.checkpoint import Checkpoint, TensorInfo
 from quantize8.checkpoint.base import FLOATING, QUANTIZABLE, main_dtype, model_dtype
 from quantize8.checkpoint.smoothing import SmoothedCheckpoint
-from quantize8.checkpoint.structure import CONV1D, LINEAR, Structure, read_structure
+from quantize8.checkpoint.structure import CONV1D, LINEAR, Structure, structure_of
 from quantize8.errors import SourceError
 from quantize8.ops.q8_0 import Q8_0
 from quantize8.ops.scales import ScaleSearch
@@ -41,6 +41,7 @@ class Plan:
     calibrated: dict[str, Calibrated] = field(default_factory=dict)  # module -> its outlier columns
     outliers: Shard | None = None  # the file that holds them
     searches: dict[str, ScaleSearch] = field(default_factory=dict)  # source tensor -> its scales, if not by absmax
+    guessed: str = ""  # why modules were told by names alone, empty where they were not
 
     @property
     def files(self) -> list[Shard]:
@@ -51,6 +52,11 @@ class Plan:
     def output_bytes(self) -> int:
         """Bytes of these files."""
         return sum(shard.nbytes for shard in self.files)
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Files of the source's folder that neither are read nor go into the artifact -> why."""
+        return self.checkpoint.left_behind() if self.format.is_folder else {}
 
     @property
     def source_bytes(self) -> int:
@@ -112,17 +118,18 @@ class Plan:
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, output: Format, max_shard_size: str = DEFAULT_SHARD_SIZE) -> Plan:
     """Settle which tensors become int8 and where every byte of the output goes; reads headers only."""
-    structure = read_structure(checkpoint.config, checkpoint.tensors)
+    structure = structure_of(checkpoint)
+    structure.require_whole(checkpoint.name)
     modules, kept = _choose(structure, recipe, output, checkpoint)
     if not modules and isinstance(output, Int8Format):
-        raise SourceError(_nothing(checkpoint, structure, recipe, output))
+        raise SourceError(_nothing(checkpoint, structure, kept, output))
     skip_list = structure.skip_list(set(modules))
     # an int8 Conv1D is stored [out, in] in every format, a floating-point one [in, out]
     turned = {f"{name}.weight" for name, kind in structure.linears.items() if kind == CONV1D}
     turned = {name for name in turned if (name in checkpoint.decoded) != (name.removesuffix(".weight") in modules)}
     plain = [info for info in checkpoint.tensors.values() if info.name not in checkpoint.decoded]
     dtypes = model_dtype(checkpoint.config, plain), main_dtype(plain)
-    plan = Plan(checkpoint, output, recipe, modules, kept, skip_list, turned, *dtypes)
+    plan = Plan(checkpoint, output, recipe, modules, kept, skip_list, turned, *dtypes, guessed=structure.guessed)
     output.lay_out(plan, max_shard_size)
     names = [tensor.name for group in plan.outputs.values() for tensor in group]
     if len(set(names)) != len(names):
@@ -160,8 +167,18 @@ def _reason_to_keep(module: str, info: TensorInfo, recipe: Recipe) -> str | None
     return "empty" if 0 in info.shape else None
 
 
-def _nothing(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, output: Int8Format) -> str:
+def _nothing(checkpoint: Checkpoint, structure: Structure, kept: dict[str, str], output: Int8Format) -> str:
+    """Why not a single weight becomes int8, by the example of one."""
     if refused := output.linears(structure)[1]:
         why = next(iter(refused.values()))
         return f"{checkpoint.name}: all its Linear weights are {why}; choose another --format than {output.name}"
-    return f"{checkpoint.name}: has no weights that the recipe {recipe.name} would make int8"
+    if kept:
+        name, why = max(kept.items(), key=lambda item: math.prod(checkpoint.tensors[f"{item[0]}.weight"].shape))
+        return f"{checkpoint.name}: none of its weights would become int8: {name}.weight does not ({why})"
+    largest = max(checkpoint.tensors.values(), key=lambda info: info.nbytes, default=None)
+    if largest is None:
+        return f"{checkpoint.name}: holds no tensors; fetch it again"
+    return (
+        f"{checkpoint.name}: has no weights of Linear layers: the largest tensor is {largest.name} "
+        f"{list(largest.shape)}, {largest.dtype}"
+    )

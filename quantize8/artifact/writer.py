@@ -24,6 +24,7 @@ from quantize8.ops.q8_0 import Q8_0
 from quantize8.ops.reference import FLOAT16_MAX, STATS_TILE_ROWS, Array, ColumnStats, as_bytes, dequantize
 from quantize8.ops.scales import ABSMAX, MSE, ScaleSearch
 
+_PARAMETERS = ("weight", "bias")  # last names of tensors that a layer computes with
 _OVER = "with --overwrite for the same --out"  # where an unfinished artifact of what failed may lie
 Progress = Callable[[int, int], None]  # bytes of source done, bytes in all
 
@@ -239,7 +240,9 @@ class Writer:
 
 
 def _check_finite(block: Array, info: TensorInfo, first_row: int) -> None:
-    if not cpu.all_finite(block):
+    """Refuse NaN in any tensor, and infinity in what is computed with; a mask may be made of -inf."""
+    computed = info.name.rpartition(".")[2] in _PARAMETERS
+    if not cpu.all_finite(block) and (computed or np.isnan(block).any()):
         finite = np.isfinite(block).reshape(len(block) if block.ndim else 1, -1).all(axis=1)
         row = first_row + int(np.argmin(finite))
         raise WeightError(f"{info.file}: {info.name} row {row} holds NaN or infinity; repair or replace the checkpoint")
@@ -249,8 +252,11 @@ def _rounded(block: Array, out: OutTensor, info: TensorInfo, first_row: int) -> 
     """Values in the output's dtype; an error where it cannot hold their magnitude."""
     with np.errstate(over="ignore"):
         values = np.ascontiguousarray(block, np.float32).astype(DTYPES[out.dtype])
-    if not cpu.all_finite(values):
-        row = first_row + int(np.argmin(np.isfinite(values).reshape(len(values), -1).all(axis=1)))
+    if cpu.all_finite(values):
+        return values
+    fits = (np.isfinite(values) | ~np.isfinite(block)).reshape(len(values) if values.ndim else 1, -1).all(axis=1)
+    if not fits.all():
+        row = first_row + int(np.argmin(fits))
         raise WeightError(
             f"{info.file}: {info.name} row {row} holds a magnitude that {out.dtype} cannot; "
             f"choose another --format, {_OVER}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from quantize8.checkpoint.address import is_url, without_secrets
-from quantize8.checkpoint.base import Checkpoint, TensorInfo, companions, contained, read_config
+from quantize8.checkpoint.base import CONFIG_NAME, Checkpoint, TensorInfo, companions, contained, read_config
 from quantize8.checkpoint.fetch import download, is_stored
 from quantize8.checkpoint.gguf import GgufCheckpoint
 from quantize8.checkpoint.quantized import QuantizedCheckpoint, decode
@@ -40,6 +40,7 @@ def open_checkpoint(
     ggufs = sorted(path.glob("*.gguf"))
     if not (path / "config.json").is_file() and len(ggufs) == 1:
         return GgufCheckpoint(contained(ggufs[0], path), identity, name)
+    _refuse_adapter(path)
     read_config(path)
     companions(path)
     checkpoint = open_safetensors(path, identity, name) or open_torch(path, identity, name)
@@ -67,13 +68,25 @@ def _check_id(source: str) -> None:
         raise SourceError(f"{source}: no such folder or file; name a folder, a file, or a hub id like org/model")
 
 
+def _refuse_adapter(folder: Path) -> None:
+    """Name an adapter as what it is: a folder with its settings and without a model's, or with no other weights."""
+    weights = [path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".gguf")]
+    alone = bool(weights) and all(name.startswith("adapter_model.") for name in weights)
+    if (folder / "adapter_config.json").is_file() and (alone or not (folder / CONFIG_NAME).is_file()):
+        raise SourceError(
+            f"{folder}: holds an adapter, not a model; merge it into its base model (PEFT: merge_and_unload), "
+            "save that, and convert it"
+        )
+
+
 def _open_file(path: Path, identity: dict[str, str], name: str) -> Checkpoint:
     if path.suffix == ".gguf":
         return GgufCheckpoint(path, identity, name)
+    if path.suffix not in (".safetensors", ".bin"):
+        raise SourceError(f"{path}: not a checkpoint file; name a .safetensors, .bin or .gguf file, or a folder")
+    if not (path.parent / CONFIG_NAME).is_file():
+        raise SourceError(f"{path}: has no {CONFIG_NAME} beside it, which says what model it is; put the model's there")
     read_config(path.parent)
     companions(path.parent)
-    if path.suffix == ".safetensors":
-        return decode(SafetensorsCheckpoint(path.parent, [path.name], identity, name))
-    if path.suffix == ".bin":
-        return decode(TorchCheckpoint(path.parent, [path.name], identity, name))
-    raise SourceError(f"{path}: not a checkpoint file; name a .safetensors, .bin or .gguf file, or a folder")
+    kind = SafetensorsCheckpoint if path.suffix == ".safetensors" else TorchCheckpoint
+    return decode(kind(path.parent, [path.name], identity, name))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 from blake3 import blake3
 
 from quantize8 import limits
+from quantize8.checkpoint.companions import staying, travelling
 from quantize8.errors import SourceError
 from quantize8.ops.reference import Array
 
@@ -48,11 +50,9 @@ QUANTIZABLE = ("F16", "BF16", "F32")
 FLOATING = ("F64", *QUANTIZABLE)
 FLOAT_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # in a config.json
 CONFIG_NAME = "config.json"
+_MODULES_NAME = "modules.json"  # of sentence-transformers: the parts that a text goes through, the model first
 _HEAD_BYTES = 2**20  # of a weight file whose header has no known size
 
-# Small files that a model folder needs beside its weights, and that tell nothing about how they are stored.
-COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "[0-9]_*/*.json")
-_NOT_COMPANIONS = (CONFIG_NAME, "*.index.json", "quantize8.json")
 _LAYER_COUNT = re.compile(r"(^|_)(layers?|depths?|blocks)$")
 
 
@@ -97,6 +97,24 @@ class Checkpoint(ABC):
     def config(self) -> dict[str, Any]:
         """The model's config.json, without an entry on quantization that reading undoes."""
         return read_config(self.folder)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the weights are read from elsewhere, and kept nowhere."""
+        return False
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether sentence-transformers opens the model, without a head whatever class config.json names."""
+        path = self.folder / _MODULES_NAME
+        if not path.is_file():
+            return False
+        try:
+            modules = json.loads(limits.read_bytes(contained(path, self.folder), limits.CONFIG_BYTES, SourceError))
+        except (ValueError, RecursionError):
+            raise SourceError(f"{path}: not readable as JSON; fetch the file again") from None
+        first = modules[0] if isinstance(modules, list) and modules else None
+        return isinstance(first, dict) and str(first.get("type")).rpartition(".")[2] == "Transformer"
 
     @property
     def origin(self) -> Checkpoint:
@@ -147,6 +165,10 @@ class Checkpoint(ABC):
 
         Only where that is not known beforehand: a stream is hashed on its way.
         """
+
+    def left_behind(self) -> dict[str, str]:
+        """Files of the model's folder that neither are read nor go into an artifact -> why."""
+        return left_behind(self.folder, {info.file for info in self.tensors.values()})
 
     def write_companions(self, folder: Path) -> None:
         """Put the tokenizer and the other small files into `folder`, unchanged."""
@@ -212,15 +234,32 @@ def check_settings(config: dict[str, Any], path: Path) -> None:
         if str(key).endswith("_implementation") and "/" in str(value):
             raise SourceError(f"{path}: {key} names code on the hub, which is not run; remove the entry")
         limit = limits.LAYERS if _LAYER_COUNT.search(str(key)) else limits.VOCABULARY if key == "vocab_size" else None
-        if limit and isinstance(value, int | float) and not -1 <= value <= limit:
+        if limit and isinstance(value, int | float) and not value <= limit:
             raise SourceError(f"{path}: {key} is {value!r}, more than the {limit:,} that are read; fetch it again")
 
 
 def companions(folder: Path) -> list[Path]:
-    """Small files of a model folder that belong to it whatever its weights' format, sorted."""
-    found = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
-    taken = {path for pattern in _NOT_COMPANIONS for path in folder.glob(pattern)}
-    return sorted(contained(path, folder) for path in found - taken)
+    """Files of a model folder that belong to it whatever its weights' format, sorted; see `companions.py`."""
+    return [contained(folder / name, folder) for name in travelling(_names(folder))]
+
+
+def left_behind(folder: Path, used: Collection[str]) -> dict[str, str]:
+    """Files of a model folder that do not go into an artifact, besides the weight files `used` -> why."""
+    quiet = ("hidden", "about")  # every model has some of these
+    found = {name: why for name, why in staying(_names(folder)).items() if not why.startswith(quiet)}
+    return {name: why for name, why in found.items() if name not in used}
+
+
+def _names(folder: Path) -> list[str]:
+    """Files in a folder and the folders in it, by POSIX paths; links to folders are not followed."""
+    names: list[str] = []
+    for root, folders, files in os.walk(folder):
+        place = Path(root).relative_to(folder)
+        folders[:] = [] if place.parts else [name for name in folders if not name.startswith(".")]
+        names += [(place / name).as_posix() for name in files if limits.is_file(Path(root) / name)]
+        if len(names) > limits.FILES:
+            raise SourceError(f"{folder}: holds more than {limits.FILES:,} files; name a folder of one model alone")
+    return names
 
 
 def contained(path: Path, folder: Path) -> Path:

@@ -5,17 +5,20 @@ inference/kernel.py does) has a scale for each block of weight_block_size rows a
 says nothing; the last block of either direction may be cut off. Where weight_block_size is null, it or `weight_scale`
 (vLLM's name for it) is one scale for the tensor, or one for each row. Scales are floating-point numbers, or ue8m0:
 a byte b for 2^(b - 127).
+
+A checkpoint that was only cast to float8, and whose config.json says nothing of it, holds the numbers as they are.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from quantize8.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from quantize8.checkpoint.encoding import Encoding, require
+from quantize8.checkpoint.wrapper import Wrapper
 from quantize8.errors import SourceError
 from quantize8.ops.reference import Array
 
@@ -24,6 +27,8 @@ WEIGHT = "weight"
 _SCALES = ("weight_scale_inv", "weight_scale")
 _UNUSED = ("activation_scale", "input_scale")  # of static activations
 _VALUES = ("F8_E4M3", "F8_E5M2")
+_CAST = "BF16"  # holds every number of both float8 types exactly
+_LOOSE_SCALES = ("scale", "scale_weight", "scaled_fp8", "scale_input", *_SCALES)  # ComfyUI's among them
 _SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 _BLOCK = (128, 128)
 
@@ -75,6 +80,41 @@ def find(stored: Checkpoint, entry: dict[str, Any]) -> dict[str, Encoding]:
             where = stored.folder / info.file
             raise SourceError(f"{where}: {module} has {part} and no float8 weight, which is not read; use the original")
     return found
+
+
+def uncast(stored: Checkpoint) -> Checkpoint:
+    """The checkpoint itself, or where some of its tensors were cast to float8 one that gives them in bfloat16.
+
+    Raises SourceError where they have scales, which no config.json explains.
+    """
+    cast = {name for name, info in stored.tensors.items() if info.dtype in _VALUES}
+    if not cast:
+        return stored
+    scale = next((name for name in stored.tensors if name.rpartition(".")[2] in _LOOSE_SCALES), None)
+    if scale is not None:
+        raise SourceError(
+            f"{stored.folder}: holds float8 with scales ({scale}), and config.json has no quantization_config that "
+            "says how; use the original"
+        )
+    tensors = {name: replace(info, dtype=_CAST) if name in cast else info for name, info in stored.tensors.items()}
+    return _Uncast(stored, tensors)
+
+
+class _Uncast(Wrapper):
+    """Float8 without scales, in bfloat16."""
+
+    def stored_dtype(self, name: str) -> str:
+        """See `Checkpoint.stored_dtype`."""
+        return self.inner.tensors[name].dtype
+
+    def rows(self, name: str, start: int, stop: int) -> Array:
+        """See `Checkpoint.rows`."""
+        values = self.inner.rows(name, start, stop)
+        if self.inner.tensors[name].dtype not in _VALUES:
+            return values
+        numbers = np.arange(256, dtype=np.uint8).view(values.dtype).astype(DTYPES[_CAST])
+        cast: Array = numbers[values.view(np.uint8)]
+        return cast
 
 
 def _block_size(stored: Checkpoint, entry: dict[str, Any]) -> tuple[int, int] | None:

@@ -9,9 +9,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from quantize8.checkpoint import safetensors, torch_bin
-from quantize8.checkpoint.base import COMPANIONS, CONFIG_NAME
+from quantize8.checkpoint.base import CONFIG_NAME
+from quantize8.checkpoint.companions import travelling
 from quantize8.checkpoint.ranges import Digest, HubFile, Interrupted
 from quantize8.errors import SourceError, first_line
+
+_MANIFEST = "quantize8.json"
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def cached(repo_id: str, revision: str | None) -> Path:
     """The folder of a model that was downloaded before, when the hub cannot be asked."""
     from huggingface_hub import try_to_load_from_cache
 
-    for name in (CONFIG_NAME, "quantize8.json"):  # an artifact in GGUF has no config.json
+    for name in (CONFIG_NAME, _MANIFEST):  # an artifact in GGUF has no config.json
         path = try_to_load_from_cache(repo_id, name, revision=revision)
         if isinstance(path, str) and needed_files([file.name for file in Path(path).parent.iterdir()])[0]:
             return Path(path).parent
@@ -136,9 +139,8 @@ def needed_files(names: list[str]) -> tuple[list[str], list[str]]:
     weights = weights or [name for name in top if fnmatch(name, "pytorch_model*.bin")]
     ggufs = [name for name in top if name.endswith(".gguf")]
     weights = weights or (ggufs if len(ggufs) == 1 else [])
-    small = [name for name in names if any(fnmatch(name, pattern) for pattern in (CONFIG_NAME, *COMPANIONS))]
-    small = [name for name in small if name in top or fnmatch(name, COMPANIONS[-1])]
-    return sorted(weights), sorted({*small} - {*weights})
+    small = {name for name in top if name in (CONFIG_NAME, _MANIFEST) or name.endswith(".index.json")}
+    return sorted(weights), sorted(small.union(travelling(names)))
 
 
 def _literal(name: str) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from quantize8 import limits
 from quantize8.checkpoint import awq, bitsandbytes, compressed_tensors, fp8, gptq
-from quantize8.checkpoint.base import Checkpoint, TensorInfo
+from quantize8.checkpoint.base import Checkpoint, TensorInfo, contained
 from quantize8.checkpoint.encoding import Encoding, RowwiseInt8
 from quantize8.checkpoint.wrapper import Wrapper
 from quantize8.errors import SourceError
@@ -82,6 +83,9 @@ class QuantizedCheckpoint(Wrapper):
 
 
 _CONFIG_KEYS = ("quantization_config", "compression_config")
+_MLX_KEY = "quantization"
+_GPTQ_NAME = "quantize_config.json"
+_PACKED = ".qweight"
 
 
 def decode(stored: Checkpoint) -> Checkpoint:
@@ -89,13 +93,12 @@ def decode(stored: Checkpoint) -> Checkpoint:
 
     Raises SourceError where the quantization is of a kind that is not read, or the weights are not stored as it says.
     """
-    config = stored.config
-    entry = next((config[key] for key in _CONFIG_KEYS if config.get(key)), None)
+    entry = _entry(stored)
     if entry is None:
-        return stored
-    if not isinstance(entry, dict):
-        raise SourceError(f"{stored.folder}: its quantization_config is no JSON object; fetch config.json again")
+        return fp8.uncast(stored)
     method = entry.get("quant_method", bitsandbytes.METHOD if "load_in_8bit" in entry else None)
+    if method is None and "group_size" in entry:
+        method = "MLX"
     if not isinstance(method, str) or method not in _FORMATS:
         known = ", ".join(_FORMATS)
         raise SourceError(
@@ -107,3 +110,23 @@ def decode(stored: Checkpoint) -> Checkpoint:
             f"{stored.folder}: says it is quantized by {method}, and holds no such weight; fetch it again"
         )
     return QuantizedCheckpoint(stored, encodings)
+
+
+def _entry(stored: Checkpoint) -> dict[str, Any] | None:
+    """What config.json says of the quantization, or for AutoGPTQ's first checkpoints a file of its own."""
+    config = stored.config
+    entry = next((config[key] for key in (*_CONFIG_KEYS, _MLX_KEY) if config.get(key)), None)
+    if entry is not None and not isinstance(entry, dict):
+        raise SourceError(f"{stored.folder}: its quantization_config is no JSON object; fetch config.json again")
+    packed = next((name for name in stored.tensors if name.endswith(_PACKED)), None)
+    if entry is not None or packed is None:
+        return entry
+    path = stored.folder / _GPTQ_NAME
+    if not path.is_file():
+        raise SourceError(
+            f"{stored.folder}: {packed} is packed as GPTQ and AWQ do, and neither config.json nor {_GPTQ_NAME} says "
+            "how; fetch it again, or use the original"
+        )
+    return limits.read_object(contained(path, stored.folder), limits.CONFIG_BYTES, SourceError) | {
+        "quant_method": gptq.METHOD
+    }

@@ -61,6 +61,11 @@ class StreamedCheckpoint(SafetensorsCheckpoint):
         for name in self._ordered if file is None else [file]:
             self._ordered[name].confirm()
 
+    @property
+    def is_remote(self) -> bool:
+        """See `Checkpoint.is_remote`."""
+        return True
+
     def fingerprint(self) -> dict[str, list[Any]]:
         """See `Checkpoint.fingerprint`; a header tells as much as that of a stored file."""
         heads = {file: blake3(self._heads[file]).hexdigest() for file in self._ordered}
@@ -135,17 +140,21 @@ def _read_store(source: str, folder: Path) -> StreamedCheckpoint:
     shown = without_secrets(source)
     system, root = file_system(source, SourceError)
     try:
-        entries = {str(entry["name"]).rstrip("/").rpartition("/")[2]: entry for entry in system.ls(root, detail=True)}
-        files = {name: entry for name, entry in entries.items() if entry["type"] == "file"}
+        if not system.isdir(root):
+            raise FileNotFoundError
+        start = len(str(root).strip("/")) + 1
+        found = system.find(root, maxdepth=2, detail=True).values()
+        files = {str(entry["name"]).strip("/")[start:]: entry for entry in found if entry["type"] == "file"}
         weights, small = hub.needed_files(list(files))
         _check_kind(shown, weights)
-        found = {name: (files[name]["name"], f"{shown}/{name}", int(files[name]["size"])) for name in weights}
-        remote = {name: FsspecFile(system, *each) for name, each in found.items()}
+        places = {name: (files[name]["name"], f"{shown}/{name}", int(files[name]["size"])) for name in weights}
+        remote = {name: FsspecFile(system, *each) for name, each in places.items()}
         for name in small:
             if files[name]["size"] > limits.SMALL_BYTES:
                 raise SourceError(
                     f"{shown}/{name}: over {limits.SMALL_BYTES:,} bytes, which no such file has; look at it"
                 )
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(system.cat_file(files[name]["name"]))
         return _open(folder, remote, {"id": shown}, shown.rpartition("/")[2])
     except SourceError:

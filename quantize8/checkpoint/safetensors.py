@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from quantize8.ops.reference import Array, as_bytes
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+_ADAPTER = "adapter_model."  # what PEFT calls the weights of an adapter, which are not the model's
+_PART = re.compile(r"(.+-)(\d{5})-of-(\d{5})(\.\w+)")
 _AHEAD = 64 * 2**20  # bytes between what is read and what the disk is asked for: some blocks of each thread
 
 
@@ -125,10 +128,23 @@ def open_files(
             if tensor not in checkpoint.tensors or checkpoint.tensors[tensor].file != file:
                 raise SourceError(f"{index}: says {tensor} is in {file}, but it is not; fetch both again")
         return checkpoint
+    files = [name for name in files if not name.startswith(_ADAPTER)]
     files = [SINGLE_NAME] if SINGLE_NAME in files else files
+    require_parts(folder, files)
     for file in files:
         contained(folder / file, folder)
     return opener(folder, files, identity, name) if files else None
+
+
+def require_parts(folder: Path, files: list[str]) -> None:
+    """Raise SourceError where a file's name says that it is one of several that are not all there."""
+    for file in files:
+        if match := _PART.fullmatch(file):
+            start, _, count, end = match.groups()
+            names = (f"{start}{number:0{len(count)}}-of-{count}{end}" for number in range(1, int(count) + 1))
+            missing = next((name for name in names if name not in files), None)
+            if missing is not None:
+                raise SourceError(f"{folder / missing}: missing; the checkpoint is incomplete, fetch it again")
 
 
 def read_weight_map(index: Path) -> dict[str, str]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from quantize8.checkpoint.base import Checkpoint, TensorInfo, contained
 from quantize8.checkpoint.pickles import check_pickle
-from quantize8.checkpoint.safetensors import read_weight_map
+from quantize8.checkpoint.safetensors import read_weight_map, require_parts
 from quantize8.errors import SourceError, first_line
 from quantize8.limits import check_tensor, is_file
 from quantize8.ops.reference import Array
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "pytorch_model.bin.index.json"
 SINGLE_NAME = "pytorch_model.bin"
+_SHARDS = "pytorch_model-*.bin"
 _PICKLES_BEFORE = 4  # torch 1.6: a number, a version, the machine, the tensors; then the keys and the values
 
 
@@ -55,11 +56,17 @@ class TorchCheckpoint(Checkpoint):
 
 
 def open_torch(folder: Path, identity: dict[str, str], name: str) -> TorchCheckpoint | None:
-    """The folder's .bin files: those of the index, else pytorch_model.bin; None where it has none."""
+    """The folder's .bin files: those of the index, else pytorch_model.bin, else its parts; None where it has none."""
     if (folder / INDEX_NAME).is_file():
         files = sorted(set(read_weight_map(folder / INDEX_NAME).values()))
         return TorchCheckpoint(folder, files, identity, name)
-    return TorchCheckpoint(folder, [SINGLE_NAME], identity, name) if (folder / SINGLE_NAME).is_file() else None
+    files = [SINGLE_NAME] if (folder / SINGLE_NAME).is_file() else sorted(path.name for path in folder.glob(_SHARDS))
+    require_parts(folder, files)
+    return TorchCheckpoint(folder, files, identity, name) if files else None
+
+
+class _TorchScriptError(ValueError):
+    """An archive of torch.jit.save."""
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -77,6 +84,10 @@ def _load(path: Path) -> dict[str, Tensor]:
                 if "mmap" not in str(error):
                     raise
                 state = torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
+    except _TorchScriptError:
+        raise SourceError(
+            f"{path}: is a TorchScript archive, a program, and is not run; save the model's state_dict()"
+        ) from None
     except pickle.UnpicklingError:
         raise SourceError(
             f"{path}: holds objects or code besides tensors, and is not opened; use safetensors"
@@ -107,6 +118,8 @@ def _check(path: Path) -> None:
                 check_pickle(file, size)
             return
         with zipfile.ZipFile(opened) as archive:
+            if any(entry.filename.endswith("/constants.pkl") for entry in archive.infolist()):
+                raise _TorchScriptError
             for entry in archive.infolist():  # torch.save compresses nothing, a bomb would
                 if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
                     raise ValueError(f"{entry.filename} is compressed")

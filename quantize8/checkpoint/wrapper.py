@@ -25,6 +25,16 @@ class Wrapper(Checkpoint):
         return self.inner.config
 
     @property
+    def is_remote(self) -> bool:
+        """See `Checkpoint.is_remote`."""
+        return self.inner.is_remote
+
+    @property
+    def is_encoder(self) -> bool:
+        """See `Checkpoint.is_encoder`."""
+        return self.inner.is_encoder
+
+    @property
     def origin(self) -> Checkpoint:
         """See `Checkpoint.origin`."""
         return self.inner.origin
@@ -67,6 +77,10 @@ class Wrapper(Checkpoint):
     def confirm(self, file: str | None = None) -> None:
         """See `Checkpoint.confirm`."""
         self.inner.confirm(file)
+
+    def left_behind(self) -> dict[str, str]:
+        """See `Checkpoint.left_behind`."""
+        return self.inner.left_behind()
 
     def write_companions(self, folder: Path) -> None:
         """See `Checkpoint.write_companions`."""

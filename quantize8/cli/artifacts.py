@@ -44,6 +44,14 @@ def convert(
     device: Device = "auto",
     max_shard_size: ShardSize = "5GB",
     workers: Workers = None,
+    check: Annotated[
+        bool | None,
+        typer.Option(
+            "--check/--no-check",
+            help="Compare the artifact with its source.  [default: where it costs less than converting]",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and convert nothing.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an artifact at --out; start an unfinished one over.")
@@ -71,7 +79,7 @@ def convert(
         result = operation(
             source, out, format=format, scheme=scheme, moe=moe, threshold=threshold, calibrate=calibrate,
             outlier_columns=outlier_columns, smooth=smooth, recipe=recipe, scale=scale, device=device,
-            max_shard_size=max_shard_size, workers=workers, dry_run=dry_run, overwrite=overwrite,
+            max_shard_size=max_shard_size, workers=workers, check=check, dry_run=dry_run, overwrite=overwrite,
             part=part, engine=engine, address=address, stream=stream, push_to_hub=push_to_hub, private=private,
             revision=revision, token=token, progress=progress,
         )  # fmt: skip

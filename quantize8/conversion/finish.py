@@ -86,10 +86,11 @@ def assemble(job: Job, units: Sequence[Unit], staging: Folders, records: Records
         indexed = index(plan.shards, always=plan.outliers is not None)
         for name, data in {**indexed, CONFIG_NAME: json.dumps(config, indent=2).encode() + b"\n"}.items():
             write_file(folder / name, data)
-    others = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in manifest.headers]
-    for path in others:
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    others = {name: path for name, path in paths.items() if name not in manifest.headers}
+    for path in others.values():
         flush(path)
-    manifest.files = {path.relative_to(folder).as_posix(): digest(path.read_bytes()) for path in others}
+    manifest.files = {name: digest(path.read_bytes()) for name, path in others.items()}
     write_file(folder / MANIFEST_NAME, manifest.to_bytes())
     return manifest
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantize8.artifact.manifest import Manifest, Quantized, TensorRecord
 from quantize8.artifact.plan import Plan
 from quantize8.artifact.store import Store
 from quantize8.conversion.forecast import Forecast
 from quantize8.conversion.parts import Part
+
+if TYPE_CHECKING:
+    from quantize8.model.check import Check
 
 
 @dataclass
@@ -30,6 +33,7 @@ class Conversion:
     kept_bytes: int = 0  # of them, as they are written
     pushed: str | None = None  # the address of the commit on the hub, if it was uploaded
     forecast: Forecast | None = None  # of a dry run
+    check: Check | None = None  # of a whole artifact, where it was checked
     to_calibrate: bool = False  # a dry run, which does not choose the outlier columns that converting would
 
     def as_json(self) -> dict[str, Any]:
@@ -52,8 +56,11 @@ class Conversion:
             "files": {shard.file: shard.nbytes for shard in plan.shards},
             "int8_modules": sorted(plan.modules),
             "kept": plan.kept,
+            "guessed": plan.guessed,
+            "left_out": plan.left_out,
             "mean_relative_error": sum(errors.values()) / len(errors) if errors else None,
             "worst": f"{errors[worst]:.4f} in {worst}" if errors else None,
+            "check": None if self.check is None else asdict(self.check),
             "pushed": self.pushed,
             "seconds": round(self.seconds, 3),
             "forecast": None if self.forecast is None else asdict(self.forecast),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quantize8.artifact.outliers import Calibrated
 from quantize8.checkpoint import Checkpoint
-from quantize8.checkpoint.structure import read_structure
+from quantize8.checkpoint.structure import structure_of
 from quantize8.errors import SourceError
 from quantize8.model.activations import dense_weight, watch
 from quantize8.model.columns import choose_columns
@@ -34,7 +34,7 @@ def calibrate(
     are kept, exactly in weight and activation; None: as many as are worth it. Experts that transformers joins are not
     calibrated. Raises SourceError where the model cannot run, has no tokenizer, or computes NaN or infinity.
     """
-    structure = read_structure(checkpoint.config, checkpoint.tensors)
+    structure = structure_of(checkpoint)
     stored = {model: name for name, model in structure.model_names.items()}
     found: dict[str, Calibrated] = {}
 

@@ -9,16 +9,24 @@ from typing import Any
 
 from quantize8.artifact.outliers import has_outliers, read_outliers
 from quantize8.checkpoint import Checkpoint, QuantizedCheckpoint, open_checkpoint
+from quantize8.checkpoint.base import FLOAT_NAMES
 from quantize8.checkpoint.bitsandbytes import is_int8
 from quantize8.checkpoint.gguf import GgufCheckpoint
 from quantize8.checkpoint.guard import guarded
-from quantize8.checkpoint.structure import architecture_of, read_structure
+from quantize8.checkpoint.native import Native, is_known, native_class
+from quantize8.checkpoint.structure import structure_of
 from quantize8.checkpoint.tokenizer import check_tokenizer
 from quantize8.errors import ArtifactError, DependencyError, Quantize8Error, SourceError, first_line
 from quantize8.ops.choice import resolve
 from quantize8.ops.reference import DEFAULT_THRESHOLD, STATIC_MODES, OutlierMode
 
 _ADAPTER = "adapter_config.json"  # by which transformers would read further weights, with readers that are not ours
+
+# one of which a tokenizer has, whatever else it has
+_TOKENIZERS = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
+    *("sentencepiece.bpe.model", "source.spm", "bpe.codes"),
+)
 
 
 def load(
@@ -59,9 +67,8 @@ def load(
         if isinstance(stored, GgufCheckpoint) or (checkpoint.decoded and not is_int8(stored.config)):
             model = _load_decoded(checkpoint, mode, threshold, given)
         else:
-            settings = _model_config(stored, mode, threshold)
-            kind = model_class(stored.config)
-            model = _built(kind, stored.folder, stored.folder, config=settings, trust_remote_code=False, **given)
+            native = _with_int8_entry(native_of(stored), stored, mode, threshold)
+            model = _built(native, stored.folder, stored.folder, trust_remote_code=False, **given)
         if mode in STATIC_MODES and calibrated:
             _give_outliers(model, checkpoint, stored.folder)
         return model.eval(), find_tokenizer(checkpoint)
@@ -83,39 +90,55 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _model_config(stored: Checkpoint, mode: OutlierMode, threshold: float | None) -> Any:
-    """The model's settings; of an int8 folder in the bitsandbytes format with what our quantizer needs to know."""
-    settings = model_settings(stored)
+def native_of(checkpoint: Checkpoint) -> Native:
+    """The class that runs a checkpoint, with its settings; raises SourceError where transformers has none."""
+    config = checkpoint.config
+    if not is_known(config):
+        raise SourceError(
+            f"{checkpoint.folder}: transformers has no model type {config.get('model_type')!r}; "
+            "convert it, and run it with the code that it comes with"
+        )
+    return native_class(config, checkpoint.tensors, checkpoint.is_encoder)
+
+
+def _with_int8_entry(native: Native, stored: Checkpoint, mode: OutlierMode, threshold: float | None) -> Native:
+    """The same; of an int8 folder in the bitsandbytes format with what our quantizer needs to know."""
     entry = stored.config.get("quantization_config")
     if isinstance(entry, dict):
         asked = float(entry.get("llm_int8_threshold", DEFAULT_THRESHOLD)) if threshold is None else threshold
-        settings.quantization_config = _entry(asked, entry.get("llm_int8_skip_modules"), mode, int8_experts=False)
-    return settings
+        skip = entry.get("llm_int8_skip_modules")
+        native.settings.quantization_config = _entry(asked, skip, mode, int8_experts=False)
+    return native
 
 
 def _load_decoded(checkpoint: Checkpoint, mode: OutlierMode, threshold: float | None, given: dict[str, Any]) -> Any:
     """A model from what our readers make of its weights: int8 as it is, all else in floating point."""
     from quantize8.model.state import plan_loading
 
-    settings, plan = model_settings(checkpoint), plan_loading(checkpoint)
-    if hasattr(settings, "quantization_config"):
-        del settings.quantization_config
+    native, plan = native_of(checkpoint), plan_loading(checkpoint)
     if any(tensor.dtype == "I8" for tensor in plan.state.values()):
         asked = DEFAULT_THRESHOLD if threshold is None else threshold
-        settings.quantization_config = _entry(asked, plan.skip_modules, mode, plan.int8_experts)
-    kind = model_class(checkpoint.config)
-    return _built(kind, checkpoint.folder, None, config=settings, state_dict=plan.state, **given).eval()
+        native.settings.quantization_config = _entry(asked, plan.skip_modules, mode, plan.int8_experts)
+    return _built(native, checkpoint.folder, None, state_dict=plan.state, **given).eval()
 
 
-def _built(kind: Any, where: Path, source: Path | None, **given: Any) -> Any:
-    """The model as transformers loads it; whatever it or torch raise, of memory too, is one line."""
+def _built(native: Native, where: Path, source: Path | None, **given: Any) -> Any:
+    """The model as transformers loads it; whatever it or torch raise, of memory too, is one line.
+
+    So is what it would only warn of: a parameter that the checkpoint does not have, and that would be random.
+    """
+    given = {"config": native.settings, **native.arguments, **given}
     try:
         with guarded():
-            return kind.from_pretrained(source, **given)
+            model, found = native.kind.from_pretrained(source, output_loading_info=True, **given)
     except Quantize8Error:
         raise
     except Exception as error:  # of any kind, as what a config.json may say of its weights
         raise SourceError(f"{where}: transformers cannot load this model ({first_line(error)})") from None
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if missing := sorted(parameters & set(found["missing_keys"])):
+        raise SourceError(f"{where}: {missing[0]} is not in the checkpoint, and would be random; fetch it again")
+    return model
 
 
 def _give_outliers(model: Any, checkpoint: Checkpoint, folder: Path) -> None:
@@ -127,7 +150,7 @@ def _give_outliers(model: Any, checkpoint: Checkpoint, folder: Path) -> None:
 
     from quantize8.model.linear import Int8Linear
 
-    names = read_structure(checkpoint.config, checkpoint.tensors).model_names
+    names = structure_of(checkpoint).model_names
     layers = dict(model.named_modules())
     for name, found in read_outliers(folder).items():
         layer = layers.get(names.get(name, name))
@@ -140,22 +163,6 @@ def _give_outliers(model: Any, checkpoint: Checkpoint, folder: Path) -> None:
     for layer in layers.values():
         if isinstance(layer, Int8Linear) and layer.mode == "static" and layer.outlier_columns is None:
             layer.mode = "elementwise"
-
-
-def model_settings(checkpoint: Checkpoint) -> Any:
-    """transformers' settings of a checkpoint, as its config.json or the GGUF file says."""
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    if isinstance(checkpoint.origin, GgufCheckpoint):
-        return CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(checkpoint.config)
-    try:
-        with guarded():
-            return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    except Exception as error:  # of any kind, as what a config.json may say
-        raise SourceError(
-            f"{checkpoint.folder}: transformers cannot run this architecture ({first_line(error)})"
-        ) from None
 
 
 def _entry(threshold: float, skip_modules: Any, mode: OutlierMode, int8_experts: bool) -> dict[str, Any]:
@@ -177,18 +184,10 @@ def _dtype(asked: Any, config: dict[str, Any], device_map: Any) -> Any:
 
     if asked != "auto":
         return getattr(torch, asked) if isinstance(asked, str) else asked
-    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "auto").removeprefix("torch.")
+    stored = stored if stored in FLOAT_NAMES else "float32"
     on_cpu = device_map == "cpu" or not torch.cuda.is_available()
     return torch.float32 if on_cpu and stored == "float16" else getattr(torch, stored)
-
-
-def model_class(config: dict[str, Any]) -> Any:
-    """The class that a config.json names, AutoModel where transformers has none of that name."""
-    import transformers
-
-    kind = getattr(transformers, architecture_of(config) or "", None)
-    is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
-    return kind if is_model else transformers.AutoModel
 
 
 def find_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -198,7 +197,7 @@ def find_tokenizer(checkpoint: Checkpoint) -> Any:
     if isinstance(origin := checkpoint.origin, GgufCheckpoint):
         return origin.tokenizer
     folder = checkpoint.folder
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
         return None
     check_tokenizer(folder)
     try:

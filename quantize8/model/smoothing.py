@@ -26,8 +26,8 @@ import numpy as np
 from quantize8.artifact.outliers import Calibrated
 from quantize8.checkpoint import Checkpoint
 from quantize8.checkpoint.base import QUANTIZABLE
+from quantize8.checkpoint.native import architecture_of
 from quantize8.checkpoint.smoothing import Factors, SmoothedCheckpoint
-from quantize8.checkpoint.structure import architecture_of
 from quantize8.errors import SourceError
 from quantize8.ops.reference import Array
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantize8.checkpoint import Checkpoint
 from quantize8.checkpoint.bitsandbytes import LAYOUT, SCALE
-from quantize8.checkpoint.structure import read_structure
+from quantize8.checkpoint.structure import structure_of
 from quantize8.model.experts import SCALE as EXPERT_SCALE
 from quantize8.ops.reference import Array
 
@@ -52,7 +52,7 @@ class LoadPlan:
 
 def plan_loading(checkpoint: Checkpoint) -> LoadPlan:
     """Linear weights and experts that are stored as int8 stay so; all else is floating point, decoded if need be."""
-    structure = read_structure(checkpoint.config, checkpoint.tensors)
+    structure = structure_of(checkpoint)
     linears = {name for name in (*structure.linears, *structure.kept) if checkpoint.is_int8(f"{name}.weight")}
     int8_experts = bool(structure.experts) and all(checkpoint.is_int8(f"{name}.weight") for name in structure.experts)
     experts = set(structure.experts if int8_experts else ())

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from quantize8.checkpoint import Checkpoint
 from quantize8.checkpoint.base import FLOATING
 from quantize8.checkpoint.guard import guarded
+from quantize8.checkpoint.structure import CONV1D, linear_kinds, structure_of, targets_in_model
 from quantize8.errors import SourceError, first_line
-from quantize8.model.loading import model_class, model_settings, quiet
+from quantize8.model.loading import native_of, quiet
 from quantize8.model.state import LazyTensor, to_torch
 from quantize8.ops.reference import Array
 
@@ -37,14 +38,16 @@ def streamed(checkpoint: Checkpoint) -> Iterator[Any]:
     pre-hooks. The results are those of the same model loaded whole, bit for bit.
 
     A model whose weights do not map one to one, or many to one, onto the checkpoint's is loaded whole: one that
-    transformers would split a stored tensor for, or start with random weights.
-    Raises: SourceError where transformers cannot run the architecture, or a weight does not have the model's shape.
+    transformers would split a stored tensor for, or make up by design what is not stored.
+    Raises: SourceError where transformers cannot run the architecture, where a weight is missing, or does not have the
+    model's shape.
     """
     with quiet():
-        model = _empty_model(checkpoint)
-        weights = _Weights(model, checkpoint)
+        structure_of(checkpoint).require_whole(checkpoint.name)
+        model = empty_model(checkpoint)
+        weights = Weights(model, checkpoint)
         if not weights.complete:
-            yield _whole_model(checkpoint)
+            yield whole_model(checkpoint)
             return
         hooks = []
         for module, places in _units(model):
@@ -58,40 +61,33 @@ def streamed(checkpoint: Checkpoint) -> Iterator[Any]:
             hook.remove()
 
 
-def _empty_model(checkpoint: Checkpoint) -> Any:
+def empty_model(checkpoint: Checkpoint) -> Any:
     """The model with its parameters on the meta device, and its buffers as they are at first."""
     from accelerate import init_empty_weights
 
-    kind = model_class(checkpoint.config)
-    build = getattr(kind, "_from_config", None) or kind.from_config
+    native = native_of(checkpoint)
     try:
-        settings = _plain_settings(checkpoint)
         with init_empty_weights(include_buffers=False), guarded():
-            return build(settings, dtype=torch.float32).eval()
+            return native.build(dtype=torch.float32).eval()
     except Exception as error:  # of any kind, as what a config.json may say
         raise SourceError(
-            f"{checkpoint.folder}: transformers cannot build {kind.__name__} from its config ({first_line(error)})"
+            f"{checkpoint.folder}: transformers cannot build {native.kind.__name__} from its config "
+            f"({first_line(error)})"
         ) from None
 
 
-def _whole_model(checkpoint: Checkpoint) -> Any:
+def whole_model(checkpoint: Checkpoint) -> Any:
     """The model with all its weights, dequantized, in float32."""
     state = {name: LazyTensor(partial(_rows, checkpoint, name), "F32") for name in checkpoint.tensors}
     given = {"state_dict": state, "dtype": torch.float32, "device_map": "cpu"}
+    native = native_of(checkpoint)
     with guarded():
-        return model_class(checkpoint.config).from_pretrained(None, config=_plain_settings(checkpoint), **given).eval()
+        return native.kind.from_pretrained(None, config=native.settings, **native.arguments, **given).eval()
 
 
 def _rows(checkpoint: Checkpoint, name: str) -> Array:
     values: Array = _read(checkpoint, name).numpy()
     return values
-
-
-def _plain_settings(checkpoint: Checkpoint) -> Any:
-    settings = model_settings(checkpoint)
-    if hasattr(settings, "quantization_config"):
-        del settings.quantization_config
-    return settings
 
 
 def _read(checkpoint: Checkpoint, name: str) -> Tensor:
@@ -107,25 +103,24 @@ def _read(checkpoint: Checkpoint, name: str) -> Tensor:
     return values
 
 
-class _Weights:
+class Weights:
     """Where each parameter of a model lies in a checkpoint, and its values; persistent buffers are read at once."""
 
     def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key
+        from transformers.core_model_loading import WeightConverter, dot_natural_key
 
         self._model, self._checkpoint = model, checkpoint
-        conversions = get_model_conversion_mapping(model)
-        joining = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-        self._rules = ([entry for entry in conversions if isinstance(entry, WeightRenaming)], joining)
+        joining = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightConverter)]
         self._converters = {pattern: entry for entry in joining for pattern in entry.source_patterns}
         # parameter or buffer -> stored tensors, with the pattern of the converter that joins them (None: a renaming)
         self._sources: dict[str, list[tuple[str | None, str]]] = defaultdict(list)
         self._state = model.state_dict()
-        for name in sorted(checkpoint.tensors, key=dot_natural_key):  # experts by number, as transformers joins them
-            target, pattern = self._target(name)
-            if target in self._state:
-                self._sources[target].append((pattern, name))
+        self._conv1d = {name for name, kind in linear_kinds(model).items() if kind == CONV1D}
+        in_order = sorted(checkpoint.tensors, key=dot_natural_key)  # experts by number, as transformers joins them
+        for name, target in targets_in_model(model, in_order).items():
+            if target.name in self._state:
+                self._sources[target.name].append((target.pattern, name))
         parameters = dict(model.named_parameters(remove_duplicate=False))
         self._tie(parameters)
         split = any(self._splits(entries) for entries in self._sources.values())
@@ -133,11 +128,23 @@ class _Weights:
         if self.complete:
             self._read_buffers(set(parameters))
 
+    def stored_as(self, name: str) -> list[str]:
+        """The tensors of the checkpoint that a parameter or buffer is made of."""
+        return [stored for _, stored in self._sources[name]]
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether a parameter is a Conv1D's [K, N], and stored as a quantized [N, K]."""
+        module, _, last = name.rpartition(".")
+        stored = self._sources[name][0][1]
+        return last == "weight" and module in self._conv1d and stored in self._checkpoint.decoded
+
     def read(self, name: str) -> Tensor:
         """A parameter or buffer of the model by its name."""
         entries = self._sources[name]
         pattern, stored = entries[0]
         value = _read(self._checkpoint, stored) if pattern is None else self._joined(name, pattern, entries)
+        if self.is_transposed(name):
+            value = value.t().contiguous()
         expected = self._state[name].shape
         if value.shape != expected:
             raise SourceError(
@@ -145,16 +152,6 @@ class _Weights:
                 f"{list(expected)} as config.json says; fetch the checkpoint again"
             )
         return value
-
-    def _target(self, name: str) -> tuple[str, str | None]:
-        """The parameter that a stored tensor goes to, and the pattern of its converter, as transformers loads it."""
-        from transformers.core_model_loading import rename_source_key
-
-        rest = (self._model.base_model_prefix, self._state)
-        target, pattern = rename_source_key(name, *self._rules, *rest)
-        if target not in self._state and name in self._state:
-            target, pattern = rename_source_key(name, [], [], *rest)
-        return target, pattern
 
     def _tie(self, parameters: dict[str, Any]) -> None:
         """Give tied parameters that are stored once the same source."""
@@ -197,7 +194,7 @@ class _Weights:
 class _Unit:
     """Hooks on a module: its parameters are read before its forward, and dropped after."""
 
-    def __init__(self, weights: _Weights, places: list[tuple[nn.Module, str, str]]) -> None:
+    def __init__(self, weights: Weights, places: list[tuple[nn.Module, str, str]]) -> None:
         self._weights = weights
         self._places = [(*place, place[0]._parameters[place[1]]) for place in places]  # with what stands for no values
 

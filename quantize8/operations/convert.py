@@ -12,21 +12,24 @@ from pathlib import Path
 
 from quantize8.artifact.formats import DEFAULT_FORMAT
 from quantize8.artifact.layout import DEFAULT_SHARD_SIZE
+from quantize8.artifact.manifest import CHECK_FAILED
 from quantize8.artifact.store import Store, place_of
 from quantize8.artifact.upload import prepare, upload
 from quantize8.artifact.writer import Progress
-from quantize8.checkpoint import is_url
+from quantize8.checkpoint import is_url, open_checkpoint
 from quantize8.conversion import cluster
 from quantize8.conversion.parts import Part, parse_part
 from quantize8.conversion.request import Request
 from quantize8.conversion.result import Conversion
 from quantize8.conversion.steps import check_place, look_ahead, write_part
 from quantize8.conversion.write import make_quantizers
-from quantize8.errors import OutputError
+from quantize8.errors import ArtifactError, OutputError, Quantize8Error
 from quantize8.ops.scales import ABSMAX
 from quantize8.recipe import DEFAULT_RECIPE
 
 LOCAL = "local"
+# What a check takes: torch and transformers once, then some passes over the weights. Measured on two cores.
+_CHECK_SECONDS, _CHECK_SECONDS_A_WEIGHT = 5.0, 12e-9
 ENGINES = (LOCAL, "ray")
 
 
@@ -46,6 +49,7 @@ def convert(
     device: str = "auto",
     max_shard_size: str = DEFAULT_SHARD_SIZE,
     workers: int | None = None,
+    check: bool | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
     part: str | None = None,
@@ -70,7 +74,9 @@ def convert(
     file, of the first two formats; scale, absmax, or mse to search the one with the least squared error
     (ops/scales.py), of the int8 formats; device, auto, cpu or cuda (auto: a GPU that kernels can use, else the CPU;
     scales are searched on the CPU alone); workers, threads that read, quantize and write side by side (default: one a
-    processor); dry_run, to settle all that headers tell, measure how long the rest will take, and write nothing;
+    processor); check, compare the artifact with its source when it is there (`model.check`), None to do so where that
+    takes less time than converting did; dry_run, to settle all that headers tell, measure how long the rest will take,
+    and write nothing;
     part, "2/4" to write the second fourth of the weight files, which `finalize` makes an artifact of when all are
     there, or "auto" for the share of this process in a Slurm array or under torchrun; engine, local, or ray to have
     the nodes of a Ray cluster write the weight files (`conversion.cluster`), the one at `address`; stream, read a hub
@@ -88,8 +94,11 @@ def convert(
     if share is not None and push_to_hub is not None:
         raise OutputError(f"push-to-hub {push_to_hub}: a part is no artifact; push it after quantize8 finalize")
     _check_engine(engine, address, share)
+    _refuse_check(check, request, share)
     quantizers = make_quantizers(device, scale, workers) if engine == LOCAL or dry_run else []
     place = None if out is None else place_of(out, token)
+    if isinstance(place, Store) and check:
+        raise OutputError(f"check: reads an artifact that is here, not at {place}; leave it out")
     if isinstance(place, Store) and push_to_hub is not None:
         raise OutputError(f"push-to-hub {push_to_hub}: takes files that are here, not at {place}; leave out one")
     if dry_run:
@@ -106,10 +115,37 @@ def convert(
     else:
         nodes = cluster.Nodes(address, device, workers)
         found = cluster.write_all(job, target, nodes, overwrite, token, progress)
+    _check_artifact(found, check, time.perf_counter() - start)
     if push_to_hub is not None and isinstance(target, Path):
         found.pushed = upload(target, push_to_hub, private=private, token=token)
     found.seconds = time.perf_counter() - start
     return found
+
+
+def _refuse_check(check: bool | None, request: Request, share: Part | None) -> None:
+    if check and share is not None:
+        raise OutputError(f"check: part {share} is no artifact; leave --check out")
+    if check and request.stream:
+        raise OutputError("check: reads the weights of the source again, which a stream does not keep; leave one out")
+
+
+def _check_artifact(found: Conversion, check: bool | None, seconds: float) -> None:
+    """Check a whole artifact that is here, where that was asked for, or costs less than the `seconds` of converting.
+
+    One that is broken is marked, so that `verify` and `push` refuse it, and raises ArtifactError.
+    """
+    expected = _CHECK_SECONDS + found.plan.weights * _CHECK_SECONDS_A_WEIGHT
+    whole = found.manifest is not None and isinstance(found.out, Path)
+    if not whole or check is False or (check is None and (found.plan.checkpoint.is_remote or expected > seconds)):
+        return
+    from quantize8.model.check import check as compare
+
+    assert isinstance(found.out, Path)
+    try:
+        found.check = compare(found.plan.checkpoint, open_checkpoint(str(found.out)))
+    except Quantize8Error as error:
+        (found.out / CHECK_FAILED).write_text(f"{error}\n", encoding="utf-8")
+        raise ArtifactError(str(error)) from None
 
 
 def _check_engine(engine: str, address: str | None, share: Part | None) -> None:

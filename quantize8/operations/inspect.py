@@ -16,7 +16,7 @@ import numpy as np
 from quantize8.artifact.manifest import MANIFEST_NAME, read_manifest, summarize
 from quantize8.checkpoint import Checkpoint, open_checkpoint
 from quantize8.checkpoint.base import QUANTIZABLE, READERS
-from quantize8.checkpoint.structure import CONV1D, read_structure
+from quantize8.checkpoint.structure import CONV1D, structure_of
 from quantize8.errors import SourceError
 from quantize8.model.advice import DEFAULT_BUDGET, recommend
 from quantize8.model.outliers import ActivationReport
@@ -91,7 +91,7 @@ def _linear_modules(checkpoint: Checkpoint) -> dict[str, bool]:
     """Linear weights, of a quantized checkpoint the quantized ones -> whether they are stored [in, out]."""
     if checkpoint.decoded:
         return {name.removesuffix(".weight"): False for name in checkpoint.tensors if name in checkpoint.decoded}
-    structure = read_structure(checkpoint.config, checkpoint.tensors)
+    structure = structure_of(checkpoint)
     modules = structure.linears | dict.fromkeys([*structure.kept, *structure.experts], "")
     return {name: kind == CONV1D for name, kind in modules.items() if _quantizable(checkpoint, name)}
 

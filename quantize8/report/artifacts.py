@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.console import Group, RenderableType
 from rich.text import Text
 
@@ -10,6 +12,9 @@ from quantize8.conversion.forecast import Forecast
 from quantize8.conversion.result import Conversion
 from quantize8.operations.verify import Verification
 from quantize8.report.tables import duration, size, table
+
+if TYPE_CHECKING:
+    from quantize8.model.check import Check
 
 
 def conversion(result: Conversion) -> RenderableType:
@@ -32,14 +37,20 @@ def conversion(result: Conversion) -> RenderableType:
         wide = sum(len(found.columns) for found in plan.calibrated.values())
         exact = sum(found.exact for found in plan.calibrated.values())
         rows.add_row("outliers", f"{wide} columns, {exact} of them stored exactly: {size(plan.outliers.nbytes)}")
-    for reason, names in sorted(_by_reason(plan.kept).items()):
-        rows.add_row("kept in float", f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}")
+    if plan.guessed:
+        rows.add_row("guessed", f"which layers are Linear, by their names: {plan.guessed}")
+    for title, found in (("kept in float", plan.kept), ("left out", plan.left_out)):
+        for reason, names in sorted(_by_reason(found).items()):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            rows.add_row(title, f"{names[0]}{more}: {reason}")
     if plan.carries:
         rows.add_row("codes", "those of the source")
     elif result.errors:
         rows.add_row("relative error", f"{numbers['mean_relative_error']:.4f} mean, {numbers['worst']}")
     if result.kept:
         rows.add_row("resumed", f"{result.kept} tensors were there already, {size(result.kept_bytes)}, and are right")
+    if result.check is not None:
+        rows.add_row("check", _check(result.check))
     if result.forecast is not None:
         return Group(rows, Text(), *_forecast(result.forecast, result.to_calibrate))
     rows.add_row("time", f"{result.seconds:.1f} s")
@@ -49,6 +60,20 @@ def conversion(result: Conversion) -> RenderableType:
 def verification(result: Verification) -> RenderableType:
     """What was checked."""
     return Text(f"{result.artifact}: {result.tensors} tensors, {result.files} files, {size(result.nbytes)}: all good")
+
+
+def _check(found: Check) -> str:
+    parts = [f"{found.parameters} parameters are the source's"] if found.parameters else []
+    if found.error is not None:
+        outputs = f"{found.tokens} tokens: outputs {found.error:.1%} off"
+        if found.kl is not None and found.top1 is not None:
+            outputs += f", KL {found.kl:.4f} nats, top-1 the same for {found.top1:.0%}"
+        parts.append(outputs)
+    if found.overflow is not None:
+        parts.append(f"{found.overflow} overflows in float16, the model's dtype: load it in bfloat16 or float32")
+    if found.skipped is not None:
+        parts.append(f"not checked: {found.skipped}")
+    return f"{'; '.join(parts)}; {found.seconds:.1f} s"
 
 
 def _artifact(result: Conversion) -> tuple[str, str]:

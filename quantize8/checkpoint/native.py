@@ -1,0 +1,160 @@
+"""The class by which transformers runs a checkpoint, chosen and built as its own loaders do, without storage or code.
+
+A `model_type` that transformers knows decides, whether or not config.json also names code of its own (`auto_map`,
+which many public copies still carry from before transformers had the model): that code is never run.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantize8 import limits
+from quantize8.checkpoint.guard import guarded
+from quantize8.errors import SourceError, first_line
+
+_FLOAT = "__float__"  # transformers 5 writes {"__float__": "Infinity"}, as JSON has no infinity
+_DTYPES = ("dtype", "torch_dtype")
+_QUANTIZATION = "quantization_config"
+# How a class of a task is called in config.json, and transformers' table of the classes for that task: for names that
+# transformers does not have, such as MPTForCausalLM or RWForCausalLM.
+_TASKS = {
+    "ForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "LMHeadModel": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "ForConditionalGeneration": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "ForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING",
+    "ForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "ForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    "ForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+}
+
+
+@dataclass(frozen=True)
+class Native:
+    """A class of transformers' with its settings, and what its constructor is given besides."""
+
+    kind: Any
+    settings: Any
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, **given: Any) -> Any:
+        """The model with initial weights, on torch's default device; raises what transformers does."""
+        make = getattr(self.kind, "_from_config", None) or self.kind.from_config
+        return make(self.settings, **self.arguments, **given)
+
+
+def architecture_of(config: Mapping[str, Any]) -> str | None:
+    """The model class that a config.json names first, None where it names none."""
+    names = config.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+
+
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Whether transformers has classes for the `model_type` of a config.json."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = config.get("model_type")
+    return isinstance(model_type, str) and model_type in CONFIG_MAPPING
+
+
+def native_class(config: Mapping[str, Any], names: Collection[str] = (), encoder: bool = False) -> Native:
+    """The class that loads a checkpoint of a known `model_type` with tensors of these names.
+
+    Args: config, as config.json holds it; names, of the tensors: they decide where config.json names no class, and
+    whether there is a pooling layer, which transformers would make up; encoder, whether sentence-transformers opens the
+    checkpoint, which takes the model without a head whatever class config.json names.
+    Raises: SourceError where transformers cannot read the settings.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        with guarded():
+            settings = CONFIG_MAPPING[config["model_type"]].from_dict(_decoded(config))
+        kind = _class_of(settings, architecture_of(config), names, encoder)
+    except Exception as error:  # of any kind, as what a config.json may say
+        raise SourceError(f"config.json: transformers cannot read its settings ({first_line(error)})") from None
+    pools = "add_pooling_layer" in inspect.signature(kind.__init__).parameters
+    has_pooler = any("pooler." in name for name in names) or not names
+    return Native(kind, settings, {"add_pooling_layer": False} if pools and not has_pooler else {})
+
+
+def build_meta_model(config: Mapping[str, Any], names: Collection[str] = (), encoder: bool = False) -> Any:
+    """The transformers model of a config.json, without storage; None where transformers does not know it."""
+    import torch
+
+    if not is_known(config):
+        return None
+    native = native_class(config, names, encoder)
+    try:
+        with torch.device("meta"), guarded(), _counted_modules():
+            return native.build()
+    except Exception as error:  # as above
+        raise SourceError(
+            f"config.json: transformers cannot build {native.kind.__name__} from it ({first_line(error)})"
+        ) from None
+
+
+def _class_of(settings: Any, architecture: str | None, names: Collection[str], encoder: bool) -> Any:
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    kind = type(settings)
+    base = _first(modeling_auto.MODEL_MAPPING.get(kind, transformers.AutoModel))
+    if encoder:
+        # of an encoder-decoder sentence-transformers takes the encoder
+        return getattr(transformers, f"{base.__name__.removesuffix('Model')}EncoderModel", base)
+    named = getattr(transformers, architecture or "", None)
+    if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+        return named
+    causal = _first(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, base))
+    if architecture is None:
+        prefix = f"{getattr(causal, 'base_model_prefix', None) or 'model'}."
+        return causal if any(name.startswith(prefix) for name in names) else base
+    for ending, table in _TASKS.items():
+        if architecture.endswith(ending):
+            return _first(getattr(modeling_auto, table).get(kind, base))
+    return base
+
+
+def _first(kinds: Any) -> Any:
+    """Some entries of transformers' tables are several classes."""
+    return kinds[0] if isinstance(kinds, tuple) else kinds
+
+
+def _decoded(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json as transformers takes it: numbers that JSON lacks decoded, no "auto" for a dtype, unquantized."""
+
+    def value_of(value: Any) -> Any:
+        if isinstance(value, list):
+            return [value_of(each) for each in value]
+        if not isinstance(value, dict):
+            return value
+        if set(value) == {_FLOAT}:
+            return float(value[_FLOAT])
+        return {key: value_of(each) for key, each in value.items() if not (key in _DTYPES and each == "auto")}
+
+    result: dict[str, Any] = value_of({key: value for key, value in config.items() if key != _QUANTIZATION})
+    return result
+
+
+@contextmanager
+def _counted_modules() -> Iterator[None]:
+    """Stop a model that is built with more modules than MODULES."""
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    count = 0
+
+    def add(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > limits.MODULES:
+            raise ValueError(f"it has more than {limits.MODULES:,} modules")
+
+    hook = register_module_module_registration_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()

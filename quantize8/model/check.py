@@ -1,0 +1,194 @@
+"""Whether an artifact is its source: every parameter as its loader reads it, and some tokens through both models.
+
+Both are read as transformers' loaders read them, in float32, one parameter or decoder layer at a time, so memory holds
+two of the largest. A parameter that is stored in floating point must be the source's, rounded; a row of an int8 one
+must lie as near as rounding to a scale of its absmax brings it. What 8-bit activations add is not in it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantize8.checkpoint import Checkpoint
+from quantize8.checkpoint.base import READERS, model_dtype
+from quantize8.checkpoint.gguf import GgufCheckpoint
+from quantize8.checkpoint.native import is_known
+from quantize8.errors import ArtifactError, DependencyError, SourceError
+from quantize8.model.loading import find_tokenizer, quiet
+from quantize8.model.streaming import Weights, empty_model, streamed
+from quantize8.ops.reference import FLOAT16_MAX
+from quantize8.resources import TEXT
+
+TOKENS = 32
+# A row w of absmax a, rounded to steps of a / 127, has an RMS error of a / 254 at most, and scales that are searched
+# have no more than that; the rest is for scales that are rounded to 16 bits.
+_ROW_ERROR = 1.05 / 254
+_FLOOR = 4e-6  # below which Q8_0's float16 scale is zero
+_ROUNDING = 2.0**-8  # of a number to bfloat16, relative; that to float16 is less
+_SUBNORMAL = 2.0**-24  # float16's smallest number
+_BROKEN = 0.5  # relative error of the outputs: int8 weights make 0.1 at most
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a check of an artifact found; one that is broken raises ArtifactError instead."""
+
+    parameters: int = 0  # that were compared
+    tokens: int = 0  # that went through both models
+    error: float | None = None  # ||y - y_source|| / ||y_source|| of the logits, or of the last hidden state
+    kl: float | None = None  # KL(source || artifact) of the logits, nats a token, mean
+    top1: float | None = None  # share of tokens at which both find the same logit the largest
+    overflow: str | None = None  # module whose output float16 cannot hold, where that is the model's dtype
+    skipped: str | None = None  # what was not checked, and why
+    seconds: float = 0.0
+
+
+def check(source: Checkpoint, artifact: Checkpoint) -> Check:
+    """Compare an artifact with the checkpoint it was made of.
+
+    Raises: ArtifactError where a parameter is not the source's, where outputs are not finite, or far from the source's.
+    """
+    start = time.perf_counter()
+    if not is_known(source.config):
+        return Check(skipped="transformers does not know the model")
+    try:
+        with quiet():
+            parameters = _compare_parameters(source, artifact)
+        found = _compare_outputs(source, artifact)
+    except SourceError as error:
+        raise ArtifactError(f"{artifact.folder}: is broken: {error}") from None
+    return replace(found, parameters=parameters, seconds=time.perf_counter() - start)
+
+
+def _compare_parameters(source: Checkpoint, artifact: Checkpoint) -> int:
+    model = empty_model(artifact)
+    theirs, ours = Weights(empty_model(source), source), Weights(model, artifact)
+    names = [name for name, _ in model.named_parameters()]
+    if not (theirs.complete and ours.complete):
+        return 0  # transformers makes up or splits some: the outputs tell
+
+    def compare(name: str) -> None:
+        found, expected = ours.read(name), theirs.read(name)
+        if found.shape != expected.shape:
+            raise ArtifactError(
+                f"{artifact.folder}: {name} has the shape {list(found.shape)}, its source {list(expected.shape)}"
+            )
+        if ours.is_transposed(name):
+            found, expected = found.t(), expected.t()
+        fault = _row_fault if _is_int8(artifact, ours.stored_as(name)) else _float_fault
+        if reason := fault(found, expected):
+            raise ArtifactError(f"{artifact.folder}: {name} is not what its source has ({reason}); convert it again")
+
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(compare, names))
+    return len(names)
+
+
+def _is_int8(artifact: Checkpoint, stored: list[str]) -> bool:
+    if isinstance(artifact.origin, GgufCheckpoint):
+        return any(len(artifact.tensors[name].shape) > 1 for name in stored)
+    return any(name in artifact.decoded for name in stored)
+
+
+def _float_fault(found: Tensor, expected: Tensor) -> str | None:
+    """What is wrong with numbers that are the source's but for rounding."""
+    apart = (found - expected).abs()
+    wrong = ~(apart <= expected.abs() * _ROUNDING + _SUBNORMAL)  # NaN is wrong, too
+    return f"{int(wrong.sum()):,} of {wrong.numel():,} numbers differ" if wrong.any() else None
+
+
+def _row_fault(found: Tensor, expected: Tensor) -> str | None:
+    """What is wrong with int8 rows [..., K]."""
+    error = (found - expected).square_().mean(-1).sqrt_()
+    wrong = ~(error <= expected.abs().amax(-1) * _ROW_ERROR + _FLOOR)
+    if not wrong.any():
+        return None
+    return f"{int(wrong.sum()):,} of {wrong.numel():,} rows are further from it than rounding to int8 brings them"
+
+
+def _compare_outputs(source: Checkpoint, artifact: Checkpoint) -> Check:
+    with streamed(source) as model:
+        if model.main_input_name != "input_ids":
+            return Check(skipped=f"outputs: the model takes {model.main_input_name}, and no text alone")
+        model.config.use_cache = False
+        ids = _ids(source, model)
+        expected, are_logits = _output(model, ids)
+    if not expected.isfinite().all():
+        return Check(skipped="outputs: the source itself computes NaN or infinity")
+    with streamed(artifact) as model, _watched(model) as peaks:
+        model.config.use_cache = False
+        found, _ = _output(model, ids)
+    where = artifact.folder
+    if found.shape != expected.shape or not found.isfinite().all():
+        raise ArtifactError(f"{where}: is broken: computes NaN or infinity, and its source does not; convert it again")
+    error = float((found - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
+    if error > _BROKEN:
+        raise ArtifactError(f"{where}: is broken: its outputs are {error:.0%} off its source's; convert it again")
+    result = Check(tokens=ids.shape[1], error=error)
+    if are_logits:
+        log_p, log_q = expected.log_softmax(-1), found.log_softmax(-1)
+        kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+        top1 = float((expected.argmax(-1) == found.argmax(-1)).double().mean())
+        result = replace(result, kl=max(kl, 0.0), top1=top1)
+    if model_dtype(artifact.config, artifact.tensors.values()) == "F16":
+        result = replace(result, overflow=next((name for name, peak in peaks.items() if peak > FLOAT16_MAX), None))
+    return result
+
+
+def _output(model: Any, ids: Tensor) -> tuple[Tensor, bool]:
+    """Logits [T, V] and true, or the last hidden state [T, K] and false, of ids [1, T]."""
+    given = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    with torch.inference_mode():
+        output = model(input_ids=ids, **given)
+    logits = getattr(output, "logits", None)
+    value: Tensor = output[0] if logits is None else logits
+    return value[0].float(), logits is not None
+
+
+def _ids(source: Checkpoint, model: Any) -> Tensor:
+    """The first tokens of the shipped text as ids [1, T]; without a tokenizer, numbers drawn from the vocabulary."""
+    settings = model.config.get_text_config()
+    count = min(TOKENS, getattr(settings, "max_position_embeddings", None) or TOKENS)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    try:
+        with quiet():
+            tokenizer = find_tokenizer(source)
+    except DependencyError:
+        tokenizer = None
+    if tokenizer is not None:
+        text = TEXT.read_text(encoding="utf-8")[: 16 * count]
+        ids: Tensor = tokenizer(text, return_tensors="pt", truncation=True, max_length=count)["input_ids"]
+        # a tokenizer that knows hardly a word of it gives one token again and again
+        if 4 * len(ids.unique()) > ids.numel() and int(ids.max()) < vocabulary:
+            return ids
+    return torch.randint(0, vocabulary, (1, count), generator=torch.Generator().manual_seed(0))
+
+
+@contextmanager
+def _watched(model: Any) -> Iterator[dict[str, float]]:
+    """Modules without modules in them -> the largest magnitude that they have given so far."""
+    peaks: dict[str, float] = {}
+
+    def note(name: str, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point() and output.numel():
+            peak = float(output.abs().max())
+            peaks[name] = max(peaks.get(name, 0.0), math.inf if math.isnan(peak) else peak)
+
+    leaves = [(name, module) for name, module in model.named_modules() if not any(True for _ in module.children())]
+    hooks = [
+        module.register_forward_hook(lambda _m, _i, output, name=name: note(name, output)) for name, module in leaves
+    ]
+    try:
+        yield peaks
+    finally:
+        for hook in hooks:
+            hook.remove()
