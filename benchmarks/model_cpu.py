@@ -57,7 +57,7 @@ with served(Path(sys.argv[1]), prompt + steps + 8, threads) as server:
 print(*speeds)
 """
 HEAD = "quantize8, int8 head"
-VARIANTS = ("float", "quantize8", HEAD, "float, compiled", "quantize8, compiled", "CTranslate2", "llama.cpp")
+VARIANTS = ("float", "quantize8", HEAD, "CTranslate2", "llama.cpp")  # in the table; compiled ones in the results alone
 
 
 def main() -> None:

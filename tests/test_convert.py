@@ -19,6 +19,7 @@ from quantize8.artifact.outliers import Calibrated
 from quantize8.artifact.units import units
 from quantize8.artifact.writer import CpuQuantizer, Writer, places
 from quantize8.checkpoint import open_checkpoint
+from quantize8.checkpoint.structure import _plain_tensors
 from quantize8.errors import OutputError
 from quantize8.ops import reference
 from quantize8.ops.scales import ScaleSearch, search_absmax
@@ -284,10 +285,19 @@ def sparse_llama(folder: Path, layers: int) -> Path:
     """A checkpoint of zeros that takes no disk: 27 MB a layer, in files of four layers."""
     from quantize8.artifact.layout import OutTensor, index, plan_shards
 
-    hidden, inner = 1024, 3584
-    shapes = {"self_attn.q_proj": (hidden, hidden), "self_attn.o_proj": (hidden, hidden)}
-    shapes |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
-    names = {f"model.layers.{i}.{name}.weight": shape for i in range(layers) for name, shape in shapes.items()}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 1024,
+        "intermediate_size": 3584,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "vocab_size": 64,
+        "tie_word_embeddings": True,
+    }
+    names = _plain_tensors(config)
+    del names["lm_head.weight"]
     shards = plan_shards(([OutTensor(name, "F16", shape)] for name, shape in names.items()), "110MB")
     folder.mkdir()
     for shard in shards:
@@ -296,7 +306,7 @@ def sparse_llama(folder: Path, layers: int) -> Path:
             file.truncate(shard.nbytes)
     for name, content in index(shards).items():
         (folder / name).write_bytes(content)
-    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 

@@ -52,7 +52,8 @@ def commands() -> list[list[str]]:
 
 
 def long_options(command) -> list[str]:
-    return [name for param in command.params for name in param.opts if name.startswith("--")]
+    names = [name for param in command.params for name in (*param.opts, *param.secondary_opts)]
+    return [name for name in names if name.startswith("--")]
 
 
 def section(text: str, title: str) -> str:

@@ -201,7 +201,7 @@ def test_settings_that_would_fill_the_memory(config):
 def test_a_model_of_too_many_modules(monkeypatch):
     monkeypatch.setattr(limits, "MODULES", 20)
     with pytest.raises(SourceError, match="more than 20 modules"):
-        build_meta_model({"model_type": "gpt2", "n_layer": 8, "n_embd": 8, "n_head": 2}, None)
+        build_meta_model({"model_type": "gpt2", "n_layer": 8, "n_embd": 8, "n_head": 2})
 
 
 @pytest.mark.parametrize("place", ["vocab", "added"])
@@ -379,7 +379,8 @@ def test_a_config_cannot_name_kernels_on_the_hub(key, model):
 @pytest.mark.parametrize("name", ["pipeline", "AutoTokenizer", "utils", "__name__", "AutoModelForCausalLM"])
 def test_an_architecture_is_a_model_class_or_nothing(name, model):
     config = {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2, "architectures": [name]}
-    assert type(build_meta_model(config, name)).__name__ == "GPT2Model"
+    expected = "GPT2LMHeadModel" if name.endswith("ForCausalLM") else "GPT2Model"
+    assert type(build_meta_model(config)).__name__ == expected
 
 
 # --- secrets, and what a terminal would obey ---

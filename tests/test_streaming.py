@@ -101,23 +101,25 @@ def test_mamba_reads_weights_of_modules_that_it_does_not_call(tmp_path):
     check(tmp_path / "source", tmp_path / "source")
 
 
-def test_a_model_with_missing_weights_is_loaded_whole(tmp_path):
-    """As before: transformers starts them at random, so that only the rest can be compared."""
+def test_a_model_with_missing_weights_is_refused(tmp_path):
+    """transformers would start them at random."""
     source = llama(tmp_path / "source", edit=lambda state: state.pop("model.layers.1.mlp.up_proj.weight"))
-    with streamed(open_checkpoint(str(source))) as model:
-        assert not any(value.is_meta for value in model.parameters())
-        assert outputs(model)[0].shape == (1, 40, 64)
+    with (
+        pytest.raises(SourceError, match=r"needs model\.layers\.1\.mlp\.up_proj\.weight"),
+        streamed(open_checkpoint(str(source))),
+    ):
+        pass
 
 
-def test_a_weight_of_another_shape_is_refused_where_it_is_read(tmp_path):
+def test_a_weight_of_another_shape_is_refused(tmp_path):
     source = llama(tmp_path / "source")
     config = json.loads((source / "config.json").read_text()) | {"intermediate_size": 40}
     (source / "config.json").write_text(json.dumps(config))
     with (
-        pytest.raises(SourceError, match=r"gate_proj.weight gives .* the shape \[48, 32\], and not \[40, 32\]"),
-        streamed(open_checkpoint(str(source))) as model,
+        pytest.raises(SourceError, match=r"_proj\.weight has the shape \[\d+, \d+\], and config\.json says \[.*40"),
+        streamed(open_checkpoint(str(source))),
     ):
-        outputs(model)
+        pass
 
 
 def test_inputs_without_values_are_refused(tmp_path):
@@ -140,7 +142,10 @@ def test_a_config_that_makes_no_model_is_refused(tmp_path):
     source = llama(tmp_path / "source")
     config = json.loads((source / "config.json").read_text()) | {"num_attention_heads": 0}
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SourceError, match="cannot build LlamaForCausalLM"), streamed(open_checkpoint(str(source))):
+    with (
+        pytest.raises(SourceError, match="transformers cannot read its settings"),
+        streamed(open_checkpoint(str(source))),
+    ):
         pass
 
 

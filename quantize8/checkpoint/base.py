@@ -251,12 +251,13 @@ def left_behind(folder: Path, used: Collection[str]) -> dict[str, str]:
 
 
 def _names(folder: Path) -> list[str]:
-    """Files in a folder and the folders in it, by POSIX paths; links to folders are not followed."""
+    """Files in a folder and the folders in it, by POSIX paths."""
     names: list[str] = []
-    for root, folders, files in os.walk(folder):
-        place = Path(root).relative_to(folder)
-        folders[:] = [] if place.parts else [name for name in folders if not name.startswith(".")]
-        names += [(place / name).as_posix() for name in files if limits.is_file(Path(root) / name)]
+    for path in folder.iterdir():
+        if limits.is_file(path):
+            names.append(path.name)
+        elif path.is_dir() and not path.name.startswith("."):
+            names += [f"{path.name}/{file.name}" for file in contained(path, folder).iterdir() if limits.is_file(file)]
         if len(names) > limits.FILES:
             raise SourceError(f"{folder}: holds more than {limits.FILES:,} files; name a folder of one model alone")
     return names
