@@ -28,6 +28,7 @@ NAME_LENGTH = 1024  # of a tensor; they have 100
 DIMENSIONS = 16  # of a tensor; NumPy has 64
 TENSOR_BYTES = 2**48  # of one tensor: NumPy and torch count in int64, and products of that must not wrap
 EMPTY_LENGTH = 2**24  # of a dimension of a tensor without values, which no byte in the file backs
+GGUF_HEADER_BYTES = 2**28  # of a GGUF file, before its tensors: nearly all are tokens and merges
 METADATA_VALUES = 2**22  # of a GGUF file, each an object in memory; 1,000,000 with GPT-4o's merges
 VOCABULARY = 2**22  # ids of a tokenizer; Gemma 3 has 262,208
 LAYERS = 4096  # as config.json counts them; Llama 3.1 405B has 126

@@ -119,6 +119,8 @@ def test_what_is_no_hub_id(hub, name):
         ),
         (["x.gguf", "quantize8.json"], ["x.gguf"], ["quantize8.json"]),
         (["x.gguf", "y.gguf"], [], []),
+        (["x-00002-of-00002.gguf", "x-00001-of-00002.gguf"], ["x-00001-of-00002.gguf", "x-00002-of-00002.gguf"], []),
+        (["x-00001-of-00002.gguf", "x-00002-of-00002.gguf", "y-00001-of-00002.gguf"], [], []),
         (["README.md", "config.json"], [], ["config.json"]),
     ],
 )

@@ -17,7 +17,8 @@ from quantize8.artifact.store import path_of
 from quantize8.checkpoint import Checkpoint, QuantizedCheckpoint, bitsandbytes, compressed_tensors
 from quantize8.checkpoint.base import BLOCK_BYTES, CONFIG_NAME, READERS
 from quantize8.checkpoint.encoding import Encoding, RowwiseInt8
-from quantize8.checkpoint.gguf import GgufCheckpoint
+from quantize8.checkpoint.gguf_header import read_header
+from quantize8.checkpoint.gguf_settings import ARCHITECTURES
 from quantize8.checkpoint.quantized import decode
 from quantize8.checkpoint.safetensors import open_safetensors
 from quantize8.errors import ArtifactError, SourceError
@@ -82,23 +83,22 @@ def _check_gguf(folder: Path, manifest: Manifest) -> int:
     if len(manifest.headers) != 1:
         raise ArtifactError(f"{folder / MANIFEST_NAME}: lists no one GGUF file; convert the source again")
     (file,) = manifest.headers
-    reader = GgufCheckpoint(folder / file, {"id": folder.name}, folder.name).reader
-    tensors = {str(tensor.name): tensor for tensor in reader.tensors}
-    if set(tensors) != set(manifest.tensors):
+    header = read_header(folder / file, ARCHITECTURES)
+    if set(header.tensors) != set(manifest.tensors):
         raise ArtifactError(f"{folder / file}: does not hold the tensors that {MANIFEST_NAME} lists")
-    end = int(reader.data_offset)
-    if digest(as_bytes(reader.data[:end])) != manifest.headers[file]:
+    content, end = np.memmap(folder / file, np.uint8, "r"), header.data_offset
+    if digest(as_bytes(content[:end])) != manifest.headers[file]:
         raise ArtifactError(f"{folder / file}: changed since it was written; copy the artifact again")
-    for name, tensor in sorted(tensors.items(), key=lambda item: int(item[1].data_offset)):
-        record, data = manifest.tensors[name], np.ascontiguousarray(tensor.data)
-        if np.any(reader.data[end : int(tensor.data_offset)]):
+    for name, tensor in sorted(header.tensors.items(), key=lambda item: item[1].offset):
+        record, data = manifest.tensors[name], content[tensor.offset : tensor.offset + tensor.nbytes]
+        if np.any(content[end : tensor.offset]):
             raise ArtifactError(f"{folder / file}: has bytes between tensors before {name}; convert the source again")
-        if tensor.tensor_type.name != record.dtype or digest(as_bytes(data)) != record.blake3:
+        if tensor.kind != record.dtype or digest(as_bytes(data)) != record.blake3:
             raise ArtifactError(f"{folder / file}: {name} changed since it was written; copy the artifact again")
-        end = int(tensor.data_offset) + data.nbytes
-    if np.any(reader.data[end:]):
+        end = tensor.offset + tensor.nbytes
+    if np.any(content[end:]):
         raise ArtifactError(f"{folder / file}: has bytes after its tensors; convert the source again")
-    return int(reader.data.nbytes)
+    return len(content)
 
 
 def _check_config(stored: Checkpoint, manifest: Manifest) -> None:
