@@ -88,7 +88,7 @@ class GgufCheckpoint(Checkpoint):
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer as transformers derives it from the file's metadata, None where the file has none."""
-        return read_tokenizer(self.header, self._config)
+        return read_tokenizer(self.header)
 
     def write_companions(self, folder: Path) -> None:
         """Write the tokenizer's files."""

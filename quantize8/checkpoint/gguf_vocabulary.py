@@ -1,6 +1,6 @@
 """The tokenizer of a GGUF file, as transformers makes it, from the header as we read it.
 
-transformers would parse the whole file for each of its parts, and keep objects for every token.
+transformers itself would parse the file three times, keep objects for every token, and import torch.
 """
 
 from __future__ import annotations
@@ -12,10 +12,25 @@ from quantize8.checkpoint.guard import guarded
 from quantize8.errors import SourceError, first_line
 
 TOKENS = "tokenizer.ggml.tokens"
+_CLASSES = {
+    "llama": "TokenizersBackend",
+    "qwen2": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
+}  # as AutoTokenizer has it
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # transformers' names -> llama.cpp's
 
 
-def read_tokenizer(header: Header, config: dict[str, Any]) -> Any:
+class _Given:
+    """A tokenizer that is taken as it is, where transformers would copy it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self._tokenizer
+
+
+def read_tokenizer(header: Header) -> Any:
     """The tokenizer that transformers makes of a file's metadata, None where the file has no tokens.
 
     Raises SourceError where transformers cannot make one.
@@ -24,19 +39,17 @@ def read_tokenizer(header: Header, config: dict[str, Any]) -> Any:
         return None
     try:
         with guarded():
-            return _build(header, config)
+            return _build(header)
     except SourceError:
         raise
     except Exception as error:  # what transformers makes of damaged metadata is of any kind
         raise SourceError(f"{header.path}: transformers cannot read its tokenizer ({first_line(error)})") from None
 
 
-def _build(header: Header, config: dict[str, Any]) -> Any:
-    """As `TokenizersBackend` does with gguf_file; the class is the one that AutoTokenizer takes for the model."""
-    from transformers import TokenizersBackend
+def _build(header: Header) -> Any:
+    """As transformers' `TokenizersBackend` does where it is given a gguf_file."""
+    import transformers
     from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
     fields, settings = (
         {ours: header.value(f"tokenizer.{key}") for key, ours in names.items() if f"tokenizer.{key}" in header.entries}
@@ -48,5 +61,5 @@ def _build(header: Header, config: dict[str, Any]) -> Any:
         number = header.value(f"tokenizer.ggml.{key}_token_id")
         settings[f"{name}_token"] = None if number is None else fields["tokens"][number]
     tokenizer, _ = convert_gguf_tokenizer(header.architecture, fields)
-    kind = TOKENIZER_MAPPING.get(CONFIG_MAPPING[config["model_type"]], TokenizersBackend)
-    return kind(tokenizer_object=tokenizer, **settings)
+    fields.clear()  # tokens and merges are in the tokenizer now
+    return getattr(transformers, _CLASSES[header.architecture])(tokenizer_object=_Given(tokenizer), **settings)
