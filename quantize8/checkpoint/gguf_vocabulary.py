@@ -55,11 +55,17 @@ def _build(header: Header) -> Any:
         {ours: header.value(f"tokenizer.{key}") for key, ours in names.items() if f"tokenizer.{key}" in header.entries}
         for names in GGUF_TOKENIZER_MAPPING.values()
     )
-    if fields.get("tokenizer_type") == "llama":
+    model, name = fields.get("tokenizer_type"), _CLASSES[header.architecture]
+    if name == "Qwen2Tokenizer" and model != "gpt2":  # whose class takes tokens and merges from the files, no more
+        raise SourceError(
+            f"{header.path}: a {header.architecture} with a tokenizer of type {model!r} would be opened as another; "
+            "use a safetensors checkpoint"
+        )
+    if model == "llama":
         settings.setdefault("add_bos_token", True)  # as llama.cpp takes it
-    for name, key in _SPECIAL.items():
+    for kind, key in _SPECIAL.items():
         number = header.value(f"tokenizer.ggml.{key}_token_id")
-        settings[f"{name}_token"] = None if number is None else fields["tokens"][number]
+        settings[f"{kind}_token"] = None if number is None else fields["tokens"][number]
     tokenizer, _ = convert_gguf_tokenizer(header.architecture, fields)
     fields.clear()  # tokens and merges are in the tokenizer now
-    return getattr(transformers, _CLASSES[header.architecture])(tokenizer_object=_Given(tokenizer), **settings)
+    return getattr(transformers, name)(tokenizer_object=_Given(tokenizer), **settings)

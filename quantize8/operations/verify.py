@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from blake3 import blake3
@@ -86,19 +88,40 @@ def _check_gguf(folder: Path, manifest: Manifest) -> int:
     header = read_header(folder / file, ARCHITECTURES)
     if set(header.tensors) != set(manifest.tensors):
         raise ArtifactError(f"{folder / file}: does not hold the tensors that {MANIFEST_NAME} lists")
-    content, end = np.memmap(folder / file, np.uint8, "r"), header.data_offset
-    if digest(as_bytes(content[:end])) != manifest.headers[file]:
-        raise ArtifactError(f"{folder / file}: changed since it was written; copy the artifact again")
-    for name, tensor in sorted(header.tensors.items(), key=lambda item: item[1].offset):
-        record, data = manifest.tensors[name], content[tensor.offset : tensor.offset + tensor.nbytes]
-        if np.any(content[end : tensor.offset]):
-            raise ArtifactError(f"{folder / file}: has bytes between tensors before {name}; convert the source again")
-        if tensor.kind != record.dtype or digest(as_bytes(data)) != record.blake3:
-            raise ArtifactError(f"{folder / file}: {name} changed since it was written; copy the artifact again")
-        end = tensor.offset + tensor.nbytes
-    if np.any(content[end:]):
-        raise ArtifactError(f"{folder / file}: has bytes after its tensors; convert the source again")
-    return len(content)
+    end = header.data_offset
+    with (folder / file).open("rb") as content:
+        if _digest(content, 0, end) != manifest.headers[file]:
+            raise ArtifactError(f"{folder / file}: changed since it was written; copy the artifact again")
+        for name, tensor in sorted(header.tensors.items(), key=lambda item: item[1].offset):
+            record = manifest.tensors[name]
+            if not _is_zero(content, end, tensor.offset):
+                where = f"{folder / file}: has bytes between tensors before {name}"
+                raise ArtifactError(f"{where}; convert the source again")
+            end = tensor.offset + tensor.nbytes
+            if tensor.kind != record.dtype or _digest(content, tensor.offset, end) != record.blake3:
+                raise ArtifactError(f"{folder / file}: {name} changed since it was written; copy the artifact again")
+        if not _is_zero(content, end, header.nbytes):
+            raise ArtifactError(f"{folder / file}: has bytes after its tensors; convert the source again")
+    return header.nbytes
+
+
+def _digest(file: BinaryIO, start: int, stop: int) -> str:
+    """The digest of the bytes from start to stop."""
+    content = blake3()
+    for piece in _pieces(file, start, stop):
+        content.update(piece)
+    return str(content.hexdigest())
+
+
+def _is_zero(file: BinaryIO, start: int, stop: int) -> bool:
+    return not any(any(piece) for piece in _pieces(file, start, stop))
+
+
+def _pieces(file: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
+    file.seek(start)
+    while start < stop and (piece := file.read(min(BLOCK_BYTES, stop - start))):
+        yield piece
+        start += len(piece)
 
 
 def _check_config(stored: Checkpoint, manifest: Manifest) -> None:
