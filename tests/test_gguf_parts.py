@@ -154,6 +154,11 @@ def test_a_model_and_its_vision_projector(tmp_path):
     TinyGguf("clip", biased=()).write(tmp_path / "mmproj-tiny.gguf")
     with pytest.raises(SourceError, match=r"holds tiny\.gguf and a vision projector \(mmproj-tiny\.gguf\).*name tiny"):
         open_checkpoint(str(tmp_path))
+    (tmp_path / "other.gguf").write_bytes(b"")
+    (tmp_path / "modules.json").write_text('[{"type": "sentence_transformers.models.Transformer"}]')
+    checkpoint = open_checkpoint(str(tmp_path / "tiny.gguf"))
+    assert checkpoint.left_behind() == {"mmproj-tiny.gguf": "a vision projector, which is not read"}
+    assert not checkpoint.is_encoder
     with pytest.raises(SourceError, match=r"mmproj-tiny\.gguf: holds a vision projector \(mmproj\), no language model"):
         open_checkpoint(str(tmp_path / "mmproj-tiny.gguf"))
 

@@ -85,6 +85,16 @@ class GgufCheckpoint(Checkpoint):
         """config.json, from the file's metadata."""
         return dict(self._config)
 
+    @property
+    def is_encoder(self) -> bool:
+        """See `Checkpoint.is_encoder`: the metadata says what model it is, not a file beside it."""
+        return False
+
+    def left_behind(self) -> dict[str, str]:
+        """See `Checkpoint.left_behind`. A GGUF file needs none of those around it, but for one that sees."""
+        names = sorted(path.name for path in self.folder.glob("*mmproj*.gguf"))
+        return dict.fromkeys(names, "a vision projector, which is not read")
+
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer as transformers derives it from the file's metadata, None where the file has none."""
