@@ -67,6 +67,16 @@ def test_a_split_model_converts_as_the_whole_one_does(tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_a_split_model_becomes_one_gguf_file(tmp_path):
+    """That says nothing of parts: llama.cpp would look for them."""
+    parts = split(tmp_path / "parts")
+    TinyGguf().write(tmp_path / "tiny.gguf")
+    for source, out in ((tmp_path / "tiny.gguf", "whole"), (parts[2], "out")):
+        convert(str(source), tmp_path / out, format="gguf")
+    whole, out = (tmp_path / name / "tiny-Q8_0.gguf" for name in ("whole", "out"))
+    assert out.read_bytes() == whole.read_bytes() and b"split." not in out.read_bytes()
+
+
 @pytest.mark.parametrize("named", [0, 1, 2])
 @pytest.mark.parametrize("absent", [0, 1, 2])
 def test_a_missing_part_is_named(named, absent, tmp_path):
