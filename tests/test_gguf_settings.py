@@ -68,19 +68,25 @@ def config_with(folder, architecture="llama", **fields):
     return open_checkpoint(str(folder / "tiny.gguf")).config
 
 
+def rope_with(folder, architecture="llama", **fields):
+    """What transformers makes of the rotary settings, those of older releases included."""
+    config = config_with(folder, architecture, **fields)
+    assert "rope_parameters" not in config  # which releases before 5 do not know
+    return CONFIG_MAPPING[architecture].from_dict(config).rope_parameters
+
+
 def test_scaled_rotary_embeddings(tmp_path):
     """transformers leaves these out, and the model would compute something else."""
-    linear = {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}
-    assert config_with(tmp_path, rope__scaling__factor=(4.0, FLOAT32))["rope_parameters"] == linear
-    kind = {"rope__scaling__type": ("yarn", STRING), "rope__scaling__factor": (4.0, FLOAT32)}
-    kind["rope__scaling__original_context_length"] = (32, UINT32)
-    rope = config_with(tmp_path, "qwen2", **kind, rope__scaling__finetuned=(True, BOOL))["rope_parameters"]
-    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
-    assert rope == {"rope_theta": 5e5, **yarn}
-    kind = {"rope__scaling__type": ("none", STRING), "rope__scaling__factor": (4.0, FLOAT32)}
     default = {"rope_type": "default", "rope_theta": 5e5}
-    assert config_with(tmp_path, **kind)["rope_parameters"] == default
-    assert config_with(tmp_path, rope__freq_base=None)["rope_parameters"] == {**default, "rope_theta": 10000.0}
+    factor = {"rope__scaling__factor": (4.0, FLOAT32)}
+    assert rope_with(tmp_path, **factor) == {**default, "rope_type": "linear", "factor": 4.0}
+    kind = {"rope__scaling__type": ("yarn", STRING), "rope__scaling__finetuned": (True, BOOL), **factor}
+    yarn = {**default, "rope_type": "yarn", "factor": 4.0}
+    rope = rope_with(tmp_path, "qwen2", **kind, rope__scaling__original_context_length=(32, UINT32))
+    assert rope == {**yarn, "original_max_position_embeddings": 32}
+    assert rope_with(tmp_path, "qwen2", **kind) == {**yarn, "original_max_position_embeddings": 128}
+    assert rope_with(tmp_path, rope__scaling__type=("none", STRING), **factor) == default
+    assert rope_with(tmp_path, rope__freq_base=None) == {**default, "rope_theta": 10000.0}
 
 
 def test_key_heads_that_are_not_said_are_as_many_as_query_heads(tmp_path):
@@ -118,6 +124,8 @@ def test_biases_are_in_the_settings(tmp_path):
         ({"rope__scaling__type": ("longrope", STRING)}, "llama.rope.scaling.type is 'longrope', cannot be told"),
         ({"rope__scaling__attn_factor": (1.5, FLOAT32)}, "llama.rope.scaling.attn_factor is 1.5, cannot be told"),
         ({"rope__scaling__mystery": (1.0, FLOAT32)}, "llama.rope.scaling.mystery is 1.0, cannot be told"),
+        ({"rope__freq_base": ("x", STRING)}, "llama.rope.freq_base is 'x', no number"),
+        ({"rope__scaling__factor": (2, UINT32)}, "llama.rope.scaling.factor is 2, no number"),
         ({"attention__causal": (False, BOOL)}, "llama.attention.causal is False, not of LlamaForCausalLM"),
         ({"expert_count": (8, UINT32)}, "llama.expert_count is 8, not of LlamaForCausalLM"),
     ],

@@ -110,6 +110,17 @@ def test_rope_scaling_in_the_metadata(tmp_path):
     assert values["qwen2.rope.scaling.original_context_length"] == 64 and values["qwen2.rope.freq_base"] == 5e5
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_rope_scaling_is_read_again(kind, family, tmp_path):
+    scaling = {"rope_type": kind, "factor": 4.0, "rope_theta": 5e5}
+    scaling |= {"original_max_position_embeddings": 64} if kind == "yarn" else {}
+    config = config_of(family, rope_scaling=scaling)
+    assemble(folder_of(tmp_path / "model", config), tmp_path / "tiny.gguf")
+    again = gguf.complete(open_checkpoint(str(tmp_path / "tiny.gguf")).config, "here")
+    assert again["rope_parameters"] == scaling == gguf.complete(config, "here")["rope_parameters"]
+
+
 def test_llama3_frequencies_are_those_of_transformers(tmp_path):
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     config = config_of("llama", head_dim=64, rope_parameters={**rope, "original_max_position_embeddings": 64})

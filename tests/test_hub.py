@@ -93,6 +93,22 @@ def test_a_model_without_weights(hub, tmp_path):
         open_checkpoint("org/bare")
 
 
+def test_models_in_gguf(hub, tmp_path):
+    from gguf_files import TinyGguf
+
+    (tmp_path / "several").mkdir()
+    for name in ("a-Q4_0.gguf", "a-Q8_0.gguf"):
+        TinyGguf().write(tmp_path / "several" / name)
+    hub.models["org/several"] = tmp_path / "several"
+    with pytest.raises(SourceError, match="org/several: holds 2 models in GGUF; download one"):
+        open_checkpoint("org/several")
+    (tmp_path / "split").mkdir()
+    parts = TinyGguf().write(tmp_path / "split" / "a.gguf", 8)
+    hub.models["org/split"] = tmp_path / "split"
+    checkpoint = open_checkpoint("org/split")
+    assert set(checkpoint.fingerprint()) == {part.name for part in parts} and checkpoint.name == "split"
+
+
 @pytest.mark.parametrize("name", ["a b", "-x/y", "x/..", "a" * 200])
 def test_what_is_no_hub_id(hub, name):
     with pytest.raises(SourceError, match="no such"):

@@ -67,7 +67,7 @@ def read_config(header: Header, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
     if not isinstance(epsilon, float):
         raise _unfit(header, "attention.layer_norm_rms_epsilon", "no number")
     config["rms_norm_eps"] = epsilon
-    config["rope_parameters"] = _rope(header, config["max_position_embeddings"])
+    config |= _rope(header, config["max_position_embeddings"])
     for key, neutral in _NEUTRAL.items():
         if header.value(f"{arch}.{key}", neutral) != neutral:
             raise _unfit(header, key, f"not of {ARCHITECTURES[arch]}")
@@ -122,13 +122,14 @@ def _head_dim(header: Header, usual: int) -> int:
 
 
 def _rope(header: Header, context: int) -> dict[str, Any]:
-    """rope_parameters of config.json. llama.cpp takes a factor without a type as linear."""
+    """Rotary settings, as any transformers reads them. llama.cpp takes a factor without a type as linear."""
     arch = header.architecture
-    rope = {"rope_type": "default", "rope_theta": header.value(f"{arch}.rope.freq_base", 10000.0)}
+    theta = header.value(f"{arch}.rope.freq_base", 10000.0)
     factor = header.value(f"{arch}.{_ROPE}factor") or header.value(f"{arch}.rope.scale_linear") or 1.0
     kind = header.value(f"{arch}.{_ROPE}type", "linear")
-    if not isinstance(rope["rope_theta"], float) or not isinstance(factor, float):
-        raise _unfit(header, "rope.freq_base", "no number")
+    for key, value in (("rope.freq_base", theta), (f"{_ROPE}factor", factor)):
+        if not isinstance(value, float):
+            raise _unfit(header, key, "no number")
     known = {f"{_ROPE}type", f"{_ROPE}factor", f"{_ROPE}original_context_length"}
     for key in (key.removeprefix(f"{arch}.") for key in header.entries if key.startswith(f"{arch}.{_ROPE}")):
         neutral = _ROPE_NEUTRAL.get(key.removeprefix(_ROPE), "")
@@ -137,11 +138,11 @@ def _rope(header: Header, context: int) -> dict[str, Any]:
     if kind not in ("none", "linear", "yarn"):
         raise _unfit(header, f"{_ROPE}type", "cannot be told exactly")
     if kind == "none" or (kind == "linear" and factor == 1):
-        return rope
-    rope |= {"rope_type": kind, "factor": factor}
+        return {"rope_theta": theta}
+    scaling = {"rope_type": kind, "factor": factor}
     if kind == "yarn":
-        rope["original_max_position_embeddings"] = _count(header, f"{_ROPE}original_context_length", context)
-    return rope
+        scaling["original_max_position_embeddings"] = _count(header, f"{_ROPE}original_context_length", context)
+    return {"rope_theta": theta, "rope_scaling": scaling}
 
 
 def _any_bias(shapes: Mapping[str, tuple[int, ...]], modules: tuple[str, ...]) -> bool:

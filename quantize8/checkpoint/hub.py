@@ -44,6 +44,10 @@ def find(repo_id: str, revision: str | None, token: str | None) -> Listing:
             raise OfflineError(f"{repo_id}: the hub cannot be reached ({clean(error, token)}); try again") from None
         siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
         weights, small = needed_files(list(siblings))
+        if not weights and (models := group_parts(name for name in siblings if "/" not in name)):
+            raise SourceError(
+                f"{repo_id}: holds {len(models)} models in GGUF; download one (hf download {repo_id} FILE), and name it"
+            )
         if not weights:
             raise SourceError(f"{repo_id}: holds no safetensors and no {torch_bin.SINGLE_NAME}; name another model")
         commit = str(info.sha)
