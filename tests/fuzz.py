@@ -17,7 +17,6 @@ from pathlib import Path
 
 _GUIDES = (
     "quantize8.checkpoint", "quantize8.artifact", "quantize8.conversion", "quantize8.recipe", "quantize8.limits",
-    "gguf.gguf_reader",
 )  # fmt: skip
 _EVERY = 1000  # executions, after which they are counted
 

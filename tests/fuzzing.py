@@ -577,7 +577,7 @@ def gguf(value: Any) -> bytes:
         out.write(_gguf_string(name) + struct.pack("<I", len(dimensions)))
         out.write(struct.pack(f"<{len(dimensions)}Q", *dimensions) + struct.pack("<IQ", kind, offset))
     out.write(b"\0" * (-out.tell() % 32))
-    return out.getvalue() + _pattern(1024)
+    return out.getvalue() + _pattern(2048)
 
 
 def _gguf_string(text: Any) -> bytes:
@@ -599,35 +599,71 @@ def _gguf_value(kind: int, content: Any) -> bytes:
 
 
 def _gguf(data: bytes, folder: Path) -> None:
+    """A file, or where the description is a list, the parts of a split one: the last is named."""
     from quantize8.checkpoint.gguf import GgufCheckpoint
 
     try:
-        content = data[1:] if data[:1] == RAW else gguf(_parsed(data))
+        parsed = None if data[:1] == RAW else _parsed(data)
+        values = parsed if isinstance(parsed, list) and parsed else [parsed]
+        contents = [data[1:]] if data[:1] == RAW else [gguf(value) for value in values[:9]]
     except (struct.error, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError):
         raise SourceError("no description") from None
-    path = folder / "x.gguf"
-    path.write_bytes(content)
+    for path in folder.glob("*.gguf"):
+        path.unlink()
+    for number, content in enumerate(contents, 1):
+        name = f"x-{number:05d}-of-{len(contents):05d}" if len(contents) > 1 else "x"
+        path = folder / f"{name}.gguf"
+        path.write_bytes(content)
     checkpoint = GgufCheckpoint(path, {}, "x")
+    checkpoint.fingerprint()
+    for key in checkpoint.header.entries:
+        checkpoint.header.value(key)
     for name in checkpoint.tensors:
         for block in checkpoint.blocks(name):
             assert block.dtype == base.DTYPES[checkpoint.dtype]
 
 
 def _gguf_value_seed() -> dict[str, Any]:
-    fields = [["general.architecture", 8, "llama"], ["llama.attention.head_count", 4, 2]]
-    fields += [["llama.attention.head_count_kv", 4, 1], ["tokenizer.ggml.scores", 9, [6, [0.5, 1.0]]]]
-    fields += [["tokenizer.ggml.tokens", 9, [8, ["a", "b"]]], ["general.alignment", 4, 32], ["x", 7, 1], ["y", 10, 5]]
-    tensors = [
-        ["token_embd.weight", [32, 2], 8, 0],
-        ["blk.0.attn_q.weight", [4, 4], 1, 96],
-        ["output_norm.weight", [4], 0, 128],
+    """A whole Llama of one layer; the last values are no part of it."""
+    counts = {"block_count": 1, "context_length": 8, "embedding_length": 32, "feed_forward_length": 4}
+    counts |= {"attention.head_count": 2, "attention.head_count_kv": 1, "attention.key_length": 2}
+    fields = [["general.architecture", 8, "llama"], *([f"llama.{key}", 4, count] for key, count in counts.items())]
+    fields += [["llama.attention.layer_norm_rms_epsilon", 6, 1e-5], ["llama.rope.freq_base", 6, 5e5]]
+    fields += [["tokenizer.ggml.scores", 9, [6, [0.5, 1.0]]], ["tokenizer.ggml.tokens", 9, [8, ["a", "b"]]]]
+    fields += [
+        ["llama.rope.scaling.type", 8, "yarn"],
+        ["llama.rope.scaling.factor", 6, 2.0],
+        ["general.type", 8, "model"],
     ]
-    return {"version": 3, "fields": fields, "tensors": [*tensors, ["blk.0.attn_k.weight", [2, 4], 30, 160]]}
+    fields += [["general.alignment", 4, 32], ["x", 7, 1], ["y", 10, 5]]
+    tensors: list[list[Any]] = []
+    shapes = {"token_embd": [32, 2], "blk.0.attn_norm": [32], "blk.0.attn_q": [32, 4], "blk.0.attn_k": [32, 2]}
+    shapes |= {"blk.0.attn_v": [32, 2], "blk.0.attn_output": [4, 32], "blk.0.ffn_norm": [32], "blk.0.ffn_up": [32, 4]}
+    shapes |= {"blk.0.ffn_gate": [32, 4], "blk.0.ffn_down": [4, 32], "output_norm": [32]}
+    offset = 0
+    for name, shape in shapes.items():
+        kind, size = (0, 4) if len(shape) == 1 else (1, 2) if shape[0] % 32 else (8, 34 / 32)
+        tensors.append([f"{name}.weight", shape, kind, offset])
+        offset += -(-int(np.prod(shape) * size) // 32) * 32
+    return {"version": 3, "fields": fields, "tensors": tensors}
+
+
+def _gguf_split_seed() -> list[Any]:
+    """The same in two parts."""
+    value = _gguf_value_seed()
+    parts = [{**value, "tensors": value["tensors"][:5]}, {"version": 3, "tensors": value["tensors"][5:], "fields": []}]
+    base = parts[1]["tensors"][0][3]
+    parts[1]["tensors"] = [[*tensor[:3], tensor[3] - base] for tensor in parts[1]["tensors"]]
+    for number, part in enumerate(parts):
+        split = [["split.no", 2, number], ["split.count", 2, 2], ["split.tensors.count", 5, len(value["tensors"])]]
+        part["fields"] = [*part["fields"], *split]
+    return parts
 
 
 def _gguf_seeds() -> list[bytes]:
     value = _gguf_value_seed()
-    return [described(value), RAW + gguf(value)[:-600], described({**value, "counts": [4, 8]})]
+    seeds = [described(value), RAW + gguf(value)[:-600], described({**value, "counts": [4, 8]})]
+    return [*seeds, described(_gguf_split_seed())]
 
 
 def torch_zip(content: bytes) -> bytes:

@@ -1,10 +1,15 @@
-"""Tiny models of the families that GGUF is written for, and whole GGUF files from the parts that the writer has."""
+"""Tiny models of the families that GGUF is written for, and whole GGUF files: by our writer's parts, or by llama.cpp's.
+
+`TinyGguf` is a model as llama.cpp's own package writes it, to be changed before it is written, and split if need be.
+"""
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -132,3 +137,83 @@ def dequantized(config: dict, search: ScaleSearch | None = None):
         if value.ndim == 2:
             value.data = torch.from_numpy(q8_0.dequantize_rows(q8_0.quantize_rows(value.detach().numpy(), search)))
     return model
+
+
+HIDDEN, HEADS, KV_HEADS, INNER, VOCABULARY = 64, 4, 2, 96, 32
+HEAD = HIDDEN // HEADS
+MODULES = {
+    "attn_norm": ("input_layernorm", (HIDDEN,)),
+    "attn_q": ("self_attn.q_proj", (HIDDEN, HIDDEN)),
+    "attn_k": ("self_attn.k_proj", (HEAD * KV_HEADS, HIDDEN)),
+    "attn_v": ("self_attn.v_proj", (HEAD * KV_HEADS, HIDDEN)),
+    "attn_output": ("self_attn.o_proj", (HIDDEN, HIDDEN)),
+    "ffn_norm": ("post_attention_layernorm", (HIDDEN,)),
+    "ffn_gate": ("mlp.gate_proj", (INNER, HIDDEN)),
+    "ffn_up": ("mlp.up_proj", (INNER, HIDDEN)),
+    "ffn_down": ("mlp.down_proj", (HIDDEN, INNER)),
+}
+HEAD_NORMS = {"attn_q_norm": ("self_attn.q_norm", (HEAD,)), "attn_k_norm": ("self_attn.k_norm", (HEAD,))}
+COUNTS = {"block_count": 2, "context_length": 128, "embedding_length": HIDDEN, "feed_forward_length": INNER}
+COUNTS |= {"attention.head_count": HEADS, "attention.head_count_kv": KV_HEADS, "attention.key_length": HEAD}
+
+
+def permute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """How llama.cpp's converter stores query and key rows of Llama."""
+    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+@dataclass
+class TinyGguf:
+    """A model of two layers.
+
+    fields: key of the metadata -> value and type. tensors: llama.cpp's name -> packed values and their type.
+    expected: transformers' name -> float32 values after their quantization. biased: modules that have a bias.
+    """
+
+    architecture: str = "llama"
+    kind: GGMLQuantizationType = GGMLQuantizationType.F32
+    biased: tuple[str, ...] | None = None
+    fields: dict[str, tuple] = field(default_factory=dict)
+    tensors: dict[str, tuple] = field(default_factory=dict)
+    expected: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.biased is None:
+            self.biased = ("attn_q", "attn_k", "attn_v") if self.architecture == "qwen2" else ()
+        for key, count in COUNTS.items():
+            self.fields[f"{self.architecture}.{key}"] = count, GGUFValueType.UINT32
+        self.fields[f"{self.architecture}.attention.layer_norm_rms_epsilon"] = 1e-5, GGUFValueType.FLOAT32
+        self.fields[f"{self.architecture}.rope.freq_base"] = 5e5, GGUFValueType.FLOAT32
+        self._rng = np.random.default_rng(0)
+        self.add("token_embd.weight", "model.embed_tokens.weight", (VOCABULARY, HIDDEN))
+        modules = MODULES | (HEAD_NORMS if self.architecture == "qwen3" else {})
+        for layer in range(COUNTS["block_count"]):
+            for stored, (name, shape) in modules.items():
+                stored, name = f"blk.{layer}.{stored}", f"model.layers.{layer}.{name}"
+                self.add(f"{stored}.weight", f"{name}.weight", shape)
+                if stored.endswith(tuple(f".{module}" for module in self.biased)):
+                    self.add(f"{stored}.bias", f"{name}.bias", shape[:1])
+        self.add("output_norm.weight", "model.norm.weight", (HIDDEN,))
+
+    def add(self, stored: str, name: str, shape: tuple[int, ...]) -> None:
+        """Add a tensor with random values."""
+        values = self._rng.normal(size=shape).astype(np.float32)
+        kind = self.kind if len(shape) == 2 else GGMLQuantizationType.F32
+        packed = quants.quantize(values, kind)
+        self.expected[name] = quants.dequantize(packed, kind)
+        heads = {"attn_q": HEADS, "attn_k": KV_HEADS}.get(stored.split(".")[-2], 0)
+        self.tensors[stored] = permute(packed, heads) if heads and self.architecture == "llama" else packed, kind
+
+    def write(self, path: Path, split: int = 0) -> list[Path]:
+        """Write it to a file, or in parts of `split` tensors, which llama.cpp's package names; the files."""
+        writer = GGUFWriter(path, self.architecture, split_max_tensors=split)
+        for key, (value, kind) in self.fields.items():
+            writer.add_key_value(key, value, kind)
+        for name, (packed, kind) in self.tensors.items():
+            writer.add_tensor(name, packed, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return sorted(path.parent.glob(f"{path.stem}*.gguf"))

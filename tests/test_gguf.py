@@ -1,116 +1,139 @@
 """Reading GGUF: names and values as transformers has them, llama.cpp's interleaving undone."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, quants
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
+from gguf_files import HIDDEN, VOCABULARY, TinyGguf
 from safetensors.torch import load_file
 
-from quantize8 import SourceError
+from quantize8 import SourceError, convert
 from quantize8.checkpoint import open_checkpoint
 
-HIDDEN, HEADS, KV_HEADS, INNER, LAYERS = 64, 4, 2, 96, 2
-KV = HIDDEN // HEADS * KV_HEADS
-LAYER = {
-    "attn_q": ("self_attn.q_proj", (HIDDEN, HIDDEN)),
-    "attn_k": ("self_attn.k_proj", (KV, HIDDEN)),
-    "attn_v": ("self_attn.v_proj", (KV, HIDDEN)),
-    "attn_output": ("self_attn.o_proj", (HIDDEN, HIDDEN)),
-    "ffn_gate": ("mlp.gate_proj", (INNER, HIDDEN)),
-    "ffn_up": ("mlp.up_proj", (INNER, HIDDEN)),
-    "ffn_down": ("mlp.down_proj", (HIDDEN, INNER)),
-    "attn_norm": ("input_layernorm", (HIDDEN,)),
-    "ffn_norm": ("post_attention_layernorm", (HIDDEN,)),
-}
-
-
-def permute(weight, heads):
-    """How llama.cpp's converter stores query and key rows of Llama."""
-    return (
-        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
-    )
-
-
-def write_gguf(path, architecture="llama", kind=GGMLQuantizationType.F32, extra=(), biases=False):
-    """A tiny GGUF file; returns its tensors under transformers' names, as float32 after their quantization."""
-    rng = np.random.default_rng(0)
-    writer = GGUFWriter(path, architecture)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    expected = {}
-
-    def add(stored, name, values, permuted=0):
-        packed = quants.quantize(values, kind) if values.ndim == 2 else values
-        expected[name] = quants.dequantize(packed, kind) if values.ndim == 2 else values
-        if permuted:
-            packed = permute(packed, permuted)
-        writer.add_tensor(stored, packed, raw_dtype=kind if values.ndim == 2 else None)
-
-    add("token_embd.weight", "model.embed_tokens.weight", rng.normal(size=(32, HIDDEN)).astype(np.float32))
-    for layer in range(LAYERS):
-        for stored, (name, shape) in LAYER.items():
-            heads = {"attn_q": HEADS, "attn_k": KV_HEADS}.get(stored, 0) if architecture == "llama" else 0
-            ends = ("weight", "bias") if biases and stored in ("attn_q", "attn_k", "attn_v") else ("weight",)
-            for end in ends:
-                values = rng.normal(size=shape if end == "weight" else shape[:1]).astype(np.float32)
-                add(f"blk.{layer}.{stored}.{end}", f"model.layers.{layer}.{name}.{end}", values, heads)
-    add("output_norm.weight", "model.norm.weight", np.ones(HIDDEN, np.float32))
-    for stored in extra:
-        writer.add_tensor(stored, np.ones(4, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return expected
-
-
 KINDS = [GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0", "Q4_1")]
+ALL = ("attn_q", "attn_k", "attn_v", "attn_output")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-def test_names_and_values(architecture, kind, tmp_path):
-    path = tmp_path / "tiny.gguf"
-    expected = write_gguf(path, architecture, kind, biases=architecture != "qwen3")
-    checkpoint = open_checkpoint(str(path))
-    assert set(checkpoint.tensors) == set(expected)
+@pytest.mark.parametrize(("architecture", "biased"), [("llama", ()), ("llama", ALL), ("qwen2", ALL[:3]), ("qwen3", ())])
+def test_names_and_values(architecture, biased, kind, tmp_path):
+    tiny = TinyGguf(architecture, kind, biased)
+    tiny.write(tmp_path / "tiny.gguf")
+    checkpoint = open_checkpoint(str(tmp_path / "tiny.gguf"))
+    assert set(checkpoint.tensors) == set(tiny.expected)
     assert {info.dtype for info in checkpoint.tensors.values()} == {"BF16" if kind.name == "BF16" else "F16"}
-    for name, values in expected.items():
+    for name, values in tiny.expected.items():
         assert checkpoint.tensors[name].shape == values.shape, name
-        got = checkpoint.rows(name, 0, len(values))
-        np.testing.assert_array_equal(got, values.astype(got.dtype), name)
-        np.testing.assert_array_equal(checkpoint.rows(name, 3, 9), values[3:9].astype(got.dtype), name)
+        for start, stop in ((0, len(values)), (3, 9), (13, 14), (5, 5), (7, len(values))):
+            got = checkpoint.rows(name, start, stop)
+            np.testing.assert_array_equal(got, values[start:stop].astype(got.dtype), f"{name} {start}..{stop}")
+
+
+def edited(edit):
+    """A tiny model with its fields or tensors changed."""
+    tiny = TinyGguf()
+    edit(tiny)
+    return tiny
+
+
+def one_more(name, shape=(HIDDEN,)):
+    return lambda tiny: tiny.tensors.update({name: (np.ones(shape, np.float32), GGMLQuantizationType.F32)})
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("edit", "message"),
     [
-        ({"architecture": "bloom"}, "architecture 'bloom' is not read"),
-        ({"extra": ["blk.0.mystery.weight"]}, "tensor blk.0.mystery.weight is unknown"),
-        ({"extra": ["strange.weight"]}, "tensor strange.weight is unknown"),
-        ({"extra": ["rope_freqs.weight"]}, "rotary scaling"),
+        (one_more("blk.0.mystery.weight"), "tensor blk.0.mystery.weight is unknown for llama"),
+        (one_more("strange.weight"), "tensor strange.weight is unknown"),
+        (one_more("blk.0.attn_norm.bias"), "tensor blk.0.attn_norm.bias is unknown"),
+        (one_more("blk.2.attn_norm.weight"), "tensor blk.2.attn_norm.weight is unknown"),
+        (one_more("rope_freqs.weight"), "rotary scaling"),
+        (one_more("blk.0.attn_q.bias"), "lacks blk.0.attn_k.bias"),
+        (
+            one_more("token_embd.weight", (VOCABULARY, 32)),
+            r"token_embd.weight is \[32, 32\], by the metadata \[32, 64\]",
+        ),
+        (one_more("blk.1.ffn_up.weight", (96, 96)), r"blk.1.ffn_up.weight is \[96, 96\], by the metadata \[96, 64\]"),
+        (
+            lambda tiny: tiny.tensors.update(
+                {"output_norm.weight": (np.zeros((HIDDEN,), np.int32), GGMLQuantizationType.I32)}
+            ),
+            r"model.norm.weight \[64\] is stored as I32, which is not read",
+        ),
     ],
 )
-def test_what_cannot_be_told_exactly_is_refused(options, message, tmp_path):
-    write_gguf(tmp_path / "tiny.gguf", **options)
-    with pytest.raises(SourceError, match=message):
+def test_tensors_that_are_not_the_models_are_refused(edit, message, tmp_path):
+    edited(edit).write(tmp_path / "tiny.gguf")
+    with pytest.raises(SourceError, match=message) as caught:
+        open_checkpoint(str(tmp_path / "tiny.gguf"))
+    assert "\n" not in str(caught.value) and "tiny.gguf: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "token_embd.weight",
+        "output_norm.weight",
+        "blk.0.attn_q.weight",
+        "blk.1.ffn_norm.weight",
+        "blk.1.ffn_down.weight",
+    ],
+)
+def test_the_first_tensor_that_is_absent_is_named(name, tmp_path):
+    edited(lambda tiny: tiny.tensors.pop(name)).write(tmp_path / "tiny.gguf")
+    with pytest.raises(SourceError, match=f"lacks {name}, which a llama of 2 layers has"):
+        open_checkpoint(str(tmp_path / "tiny.gguf"))
+
+
+def test_more_layers_than_there_are(tmp_path):
+    edited(lambda tiny: tiny.fields.update({"llama.block_count": (5, GGUFValueType.UINT32)})).write(tmp_path / "x.gguf")
+    with pytest.raises(SourceError, match=r"lacks blk\.2\.attn_norm\.weight, which a llama of 5 layers has"):
+        open_checkpoint(str(tmp_path / "x.gguf"))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_what_a_family_has_besides(family, tmp_path):
+    tiny = TinyGguf(family)
+    name = {"qwen2": "blk.1.attn_k.bias", "qwen3": "blk.1.attn_k_norm.weight"}[family]
+    del tiny.tensors[name]
+    tiny.write(tmp_path / "tiny.gguf")
+    with pytest.raises(SourceError, match=f"lacks {name}"):
         open_checkpoint(str(tmp_path / "tiny.gguf"))
 
 
 @pytest.mark.parametrize("length", [0, 3, 20, 100, 700, 5000])
 def test_cut_files_are_refused_in_one_line(length, tmp_path):
     path = tmp_path / "tiny.gguf"
-    write_gguf(path)
+    TinyGguf().write(path)
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(SourceError, match="not a whole GGUF file") as caught:
         open_checkpoint(str(path))
     assert "\n" not in str(caught.value)
 
 
+def test_an_unknown_architecture_is_refused_before_anything_behind_it_is_read(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    TinyGguf("gemma3", biased=()).write(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: content.index(b"gemma3") + len("gemma3")])  # nothing else is there
+    with pytest.raises(SourceError, match=r"architecture 'gemma3' is not read from GGUF \(only llama, qwen2, qwen3\)"):
+        open_checkpoint(str(path))
+
+
 def test_other_bytes_are_no_gguf(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"PK\x03\x04" * 100)
     with pytest.raises(SourceError, match="not a whole GGUF file"):
         open_checkpoint(str(tmp_path / "x.gguf"))
+
+
+def test_a_file_that_is_cut_while_it_is_read(tmp_path):
+    (path,) = TinyGguf().write(tmp_path / "tiny.gguf")
+    checkpoint = open_checkpoint(str(path))
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(SourceError, match=r"model\.norm\.weight ends early; the file changed while it was read"):
+        checkpoint.rows("model.norm.weight", 0, HIDDEN)
 
 
 def test_every_tensor_of_a_real_file_equals_transformers_own_reading(smollm2_gguf, smollm2):
@@ -122,19 +145,29 @@ def test_every_tensor_of_a_real_file_equals_transformers_own_reading(smollm2_ggu
         np.testing.assert_array_equal(checkpoint.rows(name, 0, len(value)), value.numpy(), name)
 
 
-def test_config_and_tokenizer_of_a_real_file(smollm2_gguf, smollm2, tmp_path):
-    from transformers import AutoTokenizer
+def test_the_header_of_a_real_file_equals_that_of_llama_cpps_reader(smollm2_gguf):
+    header, reader = open_checkpoint(str(smollm2_gguf)).header, GGUFReader(smollm2_gguf)
+    theirs = {name: entry for name, entry in reader.fields.items() if not name.startswith("GGUF.")}
+    assert list(header.entries) == list(theirs) and header.data_offset == reader.data_offset
+    for name, entry in theirs.items():
+        assert header.value(name) == entry.contents(), name
+    for tensor in reader.tensors:
+        found = header.tensors[str(tensor.name)]
+        assert (found.kind, found.offset, found.nbytes) == (
+            tensor.tensor_type.name,
+            tensor.data_offset,
+            tensor.n_bytes,
+        )
+        assert found.shape == tuple(int(size) for size in reversed(tensor.shape))
 
-    checkpoint = open_checkpoint(str(smollm2_gguf))
-    config = checkpoint.config
-    assert config["architectures"] == ["LlamaForCausalLM"] and config["model_type"] == "llama"
-    assert config["hidden_size"] == 576 and config["tie_word_embeddings"] is True and config["dtype"] == "float16"
-    checkpoint.write_companions(tmp_path)
-    ours, theirs = AutoTokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(smollm2)
-    text = "The State of the Union is sound."
-    assert ours(text)["input_ids"] == theirs(text)["input_ids"]
 
+def test_biases_of_a_llama_are_computed_with(tmp_path):
+    """transformers' own reader leaves them out."""
+    from transformers import AutoModelForCausalLM
 
-def test_a_folder_with_one_gguf_file_is_that_file(smollm2_gguf, tmp_path):
-    write_gguf(tmp_path / "tiny.gguf")
-    assert open_checkpoint(str(tmp_path)).name == tmp_path.name
+    tiny = TinyGguf(biased=(*ALL, "ffn_gate", "ffn_up", "ffn_down"))
+    tiny.write(tmp_path / "tiny.gguf")
+    convert(str(tmp_path / "tiny.gguf"), tmp_path / "out", format="float16")
+    state = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float16).state_dict()
+    for name, values in tiny.expected.items():
+        np.testing.assert_array_equal(state[name].numpy(), values.astype(np.float16), name)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from gguf import GGUFReader
 from gguf_files import FAMILIES, assemble, config_of, folder_of, write_tokenizer
 
 from quantize8 import ArtifactError, OutputError, SourceError, convert, verify
@@ -48,11 +49,11 @@ def test_an_int8_artifact_keeps_its_codes_in_gguf(first, llama_gguf, tmp_path):
     convert(str(tmp_path / "int8"), tmp_path / "gguf", format="gguf")
     verify(tmp_path / "gguf")
     int8, back = (open_checkpoint(str(tmp_path / name)) for name in ("int8", "gguf"))
-    stored = {str(tensor.name): tensor.data for tensor in back.reader.tensors}
+    stored = {str(tensor.name): tensor.data for tensor in GGUFReader(back.path).tensors}
     name = "model.layers.1.self_attn.k_proj.weight"
     codes, absmax = int8.int8_rows(name, 0, int8.tensors[name].shape[0])
     blocks = stored["blk.1.attn_k.weight"].reshape(len(codes), -1, 34)
-    order = back._row_order(name)  # where each row stands in the file
+    order = back._row_order(name, 0, len(codes))  # where each row stands in the file
     assert np.array_equal(blocks[order][:, :, 2:].reshape(codes.shape).view(np.int8), codes)
     scales = np.ascontiguousarray(blocks[order][:, :, :2]).view(np.float16)[:, :, 0]
     assert (scales == (absmax / np.float32(127)).astype(np.float16)[:, None]).all()
@@ -61,6 +62,18 @@ def test_an_int8_artifact_keeps_its_codes_in_gguf(first, llama_gguf, tmp_path):
     for weight in int8.decoded:
         rows = int8.tensors[weight].shape[0]
         assert np.array_equal(int8.int8_rows(weight, 0, rows)[0], again.int8_rows(weight, 0, rows)[0]), weight
+
+
+def test_scaled_rotary_frequencies_are_verified_too(tmp_path):
+    """They are in the file as a tensor, which no source in GGUF may have."""
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope |= {"original_max_position_embeddings": 64, "rope_theta": 5e5}
+    source = folder_of(tmp_path / "source", config_of("llama", rope_parameters=rope), tokenizer=False)
+    write_tokenizer(tmp_path / "tokenizer")
+    for path in (tmp_path / "tokenizer").iterdir():
+        path.rename(source / path.name)
+    convert(str(source), tmp_path / "out", format="gguf")
+    assert verify(tmp_path / "out").tensors == len(open_checkpoint(str(source)).tensors) + 1
 
 
 def test_every_flipped_byte_of_a_gguf_file_is_found(llama_gguf, tmp_path):

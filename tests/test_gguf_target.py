@@ -74,7 +74,7 @@ def test_the_same_bytes_twice(tmp_path):
 
 
 def test_metadata_of_a_gguf_source_is_carried_unchanged(smollm2_gguf, tmp_path):
-    assemble(smollm2_gguf, tmp_path / "out.gguf", gguf.carried(GGUFReader(smollm2_gguf)))
+    assemble(smollm2_gguf, tmp_path / "out.gguf", gguf.carried(open_checkpoint(str(smollm2_gguf)).header))
     before, after = GGUFReader(smollm2_gguf), GGUFReader(tmp_path / "out.gguf")
     kept = [name for name in before.fields if not name.startswith("GGUF.") and name != "general.file_type"]
     assert set(kept) <= set(after.fields) and len(kept) == 32
@@ -88,7 +88,7 @@ def test_metadata_of_a_gguf_source_is_carried_unchanged(smollm2_gguf, tmp_path):
 def test_a_folder_gives_the_metadata_of_the_gguf_that_it_was_made_from(smollm2, smollm2_gguf):
     config = open_checkpoint(str(smollm2)).config
     ours = {field.key: field for field in [*gguf.settings(config, "x", smollm2), *tokenizer_fields(smollm2, config)]}
-    theirs = {field.key: field for field in gguf.carried(GGUFReader(smollm2_gguf))}
+    theirs = {field.key: field for field in gguf.carried(open_checkpoint(str(smollm2_gguf)).header)}
     about = {"general.name", "general.organization", "general.finetune", "general.basename", "general.size_label"}
     about |= {"general.license", "general.languages", "tokenizer.ggml.add_space_prefix"}  # of no meaning to gpt2
     assert set(theirs) - set(ours) == about - {"general.name"}
@@ -108,6 +108,17 @@ def test_rope_scaling_in_the_metadata(tmp_path):
     values = {field.key: field.value for field in fields}
     assert values["qwen2.rope.scaling.type"] == "yarn" and values["qwen2.rope.scaling.factor"] == 4.0
     assert values["qwen2.rope.scaling.original_context_length"] == 64 and values["qwen2.rope.freq_base"] == 5e5
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_rope_scaling_is_read_again(kind, family, tmp_path):
+    scaling = {"rope_type": kind, "factor": 4.0, "rope_theta": 5e5}
+    scaling |= {"original_max_position_embeddings": 64} if kind == "yarn" else {}
+    config = config_of(family, rope_scaling=scaling)
+    assemble(folder_of(tmp_path / "model", config), tmp_path / "tiny.gguf")
+    again = gguf.complete(open_checkpoint(str(tmp_path / "tiny.gguf")).config, "here")
+    assert again["rope_parameters"] == scaling == gguf.complete(config, "here")["rope_parameters"]
 
 
 def test_llama3_frequencies_are_those_of_transformers(tmp_path):

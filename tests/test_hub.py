@@ -93,6 +93,22 @@ def test_a_model_without_weights(hub, tmp_path):
         open_checkpoint("org/bare")
 
 
+def test_models_in_gguf(hub, tmp_path):
+    from gguf_files import TinyGguf
+
+    (tmp_path / "several").mkdir()
+    for name in ("a-Q4_0.gguf", "a-Q8_0.gguf"):
+        TinyGguf().write(tmp_path / "several" / name)
+    hub.models["org/several"] = tmp_path / "several"
+    with pytest.raises(SourceError, match="org/several: holds 2 models in GGUF; download one"):
+        open_checkpoint("org/several")
+    (tmp_path / "split").mkdir()
+    parts = TinyGguf().write(tmp_path / "split" / "a.gguf", 8)
+    hub.models["org/split"] = tmp_path / "split"
+    checkpoint = open_checkpoint("org/split")
+    assert set(checkpoint.fingerprint()) == {part.name for part in parts} and checkpoint.name == "split"
+
+
 @pytest.mark.parametrize("name", ["a b", "-x/y", "x/..", "a" * 200])
 def test_what_is_no_hub_id(hub, name):
     with pytest.raises(SourceError, match="no such"):
@@ -119,6 +135,8 @@ def test_what_is_no_hub_id(hub, name):
         ),
         (["x.gguf", "quantize8.json"], ["x.gguf"], ["quantize8.json"]),
         (["x.gguf", "y.gguf"], [], []),
+        (["x-00002-of-00002.gguf", "x-00001-of-00002.gguf"], ["x-00001-of-00002.gguf", "x-00002-of-00002.gguf"], []),
+        (["x-00001-of-00002.gguf", "x-00002-of-00002.gguf", "y-00001-of-00002.gguf"], [], []),
         (["README.md", "config.json"], [], ["config.json"]),
     ],
 )

@@ -123,12 +123,25 @@ def test_a_gguf_header_that_claims_too_much(changes, tmp_path, little_memory):
         GgufCheckpoint(tmp_path / "x.gguf", {}, "x")
 
 
+def test_a_gguf_header_without_end(tmp_path, monkeypatch):
+    """Strings that the file does hold, and that would fill the memory."""
+    monkeypatch.setattr(limits, "GGUF_HEADER_BYTES", 5000)
+    for length in (2000, 6000):
+        fields = [["general.architecture", 8, "llama"], ["x", 9, [8, ["y" * length]]], ["z", 9, [4, [1] * 100]]]
+        (tmp_path / "x.gguf").write_bytes(gguf({"fields": fields, "tensors": []}))
+        message = "holds no weights" if length < 5000 else "has more than 5,000 bytes before its tensors"
+        with pytest.raises(SourceError, match=message):
+            GgufCheckpoint(tmp_path / "x.gguf", {}, "x")
+
+
 def test_gguf_tensors_over_each_other(tmp_path):
     fields = [["general.architecture", 8, "llama"]]
-    tensors = [[f"blk.{i}.ffn_up.weight", [256], 0, 0] for i in range(3)]
-    (tmp_path / "x.gguf").write_bytes(gguf({"fields": fields, "tensors": tensors}))
-    with pytest.raises(SourceError, match="over each other"):
-        GgufCheckpoint(tmp_path / "x.gguf", {}, "x")
+    for places in ((0, 0, 0), (0, 1024, 1020), (4, 0, 1028)):
+        tensors = [[f"blk.{i}.ffn_up.weight", [256], 0, place] for i, place in enumerate(places)]
+        content = gguf({"fields": fields, "tensors": tensors}) + bytes(4096)
+        (tmp_path / "x.gguf").write_bytes(content)
+        with pytest.raises(SourceError, match="over each other"):
+            GgufCheckpoint(tmp_path / "x.gguf", {}, "x")
 
 
 STORAGE = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0" + b"0X\3\0\0\0cpu"

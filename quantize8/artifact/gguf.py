@@ -19,7 +19,6 @@ from gguf import (
     MODEL_ARCH,
     MODEL_ARCH_NAMES,
     GGMLQuantizationType,
-    GGUFReader,
     GGUFValueType,
     GGUFWriter,
     Keys,
@@ -27,6 +26,7 @@ from gguf import (
     get_tensor_name_map,
 )
 
+from quantize8.checkpoint.gguf_header import Header as GgufHeader
 from quantize8.checkpoint.guard import guarded
 from quantize8.checkpoint.native import architecture_of
 from quantize8.errors import SourceError, first_line
@@ -55,6 +55,7 @@ _ROPE_KEYS = {
 _ROPE_NEUTRAL = {"partial_rotary_factor": 1, "truncate": True, "beta_fast": 32, "beta_slow": 1}  # change nothing
 _OWN_KEYS = {Keys.General.ARCHITECTURE, Keys.General.FILE_TYPE, Keys.General.QUANTIZATION_VERSION}
 _OWN_KEYS |= {Keys.General.ALIGNMENT, Keys.Split.LLM_KV_SPLIT_NO, Keys.Split.LLM_KV_SPLIT_COUNT}
+_OWN_KEYS.add(Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT)
 
 
 class Field(NamedTuple):
@@ -204,14 +205,13 @@ def settings(config: Mapping[str, Any], name: str, where: object) -> list[Field]
     return fields
 
 
-def carried(reader: GGUFReader) -> list[Field]:
-    """The metadata of an open GGUF file as it is, tokenizer included, but for what says how weights are stored."""
+def carried(source: GgufHeader) -> list[Field]:
+    """The metadata of a GGUF file as it is, tokenizer included, but for what says how weights are stored."""
     fields = []
-    for stored in reader.fields.values():
-        if stored.name.startswith("GGUF.") or stored.name in _OWN_KEYS:
-            continue
-        items = stored.types[-1] if stored.types[0] == GGUFValueType.ARRAY else None
-        fields.append(Field(stored.name, stored.contents(), stored.types[0], items))
+    for key, entry in source.entries.items():
+        if key not in _OWN_KEYS:
+            items = None if entry.items is None else GGUFValueType(entry.items)
+            fields.append(Field(key, source.value(key), GGUFValueType(entry.kind), items))
     return fields
 
 

@@ -34,7 +34,7 @@ class Gguf(Format):
         config, where = checkpoint.config, checkpoint.name
         tensors = gguf.plan(config, {name: info.shape for name, info in checkpoint.tensors.items()}, where)
         if isinstance(checkpoint, GgufCheckpoint):
-            fields = gguf.carried(checkpoint.reader)
+            fields = gguf.carried(checkpoint.header)
         else:
             fields = [*gguf.settings(config, where, where), *tokenizer_fields(checkpoint.folder, config)]
         header = gguf.header(gguf.architecture(config, where), fields, tensors)

@@ -1,8 +1,8 @@
 """quantize8.json: what an artifact holds, where it came from, and a digest of every byte. Written last.
 
 The manifest depends on the source and its name, the recipe, the file size asked for and the version of quantize8 alone
-(a GGUF's config and tokenizer also on transformers, which makes them), so that two conversions of the same source give
-the same bytes, whatever the machine, the worker count or the order of work. Digests are BLAKE3.
+(a GGUF's tokenizer also on transformers, which makes it), so that two conversions of the same source give the same
+bytes, whatever the machine, the worker count or the order of work. Digests are BLAKE3.
 """
 
 from __future__ import annotations

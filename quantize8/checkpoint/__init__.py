@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from quantize8.checkpoint.address import is_url, without_secrets
-from quantize8.checkpoint.base import CONFIG_NAME, Checkpoint, TensorInfo, companions, contained, read_config
+from quantize8.checkpoint.base import CONFIG_NAME, Checkpoint, TensorInfo, companions, read_config
 from quantize8.checkpoint.fetch import download, is_stored
 from quantize8.checkpoint.gguf import GgufCheckpoint
+from quantize8.checkpoint.gguf_parts import find_gguf, is_gguf
 from quantize8.checkpoint.quantized import QuantizedCheckpoint, decode
 from quantize8.checkpoint.remote import open_stream
 from quantize8.checkpoint.safetensors import SafetensorsCheckpoint, open_safetensors
@@ -37,9 +38,8 @@ def open_checkpoint(
     name = identity["id"].rpartition("/")[2]
     if path.is_file():
         return _open_file(path, identity, name.removesuffix(path.suffix))
-    ggufs = sorted(path.glob("*.gguf"))
-    if not (path / "config.json").is_file() and len(ggufs) == 1:
-        return GgufCheckpoint(contained(ggufs[0], path), identity, name)
+    if (gguf := find_gguf(path)) is not None:
+        return GgufCheckpoint(gguf, identity, name)
     _refuse_adapter(path)
     read_config(path)
     companions(path)
@@ -80,7 +80,7 @@ def _refuse_adapter(folder: Path) -> None:
 
 
 def _open_file(path: Path, identity: dict[str, str], name: str) -> Checkpoint:
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         return GgufCheckpoint(path, identity, name)
     if path.suffix not in (".safetensors", ".bin"):
         raise SourceError(f"{path}: not a checkpoint file; name a .safetensors, .bin or .gguf file, or a folder")

@@ -136,8 +136,12 @@ class Checkpoint(ABC):
 
         A hub model's revision says more than the time, which differs between copies of it: there it is 0.
         """
-        pinned, files = "revision" in self.identity, sorted({info.file for info in self.tensors.values()})
+        pinned, files = "revision" in self.identity, sorted(self._files())
         return {file: _stamp(self.folder / file, self._head_bytes(file), pinned) for file in files}
+
+    def _files(self) -> Collection[str]:
+        """The weight files, relative to the folder."""
+        return {info.file for info in self.tensors.values()}
 
     def _head_bytes(self, file: str) -> int:
         """How much of a weight file tells what is in it."""

@@ -1,4 +1,4 @@
-"""GGUF files of the Llama and Qwen families, read with llama.cpp's own package and named as transformers names them.
+"""GGUF files of the Llama and Qwen families, one or all parts of a split one, named as transformers names them.
 
 llama.cpp stores Llama's query and key rows interleaved for its rotary embedding; `rows` undoes that. Blocks are
 dequantized as they are read, to float16 (or bfloat16 where the file holds that).
@@ -6,161 +6,159 @@ dequantized as they are read, to float16 (or bfloat16 where the file holds that)
 
 from __future__ import annotations
 
-import re
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from quantize8.checkpoint.base import DTYPES, Checkpoint, TensorInfo, check_settings
-from quantize8.checkpoint.gguf_header import check_header
-from quantize8.checkpoint.guard import guarded
-from quantize8.errors import SourceError, first_line
-from quantize8.ops.reference import Array
+from quantize8.checkpoint.gguf_header import StoredTensor
+from quantize8.checkpoint.gguf_parts import model_name, read_parts
+from quantize8.checkpoint.gguf_settings import ARCHITECTURES, named_tensors, read_config
+from quantize8.checkpoint.gguf_vocabulary import TOKENS, read_tokenizer
+from quantize8.errors import SourceError
+from quantize8.ops import ggml
+from quantize8.ops.reference import Array, as_bytes
 
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-_PERMUTED = {"llama"}  # the architectures whose q and k rows llama.cpp interleaves
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_BLOCKS = re.compile(r"Q([45]_[01]|8_0)|Q[2-6]_K|TQ[12]_0|(MX|NV)FP4|IQ[1-4]_\w+")  # what the package dequantizes
-_LAYER = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
+_PERMUTED = {"llama": {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}}  # rows that are interleaved
+_FLOATS = ("F32", "F16", "BF16")
 
 
 class GgufCheckpoint(Checkpoint):
-    """One GGUF file. Its config and tokenizer are made by transformers from the file's own metadata."""
+    """One model in GGUF, by its file or any part of it. Its config and tokenizer come from the metadata."""
 
     def __init__(self, path: Path, identity: dict[str, str], name: str) -> None:
-        super().__init__(path.parent, name, identity)
-        self.path = path
-        try:
-            from gguf import GGUFReader
+        self.headers = read_parts(path, ARCHITECTURES)
+        self.header = self.headers[0]  # which has the metadata
+        super().__init__(path.parent, model_name(name) if len(self.headers) > 1 else name, identity)
+        self.path = self.header.path
+        stored = {key: tensor for header in self.headers for key, tensor in header.tensors.items()}
+        if not stored:
+            what = ", only a tokenizer" if TOKENS in self.header.entries else ""
+            raise SourceError(f"{self.path}: holds no weights{what}; name the model's file")
+        self.dtype = "BF16" if any(tensor.kind == "BF16" for tensor in stored.values()) else "F16"
+        config = read_config(self.header, {key: tensor.shape for key, tensor in stored.items()})
+        check_settings(config, self.path)
+        self._config = config | {"dtype": {"F16": "float16", "BF16": "bfloat16"}[self.dtype]}
+        names = self._match(stored)
+        self._stored = {names[key]: tensor for key, tensor in stored.items()}
+        for name, tensor in self._stored.items():
+            self.tensors[name] = TensorInfo(name, self.dtype, tensor.shape, tensor.file)
+            self._check(name, tensor)
+        self._descriptors = {header.path.name: os.open(header.path, os.O_RDONLY) for header in self.headers}
 
-            check_header(path)
-            reader = self.reader = GGUFReader(path)
-            architecture = str(reader.fields["general.architecture"].contents())
-            heads = {
-                "attn_q": reader.fields.get(f"{architecture}.attention.head_count"),
-                "attn_k": reader.fields.get(f"{architecture}.attention.head_count_kv"),
-            }
-            heads["attn_k"] = heads["attn_k"] or heads["attn_q"]  # as llama.cpp takes it
-            self._heads = {kind: int(field.contents()) for kind, field in heads.items() if field is not None}
-        except (ValueError, KeyError, IndexError, OSError, TypeError, OverflowError, MemoryError) as error:
-            raise SourceError(f"{path}: not a whole GGUF file ({error}); fetch it again") from None
-        if architecture not in _ARCHITECTURES:
-            known = ", ".join(_ARCHITECTURES)
-            raise SourceError(
-                f"{path}: architecture {architecture!r} is not read from GGUF (only {known}); use safetensors"
-            )
-        self.architecture = architecture
-        self._stored = {self._hf_name(tensor.name): tensor for tensor in reader.tensors}
-        kinds = {tensor.tensor_type.name for tensor in reader.tensors}
-        self.dtype = "BF16" if "BF16" in kinds else "F16"
-        if sum(tensor.n_bytes for tensor in reader.tensors) > reader.data.nbytes:
-            raise SourceError(f"{path}: its tensors lie over each other; fetch it again")
-        for hf_name, tensor in self._stored.items():
-            shape = tuple(int(size) for size in reversed(tensor.shape))
-            self.tensors[hf_name] = TensorInfo(hf_name, self.dtype, shape, path.name)
-            self._check(hf_name, shape, tensor.tensor_type)
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_descriptors", {}).values():
+            os.close(descriptor)
 
     def rows(self, name: str, start: int, stop: int) -> Array:
         """See `Checkpoint.rows`."""
-        from gguf import GGMLQuantizationType, dequantize
-
         tensor = self._stored[name]
-        order, data = self._row_order(name), tensor.data
-        if tensor.tensor_type == GGMLQuantizationType.BF16:  # given as bytes
-            data = data.view(ml_dtypes.bfloat16)
-        stored = data[start:stop] if order is None else data[order[start:stop]]
-        if tensor.tensor_type == GGMLQuantizationType.BF16:
-            return np.ascontiguousarray(stored)
-        values = dequantize(stored, tensor.tensor_type)
-        return np.ascontiguousarray(values.astype(DTYPES[self.dtype]))
+        order = self._row_order(name, start, stop)
+        if order is None or not len(order):
+            stored = self._read(name, start, stop)
+        else:
+            first = int(order.min())
+            stored = self._read(name, first, int(order.max()) + 1)[order - first]
+        return ggml.decode(stored, tensor.kind, tensor.shape[1:], DTYPES[self.dtype])
 
-    @cached_property
-    def _config(self) -> dict[str, Any]:
-        from transformers import AutoConfig
-
-        try:
-            with guarded():
-                config = AutoConfig.from_pretrained(self.folder, gguf_file=self.path.name).to_dict()
-        except Exception as error:  # what transformers makes of damaged settings is of any kind
-            raise SourceError(f"{self.path}: transformers cannot read its settings ({first_line(error)})") from None
-        check_settings(config, self.path)
-        config["architectures"] = [_ARCHITECTURES[self.architecture]]
-        config["dtype"] = {"F16": "float16", "BF16": "bfloat16"}[self.dtype]
-        config["tie_word_embeddings"] = "lm_head.weight" not in self.tensors
-        return {key: value for key, value in config.items() if not key.startswith("_")}
+    def _read(self, name: str, start: int, stop: int) -> Array:
+        """Rows of a tensor as they lie in the file, uint8 [n, bytes of a row]."""
+        tensor = self._stored[name]
+        row_bytes = tensor.nbytes // tensor.shape[0] if tensor.shape[0] else 0
+        stored = np.empty((stop - start, row_bytes), np.uint8)
+        target, position = as_bytes(stored), tensor.offset + start * row_bytes
+        while len(target):
+            try:
+                count = os.preadv(self._descriptors[tensor.file], [target], position)
+            except OSError as error:
+                raise SourceError(f"{self.folder / tensor.file}: {name} cannot be read ({error.strerror})") from None
+            if count == 0:
+                raise SourceError(f"{self.folder / tensor.file}: {name} ends early; the file changed while it was read")
+            target, position = target[count:], position + count
+        return stored
 
     @property
     def config(self) -> dict[str, Any]:
-        """config.json as transformers derives it from the file's metadata."""
+        """config.json, from the file's metadata."""
         return dict(self._config)
 
     @property
-    def tokenizer(self) -> Any:
-        """The tokenizer as transformers derives it from the file's metadata."""
-        from transformers import AutoTokenizer
+    def is_encoder(self) -> bool:
+        """See `Checkpoint.is_encoder`: the metadata says what model it is, not a file beside it."""
+        return False
 
-        try:
-            with guarded():
-                return AutoTokenizer.from_pretrained(self.folder, gguf_file=self.path.name)
-        except Exception as error:  # as above
-            raise SourceError(f"{self.path}: transformers cannot read its tokenizer ({first_line(error)})") from None
+    def left_behind(self) -> dict[str, str]:
+        """See `Checkpoint.left_behind`. A GGUF file needs none of those around it, but for one that sees."""
+        names = sorted(path.name for path in self.folder.glob("*mmproj*.gguf"))
+        return dict.fromkeys(names, "a vision projector, which is not read")
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer as transformers derives it from the file's metadata, None where the file has none."""
+        return read_tokenizer(self.header)
 
     def write_companions(self, folder: Path) -> None:
         """Write the tokenizer's files."""
-        self.tokenizer.save_pretrained(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
 
-    def _check(self, name: str, shape: tuple[int, ...], kind: Any) -> None:
+    def _files(self) -> list[str]:
+        return [header.path.name for header in self.headers]
+
+    def _head_bytes(self, file: str) -> int:
+        return next(header.data_offset for header in self.headers if header.path.name == file)
+
+    def _match(self, stored: dict[str, StoredTensor]) -> dict[str, str]:
+        """transformers' name of each tensor; SourceError for one that is missing, unknown, or of another shape."""
+        arch, names = self.header.architecture, {}
+        for name, ours, shape in named_tensors(self._config):
+            if name not in stored:
+                raise SourceError(
+                    f"{self.path}: lacks {name}, which a {arch} of {self._config['num_hidden_layers']} layers has; "
+                    "fetch it again"
+                )
+            if stored[name].shape != shape:
+                where = self.folder / stored[name].file
+                raise SourceError(
+                    f"{where}: {name} is {list(stored[name].shape)}, by the metadata {list(shape)}; fetch it again"
+                )
+            names[name] = ours
+        for name, tensor in stored.items():
+            where = self.folder / tensor.file
+            if name == "rope_freqs.weight":
+                raise SourceError(
+                    f"{where}: its rotary scaling (rope_freqs) cannot be told exactly from GGUF; use safetensors"
+                )
+            if name not in names:
+                raise SourceError(f"{where}: tensor {name} is unknown for {arch}; use a safetensors checkpoint")
+        return names
+
+    def _check(self, name: str, tensor: StoredTensor) -> None:
         """Raise SourceError for a tensor whose rows cannot be read as they are stored."""
-        heads = self._heads_of(name)
-        if heads is not None and (heads <= 0 or shape[0] % (2 * heads)):
-            raise SourceError(f"{self.path}: {name} has {shape[0]} rows, not pairs for {heads} heads; fetch it again")
-        blocked = kind.name not in ("F32", "F16", "BF16")
-        if blocked and (not _BLOCKS.fullmatch(kind.name) or len(shape) < 2 or 0 in shape):
+        where, heads = self.folder / tensor.file, self._heads_of(name)
+        if heads is not None and tensor.shape[0] % (2 * heads):
             raise SourceError(
-                f"{self.path}: {name} {list(shape)} is stored as {kind.name}, which is not read; use safetensors"
+                f"{where}: {name} has {tensor.shape[0]} rows, not pairs for {heads} heads; fetch it again"
+            )
+        if tensor.kind not in _FLOATS and (not ggml.is_read(tensor.kind) or len(tensor.shape) < 2):
+            raise SourceError(
+                f"{where}: {name} {list(tensor.shape)} is stored as {tensor.kind}, which is not read; use safetensors"
             )
 
-    def _hf_name(self, name: str) -> str:
-        if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
-            layer, kind, end = match.groups()
-            if kind in _LAYER:
-                return f"model.layers.{layer}.{_LAYER[kind]}.{end}"
-        elif match := re.fullmatch(r"(\w+)\.weight", name):
-            if match[1] in _TOP:
-                return f"{_TOP[match[1]]}.weight"
-            if match[1] == "rope_freqs":
-                raise SourceError(
-                    f"{self.path}: its rotary scaling (rope_freqs) cannot be told exactly from GGUF; use safetensors"
-                )
-        raise SourceError(
-            f"{self.path}: tensor {name} is unknown for {self.architecture}; use a safetensors checkpoint"
-        )
-
-    def _row_order(self, name: str) -> Array | None:
-        """Where each row of a Llama query or key weight stands in the file; None where rows are in place."""
+    def _row_order(self, name: str, start: int, stop: int) -> Array | None:
+        """Where rows start..stop of a Llama query or key weight stand in the file; None where rows are in place."""
         heads = self._heads_of(name)
         if heads is None:
             return None
-        count = self.tensors[name].shape[0]
-        order: Array = np.arange(count).reshape(heads, -1, 2).swapaxes(1, 2).ravel()
+        half = self.tensors[name].shape[0] // heads // 2
+        head, row = np.divmod(np.arange(start, stop), 2 * half)
+        order: Array = head * 2 * half + row % half * 2 + row // half
         return order
 
     def _heads_of(self, name: str) -> int | None:
-        """Heads of a Llama query or key weight, 0 where the file does not say; None for what is not interleaved."""
-        kind = {"q_proj": "attn_q", "k_proj": "attn_k"}.get(name.split(".")[-2])
-        return None if self.architecture not in _PERMUTED or kind is None else self._heads.get(kind, 0)
+        """Heads of a query or key weight that is interleaved; None for any other."""
+        key = _PERMUTED.get(self.header.architecture, {}).get(name.split(".")[-2])
+        return None if key is None else int(self._config[key])

@@ -1,31 +1,151 @@
-"""The counts and lengths in a GGUF header, held against the file before llama.cpp's package believes them.
+"""The header of a GGUF file: its metadata, and where each tensor lies, held against the file before it is believed.
 
-That package makes an object of every value a count asks for, past the end of the file too. The layout is that of
-ggml's docs/gguf.md, versions 2 and 3, little-endian.
+Single values are decoded at once; arrays, such as the tokens and their merges, when they are asked for. The layout is
+that of ggml's docs/gguf.md, versions 2 and 3, little-endian.
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from quantize8 import limits
+from quantize8.errors import SourceError
 
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # type of a value -> its bytes
-_STRING, _ARRAY = 8, 9
+MAGIC = b"GGUF"
+ARCHITECTURE = "general.architecture"
+_FORMS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # of single values
+_UINT32, _STRING, _ARRAY = 4, 8, 9
 _DIMENSIONS = 4  # of a tensor, as in ggml
+_ALIGNMENT = 32  # of the tensors, where the metadata does not say
+_LENGTH = struct.Struct("<Q")
 
 
-def check_header(path: Path) -> None:
-    """Raise ValueError where a header asks for more than the file has, or for more values than METADATA_VALUES."""
-    if not path.is_file():
-        raise ValueError("no file")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        try:
-            _Walk(data).header()
-        except struct.error:
-            raise ValueError("ends early") from None
+class Entry(NamedTuple):
+    """An entry of the metadata. Types are ggml's numbers; an array has no value, but the place of its first item."""
+
+    kind: int
+    value: Any = None
+    items: int | None = None
+    length: int = 0
+    place: int = 0
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a file: its shape as NumPy has it, its type by ggml's name, and its bytes from the file's start."""
+
+    file: str
+    shape: tuple[int, ...]
+    kind: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a GGUF file begins with."""
+
+    path: Path
+    entries: dict[str, Entry]
+    tensors: dict[str, StoredTensor]  # by llama.cpp's names, in the order of the file
+    data_offset: int  # where the tensors begin
+    nbytes: int  # of the file
+
+    @property
+    def architecture(self) -> str:
+        """llama.cpp's name of it."""
+        return str(self.value(ARCHITECTURE))
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """A value of the metadata, an array as a list; SourceError where the file has changed since it was opened."""
+        entry = self.entries.get(key)
+        if entry is None:
+            return default
+        if entry.kind != _ARRAY:
+            return entry.value
+        with _walk(self.path) as walk:
+            return walk.items(entry)
+
+    def length(self, key: str) -> int | None:
+        """How many items an array has; None where there is none of this name."""
+        entry = self.entries.get(key)
+        return None if entry is None or entry.kind != _ARRAY else entry.length
+
+
+def read_header(path: Path, architectures: Collection[str]) -> Header:
+    """Read and check what a GGUF file says of itself.
+
+    Raises SourceError for an architecture that is not among `architectures`, before anything behind it is read; where
+    the header asks for more than the file has, or for more values than METADATA_VALUES; and where tensors lie over
+    each other. A further part of a split file has no architecture.
+    """
+    with _walk(path) as walk:
+        tensors, fields = walk.counts()
+        entries: dict[str, Entry] = {}
+        for _ in range(fields):
+            key = walk.string()
+            if key in entries:
+                raise ValueError(f"says {key} twice")
+            entries[key] = walk.entry()
+            if key == ARCHITECTURE and entries[key].value not in architectures:
+                raise _unknown(entries[key].value, architectures, path)
+        found = [walk.tensor() for _ in range(tensors)]
+        start = walk.aligned(entries.get("general.alignment", Entry(_UINT32, _ALIGNMENT)))
+        placed = {name: _placed(path, name, shape, kind, start + place) for name, shape, kind, place in found}
+        if len(placed) < len(found):
+            raise ValueError("has two tensors of one name")
+        nbytes = len(walk.data)
+    end = start
+    for tensor in sorted(placed.values(), key=lambda tensor: (tensor.offset, tensor.nbytes)):
+        if tensor.offset < end:
+            raise SourceError(f"{path}: its tensors lie over each other; fetch it again")
+        end = tensor.offset + tensor.nbytes
+    if end > nbytes and placed:
+        raise SourceError(f"{path}: not a whole GGUF file (its last tensor ends at byte {end:,}); fetch it again")
+    return Header(path, entries, placed, start, nbytes)
+
+
+def _unknown(architecture: Any, architectures: Collection[str], path: Path) -> SourceError:
+    if architecture == "clip":
+        return SourceError(f"{path}: holds a vision projector (mmproj), no language model; name the model's file")
+    known = ", ".join(architectures)
+    return SourceError(
+        f"{path}: architecture {architecture!r} is not read from GGUF (only {known}); use a safetensors checkpoint"
+    )
+
+
+def _placed(path: Path, name: str, shape: tuple[int, ...], kind: int, offset: int) -> StoredTensor:
+    """Where a tensor lies, by the sizes of ggml's types."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    try:
+        named = GGMLQuantizationType(kind)
+    except ValueError:
+        raise SourceError(f"{path}: {name} is stored as type {kind}, which is not read; use safetensors") from None
+    block, size = GGML_QUANT_SIZES[named]
+    if shape[-1] % block:
+        raise ValueError(f"has {name} with rows of {shape[-1]}, no multiple of {block}")
+    return StoredTensor(path.name, shape, named.name, offset, math.prod(shape) // block * size)
+
+
+@contextmanager
+def _walk(path: Path) -> Iterator[_Walk]:
+    """The header of a file from its beginning; what goes wrong in it is a SourceError."""
+    try:
+        if not limits.is_file(path):
+            raise ValueError("no file")
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield _Walk(data)
+    except (struct.error, OverflowError):
+        raise SourceError(f"{path}: not a whole GGUF file (ends early); fetch it again") from None
+    except (ValueError, OSError) as error:
+        raise SourceError(f"{path}: not a whole GGUF file ({error}); fetch it again") from None
 
 
 class _Walk:
@@ -33,9 +153,11 @@ class _Walk:
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.place, self.left = data, 0, limits.METADATA_VALUES
+        self.end = min(len(data), limits.GGUF_HEADER_BYTES)
 
-    def header(self) -> None:
-        if self.data[:4] != b"GGUF":
+    def counts(self) -> tuple[int, int]:
+        """How many tensors and how many entries of metadata there are."""
+        if self.data[:4] != MAGIC:
             raise ValueError("does not begin with GGUF")
         version = self._number("<4xI")
         if version not in (2, 3):
@@ -43,44 +165,71 @@ class _Walk:
         tensors, fields = self._number("<Q"), self._number("<Q")
         if tensors > limits.TENSORS:
             raise ValueError(f"claims {tensors:,} tensors")
-        for _ in range(self._counted(fields)):
-            self._string()
-            self._value(self._number("<I"))
-        for _ in range(tensors):
-            self._tensor()
+        return tensors, self._counted(fields)
 
-    def _tensor(self) -> None:
-        self._string()
-        dimensions = self._number("<I")
+    def entry(self) -> Entry:
+        """The next value of the metadata."""
+        kind = self._number("<I")
+        if kind == _STRING:
+            return Entry(kind, self.string())
+        if kind != _ARRAY:
+            return Entry(kind, self._number(f"<{self._form(kind)}"))
+        items, count = self._number("<I"), self._counted(self._number("<Q"))
+        place = self.place
+        if items == _STRING:
+            for _ in self._lengths(count):
+                pass
+        else:
+            self._skip(struct.calcsize(f"<{self._form(items)}") * count)
+        return Entry(kind, None, items, count, place)
+
+    def items(self, entry: Entry) -> list[Any]:
+        """The items of an array."""
+        self.place, items = entry.place, entry.items
+        if items == _STRING:
+            return [str(self.data[place : place + length], "utf-8") for place, length in self._lengths(entry.length)]
+        assert items is not None
+        return list(struct.unpack_from(f"<{entry.length}{self._form(items)}", self.data, self.place))
+
+    def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
+        """The next tensor: name, shape, type, and its place from the first one."""
+        name, dimensions = self.string(), self._number("<I")
         if not 0 < dimensions <= _DIMENSIONS:
             raise ValueError(f"has a tensor of {dimensions:,} dimensions")
-        count = 1
-        for _ in range(dimensions):
-            count *= self._number("<Q") or 1
-        if count > limits.TENSOR_BYTES:  # the package multiplies in 64 bits
+        shape = tuple(reversed([self._number("<Q") for _ in range(dimensions)]))
+        if math.prod(length or 1 for length in shape) > limits.TENSOR_BYTES:
             raise ValueError("has a tensor that no file holds")
-        self._number("<IQ")
+        return name, shape, self._number("<I"), self._number("<Q")
 
-    def _value(self, kind: int) -> None:
-        if kind == _STRING:
-            self._string()
-        elif kind != _ARRAY:
-            self._skip(self._size(kind))
-        else:
-            inner, count = self._number("<I"), self._counted(self._number("<Q"))
-            if inner != _STRING:
-                self._skip(self._size(inner) * count)
-                return
-            for _ in range(count):
-                self._string()
+    def aligned(self, alignment: Entry) -> int:
+        """Where the tensors begin."""
+        size = alignment.value
+        if alignment.kind != _UINT32 or size == 0 or size & (size - 1):
+            raise ValueError(f"aligns its tensors to {size!r}, no power of two")
+        return -(-self.place // int(size)) * int(size)
 
-    def _string(self) -> None:
-        self._skip(self._number("<Q"))
+    def string(self) -> str:
+        """The next string."""
+        length = self._number("<Q")
+        place = self.place
+        self._skip(length)
+        return str(self.data[place : place + length], "utf-8")
 
-    def _size(self, kind: int) -> int:
-        if kind not in _SIZES:
+    def _lengths(self, count: int) -> Iterator[tuple[int, int]]:
+        """The place and length of each of the next strings, which the walk goes past."""
+        data, place, end, unpack = self.data, self.place, self.end, _LENGTH.unpack_from
+        for _ in range(count):
+            (length,) = unpack(data, place)
+            if length > end - place - 8:
+                raise self._short()
+            yield place + 8, length
+            place += 8 + length
+            self.place = place
+
+    def _form(self, kind: int) -> str:
+        if kind not in _FORMS:
             raise ValueError(f"has a value of type {kind}, which is not read")
-        return _SIZES[kind]
+        return _FORMS[kind]
 
     def _counted(self, count: int) -> int:
         self.left -= count
@@ -88,12 +237,16 @@ class _Walk:
             raise ValueError(f"has more than {limits.METADATA_VALUES:,} values")
         return count
 
-    def _number(self, form: str) -> int:
-        number: int = struct.unpack_from(form, self.data, self.place)[0]
+    def _number(self, form: str) -> Any:
+        (number,) = struct.unpack_from(form, self.data, self.place)
         self.place += struct.calcsize(form)
         return number
 
     def _skip(self, count: int) -> None:
-        if count > len(self.data) - self.place:
-            raise ValueError("ends early")
+        if count > self.end - self.place:
+            raise self._short()
         self.place += count
+
+    def _short(self) -> ValueError:
+        whole = self.end == len(self.data)
+        return ValueError("ends early" if whole else f"has more than {self.end:,} bytes before its tensors")

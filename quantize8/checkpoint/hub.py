@@ -11,6 +11,7 @@ from pathlib import Path
 from quantize8.checkpoint import safetensors, torch_bin
 from quantize8.checkpoint.base import CONFIG_NAME
 from quantize8.checkpoint.companions import travelling
+from quantize8.checkpoint.gguf_parts import group_parts
 from quantize8.checkpoint.ranges import Digest, HubFile, Interrupted
 from quantize8.errors import SourceError, first_line
 
@@ -43,6 +44,10 @@ def find(repo_id: str, revision: str | None, token: str | None) -> Listing:
             raise OfflineError(f"{repo_id}: the hub cannot be reached ({clean(error, token)}); try again") from None
         siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
         weights, small = needed_files(list(siblings))
+        if not weights and (models := group_parts(name for name in siblings if "/" not in name)):
+            raise SourceError(
+                f"{repo_id}: holds {len(models)} models in GGUF; download one (hf download {repo_id} FILE), and name it"
+            )
         if not weights:
             raise SourceError(f"{repo_id}: holds no safetensors and no {torch_bin.SINGLE_NAME}; name another model")
         commit = str(info.sha)
@@ -137,8 +142,8 @@ def needed_files(names: list[str]) -> tuple[list[str], list[str]]:
     if safetensors.INDEX_NAME not in top and safetensors.SINGLE_NAME in weights:
         weights = [safetensors.SINGLE_NAME]
     weights = weights or [name for name in top if fnmatch(name, "pytorch_model*.bin")]
-    ggufs = [name for name in top if name.endswith(".gguf")]
-    weights = weights or (ggufs if len(ggufs) == 1 else [])
+    models = list(group_parts(top).values())
+    weights = weights or (models[0] if len(models) == 1 else [])
     small = {name for name in top if name in (CONFIG_NAME, _MANIFEST) or name.endswith(".index.json")}
     return sorted(weights), sorted(small.union(travelling(names)))
 

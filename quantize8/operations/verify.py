@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from blake3 import blake3
@@ -17,7 +19,8 @@ from quantize8.artifact.store import path_of
 from quantize8.checkpoint import Checkpoint, QuantizedCheckpoint, bitsandbytes, compressed_tensors
 from quantize8.checkpoint.base import BLOCK_BYTES, CONFIG_NAME, READERS
 from quantize8.checkpoint.encoding import Encoding, RowwiseInt8
-from quantize8.checkpoint.gguf import GgufCheckpoint
+from quantize8.checkpoint.gguf_header import read_header
+from quantize8.checkpoint.gguf_settings import ARCHITECTURES
 from quantize8.checkpoint.quantized import decode
 from quantize8.checkpoint.safetensors import open_safetensors
 from quantize8.errors import ArtifactError, SourceError
@@ -82,23 +85,43 @@ def _check_gguf(folder: Path, manifest: Manifest) -> int:
     if len(manifest.headers) != 1:
         raise ArtifactError(f"{folder / MANIFEST_NAME}: lists no one GGUF file; convert the source again")
     (file,) = manifest.headers
-    reader = GgufCheckpoint(folder / file, {"id": folder.name}, folder.name).reader
-    tensors = {str(tensor.name): tensor for tensor in reader.tensors}
-    if set(tensors) != set(manifest.tensors):
+    header = read_header(folder / file, ARCHITECTURES)
+    if set(header.tensors) != set(manifest.tensors):
         raise ArtifactError(f"{folder / file}: does not hold the tensors that {MANIFEST_NAME} lists")
-    end = int(reader.data_offset)
-    if digest(as_bytes(reader.data[:end])) != manifest.headers[file]:
-        raise ArtifactError(f"{folder / file}: changed since it was written; copy the artifact again")
-    for name, tensor in sorted(tensors.items(), key=lambda item: int(item[1].data_offset)):
-        record, data = manifest.tensors[name], np.ascontiguousarray(tensor.data)
-        if np.any(reader.data[end : int(tensor.data_offset)]):
-            raise ArtifactError(f"{folder / file}: has bytes between tensors before {name}; convert the source again")
-        if tensor.tensor_type.name != record.dtype or digest(as_bytes(data)) != record.blake3:
-            raise ArtifactError(f"{folder / file}: {name} changed since it was written; copy the artifact again")
-        end = int(tensor.data_offset) + data.nbytes
-    if np.any(reader.data[end:]):
-        raise ArtifactError(f"{folder / file}: has bytes after its tensors; convert the source again")
-    return int(reader.data.nbytes)
+    end = header.data_offset
+    with (folder / file).open("rb") as content:
+        if _digest(content, 0, end) != manifest.headers[file]:
+            raise ArtifactError(f"{folder / file}: changed since it was written; copy the artifact again")
+        for name, tensor in sorted(header.tensors.items(), key=lambda item: item[1].offset):
+            record = manifest.tensors[name]
+            if not _is_zero(content, end, tensor.offset):
+                where = f"{folder / file}: has bytes between tensors before {name}"
+                raise ArtifactError(f"{where}; convert the source again")
+            end = tensor.offset + tensor.nbytes
+            if tensor.kind != record.dtype or _digest(content, tensor.offset, end) != record.blake3:
+                raise ArtifactError(f"{folder / file}: {name} changed since it was written; copy the artifact again")
+        if not _is_zero(content, end, header.nbytes):
+            raise ArtifactError(f"{folder / file}: has bytes after its tensors; convert the source again")
+    return header.nbytes
+
+
+def _digest(file: BinaryIO, start: int, stop: int) -> str:
+    """The digest of the bytes from start to stop."""
+    content = blake3()
+    for piece in _pieces(file, start, stop):
+        content.update(piece)
+    return str(content.hexdigest())
+
+
+def _is_zero(file: BinaryIO, start: int, stop: int) -> bool:
+    return not any(any(piece) for piece in _pieces(file, start, stop))
+
+
+def _pieces(file: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
+    file.seek(start)
+    while start < stop and (piece := file.read(min(BLOCK_BYTES, stop - start))):
+        yield piece
+        start += len(piece)
 
 
 def _check_config(stored: Checkpoint, manifest: Manifest) -> None:

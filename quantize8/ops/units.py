@@ -70,6 +70,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "q8_0_encode": (None, (c_void_p, c_void_p, c_int64, c_void_p)),
     "q8_0_search": (None, (c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p)),
     "q8_0_add_squares": (None, (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
+    "q8_ggml_halves": (c_int, (c_int, c_void_p, c_int64, c_void_p)),
     "q8_set_openmp": (None, (c_void_p,)),
 }  # fmt: skip
 

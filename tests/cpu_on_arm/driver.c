@@ -11,6 +11,7 @@
 #include <stdio.h>
 
 #include "../../cpu/detect.c"
+#include "../../cpu/ggml.c"
 #include "../../cpu/linear.c"
 #include "../../cpu/weights.c"
 #include "../../cpu/threads.c"

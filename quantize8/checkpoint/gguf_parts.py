@@ -1,0 +1,132 @@
+"""Which GGUF files are one checkpoint: one file or all parts of a split one, and which of a folder is meant.
+
+llama.cpp splits a file into parts called NAME-00001-of-00003.gguf. The first part holds the metadata, and tells how
+many tensors all have; each says which part of how many it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from quantize8.checkpoint.base import CONFIG_NAME, contained
+from quantize8.checkpoint.gguf_header import ARCHITECTURE, MAGIC, Header, read_header
+from quantize8.errors import SourceError
+
+_SUFFIX = ".gguf"
+_NUMBER, _COUNT, _TENSORS = "split.no", "split.count", "split.tensors.count"
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
+_OTHER_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_SHOWN = 3  # names in a message
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file is GGUF, by its suffix or its first bytes: a blob of ollama's has no suffix."""
+    try:
+        with path.open("rb") as file:
+            return path.suffix.lower() == _SUFFIX or file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
+def find_gguf(folder: Path) -> Path | None:
+    """The GGUF file, or a part of it, that a folder holds as its only weights; None where it holds none, or others too.
+
+    Other weights do not count where no config.json says what model they are. Raises SourceError where there are several
+    GGUF files, and which is meant cannot be known.
+    """
+    models = group_parts(path.name for path in folder.iterdir() if path.is_file())
+    others = (folder / CONFIG_NAME).is_file() and any(True for kind in _OTHER_WEIGHTS for _ in folder.glob(kind))
+    if not models or others:
+        return None
+    projectors = [name for name in models if "mmproj" in name.lower()]
+    names = [files[0] for name, files in models.items() if name not in projectors]
+    if len(names) == 1 and projectors:
+        raise SourceError(
+            f"{folder}: holds {names[0]} and a vision projector ({projectors[0]}), which is not read; "
+            f"name {names[0]} to take the language model alone"
+        )
+    if len(models) > 1:
+        shown = ", ".join([*names[:_SHOWN], *(["..."] if len(names) > _SHOWN else [])])
+        raise SourceError(f"{folder}: holds {len(models)} models in GGUF ({shown}); name one of them")
+    ((first, *_),) = models.values()
+    return contained(folder / first, folder)
+
+
+def group_parts(names: Iterable[str]) -> dict[str, list[str]]:
+    """The GGUF files among these names by the model that they are of; the parts of a split one are sorted."""
+    models: dict[str, list[str]] = {}
+    for name in sorted(name for name in names if name.lower().endswith(_SUFFIX)):
+        match = _PART.fullmatch(name)
+        models.setdefault(f"{match[1]} {match[3]}" if match else name, []).append(name)
+    return models
+
+
+def model_name(name: str) -> str:
+    """The name of a split model, by that of a part without its suffix."""
+    match = _PART.fullmatch(name + _SUFFIX)
+    return match[1] if match else name
+
+
+def read_parts(path: Path, architectures: Collection[str]) -> list[Header]:
+    """The headers of all files of the checkpoint that a file is, or is a part of, in their order.
+
+    Raises SourceError as `read_header` does, and where a part is missing or does not belong to the others.
+    """
+    header = read_header(path, architectures)
+    count = header.value(_COUNT, 1)
+    if not isinstance(count, int) or count <= 1:
+        return [_with_metadata(header)]
+    headers = [header if part == path else read_header(part, architectures) for part in _files(header, count)]
+    first = headers[0]
+    for number, part in enumerate(headers):
+        _check_part(part, number, first)
+    names: dict[str, Header] = {}
+    for part in headers:
+        if twice := next((name for name in part.tensors if name in names), None):
+            raise SourceError(f"{part.path}: {twice} is also in {names[twice].path.name}; fetch both again")
+        names |= dict.fromkeys(part.tensors, part)
+    claimed = first.value(_TENSORS)
+    if claimed is not None and claimed != len(names):
+        raise SourceError(
+            f"{first.path}: says that its parts hold {claimed!r} tensors, they hold {len(names)}; fetch them"
+        )
+    return [_with_metadata(first), *headers[1:]]
+
+
+def _with_metadata(header: Header) -> Header:
+    kind = header.value("general.type", "model")
+    if kind != "model":
+        raise SourceError(f"{header.path}: holds no model but an {kind}; name the model's file")
+    if ARCHITECTURE not in header.entries:
+        raise SourceError(f"{header.path}: does not say its architecture ({ARCHITECTURE}); fetch it again")
+    return header
+
+
+def _files(header: Header, count: int) -> list[Path]:
+    """Where the parts of a split file are, by the name and the metadata of one."""
+    path, number = header.path, int(header.value(_NUMBER, 0)) + 1
+    match = _PART.fullmatch(path.name)
+    if match is None or (int(match[2]), int(match[3])) != (number, count):
+        raise SourceError(
+            f"{path}: is part {number} of {count} by its metadata, and is not called so; "
+            f"name it ...-{number:05d}-of-{count:05d}{_SUFFIX}, and the other parts likewise"
+        )
+    files = [path.with_name(f"{match[1]}-{part:05d}-of-{match[3]}{match[4]}") for part in range(1, count + 1)]
+    for file in files:
+        if not file.is_file():
+            raise SourceError(f"{file}: missing; {path.name} is one of {count} parts, fetch the others too")
+    return [file if file == path else contained(file, path.parent) for file in files]
+
+
+def _check_part(part: Header, number: int, first: Header) -> None:
+    """Refuse a part that says something else of the whole than the first one does."""
+    for key, expected in ((_NUMBER, number), (_COUNT, first.value(_COUNT)), (_TENSORS, first.value(_TENSORS))):
+        if part.value(key) != expected:
+            raise SourceError(
+                f"{part.path}: says {key} = {part.value(key)!r}, and as a part of {first.path.name} "
+                f"it would be {expected!r}; fetch both again"
+            )
+    if number and part.architecture != first.architecture and ARCHITECTURE in part.entries:
+        raise SourceError(f"{part.path}: is a {part.architecture}, and {first.path.name} is not; fetch both again")

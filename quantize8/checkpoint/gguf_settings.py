@@ -1,0 +1,166 @@
+"""config.json from the metadata of a GGUF file, and which tensors a model with these settings has.
+
+What llama.cpp would compute and the model class in transformers would not is refused. The settings are those that
+transformers derives, but for what it leaves out: scaled rotary embeddings, biases, and a head size of Qwen3's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from quantize8 import limits
+from quantize8.checkpoint.gguf_header import Header
+from quantize8.errors import SourceError
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_COUNTS = {  # key of the metadata -> of config.json
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "block_count": "num_hidden_layers",
+}
+_TOKEN_IDS = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+_ROPE = "rope.scaling."
+_ROPE_NEUTRAL = {"finetuned": None, "attn_factor": 1, "yarn_ext_factor": 1, "yarn_attn_factor": 1}
+_ROPE_NEUTRAL |= {"yarn_beta_fast": 32, "yarn_beta_slow": 1}
+_NEUTRAL = {"attention.causal": True, "expert_count": 0}  # what llama.cpp can change in these -> what changes nothing
+_ATTENTION = {
+    f"attn_{name}": f"self_attn.{ours}_proj" for name, ours in zip(("q", "k", "v", "output"), "qkvo", strict=True)
+}
+_MLP = {f"ffn_{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_BIASES = {  # by architecture: those that a model always has, and those that it has all or none of -> in config.json
+    "llama": ((), {"attention_bias": tuple(_ATTENTION), "mlp_bias": tuple(_MLP)}),
+    "qwen2": (("attn_q", "attn_k", "attn_v"), {}),
+    "qwen3": ((), {"attention_bias": tuple(_ATTENTION)}),
+}
+
+
+class Named(NamedTuple):
+    """A tensor by llama.cpp's name and transformers', with its shape."""
+
+    stored: str
+    name: str
+    shape: tuple[int, ...]
+
+
+def read_config(header: Header, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """config.json of a model, without `dtype`, from its metadata and the shapes of its tensors by llama.cpp's names.
+
+    Raises SourceError for settings that are missing, cannot be, or are not of these model classes.
+    """
+    arch = header.architecture
+    config: dict[str, Any] = {"architectures": [ARCHITECTURES[arch]], "model_type": arch}
+    for key, name in _COUNTS.items():
+        config[name] = _count(header, key)
+    heads = config["num_attention_heads"]
+    config["num_key_value_heads"] = _count(header, "attention.head_count_kv", heads)  # as llama.cpp takes it
+    if config["num_hidden_layers"] > limits.LAYERS:
+        raise _unfit(header, "block_count", f"more than the {limits.LAYERS:,} that are read")
+    head = _head_dim(header, config["hidden_size"] // heads)
+    if arch != "qwen2" or head * heads != config["hidden_size"]:
+        config["head_dim"] = head
+    epsilon = header.value(f"{arch}.attention.layer_norm_rms_epsilon")
+    if not isinstance(epsilon, float):
+        raise _unfit(header, "attention.layer_norm_rms_epsilon", "no number")
+    config["rms_norm_eps"] = epsilon
+    config |= _rope(header, config["max_position_embeddings"])
+    for key, neutral in _NEUTRAL.items():
+        if header.value(f"{arch}.{key}", neutral) != neutral:
+            raise _unfit(header, key, f"not of {ARCHITECTURES[arch]}")
+    config |= {name: True for name, modules in _BIASES[arch][1].items() if _any_bias(shapes, modules)}
+    for theirs, ours in _TOKEN_IDS.items():
+        if isinstance(number := header.value(f"tokenizer.ggml.{theirs}_token_id"), int):
+            config[f"{ours}_token_id"] = number
+    config["vocab_size"] = _vocabulary(header, shapes)
+    config["tie_word_embeddings"] = "output.weight" not in shapes
+    return config
+
+
+def named_tensors(config: Mapping[str, Any]) -> Iterator[Named]:
+    """The tensors of a model with these settings, in llama.cpp's order: what a file must hold."""
+    arch, hidden, inner = config["model_type"], config["hidden_size"], config["intermediate_size"]
+    head = config.get("head_dim") or hidden // config["num_attention_heads"]
+    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    table = config["vocab_size"], hidden
+    shapes: dict[str, tuple[int, ...]] = {"attn_norm": (hidden,), "ffn_norm": (hidden,)}
+    shapes |= {"attn_q": (queries, hidden), "attn_k": (keys, hidden), "attn_v": (keys, hidden)}
+    shapes |= {"attn_output": (hidden, queries), "ffn_gate": (inner, hidden), "ffn_up": (inner, hidden)}
+    shapes |= {"ffn_down": (hidden, inner)} | (dict.fromkeys(_HEAD_NORMS, (head,)) if arch == "qwen3" else {})
+    always, options = _BIASES[arch]
+    biased = {*always, *(module for name, modules in options.items() if config.get(name) for module in modules)}
+    modules = _NORMS | _ATTENTION | _MLP | _HEAD_NORMS
+    yield Named("token_embd.weight", "model.embed_tokens.weight", table)
+    for layer in range(config["num_hidden_layers"]):
+        for kind, shape in shapes.items():
+            stored, name = f"blk.{layer}.{kind}", f"model.layers.{layer}.{modules[kind]}"
+            yield Named(f"{stored}.weight", f"{name}.weight", shape)
+            if kind in biased:
+                yield Named(f"{stored}.bias", f"{name}.bias", shape[:1])
+    yield Named("output_norm.weight", "model.norm.weight", (hidden,))
+    if not config["tie_word_embeddings"]:
+        yield Named("output.weight", "lm_head.weight", table)
+
+
+def _count(header: Header, key: str, default: int | None = None) -> int:
+    value = header.value(f"{header.architecture}.{key}", default)
+    if type(value) is not int or not 0 < value <= limits.EMPTY_LENGTH:
+        raise _unfit(header, key, "no count")
+    return value
+
+
+def _head_dim(header: Header, usual: int) -> int:
+    """The size of a head, of keys and values alike, all of which is rotated."""
+    rotated = _count(header, "rope.dimension_count", _count(header, "attention.key_length", usual or 1))
+    for key in ("attention.key_length", "attention.value_length"):
+        if _count(header, key, rotated) != rotated:
+            raise _unfit(header, key, f"not the {rotated} of rope.dimension_count, as {header.architecture} has here")
+    return rotated
+
+
+def _rope(header: Header, context: int) -> dict[str, Any]:
+    """Rotary settings, as any transformers reads them. llama.cpp takes a factor without a type as linear."""
+    arch = header.architecture
+    theta = header.value(f"{arch}.rope.freq_base", 10000.0)
+    factor = header.value(f"{arch}.{_ROPE}factor") or header.value(f"{arch}.rope.scale_linear") or 1.0
+    kind = header.value(f"{arch}.{_ROPE}type", "linear")
+    for key, value in (("rope.freq_base", theta), (f"{_ROPE}factor", factor)):
+        if not isinstance(value, float):
+            raise _unfit(header, key, "no number")
+    known = {f"{_ROPE}type", f"{_ROPE}factor", f"{_ROPE}original_context_length"}
+    for key in (key.removeprefix(f"{arch}.") for key in header.entries if key.startswith(f"{arch}.{_ROPE}")):
+        neutral = _ROPE_NEUTRAL.get(key.removeprefix(_ROPE), "")
+        if key not in known and neutral is not None and header.value(f"{arch}.{key}") != neutral:
+            raise _unfit(header, key, "cannot be told exactly")
+    if kind not in ("none", "linear", "yarn"):
+        raise _unfit(header, f"{_ROPE}type", "cannot be told exactly")
+    if kind == "none" or (kind == "linear" and factor == 1):
+        return {"rope_theta": theta}
+    scaling = {"rope_type": kind, "factor": factor}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = _count(header, f"{_ROPE}original_context_length", context)
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def _any_bias(shapes: Mapping[str, tuple[int, ...]], modules: tuple[str, ...]) -> bool:
+    return any(name.endswith(tuple(f".{module}.bias" for module in modules)) for name in shapes)
+
+
+def _vocabulary(header: Header, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """The rows of the embedding, which must be enough for the tokens."""
+    rows, tokens = shapes.get("token_embd.weight", (0,))[0], header.length("tokenizer.ggml.tokens") or 0
+    if rows < tokens and rows:
+        raise SourceError(f"{header.path}: has {tokens:,} tokens and {rows:,} rows in token_embd; fetch it again")
+    return rows
+
+
+def _unfit(header: Header, key: str, why: str) -> SourceError:
+    """The error for a setting that cannot be read."""
+    key = f"{header.architecture}.{key}"
+    if key not in header.entries:
+        return SourceError(f"{header.path}: its metadata lacks {key}; fetch it again")
+    value = "an array" if header.length(key) is not None else repr(header.value(key))
+    return SourceError(f"{header.path}: {key} is {value}, {why}; use a safetensors checkpoint")

@@ -1,0 +1,71 @@
+"""The tokenizer of a GGUF file, as transformers makes it, from the header as we read it.
+
+transformers itself would parse the file three times, keep objects for every token, and import torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quantize8.checkpoint.gguf_header import Header
+from quantize8.checkpoint.guard import guarded
+from quantize8.errors import SourceError, first_line
+
+TOKENS = "tokenizer.ggml.tokens"
+_CLASSES = {
+    "llama": "TokenizersBackend",
+    "qwen2": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
+}  # as AutoTokenizer has it
+_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # transformers' names -> llama.cpp's
+
+
+class _Given:
+    """A tokenizer that is taken as it is, where transformers would copy it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self._tokenizer
+
+
+def read_tokenizer(header: Header) -> Any:
+    """The tokenizer that transformers makes of a file's metadata, None where the file has no tokens.
+
+    Raises SourceError where transformers cannot make one.
+    """
+    if TOKENS not in header.entries:
+        return None
+    try:
+        with guarded():
+            return _build(header)
+    except SourceError:
+        raise
+    except Exception as error:  # what transformers makes of damaged metadata is of any kind
+        raise SourceError(f"{header.path}: transformers cannot read its tokenizer ({first_line(error)})") from None
+
+
+def _build(header: Header) -> Any:
+    """As transformers' `TokenizersBackend` does where it is given a gguf_file."""
+    import transformers
+    from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
+
+    fields, settings = (
+        {ours: header.value(f"tokenizer.{key}") for key, ours in names.items() if f"tokenizer.{key}" in header.entries}
+        for names in GGUF_TOKENIZER_MAPPING.values()
+    )
+    model, name = fields.get("tokenizer_type"), _CLASSES[header.architecture]
+    if name == "Qwen2Tokenizer" and model != "gpt2":  # whose class takes tokens and merges from the files, no more
+        raise SourceError(
+            f"{header.path}: a {header.architecture} with a tokenizer of type {model!r} would be opened as another; "
+            "use a safetensors checkpoint"
+        )
+    if model == "llama":
+        settings.setdefault("add_bos_token", True)  # as llama.cpp takes it
+    for kind, key in _SPECIAL.items():
+        number = header.value(f"tokenizer.ggml.{key}_token_id")
+        settings[f"{kind}_token"] = None if number is None else fields["tokens"][number]
+    tokenizer, _ = convert_gguf_tokenizer(header.architecture, fields)
+    fields.clear()  # tokens and merges are in the tokenizer now
+    return getattr(transformers, name)(tokenizer_object=_Given(tokenizer), **settings)
