@@ -29,6 +29,7 @@ from quantize8.ops.reference import FLOAT16_MAX
 from quantize8.resources import TEXT
 
 TOKENS = 32
+_BLOCK = 2**20  # numbers of a parameter that are compared at a time: 4 MiB of each
 # A row w of absmax a, rounded to steps of a / 127, has an RMS error of a / 254 at most, and scales that are searched
 # have no more than that; the rest is for scales that are rounded to 16 bits.
 _ROW_ERROR = 1.05 / 254
@@ -72,25 +73,36 @@ def check(source: Checkpoint, artifact: Checkpoint) -> Check:
 def _compare_parameters(source: Checkpoint, artifact: Checkpoint) -> int:
     model = empty_model(artifact)
     theirs, ours = Weights(empty_model(source), source), Weights(model, artifact)
-    names = [name for name, _ in model.named_parameters()]
     if not (theirs.complete and ours.complete):
         return 0  # transformers makes up or splits some: the outputs tell
 
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+
     def compare(name: str) -> None:
-        found, expected = ours.read(name), theirs.read(name)
-        if found.shape != expected.shape:
-            raise ArtifactError(
-                f"{artifact.folder}: {name} has the shape {list(found.shape)}, its source {list(expected.shape)}"
-            )
-        if ours.is_transposed(name):
-            found, expected = found.t(), expected.t()
         fault = _row_fault if _is_int8(artifact, ours.stored_as(name)) else _float_fault
-        if reason := fault(found, expected):
-            raise ArtifactError(f"{artifact.folder}: {name} is not what its source has ({reason}); convert it again")
+        pairs = _pairs(ours, theirs, name, shapes[name])
+        wrong = sum(fault(*pair) if pair[0].shape == pair[1].shape else len(pair[1]) for pair in pairs)
+        if wrong:
+            kind = "rows are further from it than rounding to int8" if fault is _row_fault else "numbers are not it"
+            raise ArtifactError(
+                f"{artifact.folder}: {name} is not what its source has ({wrong:,} {kind}); convert it again"
+            )
 
     with ThreadPoolExecutor(READERS) as pool:
-        list(pool.map(compare, names))
-    return len(names)
+        list(pool.map(compare, shapes))
+    return len(shapes)
+
+
+def _pairs(ours: Weights, theirs: Weights, name: str, shape: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor]]:
+    """A parameter of both, float32: some rows at a time where both store it as it is, else whole."""
+    if not shape or not (ours.is_one_tensor(name) and theirs.is_one_tensor(name)):
+        found, expected = ours.read(name), theirs.read(name)
+        yield (found.t(), expected.t()) if ours.is_transposed(name) else (found, expected)
+        return
+    step = max(1, _BLOCK // max(1, math.prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        rows = start, min(start + step, shape[0])
+        yield ours.rows(name, *rows), theirs.rows(name, *rows)
 
 
 def _is_int8(artifact: Checkpoint, stored: list[str]) -> bool:
@@ -99,20 +111,17 @@ def _is_int8(artifact: Checkpoint, stored: list[str]) -> bool:
     return any(name in artifact.decoded for name in stored)
 
 
-def _float_fault(found: Tensor, expected: Tensor) -> str | None:
-    """What is wrong with numbers that are the source's but for rounding."""
-    apart = (found - expected).abs()
-    wrong = ~(apart <= expected.abs() * _ROUNDING + _SUBNORMAL)  # NaN is wrong, too
-    return f"{int(wrong.sum()):,} of {wrong.numel():,} numbers differ" if wrong.any() else None
+def _float_fault(found: Tensor, expected: Tensor) -> int:
+    """How many numbers are not the source's, rounded; NaN is not."""
+    bound = expected.abs().mul_(_ROUNDING).add_(_SUBNORMAL)
+    return found.numel() - int(((found - expected).abs_() <= bound).sum())
 
 
-def _row_fault(found: Tensor, expected: Tensor) -> str | None:
-    """What is wrong with int8 rows [..., K]."""
+def _row_fault(found: Tensor, expected: Tensor) -> int:
+    """How many int8 rows [..., K] are further from the source's than rounding brings them."""
+    bound = expected.abs().amax(-1).mul_(_ROW_ERROR).add_(_FLOOR)
     error = (found - expected).square_().mean(-1).sqrt_()
-    wrong = ~(error <= expected.abs().amax(-1) * _ROW_ERROR + _FLOOR)
-    if not wrong.any():
-        return None
-    return f"{int(wrong.sum()):,} of {wrong.numel():,} rows are further from it than rounding to int8 brings them"
+    return error.numel() - int((error <= bound).sum())
 
 
 def _compare_outputs(source: Checkpoint, artifact: Checkpoint) -> Check:

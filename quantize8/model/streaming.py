@@ -138,6 +138,16 @@ class Weights:
         stored = self._sources[name][0][1]
         return last == "weight" and module in self._conv1d and stored in self._checkpoint.decoded
 
+    def is_one_tensor(self, name: str) -> bool:
+        """Whether a parameter is a stored tensor as it is, so that `rows` can read a part of it."""
+        entries = self._sources[name]
+        return len(entries) == 1 and entries[0][0] is None and not self.is_transposed(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start..stop of a parameter that `is_one_tensor`, float32."""
+        ((_, stored),) = self._sources[name]
+        return to_torch(self._checkpoint.rows(stored, start, stop), self._checkpoint.tensors[stored].dtype).float()
+
     def read(self, name: str) -> Tensor:
         """A parameter or buffer of the model by its name."""
         entries = self._sources[name]
