@@ -6,6 +6,7 @@ each tensor is quantized as it comes. What save_pretrained writes is in the bits
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 import torch
@@ -39,6 +40,9 @@ class Int8Quantizer(HfQuantizer):
 
     requires_calibration = False
     serialized_names: ClassVar = {"weight": ["weight", f"weight{SCALE}"]}  # experts' scales are joined as weights are
+
+    def __init__(self, quantization_config: Any, **given: Any) -> None:
+        super().__init__(copy.copy(quantization_config), **given)  # what one model leaves is not for the next to leave
 
     @property
     def quantized_element_size(self) -> float:
@@ -89,6 +93,7 @@ class Int8Quantizer(HfQuantizer):
         skip = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
         if config.llm_int8_enable_fp32_cpu_offload and isinstance(device_map, dict):
             skip += [name for name, device in device_map.items() if device in ("cpu", "disk")]
+        skip += _tied_modules(model)
         mode: OutlierMode = getattr(config, "mode", "bitsandbytes")
         if getattr(config, "quantize_experts", False) and not config.llm_int8_has_fp16_weight:
             for name, module in list(model.named_modules()):
@@ -97,8 +102,7 @@ class Int8Quantizer(HfQuantizer):
         for name, kind in linear_kinds(model).items():
             if should_convert_module(name, skip):
                 model.set_submodule(name, _empty_layer(model.get_submodule(name), kind, config, mode))
-        if config.llm_int8_skip_modules is None:
-            config.llm_int8_skip_modules = sorted(set(skip))  # so that a saved model says what it left
+        config.llm_int8_skip_modules = sorted(set(skip))  # so that a saved model says what it left
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for name, module in list(model.named_modules()):
@@ -169,8 +173,16 @@ class _Quantize(ConversionOps):
         return result
 
 
+def _tied_modules(model: Any) -> list[str]:
+    """Linear modules that share their weight with another: tying shares no scales, so both stay in floating point."""
+    tied = {*model.all_tied_weights_keys.keys(), *model.all_tied_weights_keys.values()}
+    return [name for name in linear_kinds(model) if f"{name}.weight" in tied]
+
+
 def _check(layer: Int8Linear, name: str) -> None:
     """Refuse what could not be quantized; while tensors are converted, transformers hides which error it was."""
+    if layer.weight.dtype != torch.int8:
+        raise WeightError(f"{name}: its weight is {layer.weight.dtype}, not int8; name it in llm_int8_skip_modules")
     if not (layer.SCB.is_meta or layer.SCB.isfinite().all()):
         row = int(layer.SCB.isfinite().int().argmin())
         raise WeightError(
