@@ -7,6 +7,8 @@ each tensor is quantized as it comes. What save_pretrained writes is in the bits
 from __future__ import annotations
 
 import copy
+import sys
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
@@ -84,6 +86,11 @@ class Int8Quantizer(HfQuantizer):
             or (isinstance(module, Int8Experts) and name in PROJECTIONS)
         )
 
+    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
+        """What a stored tensor is cast to; not floating point to codes, which would make zeros of it."""
+        cast = super().get_new_dtype(converter, param, dtype)
+        return None if cast == torch.int8 else cast
+
     def get_quantize_ops(self) -> ConversionOps:
         """What `param_needs_quantization` asks for."""
         return _Quantize()
@@ -119,6 +126,7 @@ class Int8Quantizer(HfQuantizer):
                         f"{name}: goes to disk before it is int8; convert the model, and load that instead"
                     )
                 _check(module, name)
+                model.is_loaded_in_8bit = hasattr(module, "state")  # then PEFT takes its methods for 8 bits
                 if module.weight.is_cuda and module.weight.data_ptr() % CHUNK:  # a view into a file's bytes,
                     module.weight.data = module.weight.data.clone()  # to an address that kernels read fast from
         if self.quantization_config.llm_int8_has_fp16_weight:
@@ -190,6 +198,20 @@ def _check(layer: Int8Linear, name: str) -> None:
         )
 
 
+def _layer_class() -> type[Int8Linear]:
+    """Int8Linear; where someone may look for bitsandbytes' layers, as PEFT does, one that is found.
+
+    bitsandbytes takes a second to import and prints warnings, which are spared those who do not use it.
+    """
+    if not {"bitsandbytes", "peft"} & sys.modules.keys() or find_spec("bitsandbytes") is None:
+        return Int8Linear
+    from quantize8.model.bitsandbytes import Linear8bitLt, check_adapters
+
+    if "peft" in sys.modules:
+        check_adapters()
+    return Linear8bitLt
+
+
 def _empty_layer(module: nn.Module, kind: str, config: Any, mode: OutlierMode) -> nn.Module:
     """A layer of ours without values, for a Linear or Conv1D without values."""
     weight = module.weight
@@ -197,7 +219,7 @@ def _empty_layer(module: nn.Module, kind: str, config: Any, mode: OutlierMode) -
     out_features, in_features = reversed(weight.shape) if kind == CONV1D else weight.shape
     given = (in_features, out_features, module.bias is not None, config.llm_int8_threshold, mode, "meta")
     trained = config.llm_int8_has_fp16_weight
-    layer = TrainableInt8Linear(*given, dtype=weight.dtype) if trained else Int8Linear(*given)
+    layer = TrainableInt8Linear(*given, dtype=weight.dtype) if trained else _layer_class()(*given)
     layer.transposed = kind == CONV1D
     if layer.bias is not None and isinstance(module.bias, torch.Tensor):
         layer.bias.data = layer.bias.data.to(module.bias.dtype)
