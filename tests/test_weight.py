@@ -119,6 +119,18 @@ def test_the_state_of_a_float_layer_is_not_loaded(strict, layer):
     assert torch.equal(layer.codes(), before)
 
 
+def test_a_weight_that_was_moved_in_inference_mode_can_be_trained_over(layer):
+    codes = layer.codes().clone()
+    for made in (lambda: layer.weight.to("cpu"), lambda: layer.weight.clone()):  # PEFT assigns the first for DoRA
+        with torch.inference_mode():
+            layer.weight = made()
+            layer(torch.randn(2, K))
+        x = torch.randn(20, K, requires_grad=True)
+        layer(x).sum().backward()
+        torch.testing.assert_close(x.grad, layer.dequantize().sum(0).expand_as(x))
+        assert torch.equal(layer.codes(), codes)
+
+
 @pytest.fixture
 def compiling():
     """What is compiled for one test counts towards no limit of another."""

@@ -91,7 +91,9 @@ class Int8Linear(nn.Linear):
         if name == "weight":
             self._packed = None
             if isinstance(value, Int8Weight):
-                value = nn.Parameter(value.plain(), requires_grad=False)
+                with torch.inference_mode(False):  # training may follow
+                    codes = value.plain()
+                    value = nn.Parameter(codes.clone() if codes.is_inference() else codes, requires_grad=False)
         super().__setattr__(name, value)
 
     def _stored(self) -> Tensor:

@@ -35,12 +35,13 @@ class Int8Weight(nn.Parameter):
     """The codes int8 [N, K] of a layer, or a tensor made from them; floating point does not mix with it."""
 
     layer: Int8Linear | None
+    _codes: Tensor
     _is_hf_initialized = True  # to transformers, which would fill what it takes for new with noise
 
     def __new__(cls, data: Tensor, requires_grad: bool = False, layer: Int8Linear | None = None) -> Int8Weight:
         """As nn.Parameter; data, a plain tensor."""
         made: Int8Weight = torch.Tensor._make_subclass(cls, data, False)
-        made.layer = layer
+        made.layer, made._codes = layer, data
         return made
 
     @classmethod
@@ -73,10 +74,7 @@ class Int8Weight(nn.Parameter):
 
     def plain(self) -> Tensor:
         """The codes as an ordinary tensor: the layer's own where there is a layer."""
-        if self.layer is not None:
-            return self.layer.stored_codes()
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.as_subclass(Tensor)
+        return self._codes if self.layer is None else self.layer.stored_codes()
 
     def _set(self, value: Tensor) -> None:
         """`weight.data = value`."""
@@ -85,6 +83,7 @@ class Int8Weight(nn.Parameter):
         codes = value.plain() if isinstance(value, Int8Weight) else value
         if self.layer is None:
             _SET_DATA(self, codes)
+            self._codes = codes
         else:
             self.layer.weight = nn.Parameter(codes, requires_grad=False)
 
