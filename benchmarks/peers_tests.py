@@ -8,6 +8,7 @@ as they are. What differs here is set while they run, by this module as a plugin
 become small random ones of the same kind, tests that ask for an accelerator run on the CPU, in float32 where they ask
 for float16's mixed precision, and, the second time, bitsandbytes' layer and product are quantize8's. A test that wants
 a certain model's text fails with both. The tests of 4 bits, of other quantizers and of several devices are left out.
+QUANTIZE8_PEERS_LOG=PREFIX keeps what pytest printed.
 """
 
 from __future__ import annotations
