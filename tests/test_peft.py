@@ -192,6 +192,12 @@ def test_a_model_loaded_before_peft_is_there_trains_and_is_merged_by_us_alone(fo
         adapted(load(folder), "DORA", MERGED["DORA"])
 
 
+def test_a_dequantized_model_is_no_longer_one_of_8_bits(folder):
+    plain = adapted(load(folder).dequantize(), "IA3", TRAINED["IA3"][0])
+    expected = logits(plain)
+    assert apart(logits(plain.merge_and_unload()), expected) < 1e-5  # which PEFT refuses for 8 bits
+
+
 def test_two_adapters_merge(folder):
     before, _, ours = compared(folder, "LORA", {"r": 4})
     config = ours.peft_config["default"]

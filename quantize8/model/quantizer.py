@@ -141,6 +141,7 @@ class Int8Quantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, Int8Linear | TrainableInt8Linear):
                 model.set_submodule(name, _float_layer(module, dtype))
+        model.is_loaded_in_8bit = False
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
