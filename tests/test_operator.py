@@ -19,7 +19,7 @@ def arguments(tokens: int, dtype=torch.float32, bias: bool = True, gradient: boo
     x = torch.randn(tokens, 32).to(dtype)
     x[0, 5] = 30
     shift = made.bias.to(dtype) if bias else None
-    return x.requires_grad_(gradient), made.weight.data, made.SCB.data, shift, 6.0, "dynamic"
+    return x.requires_grad_(gradient), made.codes(), made.SCB.data, shift, 6.0, "dynamic"
 
 
 @pytest.mark.parametrize("tokens", [1, 20])
@@ -61,7 +61,7 @@ def test_stored_outlier_columns_keep_the_rules_too(tokens, gradient):
     made = static_layer()
     x = torch.randn(tokens, 32, requires_grad=gradient)
     rest = (made.bias.data, 6.0, "static", made.outlier_columns, made.outlier_weight)
-    torch.library.opcheck(linear, (x, made.weight.data, made.SCB.data, *rest))
+    torch.library.opcheck(linear, (x, made.codes(), made.SCB.data, *rest))
 
 
 @pytest.mark.parametrize("tokens", [1, 20])

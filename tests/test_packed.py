@@ -252,7 +252,7 @@ def layer() -> Int8Linear:
     made = Int8Linear.from_float(nn.Linear(40, 24))
     with torch.no_grad():
         made(torch.randn(3, 40))
-    assert made._packed is not None and made.weight.untyped_storage().nbytes() == 1
+    assert made._packed is not None and made._parameters["weight"].untyped_storage().nbytes() == 1
     return made
 
 

@@ -3,14 +3,14 @@
 import pytest
 import torch
 from making import llama, mixtral, qwen3_moe
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import quantize8
-from quantize8 import Int8Config, Int8Linear
+from quantize8 import Int8Config, Int8Linear, WeightError
 from quantize8.ops import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
@@ -114,6 +114,86 @@ def test_modules_to_skip_stay_in_float_and_are_written_down(tmp_path):
     model.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", device_map="cpu").eval()
     assert torch.equal(logits(again), logits(model))
+
+
+@pytest.fixture
+def enabled(monkeypatch):
+    """As after `enable`, for one test."""
+    monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "bitsandbytes_8bit", AUTO_QUANTIZER_MAPPING["bitsandbytes_8bit"])
+    quantize8.enable()
+
+
+@pytest.mark.parametrize("make", [on_the_fly, theirs])
+def test_a_tied_head_stays_tied_whatever_is_skipped(make, enabled, tmp_path):
+    source = llama(tmp_path / "source", tied=True)
+    model = make(source, llm_int8_skip_modules=["model.layers.0"])
+    assert type(model.lm_head) is nn.Linear and model.lm_head.weight is model.model.embed_tokens.weight
+    assert type(model.get_submodule(LINEAR)) is nn.Linear
+    assert isinstance(model.model.layers[1].mlp.up_proj, Int8Linear)
+    plain = AutoModelForCausalLM.from_pretrained(source).eval()
+    assert (logits(model).float() - logits(plain).float()).norm() / logits(plain).float().norm() < 0.02
+    model.save_pretrained(tmp_path / "saved")
+    assert "lm_head" in model.config.quantization_config.llm_int8_skip_modules
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", device_map="cpu").eval()
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_saved_model_with_a_tied_head_opens_in_bitsandbytes(tmp_path):
+    model = on_the_fly(llama(tmp_path / "source", tied=True), llm_int8_skip_modules=["model.layers.0"])
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", device_map="cpu").eval()
+    assert not isinstance(again.model.layers[1].mlp.up_proj, Int8Linear)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_float_weights_where_the_folder_promises_int8_are_refused(tmp_path):
+    quantize8.convert(str(llama(tmp_path / "source")), tmp_path / "int8")
+    state = load_file(tmp_path / "int8" / "model.safetensors")
+    state[f"{LINEAR}.weight"] = state[f"{LINEAR}.weight"].half()
+    save_file(state, tmp_path / "int8" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(WeightError, match=r"layers.0.mlp.up_proj: its weight is torch.float16, not int8; name it"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "int8", quantization_config=Int8Config())
+
+
+@pytest.mark.parametrize("options", [{}, {"llm_int8_threshold": 0.5, "llm_int8_skip_modules": ["lm_head", "q_proj"]}])
+def test_one_config_opens_the_source_and_what_is_saved_of_it(options, tmp_path):
+    source, config = llama(tmp_path / "source"), Int8Config(**options)
+    given = {"quantization_config": config, "dtype": "auto"}
+    fresh = AutoModelForCausalLM.from_pretrained(source, **given)
+    fresh.save_pretrained(tmp_path / "saved")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", **given)
+    assert isinstance(saved.model.layers[1].mlp.up_proj, Int8Linear)
+    assert torch.equal(logits(saved), logits(fresh))
+    assert vars(config) == vars(Int8Config(**options))  # and another model can be loaded with it
+    saved.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "saved" / "config.json").read_text()
+
+
+def test_what_an_int8_folder_leaves_open_is_as_the_given_config_says(tmp_path):
+    quantize8.convert(str(llama(tmp_path / "source")), tmp_path / "int8")
+    config = Int8Config(llm_int8_threshold=0.5, llm_int8_skip_modules=["up_proj"], mode="elementwise")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "int8", quantization_config=config, dtype="auto")
+    layer = model.get_submodule(LINEAR)
+    assert (layer.threshold, layer.mode) == (0.5, "elementwise")  # and int8, as it is stored
+    expected, _ = quantize8.load(tmp_path / "int8", mode="elementwise", threshold=0.5, dtype=model.dtype)
+    assert torch.equal(logits(model), logits(expected))
+    trained = Int8Config(llm_int8_has_fp16_weight=True)
+    with pytest.raises(ValueError, match="this model is stored in int8; give its source, or dequantize it"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "int8", quantization_config=trained)
+
+
+def test_an_int8_config_is_still_refused_for_other_formats(tmp_path):
+    quantize8.convert(str(llama(tmp_path / "source")), tmp_path / "ct", format="compressed-tensors")
+    with pytest.raises(ValueError, match="quantized with CompressedTensorsConfig but you are passing a Int8Config"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "ct", quantization_config=Int8Config())
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_one_bitsandbytes_config_opens_both_after_enable(enabled, tmp_path):
+    fresh = theirs(llama(tmp_path / "source"))
+    fresh.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(theirs(tmp_path / "saved")), logits(fresh))
+    assert isinstance(theirs(tmp_path / "saved").get_submodule(LINEAR), Int8Linear)
 
 
 def test_disk_offload_computes_the_same_and_holds_no_packed_weight(tmp_path):

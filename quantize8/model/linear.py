@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize8.errors import WeightError
+from quantize8.model.weight import Int8Weight
 from quantize8.ops import bitsandbytes
 from quantize8.ops.operator import linear, packed_linear
 from quantize8.ops.reference import DECODE_TOKENS, DEFAULT_THRESHOLD, INT8_MAX, STATIC_MODES, OutlierMode
@@ -26,7 +27,8 @@ _BATCH_INVARIANT = ("elementwise", *STATIC_MODES)
 class Int8Linear(nn.Linear):
     """A linear layer with LLM.int8() weights, named as the bitsandbytes format names them.
 
-    weight: int8 [N, K]. SCB: float32 [N], the absmax of each row. weight_format: 0, row-major. bias: [N] or None.
+    weight: int8 [N, K], by its name an `Int8Weight`, which refuses to be taken for floating point. SCB: float32 [N],
+    the absmax of each row. weight_format: 0, row-major. bias: [N] or None.
     outlier_columns int32 [J] and outlier_weight float16 [N, E]: what modes static and hybrid go by; static without them
     has no outliers. They are no part of a state_dict.
     Inputs are float16, bfloat16 or float32 [..., K]; the output has the input's dtype. Gradients reach the input (for
@@ -50,7 +52,7 @@ class Int8Linear(nn.Linear):
         # bool [K]: columns that joined the outliers on other paths than the packed one
         self._seen: Tensor | None = None
         codes = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
-        self.weight = nn.Parameter(codes, requires_grad=False)
+        self._parameters["weight"] = nn.Parameter(codes, requires_grad=False)
         self.SCB = nn.Parameter(torch.empty(out_features, dtype=torch.float32, device=device), requires_grad=False)
         values = nn.Parameter(torch.empty(out_features, device=device), requires_grad=False) if bias else None
         self.register_parameter("bias", values)
@@ -63,18 +65,51 @@ class Int8Linear(nn.Linear):
     @classmethod
     def from_float(cls, source: nn.Linear, threshold: float = DEFAULT_THRESHOLD) -> Int8Linear:
         """Quantize a layer where it is; raises WeightError where a row holds NaN, infinity or a |w| beyond float16."""
-        codes, absmax = quantize(source.weight.detach())
-        if not absmax.isfinite().all():
-            row = int(absmax.isfinite().int().argmin())
-            raise WeightError(
-                f"weight row {row} holds NaN, infinity or a |w| beyond float16, and cannot be int8; keep it in float"
-            )
+        codes, absmax = checked_quantize(source.weight.detach())
         layer = cls(source.in_features, source.out_features, source.bias is not None, threshold)
         layer.weight.data, layer.SCB.data = codes, absmax
         layer.weight_format = layer.weight_format.to(codes.device)
         if source.bias is not None:
             layer.bias = nn.Parameter(source.bias.detach().clone(), requires_grad=False)
         return layer
+
+    @property
+    def weight(self) -> Any:
+        """The codes for others than the layer itself; floating point that somebody put there, as it is."""
+        stored = self._parameters["weight"]
+        return stored if stored is None or stored.dtype != torch.int8 else self._view(stored)
+
+    @weight.setter
+    def weight(self, value: Any) -> None:  # for type checkers: it is __setattr__ that is called
+        self.__setattr__("weight", value)
+
+    def _view(self, stored: Tensor) -> Int8Weight:
+        return Int8Weight(stored.detach(), layer=self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As nn.Module's; a new weight takes the place of a packed one too."""
+        if name == "weight":
+            self._packed = None
+            if isinstance(value, Int8Weight):
+                with torch.inference_mode(False):  # training may follow
+                    codes = value.plain()
+                    value = nn.Parameter(codes.clone() if codes.is_inference() else codes, requires_grad=False)
+        super().__setattr__(name, value)
+
+    def _stored(self) -> Tensor:
+        """The parameter, for computing with it: without values where it is packed."""
+        weight: Any = self._parameters["weight"]
+        if weight.dtype != torch.int8:
+            raise WeightError(
+                f"Int8Linear weight {list(weight.shape)}: is {weight.dtype}, not int8, and not computed with; "
+                "make the layer with Int8Linear.from_float"
+            )
+        return weight.plain() if isinstance(weight, Int8Weight) else weight
+
+    def stored_codes(self) -> Tensor:
+        """The parameter with its values, int8 [N, K]; what is written to it changes the layer."""
+        self.unpack()
+        return self._stored().detach()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype; on a GPU, launches that wait for nothing."""
@@ -94,7 +129,7 @@ class Int8Linear(nn.Linear):
             columns = self._static_columns() if self.mode in STATIC_MODES else (None, None)
             if self.mode == "static" and not x.is_cuda and not torch.compiler.is_compiling():
                 self._look_for_outliers(x)
-            product = linear(x, self.weight, self.SCB, self.bias, self.threshold, self.mode, *columns)
+            product = linear(x, self._stored(), self.SCB, self.bias, self.threshold, self.mode, *columns)
         elif torch.compiler.is_compiling():
             product = packed_linear(x, self.pack().parts, self.bias, self.out_features, self.threshold, self.mode)
         elif self.mode == "bitsandbytes":
@@ -143,9 +178,9 @@ class Int8Linear(nn.Linear):
 
         with _PACKING, torch.inference_mode(False):  # training may follow, and refuses tensors made in inference mode
             if self._packed is None:
-                codes, columns = self.weight.data, self._static_columns() if self.mode in STATIC_MODES else ()
+                codes, columns = self._stored().data, self._static_columns() if self.mode in STATIC_MODES else ()
                 self._packed = PackedWeight(codes, self.SCB.data, None, *columns)
-                self.weight.data = codes.new_zeros(()).expand(codes.shape)
+                self._stored().data = codes.new_zeros(()).expand(codes.shape)
             return self._packed
 
     @torch.compiler.disable
@@ -153,11 +188,11 @@ class Int8Linear(nn.Linear):
         """Give `weight` its values back, as training, moving and saving need them."""
         with _PACKING, torch.inference_mode(False):
             if self._packed is not None:
-                self.weight.data, self._packed = self._packed.codes(), None
+                self._stored().data, self._packed = self._packed.codes(), None
 
     def codes(self) -> Tensor:
         """The codes int8 [N, K], wherever they are kept."""
-        return self.weight.data if self._packed is None else self._packed.codes()
+        return self._stored().data if self._packed is None else self._packed.codes()
 
     def dequantize(self) -> Tensor:
         """The float32 weight [N, K] that the codes stand for."""
@@ -168,7 +203,7 @@ class Int8Linear(nn.Linear):
 
         Tracing does not move weights, so a model is called once before it is compiled.
         """
-        if x.device.type != "cpu" or self.weight.device.type != "cpu":
+        if x.device.type != "cpu" or self._stored().device.type != "cpu":
             return False
         if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             return False
@@ -196,18 +231,22 @@ class Int8Linear(nn.Linear):
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        nn.Linear._save_to_state_dict(self, destination, prefix, keep_vars)
         if self._packed is not None:
             destination[f"{prefix}weight"] = self._packed.codes()
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         self.unpack()
-        super()._load_from_state_dict(*arguments)
+        name = f"{prefix}weight"
+        if name in state_dict and state_dict[name].dtype != torch.int8:
+            rest[-1].append(f"{name} is {state_dict[name].dtype}, not int8: make the layer with Int8Linear.from_float")
+            return
+        nn.Linear._load_from_state_dict(self, state_dict, prefix, *rest)
 
     def __copy__(self) -> Int8Linear:
         """A layer with the same tensors, but a parameter of its own: packing takes the values out of it."""
         made, state = type(self).__new__(type(self)), self.__getstate__()
-        weight = nn.Parameter(self.weight.data, requires_grad=False)
+        weight = nn.Parameter(self._stored().data, requires_grad=False)
         made.__dict__.update({**state, "_parameters": {**self._parameters, "weight": weight}})
         return made
 
@@ -229,3 +268,14 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
         weight = weight.to(torch.float32)  # exact
     codes, absmax = cpu.quantize_rowwise(weight.contiguous().numpy())
     return torch.from_numpy(codes), torch.from_numpy(absmax)
+
+
+def checked_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """As `quantize`; raises WeightError where a row holds NaN, infinity or a |w| beyond float16."""
+    codes, absmax = quantize(weight)
+    if not absmax.isfinite().all():
+        row = int(absmax.isfinite().int().argmin())
+        raise WeightError(
+            f"weight row {row} holds NaN, infinity or a |w| beyond float16, and cannot be int8; keep it in float"
+        )
+    return codes, absmax

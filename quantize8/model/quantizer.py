@@ -6,6 +6,9 @@ each tensor is quantized as it comes. What save_pretrained writes is in the bits
 
 from __future__ import annotations
 
+import copy
+import sys
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
@@ -39,6 +42,9 @@ class Int8Quantizer(HfQuantizer):
 
     requires_calibration = False
     serialized_names: ClassVar = {"weight": ["weight", f"weight{SCALE}"]}  # experts' scales are joined as weights are
+
+    def __init__(self, quantization_config: Any, **given: Any) -> None:
+        super().__init__(copy.copy(quantization_config), **given)  # what one model leaves is not for the next to leave
 
     @property
     def quantized_element_size(self) -> float:
@@ -80,6 +86,11 @@ class Int8Quantizer(HfQuantizer):
             or (isinstance(module, Int8Experts) and name in PROJECTIONS)
         )
 
+    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
+        """What a stored tensor is cast to; not floating point to codes, which would make zeros of it."""
+        cast = super().get_new_dtype(converter, param, dtype)
+        return None if cast == torch.int8 else cast
+
     def get_quantize_ops(self) -> ConversionOps:
         """What `param_needs_quantization` asks for."""
         return _Quantize()
@@ -89,6 +100,7 @@ class Int8Quantizer(HfQuantizer):
         skip = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
         if config.llm_int8_enable_fp32_cpu_offload and isinstance(device_map, dict):
             skip += [name for name, device in device_map.items() if device in ("cpu", "disk")]
+        skip += _tied_modules(model)
         mode: OutlierMode = getattr(config, "mode", "bitsandbytes")
         if getattr(config, "quantize_experts", False) and not config.llm_int8_has_fp16_weight:
             for name, module in list(model.named_modules()):
@@ -97,8 +109,7 @@ class Int8Quantizer(HfQuantizer):
         for name, kind in linear_kinds(model).items():
             if should_convert_module(name, skip):
                 model.set_submodule(name, _empty_layer(model.get_submodule(name), kind, config, mode))
-        if config.llm_int8_skip_modules is None:
-            config.llm_int8_skip_modules = sorted(set(skip))  # so that a saved model says what it left
+        config.llm_int8_skip_modules = sorted(set(skip))  # so that a saved model says what it left
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for name, module in list(model.named_modules()):
@@ -115,6 +126,7 @@ class Int8Quantizer(HfQuantizer):
                         f"{name}: goes to disk before it is int8; convert the model, and load that instead"
                     )
                 _check(module, name)
+                model.is_loaded_in_8bit = hasattr(module, "state")  # then PEFT takes its methods for 8 bits
                 if module.weight.is_cuda and module.weight.data_ptr() % CHUNK:  # a view into a file's bytes,
                     module.weight.data = module.weight.data.clone()  # to an address that kernels read fast from
         if self.quantization_config.llm_int8_has_fp16_weight:
@@ -129,6 +141,7 @@ class Int8Quantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, Int8Linear | TrainableInt8Linear):
                 model.set_submodule(name, _float_layer(module, dtype))
+        model.is_loaded_in_8bit = False
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -169,13 +182,35 @@ class _Quantize(ConversionOps):
         return result
 
 
+def _tied_modules(model: Any) -> list[str]:
+    """Linear modules that share their weight with another: tying shares no scales, so both stay in floating point."""
+    tied = {*model.all_tied_weights_keys.keys(), *model.all_tied_weights_keys.values()}
+    return [name for name in linear_kinds(model) if f"{name}.weight" in tied]
+
+
 def _check(layer: Int8Linear, name: str) -> None:
     """Refuse what could not be quantized; while tensors are converted, transformers hides which error it was."""
+    if layer.weight.dtype != torch.int8:
+        raise WeightError(f"{name}: its weight is {layer.weight.dtype}, not int8; name it in llm_int8_skip_modules")
     if not (layer.SCB.is_meta or layer.SCB.isfinite().all()):
         row = int(layer.SCB.isfinite().int().argmin())
         raise WeightError(
             f"{name} row {row} holds NaN, infinity or a |w| beyond float16; name it in llm_int8_skip_modules"
         )
+
+
+def _layer_class() -> type[Int8Linear]:
+    """Int8Linear; where someone may look for bitsandbytes' layers, as PEFT does, one that is found.
+
+    bitsandbytes takes a second to import and prints warnings, which are spared those who do not use it.
+    """
+    if not {"bitsandbytes", "peft"} & sys.modules.keys() or find_spec("bitsandbytes") is None:
+        return Int8Linear
+    from quantize8.model.bitsandbytes import Linear8bitLt, check_adapters
+
+    if "peft" in sys.modules:
+        check_adapters()
+    return Linear8bitLt
 
 
 def _empty_layer(module: nn.Module, kind: str, config: Any, mode: OutlierMode) -> nn.Module:
@@ -185,7 +220,7 @@ def _empty_layer(module: nn.Module, kind: str, config: Any, mode: OutlierMode) -
     out_features, in_features = reversed(weight.shape) if kind == CONV1D else weight.shape
     given = (in_features, out_features, module.bias is not None, config.llm_int8_threshold, mode, "meta")
     trained = config.llm_int8_has_fp16_weight
-    layer = TrainableInt8Linear(*given, dtype=weight.dtype) if trained else Int8Linear(*given)
+    layer = TrainableInt8Linear(*given, dtype=weight.dtype) if trained else _layer_class()(*given)
     layer.transposed = kind == CONV1D
     if layer.bias is not None and isinstance(module.bias, torch.Tensor):
         layer.bias.data = layer.bias.data.to(module.bias.dtype)

@@ -6,6 +6,7 @@ the weight's gradient in int8 with outlier columns in floating point, x's gradie
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize8.errors import SourceError, WeightError
-from quantize8.model.linear import Int8Linear, quantize
+from quantize8.model.linear import Int8Linear, checked_quantize, quantize
 from quantize8.ops import cpu
 from quantize8.ops.operator import linear
 from quantize8.ops.reference import DEFAULT_THRESHOLD, INT8_MAX, OutlierMode
@@ -148,8 +149,8 @@ def merge_and_unload(model: Any) -> Any:
     """Merge the adapters of a PEFT model into its int8 layers: each dequantized, added to, and quantized by chance.
 
     Args: model, a peft.PeftModel over a model of ours. Returns: the model itself, without adapters, in int8.
-    Raises: SourceError where the model has no adapters to merge, or some that are not defined for int8 weights (DoRA);
-    WeightError where a merged weight cannot be int8: the layers before it are merged by then.
+    Raises: SourceError where the model has no adapters to merge; WeightError where a merged weight cannot be int8: the
+    layers before it are merged by then.
     """
     if not hasattr(model, "merge_and_unload"):
         raise SourceError(f"{type(model).__name__}: has no adapters to merge; pass the PEFT model")
@@ -159,38 +160,50 @@ def merge_and_unload(model: Any) -> Any:
         if isinstance(getattr(module, "base_layer", None), Int8Linear)
     }
     for name, module in adapted.items():
-        if getattr(module, "lora_variant", None):  # they train on norms of the weight, which PEFT takes of the codes
-            raise SourceError(f"{name}: its adapter is a variant of LoRA that cannot be merged into int8; use LoRA")
-    for name, module in adapted.items():
-        model.set_submodule(name, _merged(name, module))
+        try:
+            _merge(module)
+        except WeightError as error:
+            raise WeightError(f"{name}: {error}") from None
+        except NotImplementedError:
+            raise SourceError(f"{name}: PEFT cannot merge {type(module).__name__}; keep the adapter apart") from None
+        model.set_submodule(name, module.base_layer)
     return model.merge_and_unload()
 
 
-def _merged(name: str, module: Any) -> Int8Linear:
-    """The int8 layer of an adapted one; one float weight is in memory at a time."""
-    old: Int8Linear = module.base_layer
-    plain = nn.Linear(old.in_features, old.out_features, False, device="meta")
-    weight, columns, exact = old.dequantize(), old.outlier_columns, old.outlier_weight
-    if columns is not None and exact is not None:
-        columns = columns.long()
-        weight[:, columns[: exact.shape[1]]] = exact.float()
-    plain.weight = nn.Parameter(weight, requires_grad=False)
-    plain.bias = None if old.bias is None else nn.Parameter(old.bias.detach().clone(), requires_grad=False)
+def _merge(module: Any) -> None:
+    """Merge an adapter; one that PEFT has for 8-bit layers hands its layer the sum, others add to a plain layer's."""
+    layer: Int8Linear = module.base_layer
+    if hasattr(layer, "state"):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Merge .* module to 8-bit linear")
+            module.merge()
+        return
+    plain = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
+    plain.weight, plain.bias = nn.Parameter(layer.dequantize(), requires_grad=False), layer.bias
     module.base_layer = plain
     try:
         module.merge()
-        new = Int8Linear.from_float(plain, old.threshold)
-    except WeightError as error:
-        raise WeightError(f"{name}: {error}") from None
+        requantize(layer, plain.weight.detach())
     finally:
-        module.base_layer = old
-    nearest, new.weight.data = new.weight.data, dithered_codes(plain.weight.detach(), new.SCB.detach())
-    if columns is not None and exact is not None:  # which need no chance to be exact
-        stored = columns[: exact.shape[1]]
-        new.weight.data[:, stored] = nearest[:, stored]
-        new.outlier_columns, new.outlier_weight = old.outlier_columns, plain.weight.detach()[:, stored].half()
-    new.mode, new.transposed = old.mode, old.transposed
-    return new.train(old.training)
+        module.base_layer = layer
+
+
+def requantize(layer: Int8Linear, weight: Tensor) -> None:
+    """Give a layer a weight [N, K] in floating point that was made by adding to the one it has.
+
+    Stored outlier columns are added to as well, and need no chance to be exact.
+    """
+    weight, columns, exact = weight.detach().float(), layer.outlier_columns, layer.outlier_weight
+    stored = None if columns is None or exact is None else columns[: exact.shape[1]].long()
+    if stored is not None and exact is not None:
+        added = (weight - layer.dequantize())[:, stored]
+        weight = weight.index_copy(1, stored, exact.float() + added)
+    nearest, absmax = checked_quantize(weight)
+    codes = dithered_codes(weight, absmax)
+    if stored is not None:
+        codes[:, stored], layer.outlier_weight = nearest[:, stored], weight[:, stored].half()
+    layer.weight = nn.Parameter(codes, requires_grad=False)
+    layer.SCB.data = absmax
 
 
 def dithered_codes(weight: Tensor, absmax: Tensor) -> Tensor:
