@@ -278,6 +278,21 @@ def test_compressed_tensors_with_experts_run_here(make, options, tmp_path):
     assert torch.equal(logits(loaded), logits(on_the_fly(source, mode="dynamic")))
 
 
+@pytest.mark.parametrize("converted", [False, True], ids=["source", "artifact"])
+def test_a_weight_that_the_checkpoint_lacks_is_named(converted, tmp_path):
+    """transformers only warns: the layer would hold noise, which was taken for NaN."""
+    folder = llama(tmp_path / "source")
+    if converted:
+        quantize8.convert(str(folder), tmp_path / "int8")
+        folder = tmp_path / "int8"
+    name = "model.layers.1.mlp.up_proj"
+    state = load_file(folder / "model.safetensors")
+    kept = {key: value for key, value in state.items() if not key.startswith(name)}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightError, match=f"{name}.weight is not in the checkpoint"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=Int8Config())
+
+
 def test_a_weight_that_is_no_int8_is_named(tmp_path):
     def edit(state):
         state[f"{LINEAR}.weight"][3, 2] = float("inf")

@@ -192,6 +192,12 @@ def _check(layer: Int8Linear, name: str) -> None:
     """Refuse what could not be quantized; while tensors are converted, transformers hides which error it was."""
     if layer.weight.dtype != torch.int8:
         raise WeightError(f"{name}: its weight is {layer.weight.dtype}, not int8; name it in llm_int8_skip_modules")
+    stored: Any = layer._parameters["weight"]
+    if not (stored.is_meta or getattr(stored, "_is_hf_initialized", False)):
+        raise WeightError(
+            f"{name}.weight is not in the checkpoint, and would be noise; fetch it again, or name the module in "
+            "llm_int8_skip_modules to start it in floating point"
+        )
     if not (layer.SCB.is_meta or layer.SCB.isfinite().all()):
         row = int(layer.SCB.isfinite().int().argmin())
         raise WeightError(
