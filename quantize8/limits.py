@@ -30,6 +30,7 @@ TENSOR_BYTES = 2**48  # of one tensor: NumPy and torch count in int64, and produ
 EMPTY_LENGTH = 2**24  # of a dimension of a tensor without values, which no byte in the file backs
 GGUF_HEADER_BYTES = 2**28  # of a GGUF file, before its tensors: tokens and merges; 6 MB with Qwen2's 151,936
 METADATA_VALUES = 2**22  # of a GGUF file, tokens and merges again; 1,000,000 with GPT-4o's merges
+TOKEN_SQUARES = 2**30  # of the lengths of a GGUF's tokens, each cut at every place to find merges; 9 million of Qwen2
 VOCABULARY = 2**22  # ids of a tokenizer; Gemma 3 has 262,208
 LAYERS = 4096  # as config.json counts them; Llama 3.1 405B has 126
 MODULES = 200_000  # of a model as transformers builds it; 50,000 where each expert is a module

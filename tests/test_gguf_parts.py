@@ -97,6 +97,17 @@ def test_a_part_under_another_name(tmp_path):
         open_checkpoint(str(tmp_path / "model" / "second.gguf"))
 
 
+@pytest.mark.parametrize(
+    "number", [(3, GGUFValueType.UINT16), ("one", GGUFValueType.STRING), (0.5, GGUFValueType.FLOAT32)]
+)
+def test_a_part_that_cannot_be(number, tmp_path):
+    tiny = TinyGguf()
+    tiny.fields |= {"split.no": number, "split.count": (3, GGUFValueType.UINT16)}
+    tiny.write(tmp_path / "tiny-00001-of-00003.gguf")
+    with pytest.raises(SourceError, match=r"says split\.no = .* of 3 parts; fetch it again"):
+        open_checkpoint(str(tmp_path))
+
+
 def test_parts_that_changed_places(tmp_path):
     parts = split(tmp_path / "model")
     shutil.copy(parts[2], parts[1])
@@ -157,6 +168,14 @@ def test_a_folder_with_several_models(tmp_path):
     message = r"holds 4 models in GGUF \(a-Q8_0\.gguf, b-Q4_0\.gguf, c\.gguf, \.\.\.\); name one of them"
     with pytest.raises(SourceError, match=message):
         open_checkpoint(str(tmp_path))
+
+
+def test_a_split_model_beside_another(tmp_path):
+    parts = split(tmp_path / "model")
+    TinyGguf().write(tmp_path / "model" / "other.gguf")
+    with pytest.raises(SourceError, match=r"holds 2 models in GGUF \(other\.gguf, tiny-\*-of-00003\.gguf\)"):
+        open_checkpoint(str(tmp_path / "model"))
+    assert open_checkpoint(str(parts[1])).name == "tiny"
 
 
 def test_a_model_and_its_vision_projector(tmp_path):

@@ -97,6 +97,13 @@ def test_a_file_without_tokens_has_none(tmp_path):
     assert load(tmp_path / "tiny.gguf", "cpu")[1] is None
 
 
+def test_tokens_that_would_take_hours_to_cut(tmp_path):
+    changes = {"ggml.model": ("llama", STRING), "ggml.merges": None, "ggml.tokens": (["x" * 40_000] * 2, ARRAY)}
+    byte_level("llama", **changes, **{"ggml.scores": ([0.0, 1.0], ARRAY)}).write(tmp_path / "tiny.gguf")
+    with pytest.raises(SourceError, match="tokens are too long to find merges"):
+        find_tokenizer(open_checkpoint(str(tmp_path / "tiny.gguf")))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -48,7 +48,7 @@ def find_gguf(folder: Path) -> Path | None:
             f"name {names[0]} to take the language model alone"
         )
     if len(models) > 1:
-        shown = ", ".join([*names[:_SHOWN], *(["..."] if len(names) > _SHOWN else [])])
+        shown = ", ".join([*list(models)[:_SHOWN], *(["..."] if len(models) > _SHOWN else [])])
         raise SourceError(f"{folder}: holds {len(models)} models in GGUF ({shown}); name one of them")
     ((first, *_),) = models.values()
     return contained(folder / first, folder)
@@ -59,7 +59,7 @@ def group_parts(names: Iterable[str]) -> dict[str, list[str]]:
     models: dict[str, list[str]] = {}
     for name in sorted(name for name in names if name.lower().endswith(_SUFFIX)):
         match = _PART.fullmatch(name)
-        models.setdefault(f"{match[1]} {match[3]}" if match else name, []).append(name)
+        models.setdefault(f"{match[1]}-*-of-{match[3]}{_SUFFIX}" if match else name, []).append(name)
     return models
 
 
@@ -106,12 +106,14 @@ def _with_metadata(header: Header) -> Header:
 
 def _files(header: Header, count: int) -> list[Path]:
     """Where the parts of a split file are, by the name and the metadata of one."""
-    path, number = header.path, int(header.value(_NUMBER, 0)) + 1
+    path, number = header.path, header.value(_NUMBER)
+    if type(number) is not int or not 0 <= number < count:
+        raise SourceError(f"{path}: says {_NUMBER} = {number!r} of {count} parts; fetch it again")
     match = _PART.fullmatch(path.name)
-    if match is None or (int(match[2]), int(match[3])) != (number, count):
+    if match is None or (int(match[2]), int(match[3])) != (number + 1, count):
         raise SourceError(
-            f"{path}: is part {number} of {count} by its metadata, and is not called so; "
-            f"name it ...-{number:05d}-of-{count:05d}{_SUFFIX}, and the other parts likewise"
+            f"{path}: is part {number + 1} of {count} by its metadata, and is not called so; "
+            f"name it ...-{number + 1:05d}-of-{count:05d}{_SUFFIX}, and the other parts likewise"
         )
     files = [path.with_name(f"{match[1]}-{part:05d}-of-{match[3]}{match[4]}") for part in range(1, count + 1)]
     for file in files:

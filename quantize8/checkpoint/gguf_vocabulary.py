@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from quantize8 import limits
 from quantize8.checkpoint.gguf_header import Header
 from quantize8.checkpoint.guard import guarded
 from quantize8.errors import SourceError, first_line
@@ -61,6 +62,8 @@ def _build(header: Header) -> Any:
             f"{header.path}: a {header.architecture} with a tokenizer of type {model!r} would be opened as another; "
             "use a safetensors checkpoint"
         )
+    if "merges" not in fields and sum(len(token) ** 2 for token in fields["tokens"]) > limits.TOKEN_SQUARES:
+        raise SourceError(f"{header.path}: its tokens are too long to find merges of them; fetch it again")
     if model == "llama":
         settings.setdefault("add_bos_token", True)  # as llama.cpp takes it
     for kind, key in _SPECIAL.items():
