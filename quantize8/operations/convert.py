@@ -29,7 +29,7 @@ from quantize8.recipe import DEFAULT_RECIPE
 
 LOCAL = "local"
 # What a check takes: torch and transformers once, then some passes over the weights. Measured on two cores.
-_CHECK_SECONDS, _CHECK_SECONDS_A_WEIGHT = 5.0, 15e-9
+_CHECK_SECONDS, _CHECK_SECONDS_A_WEIGHT = 3.0, 7e-9
 ENGINES = (LOCAL, "ray")
 
 
