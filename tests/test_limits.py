@@ -389,6 +389,22 @@ def test_a_config_cannot_name_kernels_on_the_hub(key, model):
             check_settings(config, model / "config.json")
 
 
+@pytest.mark.filterwarnings("ignore")  # what some configurations say of themselves
+def test_the_settings_that_transformers_starts_from_are_within_the_limits():
+    """Of every model type: layers are counted from the end (vision_feature_layer -2), and named in lists."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    checked = 0
+    for model_type in CONFIG_MAPPING:
+        try:
+            settings = CONFIG_MAPPING[model_type]().to_dict()
+        except Exception:  # of one that is made of others only
+            continue
+        check_settings(settings, Path(model_type))
+        checked += 1
+    assert checked > 500
+
+
 @pytest.mark.parametrize("name", ["pipeline", "AutoTokenizer", "utils", "__name__", "AutoModelForCausalLM"])
 def test_an_architecture_is_a_model_class_or_nothing(name, model):
     config = {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2, "architectures": [name]}
