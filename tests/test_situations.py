@@ -260,6 +260,8 @@ TRAVELLING = (
     "preprocessor_config.json",
     "LICENSE.md",
     "modeling_x.py",
+    "__init__.py",
+    "mel_filters.npz",
 )
 STAYING = {
     "optimizer.pt": "weights that are not read",
@@ -517,4 +519,12 @@ def test_masks_of_minus_infinity(tmp_path):
     state["transformer.h.0.attn.c_attn.bias"][3] = torch.inf
     save_file(state, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(WeightError, match=r"c_attn\.bias row 3 holds NaN or infinity"):
+        convert(str(source), tmp_path / "out")
+
+
+def test_a_file_that_is_too_large_to_be_copied(tmp_path):
+    source = llama(tmp_path / "source")
+    with (source / "corpus.txt").open("wb") as file:
+        file.truncate(2**30 + 1)
+    with pytest.raises(SourceError, match=r"corpus\.txt: over 1,073,741,824 bytes, too large to be copied"):
         convert(str(source), tmp_path / "out")

@@ -244,7 +244,11 @@ def check_settings(config: dict[str, Any], path: Path) -> None:
 
 def companions(folder: Path) -> list[Path]:
     """Files of a model folder that belong to it whatever its weights' format, sorted; see `companions.py`."""
-    return [contained(folder / name, folder) for name in travelling(_names(folder))]
+    paths = [contained(folder / name, folder) for name in travelling(_names(folder))]
+    for path in paths:
+        if path.stat().st_size > limits.SMALL_BYTES:
+            raise SourceError(f"{path}: over {limits.SMALL_BYTES:,} bytes, too large to be copied; move it elsewhere")
+    return paths
 
 
 def left_behind(folder: Path, used: Collection[str]) -> dict[str, str]:

@@ -1,8 +1,8 @@
-"""Which files of a model folder go with its weights into an artifact: all but those that are known not to.
+"""Which files of a model folder are copied into an artifact: all that are not known to be something else.
 
-Tokenizers, processors and templates have names of many kinds (`source.spm`, `bpe.codes`, `tokenizer.model.v3`), so they
-are told by exclusion: what stays behind is weights, what other tools left, and what is about the model. Judged by names
-alone, so that it is the same for a folder, for the hub and for a store.
+Tokenizers, processors and templates have names of every kind (`source.spm`, `bpe.codes`, `tokenizer.model.v3`), so a
+list of them is never complete. Left out are weights, what other tools left behind, and what only describes the model.
+Names alone decide, so the result is the same for a folder, the hub and an object store.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import PurePosixPath
 
 _OURS = ("config.json", "*.index.json", "quantize8.json")  # which an artifact has of its own
 _WEIGHTS = (
-    *(".safetensors", ".bin", ".gguf", ".ggml", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".npz", ".npy"),
+    *(".safetensors", ".bin", ".gguf", ".ggml", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot"),
     *(".onnx", ".onnx_data", ".tflite", ".nemo", ".mlmodel", ".mlpackage", ".xml", ".engine"),
-    *(".tar", ".gz", ".zip", ".7z"),
+    *(".tar", ".gz", ".zip", ".7z", ".parquet", ".arrow"),
 )
 _ADAPTER = ("adapter_config.json",)  # by which transformers would look for further weights
 _TRAINING = ("trainer_state.json", "events.out.tfevents.*", "*.log", "*.lock", "*.incomplete", "zero_to_fp32.py")
@@ -40,7 +40,7 @@ def staying(names: Collection[str]) -> dict[str, str]:
 
 def _reason(name: str, with_weights: Collection[str]) -> str:
     path = PurePosixPath(name)
-    if any(part.startswith((".", "__")) for part in path.parts) or len(path.parts) > 2:
+    if any(part.startswith(".") or part == "__pycache__" for part in path.parts) or len(path.parts) > 2:
         return "hidden, or deeper in the folder than a model's files"
     if _PART.fullmatch(name):
         return ""
