@@ -161,7 +161,7 @@ def test_fewer_layers_than_config_json_says(tmp_path):
 def test_an_artifact_that_lost_a_layer_is_not_run(tmp_path):
     convert(str(llama(tmp_path / "source")), tmp_path / "int8")
     drop(tmp_path / "int8", "layers.1.mlp.up_proj.weight", "layers.1.mlp.up_proj.SCB")
-    with pytest.raises(SourceError, match=r"layers\.1\.mlp\.up_proj"):
+    with pytest.raises(WeightError, match=r"layers\.1\.mlp\.up_proj\.weight is not in the checkpoint"):
         load(tmp_path / "int8", "cpu")
 
 

@@ -112,6 +112,7 @@ class Int8Quantizer(HfQuantizer):
         config.llm_int8_skip_modules = sorted(set(skip))  # so that a saved model says what it left
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        _require_loaded(model)
         for name, module in list(model.named_modules()):
             if isinstance(module, Int8Experts):
                 if module.down_proj.is_meta:
@@ -188,16 +189,25 @@ def _tied_modules(model: Any) -> list[str]:
     return [name for name in linear_kinds(model) if f"{name}.weight" in tied]
 
 
+def _require_loaded(model: Any) -> None:
+    """Raise WeightError for int8 codes that no tensor was loaded into: transformers only warns, and they are noise."""
+    for name, module in model.named_modules():
+        parts = (
+            ("weight",) if isinstance(module, Int8Linear) else PROJECTIONS if isinstance(module, Int8Experts) else ()
+        )
+        for part in parts:
+            codes: Any = module._parameters[part]
+            if not (codes.is_meta or getattr(codes, "_is_hf_initialized", False)):
+                raise WeightError(
+                    f"{name}.{part} is not in the checkpoint, and would be noise; fetch it again, or name the module "
+                    "in llm_int8_skip_modules to start it in floating point"
+                )
+
+
 def _check(layer: Int8Linear, name: str) -> None:
     """Refuse what could not be quantized; while tensors are converted, transformers hides which error it was."""
     if layer.weight.dtype != torch.int8:
         raise WeightError(f"{name}: its weight is {layer.weight.dtype}, not int8; name it in llm_int8_skip_modules")
-    stored: Any = layer._parameters["weight"]
-    if not (stored.is_meta or getattr(stored, "_is_hf_initialized", False)):
-        raise WeightError(
-            f"{name}.weight is not in the checkpoint, and would be noise; fetch it again, or name the module in "
-            "llm_int8_skip_modules to start it in floating point"
-        )
     if not (layer.SCB.is_meta or layer.SCB.isfinite().all()):
         row = int(layer.SCB.isfinite().int().argmin())
         raise WeightError(
