@@ -57,7 +57,9 @@ class CompressedTensors(Int8Format):
             elif name.endswith(_GATE):
                 refused[name] = "a gate that vLLM has in floating point"
             elif self.scheme == "w8a16" and name in structure.read_on_loading:
-                refused[name] = "read by transformers while it loads the model, which packed codes cannot be"
+                refused[name] = (
+                    "read by transformers while it loads the model, which packed codes cannot be (those of w8a8 can)"
+                )
             else:
                 modules[name] = kind
         return modules | dict.fromkeys(structure.experts, EXPERT), refused

@@ -171,8 +171,7 @@ def _nothing(checkpoint: Checkpoint, structure: Structure, kept: dict[str, str],
     """Why not a single weight becomes int8, by the example of one."""
     if refused := output.linears(structure)[1]:
         why = next(iter(refused.values()))
-        instead = f"choose another --format or --scheme than {output.title}"
-        return f"{checkpoint.name}: all its Linear weights are {why}; {instead}"
+        return f"{checkpoint.name}: all its Linear weights are {why}; choose another --format than {output.name}"
     if kept:
         name, why = max(kept.items(), key=lambda item: math.prod(checkpoint.tensors[f"{item[0]}.weight"].shape))
         return f"{checkpoint.name}: none of its weights would become int8: {name}.weight does not ({why})"
