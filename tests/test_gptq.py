@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from quantize8 import SourceError
 from quantize8.checkpoint import gptq
+from quantize8.checkpoint.quantized import decode
 
 BITS = (2, 3, 4, 8)
 FIXTURE = Path(__file__).parent / "gptqmodel.safetensors"
@@ -34,6 +35,21 @@ def test_values_equal_gptqmodel(tmp_path, case):
     (encoding,) = gptq.find(opened(tmp_path, state), SETTINGS[case]).values()
     assert set(encoding.tensors) == set(state)
     assert torch.equal(torch.from_numpy(rows_equal_the_whole(encoding)).half(), expected)
+
+
+@pytest.mark.parametrize("place", ["config.json", "quantize_config.json"])
+def test_settings_lie_in_config_json_or_as_autogptq_first_wrote_them(place, tmp_path):
+    case = next(iter(SETTINGS))
+    state = {name: value for name, value in load_file(FIXTURE).items() if name.startswith(f"{case}.")}
+    expected = state.pop(f"{case}.weight")
+    stored = opened(tmp_path, state)
+    settings = {key: value for key, value in SETTINGS[case].items() if key != "quant_method"}
+    config = {"quantization_config": settings | {"quant_method": "gptq"}} if place == "config.json" else {}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if place != "config.json":
+        (tmp_path / place).write_text(json.dumps(settings))
+    found = decode(stored)
+    assert torch.equal(torch.from_numpy(found.rows(f"{case}.weight", 0, len(expected))).half(), expected)
 
 
 def numbers(shape, bits):
