@@ -248,7 +248,7 @@ def test_no_class_in_config_json(tmp_path):
     assert error(tmp_path / "int8", source, transformers.LlamaForCausalLM) < 0.1
 
 
-TRAVELLING = (
+COPIED = (
     "source.spm",
     "target.spm",
     "bpe.codes",
@@ -263,7 +263,7 @@ TRAVELLING = (
     "__init__.py",
     "mel_filters.npz",
 )
-STAYING = {
+LEFT_OUT = {
     "optimizer.pt": "weights that are not read",
     "pytorch_model.bin": "weights that are not read",
     "adapter_config.json": "an adapter's",
@@ -273,21 +273,21 @@ STAYING = {
     "onnx/config.json": "beside weights of another format or model",
     "tokenizer.pkl": "a pickle, which runs code when it is opened",
 }
-QUIETLY_STAYING = (".gitattributes", "README.md", "figure.png", "pytorch_model.bin.index.json")
+QUIETLY_LEFT_OUT = (".gitattributes", "README.md", "figure.png", "pytorch_model.bin.index.json")
 
 
-def test_the_whole_folder_travels_but_what_is_known_not_to(tmp_path):
+def test_every_file_is_copied_that_is_not_known_to_be_something_else(tmp_path):
     source = llama(tmp_path / "source")
-    for name in (*TRAVELLING, *STAYING, *QUIETLY_STAYING):
+    for name in (*COPIED, *LEFT_OUT, *QUIETLY_LEFT_OUT):
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text(name)
     result = convert(str(source), tmp_path / "int8")
     out = tmp_path / "int8"
-    assert all((out / name).read_text() == name for name in TRAVELLING)
+    assert all((out / name).read_text() == name for name in COPIED)
     found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     own = {"config.json", "quantize8.json", "model.safetensors", "generation_config.json"}
-    assert found == {*TRAVELLING, *own}
-    assert result.as_json()["left_out"] == STAYING
+    assert found == {*COPIED, *own}
+    assert result.as_json()["left_out"] == LEFT_OUT
     verify(out)
     for name in ("source.spm", "bpe.codes"):  # which are no tokenizer
         (out / name).unlink()

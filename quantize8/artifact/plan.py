@@ -119,7 +119,7 @@ class Plan:
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, output: Format, max_shard_size: str = DEFAULT_SHARD_SIZE) -> Plan:
     """Settle which tensors become int8 and where every byte of the output goes; reads headers only."""
     structure = structure_of(checkpoint)
-    structure.require_whole(checkpoint.name)
+    structure.require_complete(checkpoint.name)
     modules, kept = _choose(structure, recipe, output, checkpoint)
     if not modules and isinstance(output, Int8Format):
         raise SourceError(_nothing(checkpoint, structure, kept, output))

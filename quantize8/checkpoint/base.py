@@ -18,7 +18,7 @@ import numpy as np
 from blake3 import blake3
 
 from quantize8 import limits
-from quantize8.checkpoint.companions import staying, travelling
+from quantize8.checkpoint.companions import files_left_out, files_to_copy
 from quantize8.errors import SourceError
 from quantize8.ops.reference import Array
 
@@ -244,7 +244,7 @@ def check_settings(config: dict[str, Any], path: Path) -> None:
 
 def companions(folder: Path) -> list[Path]:
     """Files of a model folder that belong to it whatever its weights' format, sorted; see `companions.py`."""
-    paths = [contained(folder / name, folder) for name in travelling(_names(folder))]
+    paths = [contained(folder / name, folder) for name in files_to_copy(_names(folder))]
     for path in paths:
         if path.stat().st_size > limits.SMALL_BYTES:
             raise SourceError(f"{path}: over {limits.SMALL_BYTES:,} bytes, too large to be copied; move it elsewhere")
@@ -254,7 +254,7 @@ def companions(folder: Path) -> list[Path]:
 def left_behind(folder: Path, used: Collection[str]) -> dict[str, str]:
     """Files of a model folder that do not go into an artifact, besides the weight files `used` -> why."""
     quiet = ("hidden", "about")  # every model has some of these
-    found = {name: why for name, why in staying(_names(folder)).items() if not why.startswith(quiet)}
+    found = {name: why for name, why in files_left_out(_names(folder)).items() if not why.startswith(quiet)}
     return {name: why for name, why in found.items() if name not in used}
 
 

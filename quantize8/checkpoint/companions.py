@@ -25,13 +25,13 @@ _ABOUT = ("README.md", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp", "
 _PART = re.compile(r"\d+_\w+/.+")  # a module of sentence-transformers, such as 2_Dense, whose weights are its own
 
 
-def travelling(names: Collection[str]) -> list[str]:
+def files_to_copy(names: Collection[str]) -> list[str]:
     """Of the files of a model folder, by POSIX paths within it, those that go into an artifact as they are, sorted."""
-    left = staying(names)
+    left = files_left_out(names)
     return sorted(name for name in names if name not in left and not _is_ours(name))
 
 
-def staying(names: Collection[str]) -> dict[str, str]:
+def files_left_out(names: Collection[str]) -> dict[str, str]:
     """Of the same files those that do not -> why; the files that an artifact has of its own are in neither."""
     with_weights = {_folder(name) for name in names if PurePosixPath(name).suffix.lower() in _WEIGHTS}
     found = {name: _reason(name, with_weights) for name in sorted(names) if not _is_ours(name)}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from quantize8.checkpoint import safetensors, torch_bin
 from quantize8.checkpoint.base import CONFIG_NAME
-from quantize8.checkpoint.companions import travelling
+from quantize8.checkpoint.companions import files_to_copy
 from quantize8.checkpoint.gguf_parts import group_parts
 from quantize8.checkpoint.ranges import Digest, HubFile, Interrupted
 from quantize8.errors import SourceError, first_line
@@ -145,7 +145,7 @@ def needed_files(names: list[str]) -> tuple[list[str], list[str]]:
     models = list(group_parts(top).values())
     weights = weights or (models[0] if len(models) == 1 else [])
     small = {name for name in top if name in (CONFIG_NAME, _MANIFEST) or name.endswith(".index.json")}
-    return sorted(weights), sorted(small.union(travelling(names)))
+    return sorted(weights), sorted(small.union(files_to_copy(names)))
 
 
 def _literal(name: str) -> str:

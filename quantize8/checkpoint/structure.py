@@ -69,7 +69,7 @@ class Structure:
     experts: matrices that transformers joins into one tensor of experts, which is no Linear module.
     read_on_loading: modules whose weight transformers reads while it loads the model, whether or not it is stored so.
     missing: parameters that the model needs (by the model's names) and neither has nor ties.
-    misshapen: tensors that have another shape than config.json gives them, in words.
+    wrong_shapes: tensors that have another shape than config.json gives them, in words.
     wrapped: that the names begin as a wrapper of training left them, in words; empty where they do not.
     guessed: why modules were told by names alone, empty where they were not.
     """
@@ -82,11 +82,11 @@ class Structure:
     experts: list[str] = field(default_factory=list)
     read_on_loading: set[str] = field(default_factory=set)
     missing: list[str] = field(default_factory=list)
-    misshapen: list[str] = field(default_factory=list)
+    wrong_shapes: list[str] = field(default_factory=list)
     wrapped: str = ""
     guessed: str = ""
 
-    def require_whole(self, where: object) -> None:
+    def require_complete(self, where: object) -> None:
         """Raise SourceError where the checkpoint `where` lacks what the model needs, or has it in another shape."""
         if self.missing:
             more = f" and {len(self.missing) - 1} more" if len(self.missing) > 1 else ""
@@ -94,8 +94,8 @@ class Structure:
                 f"{where}: the model needs {self.missing[0]}{more}, which the checkpoint does not have"
                 f"{self.wrapped or '; fetch it again, or correct config.json'}"
             )
-        if self.misshapen:
-            raise SourceError(f"{where}: {self.misshapen[0]}; fetch the checkpoint again, or correct config.json")
+        if self.wrong_shapes:
+            raise SourceError(f"{where}: {self.wrong_shapes[0]}; fetch the checkpoint again, or correct config.json")
 
     def skip_list(self, quantized: set[str]) -> list[str]:
         """Every Linear module of the model that is not in `quantized`, by the names a loader of the model sees."""
@@ -234,7 +234,7 @@ def _from_model(model: Any, tensors: Mapping[str, TensorInfo], weights: list[str
     structure.read_on_loading = {name for name in weights if to_model[name] in read}
     structure.missing = _missing(model, targets)
     structure.wrapped = _wrapped(tensors)
-    structure.misshapen = _misshapen(state, targets, tensors)
+    structure.wrong_shapes = _wrong_shapes(state, targets, tensors)
     return structure
 
 
@@ -341,7 +341,9 @@ def _missing_parts(state: Mapping[str, Any], targets: Mapping[str, Target]) -> l
     ]
 
 
-def _misshapen(state: Mapping[str, Any], targets: Mapping[str, Target], tensors: Mapping[str, TensorInfo]) -> list[str]:
+def _wrong_shapes(
+    state: Mapping[str, Any], targets: Mapping[str, Target], tensors: Mapping[str, TensorInfo]
+) -> list[str]:
     """Tensors that are neither joined nor split and have another shape than the model's, in words."""
     found = []
     for name, target in targets.items():

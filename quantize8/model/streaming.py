@@ -43,7 +43,7 @@ def streamed(checkpoint: Checkpoint) -> Iterator[Any]:
     model's shape.
     """
     with quiet():
-        structure_of(checkpoint).require_whole(checkpoint.name)
+        structure_of(checkpoint).require_complete(checkpoint.name)
         model = empty_model(checkpoint)
         weights = Weights(model, checkpoint)
         if not weights.complete:
