@@ -26,13 +26,23 @@ _PART = re.compile(r"\d+_\w+/.+")  # a module of sentence-transformers, such as 
 
 
 def files_to_copy(names: Collection[str]) -> list[str]:
-    """Of the files of a model folder, by POSIX paths within it, those that go into an artifact as they are, sorted."""
+    """The files of a model folder that an artifact gets unchanged, sorted.
+
+    Args:
+        names: All files of the folder, as POSIX paths relative to it.
+    """
     left = files_left_out(names)
     return sorted(name for name in names if name not in left and not _is_ours(name))
 
 
 def files_left_out(names: Collection[str]) -> dict[str, str]:
-    """Of the same files those that do not -> why; the files that an artifact has of its own are in neither."""
+    """The files of a model folder that an artifact does not get, with the reason for each.
+
+    Files that an artifact has of its own, such as config.json, are in neither list.
+
+    Args:
+        names: All files of the folder, as POSIX paths relative to it.
+    """
     with_weights = {_folder(name) for name in names if PurePosixPath(name).suffix.lower() in _WEIGHTS}
     found = {name: _reason(name, with_weights) for name in sorted(names) if not _is_ours(name)}
     return {name: reason for name, reason in found.items() if reason}
