@@ -49,7 +49,8 @@ def one_more(name, shape=(HIDDEN,)):
         (one_more("strange.weight"), "tensor strange.weight is unknown"),
         (one_more("blk.0.attn_norm.bias"), "tensor blk.0.attn_norm.bias is unknown"),
         (one_more("blk.2.attn_norm.weight"), "tensor blk.2.attn_norm.weight is unknown"),
-        (one_more("rope_freqs.weight"), "rotary scaling"),
+        (one_more("rope_freqs.weight"), "rope_freqs.weight is of no llama3 rotary scaling"),
+        (one_more("rope_freqs.weight", (0,)), "rope_freqs.weight is of no llama3 rotary scaling"),
         (one_more("blk.0.attn_q.bias"), "lacks blk.0.attn_k.bias"),
         (
             one_more("token_embd.weight", (VOCABULARY, 32)),

@@ -16,6 +16,7 @@ from quantize8 import SourceError
 from quantize8.artifact import gguf
 from quantize8.artifact.gguf_tokenizer import tokenizer_fields
 from quantize8.checkpoint import open_checkpoint
+from quantize8.checkpoint.gguf_settings import llama3_scaling
 from quantize8.ops import q8_0
 from quantize8.ops.reference import quantize_rowwise
 
@@ -131,6 +132,38 @@ def test_llama3_frequencies_are_those_of_transformers(tmp_path):
     plain = 1 / 5e5 ** (np.arange(0, 64, 2) / 64)
     np.testing.assert_allclose(plain / first.values, rotary.inv_freq.numpy(), rtol=1e-6)
     assert len(np.unique(first.values)) > 3 and first.values.max() == 8
+
+
+@pytest.mark.parametrize(
+    ("factor", "context", "head", "theta"), [(8, 8192, 128, 5e5), (32, 8192, 64, 5e5), (4, 64, 32, 1e4)]
+)
+def test_llama3_scaling_is_found_by_its_factors(factor, context, head, theta):
+    """As llama.cpp's converter computes them, in float32 one by one: Llama 3.1, Llama 3.2, and a small one."""
+    factors = []
+    for place in np.arange(0, head, 2, dtype=np.float32):
+        wavelength = np.float32(2 * np.pi) * np.float32(theta) ** (place / np.float32(head))
+        if wavelength < context / 4:
+            factors.append(1)
+        elif wavelength > context:
+            factors.append(factor)
+        else:
+            smooth = (context / wavelength - 1) / 3
+            factors.append(1 / ((1 - smooth) / factor + smooth))
+    config = {"rope_theta": theta, "head_dim": head}
+    found = llama3_scaling(config, np.array(factors, np.float32))["rope_scaling"]
+    expected = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1, "high_freq_factor": 4}
+    assert found == expected | {"original_max_position_embeddings": context}
+    assert llama3_scaling(config, np.array(factors, np.float32) * 1.01) is None
+    assert llama3_scaling(config | {"rope_scaling": {}}, np.array(factors, np.float32)) is None
+
+
+def test_llama3_scaling_is_read_again(tmp_path):
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5}
+    scaling |= {"original_max_position_embeddings": 64}
+    config = config_of("llama", head_dim=64, rope_scaling=scaling)
+    assemble(folder_of(tmp_path / "model", config), tmp_path / "tiny.gguf")
+    again = gguf.complete(open_checkpoint(str(tmp_path / "tiny.gguf")).config, "here")
+    assert again["rope_parameters"] == scaling == gguf.complete(config, "here")["rope_parameters"]
 
 
 @pytest.mark.parametrize(

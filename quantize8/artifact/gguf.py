@@ -27,6 +27,7 @@ from gguf import (
 )
 
 from quantize8.checkpoint.gguf_header import Header as GgufHeader
+from quantize8.checkpoint.gguf_settings import rope_factors
 from quantize8.checkpoint.guard import guarded
 from quantize8.checkpoint.native import architecture_of
 from quantize8.errors import SourceError, first_line
@@ -288,10 +289,5 @@ def _rope_tensors(full: Mapping[str, Any]) -> list[GgufTensor]:
     rope = full["rope_parameters"]
     if rope.get("rope_type") != "llama3":
         return []
-    size = _head_dim(full)
-    frequencies = 1.0 / rope["rope_theta"] ** (np.arange(0, size, 2) / size)
-    turns = frequencies * rope["original_max_position_embeddings"] / (2 * np.pi)  # over the context of the pretraining
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    share = np.clip((turns - low) / (high - low), 0, 1)  # of the original frequency; the rest is slowed down
-    values = (1 / (share + (1 - share) / rope["factor"])).astype(np.float32)
+    values = rope_factors(rope["rope_theta"], _head_dim(full), rope)
     return [GgufTensor("rope_freqs.weight", None, values.shape, F32, values=values)]

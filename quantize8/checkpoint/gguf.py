@@ -16,13 +16,15 @@ import numpy as np
 from quantize8.checkpoint.base import DTYPES, Checkpoint, TensorInfo, check_settings
 from quantize8.checkpoint.gguf_header import StoredTensor
 from quantize8.checkpoint.gguf_parts import model_name, read_parts
-from quantize8.checkpoint.gguf_settings import ARCHITECTURES, named_tensors, read_config
+from quantize8.checkpoint.gguf_settings import ARCHITECTURES, llama3_scaling, named_tensors, read_config
 from quantize8.checkpoint.gguf_vocabulary import TOKENS, read_tokenizer
 from quantize8.errors import SourceError
 from quantize8.ops import ggml
 from quantize8.ops.reference import Array, as_bytes
 
 _PERMUTED = {"llama": {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}}  # rows that are interleaved
+_ROPE_FACTORS = "rope_freqs.weight"
+_ROPE_BYTES = 2**16  # of these at most; a head of 128 has 256
 _FLOATS = ("F32", "F16", "BF16")
 
 
@@ -40,6 +42,8 @@ class GgufCheckpoint(Checkpoint):
             raise SourceError(f"{self.path}: holds no weights{what}; name the model's file")
         self.dtype = "BF16" if any(tensor.kind == "BF16" for tensor in stored.values()) else "F16"
         config = read_config(self.header, {key: tensor.shape for key, tensor in stored.items()})
+        if (factors := stored.pop(_ROPE_FACTORS, None)) is not None:
+            config |= self._scaling(config, factors)
         check_settings(config, self.path)
         self._config = config | {"dtype": {"F16": "float16", "BF16": "bfloat16"}[self.dtype]}
         names = self._match(stored)
@@ -128,13 +132,22 @@ class GgufCheckpoint(Checkpoint):
             names[name] = ours
         for name, tensor in stored.items():
             where = self.folder / tensor.file
-            if name == "rope_freqs.weight":
-                raise SourceError(
-                    f"{where}: its rotary scaling (rope_freqs) cannot be told exactly from GGUF; use safetensors"
-                )
             if name not in names:
                 raise SourceError(f"{where}: tensor {name} is unknown for {arch}; use a safetensors checkpoint")
         return names
+
+    def _scaling(self, config: dict[str, Any], stored: StoredTensor) -> dict[str, Any]:
+        """The entry of config.json that stands for stored rotary factors."""
+        where = self.folder / stored.file
+        scaling = None
+        if stored.kind == "F32" and stored.nbytes <= _ROPE_BYTES:
+            with where.open("rb") as file:
+                file.seek(stored.offset)
+                factors = np.frombuffer(file.read(stored.nbytes), np.float32)
+            scaling = llama3_scaling(config, factors)
+        if scaling is None:
+            raise SourceError(f"{where}: {_ROPE_FACTORS} is of no llama3 rotary scaling; use a safetensors checkpoint")
+        return scaling
 
     def _check(self, name: str, tensor: StoredTensor) -> None:
         """Raise SourceError for a tensor whose rows cannot be read as they are stored."""

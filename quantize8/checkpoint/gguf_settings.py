@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from quantize8 import limits
 from quantize8.checkpoint.gguf_header import Header
 from quantize8.errors import SourceError
+from quantize8.ops.reference import Array
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _COUNTS = {  # key of the metadata -> of config.json
@@ -25,6 +28,8 @@ _TOKEN_IDS = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
 _ROPE = "rope.scaling."
 _ROPE_NEUTRAL = {"finetuned": None, "attn_factor": 1, "yarn_ext_factor": 1, "yarn_attn_factor": 1}
 _ROPE_NEUTRAL |= {"yarn_beta_fast": 32, "yarn_beta_slow": 1}
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_CONTEXTS = tuple(2**power for power in range(6, 21))
 _NEUTRAL = {"attention.causal": True, "expert_count": 0}  # what llama.cpp can change in these -> what changes nothing
 _ATTENTION = {
     f"attn_{name}": f"self_attn.{ours}_proj" for name, ours in zip(("q", "k", "v", "output"), "qkvo", strict=True)
@@ -143,6 +148,43 @@ def _rope(header: Header, context: int) -> dict[str, Any]:
     if kind == "yarn":
         scaling["original_max_position_embeddings"] = _count(header, f"{_ROPE}original_context_length", context)
     return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def rope_factors(theta: float, head_dim: int, scaling: Mapping[str, float]) -> Array:
+    """What llama3 scaling divides the rotary frequencies by, float32 [head_dim / 2].
+
+    Args:
+        theta: The base of the frequencies, `rope_theta`.
+        head_dim: The size of a head.
+        scaling: `factor`, `low_freq_factor`, `high_freq_factor` and `original_max_position_embeddings`.
+
+    The formula is that of transformers' `_compute_llama3_parameters`, which llama.cpp's converter applies too.
+    """
+    frequencies = 1.0 / theta ** (np.arange(0, head_dim, 2) / head_dim)
+    turns = frequencies * scaling["original_max_position_embeddings"] / (2 * np.pi)  # over the pretraining context
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    share = np.clip((turns - low) / (high - low), 0, 1)  # of the original frequency; the rest is slowed down
+    factors: Array = (1 / (share + (1 - share) / scaling["factor"])).astype(np.float32)
+    return factors
+
+
+def llama3_scaling(config: Mapping[str, Any], factors: Array) -> dict[str, Any] | None:
+    """The llama3 scaling whose factors these are, as an entry of config.json; None if they are of no such scaling.
+
+    GGUF holds the factors (`rope_freqs.weight`) and not the settings they were computed from. The largest is `factor`;
+    `low_freq_factor` and `high_freq_factor` are 1 and 4 in every published model, and the pretraining context is a
+    power of two. The factors between the ends are different for each, so a match identifies them.
+    """
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    largest = float(factors.max(initial=1))
+    between = ((factors > 1) & (factors < largest)).any()
+    if "rope_scaling" in config or factors.shape != (head_dim // 2,) or not between:
+        return None
+    for context in _CONTEXTS:
+        scaling = {"factor": largest, **_LLAMA3, "original_max_position_embeddings": context}
+        if np.allclose(factors, rope_factors(config["rope_theta"], head_dim, scaling), rtol=1e-4):
+            return {"rope_scaling": {"rope_type": "llama3", **scaling}}
+    return None
 
 
 def _any_bias(shapes: Mapping[str, tuple[int, ...]], modules: tuple[str, ...]) -> bool:
