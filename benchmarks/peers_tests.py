@@ -6,9 +6,10 @@
 DIR is a checkout of the project, of the version that is installed; its tests are copied to a temporary folder and run
 as they are. What differs here is set while they run, by this module as a plugin of pytest: models and texts of the hub
 become small random ones of the same kind, tests that ask for an accelerator run on the CPU, in float32 where they ask
-for float16's mixed precision, and, the second time, bitsandbytes' layer and product are quantize8's. A test that wants
-a certain model's text fails with both. The tests of 4 bits, of other quantizers and of several devices are left out.
-QUANTIZE8_PEERS_LOG=PREFIX keeps what pytest printed.
+for float16's mixed precision, and, the second time, bitsandbytes' layer and product are quantize8's, and in
+transformers' tests, which compare it, the class of the weight. What text and saving of memory these expect of a certain
+model is what bitsandbytes gives for the small one. The tests of 4 bits, of other quantizers and of several devices are
+left out. QUANTIZE8_PEERS_LOG=PREFIX keeps what pytest printed.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 import quantize8
+from quantize8.model.bitsandbytes import Int8Params
 from quantize8.model.bitsandbytes import Linear8bitLt as Int8Layer
 from quantize8.model.linear import quantize
 from quantize8.model.training import _Int8Product
@@ -125,8 +127,20 @@ def pytest_configure() -> None:
     _with_adapters()
     skip = pytest.skip
     pytest.skip = lambda reason="", **given: None if "got CPU only" in reason else skip(reason, **given)
+    if os.environ[WITH] == "quantize8" and Path("tests/test_linear8bitlt.py").exists():
+        use_layer()
+
+
+def pytest_collection_finish(session: Any) -> None:
+    """Ask bitsandbytes what tests are to expect of small models, and only then let quantize8 load models."""
+    if WITH not in os.environ:
+        return
+    for kind in {item.cls for item in session.items if hasattr(item.cls, "EXPECTED_OUTPUTS")}:
+        kind.EXPECTED_OUTPUTS, kind.EXPECTED_RELATIVE_DIFFERENCE = expected(small_model(kind.model_name))
     if os.environ[WITH] == "quantize8":
-        use_quantize8()
+        quantize8.enable()
+        if Path("tests/quantization").exists():  # PEFT's need it as it is
+            bitsandbytes.nn.Int8Params = Int8Params
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
@@ -219,14 +233,44 @@ def _on_cpu(kind: Any) -> None:
 
 def small_model(name: str) -> Path:
     """A random model of the kind that a hub name stands for, with a tokenizer of words."""
-    kinds = {"whisper": whisper, "t5": t5, "bloom": bloom, "gpt2": gpt2, "roberta": roberta, "opt": opt, "qwen": qwen2}
+    kinds = {"whisper": whisper, "t5": t5, "bloom": bloom, "gpt2": gpt2, "roberta": roberta, "blip2": blip2}
+    kinds |= {"opt": opt, "qwen": qwen2}
     make = next((made for part, made in kinds.items() if part in name.lower()), llama)
     folder = Path(os.environ[FOLDER]) / make.__name__
     if not folder.exists():
         torch.manual_seed(0)
         make().save_pretrained(folder)
         write_tokenizer(folder)
-    return folder
+    stored = int8_folder(folder)
+    return stored if "8bit" in name and stored.exists() else folder
+
+
+def int8_folder(folder: Path) -> Path:
+    """Where the model of `folder` is as bitsandbytes saves it."""
+    return folder.with_name(f"{folder.name}-8bit")
+
+
+@functools.cache
+def expected(folder: Path) -> tuple[set[str], float]:
+    """The texts that bitsandbytes generates, in int8 and dequantized, and how much smaller than in float16 it is."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    load = functools.partial(AutoModelForCausalLM.from_pretrained, folder)
+    int8 = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    half, plain = load(dtype=torch.float16, **int8), load(**int8)
+    ratio = load(dtype=torch.float16).get_memory_footprint() / half.get_memory_footprint()
+    half.save_pretrained(int8_folder(folder))
+    texts = {generated(folder, half), generated(folder, plain)}
+    plain.dequantize()
+    return texts | {generated(folder, plain)}, ratio
+
+
+def generated(folder: Path, model: Any) -> str:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokens = model.generate(**tokenizer("Hello my name is", return_tensors="pt"), max_new_tokens=10)
+    return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 
 def opt() -> Any:
@@ -255,13 +299,14 @@ def whisper() -> Any:
 def bloom() -> Any:
     from transformers import BloomConfig, BloomForCausalLM
 
-    return BloomForCausalLM(BloomConfig(**SIZES, hidden_size=64, n_layer=2, n_head=4))
+    return BloomForCausalLM(BloomConfig(**SIZES, hidden_size=64, n_layer=2, n_head=4, initializer_range=0.2))
 
 
 def gpt2() -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(GPT2Config(**SIZES, n_embd=64, n_layer=2, n_head=4))
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    return GPT2LMHeadModel(GPT2Config(**SIZES, **sizes, initializer_range=0.2))
 
 
 def roberta() -> Any:
@@ -269,6 +314,16 @@ def roberta() -> Any:
 
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     return RobertaForSequenceClassification(RobertaConfig(**SIZES, **sizes))
+
+
+def blip2() -> Any:
+    from transformers import Blip2Config, Blip2ForConditionalGeneration
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = {**sizes, "image_size": 32, "patch_size": 16}
+    former = {**sizes, "vocab_size": 128, "encoder_hidden_size": 64}
+    parts = {"vision_config": vision, "qformer_config": former, "text_config": opt().config.to_dict()}
+    return Blip2ForConditionalGeneration(Blip2Config(**parts, num_query_tokens=4))
 
 
 def qwen2() -> Any:
@@ -309,13 +364,10 @@ def quotes() -> Any:
     return DatasetDict({"train": Dataset.from_dict({"quote": [" ".join(words[i : i + 8]) for i in range(20)]})})
 
 
-def use_quantize8() -> None:
-    """Models on quantize8's layers, and its product and layer under bitsandbytes' names."""
+def use_layer() -> None:
+    """quantize8's product and layer under bitsandbytes' names, where the layer itself is tested."""
     from bitsandbytes.nn import modules
 
-    quantize8.enable()
-    if not Path("tests/test_linear8bitlt.py").exists():  # then it is not the layer itself that is tested
-        return
     bitsandbytes.nn.Linear8bitLt = modules.Linear8bitLt = Linear8bitLt
     bitsandbytes.matmul = matmul
 
