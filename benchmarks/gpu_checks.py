@@ -193,13 +193,12 @@ def product_is_wrong(
 ) -> str:
     there, here = layer_of(rows, columns, device)
     x, bias = tokens_of(tokens, columns, dtype, outliers), torch.linspace(-1, 1, rows).to(dtype)
-    for mode in ("dynamic", "elementwise"):
-        for threshold, shift in ((6.0, bias), (0.0, None)):
-            exact = reference.mixed_matmul(numpy(x), here, None if shift is None else numpy(shift), threshold, mode)
-            on_device = None if shift is None else shift.to(device)
-            error = error_over_rounding(gpu.mixed_matmul(x.to(device), there, on_device, threshold, mode), exact)
-            if not error <= ROUNDING:
-                return f"{dtype} M {tokens} N {rows} K {columns} {mode} {threshold}: {error:.3f} of rounding"
+    for threshold, shift in ((6.0, bias), (0.0, None)):
+        exact = reference.mixed_matmul(numpy(x), here, None if shift is None else numpy(shift), threshold)
+        on_device = None if shift is None else shift.to(device)
+        error = error_over_rounding(gpu.mixed_matmul(x.to(device), there, on_device, threshold), exact)
+        if not error <= ROUNDING:
+            return f"{dtype} M {tokens} N {rows} K {columns} {threshold}: {error:.3f} of rounding"
     return ""
 
 

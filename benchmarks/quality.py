@@ -43,7 +43,10 @@ Wrap = Callable[[Any], contextlib.AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to make and run an int8 model. `made` are options of convert; mode None: bitsandbytes' own layers."""
+    """A way to make and run an int8 model.
+
+    `made` are options of convert; mode None: bitsandbytes' own layers; static: hybrid's stored columns alone.
+    """
 
     name: str
     made: dict[str, Any]
@@ -62,7 +65,6 @@ def variants() -> list[Variant]:
         Variant("plain int8, no outliers", plain, threshold=0.0),
         Variant(f"plain int8, smoothing {ALPHA:g}", {**auto, "outlier_columns": 0, "smooth": ALPHA}, threshold=0.0),
         *(Variant(f"dynamic, threshold {t:g}", plain, threshold=t) for t in (6.0, 3.0)),
-        *(Variant(f"elementwise, threshold {t:g}", plain, "elementwise", t) for t in (6.0, 3.0, 2.0)),
         *(Variant(f"static, {n} columns", {**auto, "outlier_columns": n}, "static") for n in (4, 8, 16, 32, 64)),
         Variant("static, auto", auto, "static"),
         Variant("static, auto, scale mse", mse, "static"),
@@ -157,8 +159,11 @@ class Artifacts:
         if variant.mode is None:
             with quiet():
                 return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        mode: Any = variant.mode
-        return load(folder, "cpu", dtype="float32", mode=mode, threshold=variant.threshold)[0]
+        mode: Any = "hybrid" if variant.mode == "static" else variant.mode
+        model = load(folder, "cpu", dtype="float32", mode=mode, threshold=variant.threshold)[0]
+        for layer in int8_layers(model).values():
+            layer.mode = variant.mode
+        return model
 
     def size(self, variant: Variant) -> int:
         return sum(path.stat().st_size for path in self._artifact(variant.made).glob("*.safetensors"))

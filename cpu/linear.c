@@ -1,7 +1,7 @@
 /* A linear layer on a packed weight: activations to int8 codes, the product, and the end of a block.
  *
- * Many tokens (prefill): each becomes one row of codes. What outlier columns lose by that is added in float32 (modes
- * dynamic and elementwise), or they take part in 16 bits (static and hybrid):
+ * Many tokens (prefill): each becomes one row of codes. What outlier columns lose by that is added in float32 (mode
+ * dynamic), or they take part in 16 bits (static and hybrid):
  *
  *     x = s (254 high + low)        w = absmax / 127 (c + second / 254)
  *
@@ -23,7 +23,7 @@
 #define PART_BYTES (3 << 18)          /* of weight that is multiplied by all tokens in turn, where they do not */
 #define LEAST_PARALLEL (1 << 17)      /* multiplications that are worth a second thread */
 
-enum mode { DYNAMIC, ELEMENTWISE, STATIC, HYBRID };
+enum mode { DYNAMIC, STATIC, HYBRID };
 
 /* One call. Where there are no stored outlier columns, wide_count and exact are 0, and apart may be NULL. */
 struct q8_linear {
@@ -36,9 +36,8 @@ struct q8_linear {
   const int64_t *wide;         /* [wide_count], the outlier columns of modes static and hybrid */
   const int8_t *apart;         /* packed [N, wide_count], their codes */
   const int32_t *apart_sums;
-  int32_t *marks;              /* [K], static: becomes 1 where another column reaches the threshold */
   int64_t tokens, columns, outputs, wide_count, exact;
-  float threshold;             /* 0: nothing is an outlier */
+  float threshold;             /* dynamic; 0: nothing is an outlier */
   int32_t dtype, mode, threads;
 };
 
@@ -93,7 +92,7 @@ static float *read_token(const struct q8_linear *in, int64_t token, float *room)
   return room;
 }
 
-/* ---- prefill, modes dynamic and elementwise: codes ---- */
+/* ---- prefill, mode dynamic: codes ---- */
 
 /* Set a token's outliers to 0, and found to 1 at their columns; the largest magnitude that is left, or NaN's. */
 static uint32_t take_outliers(float *values, int64_t steps, uint32_t limit, int32_t *found) {
@@ -138,7 +137,7 @@ static void encode_token(void *context, int64_t token) {
   free(room);
 }
 
-/* residual = x - code * scale in outlier columns; elementwise 0 where x is not an outlier. */
+/* residual = x - code * scale in outlier columns. */
 static void take_residual(void *context, int64_t token) {
   struct call *call = context;
   const struct q8_linear *in = call->in;
@@ -149,8 +148,7 @@ static void take_residual(void *context, int64_t token) {
     int64_t k = call->outliers[j];
     float room, value = *read_row(in->dtype, row_of(in->dtype, row, 1, k), 1, &room);
     float code = (float)SHIFTED(codes[k / STEP_K * NEXT_STEP + k % STEP_K]);
-    int kept = in->mode != ELEMENTWISE || magnitude_of(value) >= call->limit;
-    residual[j] = kept ? value - code * call->token_scale[token] : 0;
+    residual[j] = value - code * call->token_scale[token];
   }
 }
 
@@ -178,14 +176,6 @@ static uint32_t peak_and_squares(const float *values, int64_t steps, float *squa
     for (int i = 0; i < half; i++) lanes[i] += lanes[half + i];
   *squares = lanes[0];
   return (uint32_t)peak;
-}
-
-static void mark_columns(const float *values, int64_t columns, uint32_t limit, int32_t *marks) {
-  for (int64_t k = 0; k < columns; k++) {
-    uint32_t magnitude = magnitude_of(values[k]);
-    if (magnitude >= limit && magnitude <= INFINITY_BITS && !__atomic_load_n(marks + k, __ATOMIC_RELAXED))
-      __atomic_store_n(marks + k, 1, __ATOMIC_RELAXED);
-  }
 }
 
 /* What stands out of one token: columns in words and values' bits in factors, negative ones from the front and positive
@@ -259,7 +249,6 @@ static void encode_token_16(void *context, int64_t token) {
     if (squares >= LEAST_SQUARES && peak > bound) peak = take_own(values, steps, bound, own, &largest);
   } else {
     peak = largest_magnitude(values, steps * STEP_K);
-    if (peak >= call->limit) mark_columns(values, in->columns, call->limit, in->marks);
   }
   uint32_t wide_peak = largest_magnitude(apart, in->wide_count); /* by their bits, NaN is the largest of all */
   largest = wide_peak > largest ? wide_peak : largest;
@@ -624,7 +613,7 @@ static struct call call_of(const struct q8_linear *in) {
   call.steps = ceil_div(in->columns, STEP_K) + ceil_div(in->exact, STEP_K);
   call.high_steps = ceil_div(in->wide_count, STEP_K);
   call.blocks = ceil_div(in->outputs, BLOCK_N);
-  call.limit = in->threshold > 0 && in->mode != HYBRID ? as_bits(in->threshold) : NO_LIMIT;
+  call.limit = in->threshold > 0 ? as_bits(in->threshold) : NO_LIMIT;
   return call;
 }
 
@@ -644,7 +633,7 @@ static int encode_tokens(struct call *call) {
   int64_t tokens = in->tokens;
   call->codes = room_for_codes(tokens, call->steps);
   call->token_scale = malloc((size_t)tokens * 4);
-  if (in->mode == DYNAMIC || in->mode == ELEMENTWISE) {
+  if (in->mode == DYNAMIC) {
     call->found = calloc((size_t)ceil_div(in->columns, STEP_K) * STEP_K, 4);
     if (!call->codes || !call->token_scale || !call->found) return -1;
     run_parallel(tokens, in->threads, encode_token, call);
@@ -712,7 +701,7 @@ EXPORT int q8_linear(const struct q8_linear *in) {
 }
 
 /* The codes that prefill multiplies: low and high int8 [M, K] (high: 0 but where a column is in two digits), scale
- * float32 [M] of the low ones, found int32 [K], 1 at outlier columns (modes dynamic and elementwise). */
+ * float32 [M] of the low ones, found int32 [K], 1 at outlier columns (mode dynamic). */
 EXPORT int q8_encode(const struct q8_linear *in, int8_t *low, int8_t *high, float *scale, int32_t *found) {
   struct call call = call_of(in);
   int failed = encode_tokens(&call);

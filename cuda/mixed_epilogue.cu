@@ -7,8 +7,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 mixed_epilogue(const int* __restrict__ sums, const int8_t* __restrict__ x_codes, const float* __restrict__ x_scale,
                const int8_t* __restrict__ codes, const float* __restrict__ absmax, const FLOAT* __restrict__ bias,
                const FLOAT* __restrict__ x, const int* __restrict__ outliers, const int* __restrict__ count,
-               float elements_from, FLOAT* __restrict__ y, int M, int N, int K, int stride) {
-  const Product p = {x_codes, x_scale, codes, absmax, bias, x, outliers, count, elements_from, y, M, N, K};
+               FLOAT* __restrict__ y, int M, int N, int K, int stride) {
+  const Product p = {x_codes, x_scale, codes, absmax, bias, x, outliers, count, y, M, N, K};
   const int row_blocks = (N + THREADS - 1) / THREADS, m = blockIdx.x / row_blocks;
   const int n = (blockIdx.x - m * row_blocks) * THREADS + threadIdx.x;
   if (n >= N) return;

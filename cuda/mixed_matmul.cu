@@ -15,7 +15,7 @@ __device__ __forceinline__ int place_of(int r, int c) { return r * TILE_K + ((c 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 mixed_matmul(const int8_t* __restrict__ x_codes, const float* __restrict__ x_scale, const int8_t* __restrict__ codes,
              const float* __restrict__ absmax, const FLOAT* __restrict__ bias, const FLOAT* __restrict__ x,
-             const int* __restrict__ outliers, const int* __restrict__ count, float elements_from,
+             const int* __restrict__ outliers, const int* __restrict__ count,
              FLOAT* __restrict__ y, int M, int N, int K) {
   DYNAMIC_SHARED(shared);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -23,7 +23,7 @@ mixed_matmul(const int8_t* __restrict__ x_codes, const float* __restrict__ x_sca
   const int warp_m = warp / WARPS_N * (ROWS * 16), warp_n = warp % WARPS_N * (COLUMNS * 8);
   const int steps = (K + TILE_K - 1) / TILE_K;
 
-  const Product product = {x_codes, x_scale, codes, absmax, bias, x, outliers, count, elements_from, y, M, N, K};
+  const Product product = {x_codes, x_scale, codes, absmax, bias, x, outliers, count, y, M, N, K};
   auto load = [&](int step) { load_stage(shared + step % STAGES * STAGE_BYTES, step * TILE_K, m0, n0, product); };
 
   int sums[ROWS][COLUMNS][4] = {};

@@ -39,14 +39,14 @@ __device__ __forceinline__ uint64_t describe(const void* p) {
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 mixed_matmul(const int8_t* __restrict__ x_codes, const float* __restrict__ x_scale, const int8_t* __restrict__ codes,
              const float* __restrict__ absmax, const FLOAT* __restrict__ bias, const FLOAT* __restrict__ x,
-             const int* __restrict__ outliers, const int* __restrict__ count, float elements_from,
+             const int* __restrict__ outliers, const int* __restrict__ count,
              FLOAT* __restrict__ y, int M, int N, int K) {
   DYNAMIC_SHARED(shared);
   const int warpgroup = threadIdx.x >> 7, warp = threadIdx.x >> 5 & 3;
   const int m0 = blockIdx.y * TILE_M, n0 = blockIdx.x * TILE_N;
   const int steps = (K + TILE_K - 1) / TILE_K;
 
-  const Product product = {x_codes, x_scale, codes, absmax, bias, x, outliers, count, elements_from, y, M, N, K};
+  const Product product = {x_codes, x_scale, codes, absmax, bias, x, outliers, count, y, M, N, K};
   auto load = [&](int step) { load_stage(shared + step % STAGES * STAGE_BYTES, step * TILE_K, m0, n0, product); };
 
   int sums[1][TILE_N / 8][4];

@@ -15,7 +15,6 @@ struct Product {  // what a product kernel works on
   const FLOAT* x;             // [M, K]
   const int* outliers;        // ascending columns
   const int* count;           // how many; null: none
-  float elements_from;        // only elements with |x| >= this are corrected; 0: all of an outlier column
   FLOAT* y;                   // [M, N]
   int M, N, K;
 };
@@ -24,7 +23,6 @@ struct Product {  // what a product kernel works on
 __device__ __forceinline__ float residual_of(const Product& p, int m, int k) {
   const int64_t at = (int64_t)m * p.K + k;
   const float value = to_float(p.x[at]);
-  if (p.elements_from > 0.f && !(fabsf(value) >= p.elements_from)) return 0.f;
   return __fsub_rn(value, __fmul_rn((float)p.x_codes[at], p.x_scale[m]));
 }
 

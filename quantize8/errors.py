@@ -8,7 +8,7 @@ Quantize8Error
 ├── ArtifactError    an artifact is damaged, or breaks a promise of its format
 └── DependencyError  a package or device that this command needs is missing
 
-DeviceWarning        a GPU is there but cannot be used, so the CPU is; printed, and nothing stops
+DeviceWarning        a GPU cannot be used, or not for an outlier mode; printed, and nothing stops
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class DependencyError(Quantize8Error):
 
 
 class DeviceWarning(UserWarning):
-    """A GPU is there but cannot be used, so the CPU is."""
+    """A GPU is there but cannot be used, so the CPU is; or it has no kernel for a mode, so another mode is."""
 
 
 def one_line(text: str) -> str:

@@ -6,7 +6,6 @@ import statistics
 import subprocess
 import sys
 import time
-from enum import Enum
 from inspect import signature
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from making import llama, word_tokenizer
 
 from quantize8 import __version__, cli
 from quantize8.cli import terminal
+from quantize8.ops.reference import MODES
 
 
 @pytest.fixture
@@ -77,15 +77,19 @@ def test_calibration_and_what_follows_from_it(quantize8, tmp_path):
     assert (code, err) == (0, "") and "70 columns, 70 of them stored exactly" in text
     assert quantize8("verify", out)[0] == 0
     asked = ("--text", tmp_path / "text", "--device", "cpu")
-    static = ("--mode", "static")
-    assert json.loads(quantize8("evaluate", out, *asked, *static, "--json")[1])["new_outliers"] >= 0
     for mode in ((), ("--mode", "dynamic")):
-        assert json.loads(quantize8("evaluate", out, *asked, *mode, "--json")[1])["new_outliers"] is None
-    assert "new outliers" in quantize8("evaluate", out, *asked, *static)[1]
-    prompt = ("--prompt", "w1 w2", "--max-new-tokens", "2", "--device", "cpu")
-    assert "outlier columns that are not stored" in quantize8("run", out, *prompt, *static)[1]
-    code, _, err = quantize8("run", source, *prompt, *static)
-    assert code == 1 and "convert its source with --calibrate" in err
+        assert quantize8("evaluate", out, *asked, *mode)[0] == 0
+
+
+@pytest.mark.parametrize("mode", ["static", "elementwise", "junk"])
+def test_another_mode_is_refused_in_one_line_that_names_those_there_are(quantize8, mode, tmp_path):
+    source = word_tokenizer(llama(tmp_path / "source"))
+    for command in ("run", "evaluate"):
+        code, text, err = quantize8(command, source, "--mode", mode, "--device", "cpu")
+        assert (code, text) == (1, "")
+        assert err == f"error: mode {mode}: unknown; name one of hybrid, dynamic, bitsandbytes\n"
+        shown = quantize8(command, "--help")[1]
+        assert all(known in shown for known in MODES) and mode not in shown
 
 
 def test_run_streams_the_text_and_then_the_speed(quantize8, smollm2_int8, smollm2):
@@ -94,7 +98,7 @@ def test_run_streams_the_text_and_then_the_speed(quantize8, smollm2_int8, smollm
     code, text, _ = quantize8("run", smollm2_int8, "--max-new-tokens", 4, "--compare", smollm2)
     assert code == 0 and str(smollm2) in text and "of 4" in text
     assert "over the 4 tokens of the source's text: KL(source || model) 0.0" in text
-    value = json.loads(quantize8("run", smollm2_int8, "--max-new-tokens", 2, "--mode", "elementwise", "--json")[1])
+    value = json.loads(quantize8("run", smollm2_int8, "--max-new-tokens", 2, "--mode", "hybrid", "--json")[1])
     assert len(value["tokens"]) == 2
 
 
@@ -143,9 +147,9 @@ def test_evaluate_shows_perplexity_and_distance_from_the_reference(quantize8, sc
 def test_json_of_evaluate(quantize8, scored):
     source, out, text = scored
     alone = json.loads(quantize8("evaluate", out, "--text", text, "--json")[1])
-    assert set(alone) == {"model", "tokens", "scored", "context", "perplexity", "agreement", "new_outliers"}
+    assert set(alone) == {"model", "tokens", "scored", "context", "perplexity", "agreement"}
     assert set(alone["perplexity"]) == {"value", "low", "high"} and alone["agreement"] is None
-    options = ("--text", text, "--reference", source, "--layers", "--mode", "elementwise", "--threshold", 3)
+    options = ("--text", text, "--reference", source, "--layers", "--mode", "dynamic", "--threshold", 3)
     agreement = json.loads(quantize8("evaluate", out, *options, "--json")[1])["agreement"]
     assert set(agreement) == {"reference", "perplexity", "ratio", "kl", "top1", "layers"}
     assert set(agreement["kl"]) == {"mean", "standard_error", "median", "p99", "max", "by_position"}
@@ -192,8 +196,7 @@ def test_defaults_are_the_operations_own():
         theirs = signature(operation).parameters
         for name, parameter in signature(command).parameters.items():
             if name in theirs:
-                default = parameter.default.value if isinstance(parameter.default, Enum) else parameter.default
-                assert default == theirs[name].default, f"{command.__name__} {name}"
+                assert parameter.default == theirs[name].default, f"{command.__name__} {name}"
 
 
 def test_errors_are_one_line_on_stderr_and_exit_code_1(quantize8, tmp_path):

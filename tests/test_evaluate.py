@@ -96,7 +96,7 @@ def test_a_model_beside_itself_agrees_fully(tiny):
 def test_mode_and_threshold_act_on_the_model_alone(tiny):
     _, int8, text = tiny
     options = {"text": text, "reference": int8, "tokens": 100, "device": "cpu"}
-    as_it_is, off = evaluate(int8, **options), evaluate(int8, threshold=0.5, mode="elementwise", **options)
+    as_it_is, off = evaluate(int8, **options), evaluate(int8, threshold=0.5, mode="dynamic", **options)
     assert off.agreement.perplexity == as_it_is.perplexity and off.agreement.kl.mean > 0
 
 

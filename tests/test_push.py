@@ -100,7 +100,7 @@ def test_the_card_of_a_calibrated_artifact(hub, tmp_path):
     convert(str(source), tmp_path / "out", push_to_hub="me/x", token=TOKEN, **given)
     assert "outlier columns: 3" in card_of(hub, "me/x")[1]
     verify(snapshot_download("me/x", token=TOKEN))
-    assert run("me/x", "w1", max_new_tokens=2, mode="static").tokens
+    assert run("me/x", "w1", max_new_tokens=2, mode="hybrid").tokens
 
 
 def test_pushing_again_replaces_the_artifact_and_nothing_else(hub, tmp_path):

@@ -171,15 +171,22 @@ def test_one_config_opens_the_source_and_what_is_saved_of_it(options, tmp_path):
 
 def test_what_an_int8_folder_leaves_open_is_as_the_given_config_says(tmp_path):
     quantize8.convert(str(llama(tmp_path / "source")), tmp_path / "int8")
-    config = Int8Config(llm_int8_threshold=0.5, llm_int8_skip_modules=["up_proj"], mode="elementwise")
+    config = Int8Config(llm_int8_threshold=0.5, llm_int8_skip_modules=["up_proj"], mode="dynamic")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "int8", quantization_config=config, dtype="auto")
     layer = model.get_submodule(LINEAR)
-    assert (layer.threshold, layer.mode) == (0.5, "elementwise")  # and int8, as it is stored
-    expected, _ = quantize8.load(tmp_path / "int8", mode="elementwise", threshold=0.5, dtype=model.dtype)
+    assert (layer.threshold, layer.mode) == (0.5, "dynamic")  # and int8, as it is stored
+    expected, _ = quantize8.load(tmp_path / "int8", mode="dynamic", threshold=0.5, dtype=model.dtype)
     assert torch.equal(logits(model), logits(expected))
     trained = Int8Config(llm_int8_has_fp16_weight=True)
     with pytest.raises(ValueError, match="this model is stored in int8; give its source, or dequantize it"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "int8", quantization_config=trained)
+
+
+@pytest.mark.parametrize("mode", ["static", "elementwise", "junk"])
+def test_a_config_names_the_modes_there_are(mode):
+    message = f"^Int8Config: mode {mode} is unknown; name one of hybrid, dynamic, bitsandbytes$"
+    with pytest.raises(ValueError, match=message):
+        Int8Config(mode=mode)
 
 
 def test_an_int8_config_is_still_refused_for_other_formats(tmp_path):

@@ -116,15 +116,15 @@ def test_int8_matmul_is_exact_at_the_extremes():
     assert product[0].tolist() == [-127 * 127 * (k - 1) + 127 * 126, -127 * 127 * k, -127 * 127 * k]
 
 
-def test_dynamic_mode_takes_the_whole_column_and_elementwise_only_the_elements():
+def test_dynamic_mode_takes_the_whole_column_and_hybrid_only_the_elements():
     rng = np.random.default_rng(3)
-    weight = weight_of(rng.normal(size=(5, 8)))
-    x = rng.normal(size=(4, 8)).astype(np.float32)
-    x[1, 2] = 9.0
-    dequantized = reference.dequantize(weight.codes, weight.absmax).astype(np.float64)
+    weight = weight_of(rng.normal(size=(5, 80)))
+    x = rng.normal(size=(4, 80)).astype(np.float32)
+    x[1, 2] = 60.0
+    dequantized = weight.codes * reference.scale_of(weight.absmax).astype(np.float64)[:, None]
     codes, scale, _ = reference.quantize_activations(x, 6.0)
     int8 = (codes * scale[:, None].astype(np.float64)) @ dequantized.T
-    for mode, tokens in (("dynamic", range(4)), ("elementwise", [1])):
+    for mode, tokens in (("dynamic", range(4)), ("hybrid", [1])):
         expected = int8.copy()
         for m in tokens:
             expected[m] += (x[m, 2].astype(np.float64) - codes[m, 2] * scale[m].astype(np.float64)) * dequantized[:, 2]
@@ -132,13 +132,13 @@ def test_dynamic_mode_takes_the_whole_column_and_elementwise_only_the_elements()
         np.testing.assert_allclose(product, expected, rtol=1e-6)
 
 
-def test_elementwise_mode_does_not_see_its_neighbours():
+def test_hybrid_mode_does_not_see_its_neighbours():
     rng = np.random.default_rng(4)
-    weight = weight_of(rng.normal(size=(6, 16)))
-    x = rng.normal(size=(20, 16)).astype(np.float32)
-    x[3, 5] = 30.0
-    together = reference.mixed_matmul(x, weight, None, 6.0, "elementwise")
-    alone = np.concatenate([reference.mixed_matmul(row[None], weight, None, 6.0, "elementwise") for row in x])
+    weight = weight_of(rng.normal(size=(6, 80)))
+    x = rng.normal(size=(20, 80)).astype(np.float32)
+    x[3, 5] = 60.0
+    together = reference.mixed_matmul(x, weight, None, 6.0, "hybrid")
+    alone = np.concatenate([reference.mixed_matmul(row[None], weight, None, 6.0, "hybrid") for row in x])
     np.testing.assert_array_equal(together, alone)
     dynamic = reference.mixed_matmul(x, weight, None, 6.0, "dynamic")
     assert (dynamic[0] != reference.mixed_matmul(x[:1], weight, None, 6.0, "dynamic")[0]).any()

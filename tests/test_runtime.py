@@ -111,15 +111,15 @@ def test_decoding_token_by_token_agrees_with_the_exact_weight_only_model(smollm2
     assert (ours - exact).norm() / exact.norm() < 1e-5
 
 
-def test_elementwise_mode_gives_a_sequence_the_same_logits_alone_and_in_a_batch(smollm2_int8, ids):
+def test_hybrid_mode_gives_a_sequence_the_same_logits_alone_and_in_a_batch(smollm2_int8, ids):
     together = ids[:, :160].view(2, 80)
     differences = {}
-    for mode in ("elementwise", "dynamic"):
+    for mode in ("hybrid", "dynamic"):
         model, _ = load(smollm2_int8, mode=mode)
         with torch.inference_mode():
             batch, alone = model(together).logits[0], model(together[:1]).logits[0]
         differences[mode] = (batch - alone).norm().item() / alone.norm().item()
-    assert differences["elementwise"] < 1e-4 < differences["dynamic"]
+    assert differences["hybrid"] < 1e-4 < differences["dynamic"]
 
 
 def test_float16_is_computed_in_float32_on_a_cpu_and_other_types_as_stored(tmp_path):
@@ -189,9 +189,10 @@ def test_batches_of_any_shape_and_none():
     assert torch.equal(layer(torch.zeros(8)), layer.bias)
 
 
-def test_static_mode_needs_stored_columns(tmp_path):
-    with pytest.raises(SourceError, match="no outlier columns for mode static; convert its source with --calibrate"):
-        load(llama(tmp_path / "source"), mode="static")
+@pytest.mark.parametrize("mode", ["static", "elementwise", "junk"])
+def test_another_mode_is_refused_before_anything_is_opened(mode, tmp_path):
+    with pytest.raises(SourceError, match=f"^mode {mode}: unknown; name one of hybrid, dynamic, bitsandbytes$"):
+        load(tmp_path / "nothing", mode=mode)
 
 
 def test_another_quantization_is_refused_in_one_line(tmp_path):

@@ -15,7 +15,7 @@ from quantize8.ops import reference
 
 N, K = 24, 33
 THRESHOLD = 6.0
-MODES = ("bitsandbytes", "dynamic", "elementwise")
+MODES = reference.MODES
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 

@@ -66,7 +66,7 @@ def run(
         max_new_tokens=max_new_tokens,
         compare=compare,
         device=device,
-        mode=mode.value if mode else None,
+        mode=mode,
         chat=chat,
         revision=revision,
         token=token,
@@ -100,7 +100,7 @@ def evaluate(
     build.check(page)
     result = operation(
         model, text=text, reference=reference, context=context, tokens=tokens, layers=layers, device=device,
-        mode=mode.value if mode else None, threshold=threshold, revision=revision, token=token,
+        mode=mode, threshold=threshold, revision=revision, token=token,
     )  # fmt: skip
     show(result, report.evaluation(result), as_json)
     build.write(page, result, model)

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from enum import Enum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-
-class OutlierMode(str, Enum):
-    """Values of --mode."""
-
-    hybrid = "hybrid"
-    static = "static"
-    dynamic = "dynamic"
-    elementwise = "elementwise"
-    bitsandbytes = "bitsandbytes"
-
+if TYPE_CHECKING:
+    from quantize8.ops.reference import OutlierMode
+else:
+    OutlierMode = str  # `load` refuses another word, without NumPy loaded for it here
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Page = Annotated[
@@ -25,7 +18,7 @@ Page = Annotated[
 ]
 Mode = Annotated[
     OutlierMode | None,
-    typer.Option(help="What is corrected for outliers.  [default: hybrid where calibrated, else dynamic]"),
+    typer.Option(help="hybrid, dynamic or bitsandbytes.  [default: hybrid where calibrated, else dynamic]"),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 Token = Annotated[

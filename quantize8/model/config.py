@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantize8.artifact.bitsandbytes import quantization_config
 from quantize8.checkpoint.bitsandbytes import is_int8
-from quantize8.ops.reference import DEFAULT_THRESHOLD, OutlierMode
+from quantize8.ops.reference import DEFAULT_THRESHOLD, MODES, OutlierMode
 
 METHOD = "quantize8"  # in memory only: a loader without quantize8 would read a folder of this name as noise
 
@@ -27,9 +27,9 @@ class Int8Config(QuantizationConfigMixin):
     leave in floating point, None for transformers' choice (the output head, tied weights);
     llm_int8_enable_fp32_cpu_offload, leave in floating point what device_map puts on "cpu" or "disk", which else
     computes in int8 there; llm_int8_has_fp16_weight, keep the weights in floating point, for training them;
-    mode, "bitsandbytes" for its results bit for bit on a CPU, "dynamic", "elementwise" or "hybrid" for less error;
+    mode, "bitsandbytes" for its results bit for bit on a CPU, "dynamic" or "hybrid" for less error;
     quantize_experts, also those of mixture-of-experts models, which bitsandbytes leaves in floating point.
-    Raises: ValueError for load_in_8bit=False, and for a threshold that is no number from 0.
+    Raises: ValueError for load_in_8bit=False, a threshold that is no number from 0, and a mode that there is not.
     """
 
     def __init__(
@@ -49,6 +49,8 @@ class Int8Config(QuantizationConfigMixin):
             raise ValueError(f"Int8Config: {unknown} is not for int8; use transformers' BitsAndBytesConfig for 4-bit")
         if not llm_int8_threshold >= 0:
             raise ValueError(f"Int8Config: llm_int8_threshold {llm_int8_threshold} must be 0 (off) or positive")
+        if mode not in MODES:
+            raise ValueError(f"Int8Config: mode {mode} is unknown; name one of {', '.join(MODES)}")
         self.quant_method = METHOD
         self.load_in_8bit = True
         self.llm_int8_threshold = float(llm_int8_threshold)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize8.model.linear import Int8Linear
-from quantize8.ops.reference import OutlierMode
+from quantize8.ops.reference import LayerMode
 
 PROJECTIONS = ("gate_up_proj", "down_proj")  # [E, 2 I, H] and [E, H, I]: E experts of inner width I
 SCALE = "_SCB"  # appended to a projection's name: its absmax float32 [E, N]
@@ -17,7 +17,7 @@ SCALE = "_SCB"  # appended to a projection's name: its absmax float32 [E, N]
 class Int8Experts(nn.Module):
     """The experts of `source` in int8. While a model is loaded they are two tensors; then `split` makes them layers."""
 
-    def __init__(self, source: nn.Module, threshold: float, mode: OutlierMode) -> None:
+    def __init__(self, source: nn.Module, threshold: float, mode: LayerMode) -> None:
         super().__init__()
         self.threshold, self.mode = threshold, mode
         self._source: Any

@@ -13,15 +13,12 @@ from quantize8.errors import WeightError
 from quantize8.model.weight import Int8Weight
 from quantize8.ops import bitsandbytes
 from quantize8.ops.operator import linear, packed_linear
-from quantize8.ops.reference import DECODE_TOKENS, DEFAULT_THRESHOLD, INT8_MAX, STATIC_MODES, OutlierMode
+from quantize8.ops.reference import DECODE_TOKENS, DEFAULT_THRESHOLD, INT8_MAX, STATIC_MODES, LayerMode
 
 if TYPE_CHECKING:
     from quantize8.ops.packed import PackedWeight
 
 _PACKING = threading.Lock()  # two threads may compute with one layer
-# In these modes neither a token's neighbours nor the batch may matter: what is short enough for the decode path goes
-# there in any batch, a few sequences at a time.
-_BATCH_INVARIANT = ("elementwise", *STATIC_MODES)
 
 
 class Int8Linear(nn.Linear):
@@ -41,7 +38,7 @@ class Int8Linear(nn.Linear):
         out_features: int,
         bias: bool = True,
         threshold: float = DEFAULT_THRESHOLD,
-        mode: OutlierMode = "dynamic",
+        mode: LayerMode = "dynamic",
         device: Any = None,
     ) -> None:
         nn.Module.__init__(self)
@@ -49,8 +46,6 @@ class Int8Linear(nn.Linear):
         self.threshold, self.mode = threshold, mode
         self.transposed = False  # whether it stands for a Conv1D, which is stored [K, N] in floating point
         self._packed: PackedWeight | None = None
-        # bool [K]: columns that joined the outliers on other paths than the packed one
-        self._seen: Tensor | None = None
         codes = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
         self._parameters["weight"] = nn.Parameter(codes, requires_grad=False)
         self.SCB = nn.Parameter(torch.empty(out_features, dtype=torch.float32, device=device), requires_grad=False)
@@ -114,7 +109,9 @@ class Int8Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype; on a GPU, launches that wait for nothing."""
         flat = x.reshape(-1, self.in_features)
-        if self.mode in _BATCH_INVARIANT and x.dim() > 2 and x.shape[-2] <= DECODE_TOKENS < len(flat):
+        # In these modes neither a token's neighbours nor the batch may matter: what is short enough for the decode path
+        # goes there in any batch, a few sequences at a time.
+        if self.mode in STATIC_MODES and x.dim() > 2 and x.shape[-2] <= DECODE_TOKENS < len(flat):
             product = torch.cat([self._product(few) for few in flat.split(DECODE_TOKENS)])
         else:
             product = self._product(flat)
@@ -127,8 +124,6 @@ class Int8Linear(nn.Linear):
             if self._packed is not None:
                 self.unpack()
             columns = self._static_columns() if self.mode in STATIC_MODES else (None, None)
-            if self.mode == "static" and not x.is_cuda and not torch.compiler.is_compiling():
-                self._look_for_outliers(x)
             product = linear(x, self._stored(), self.SCB, self.bias, self.threshold, self.mode, *columns)
         elif torch.compiler.is_compiling():
             product = packed_linear(x, self.pack().parts, self.bias, self.out_features, self.threshold, self.mode)
@@ -137,25 +132,6 @@ class Int8Linear(nn.Linear):
         else:
             product = self.pack().linear(x, self.bias, self.threshold, self.mode)
         return product
-
-    def new_outliers(self) -> int:
-        """In mode static, how many columns besides the stored ones have reached the threshold at prefill so far.
-
-        On a GPU and under torch.compile nothing looks for them.
-        """
-        packed, seen = self._packed, self._seen
-        if self.mode != "static":
-            return 0
-        if packed is not None and packed.static is not None:
-            seen = packed.static.marks > 0 if seen is None else seen | (packed.static.marks > 0)
-        return 0 if seen is None else int(seen.sum())
-
-    def _look_for_outliers(self, x: Tensor) -> None:
-        """What the packed weight does by the way, for other paths: note columns that join the outliers at prefill."""
-        if self.threshold > 0 and len(x) > DECODE_TOKENS:
-            over = (x.detach().abs() >= self.threshold).any(0)
-            over[self._static_columns()[0].long()] = False
-            self._seen = over if self._seen is None else self._seen | over
 
     def _static_columns(self) -> tuple[Tensor, Tensor]:
         """outlier_columns and outlier_weight; empty where the artifact stores none for this layer."""

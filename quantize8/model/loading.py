@@ -18,7 +18,7 @@ from quantize8.checkpoint.structure import structure_of
 from quantize8.checkpoint.tokenizer import check_tokenizer
 from quantize8.errors import ArtifactError, DependencyError, Quantize8Error, SourceError, first_line
 from quantize8.ops.choice import resolve
-from quantize8.ops.reference import DEFAULT_THRESHOLD, STATIC_MODES, OutlierMode
+from quantize8.ops.reference import DEFAULT_THRESHOLD, MODES, OutlierMode
 
 _ADAPTER = "adapter_config.json"  # by which transformers would read further weights, with readers that are not ours
 
@@ -49,8 +49,11 @@ def load(
     the outlier correction: mode None for hybrid where the artifact was calibrated, else dynamic, threshold None for
     the stored one.
     Returns: the model in eval mode; its tokenizer, None where the folder has none.
-    Raises: SourceError where the folder is missing, is quantized in a way not read, or needs code of its own to run.
+    Raises: SourceError where the folder is missing, is quantized in a way not read, or needs code of its own to run,
+    and for a mode that there is not.
     """
+    if mode is not None and mode not in MODES:
+        raise SourceError(f"mode {mode}: unknown; name one of {', '.join(MODES)}")
     with quiet():
         # opening tells what is missing, cut or lying in one line, before transformers meets it
         checkpoint = open_checkpoint(str(path), revision=revision, token=token)
@@ -58,8 +61,6 @@ def load(
         if (stored.folder / _ADAPTER).exists():
             raise SourceError(f"{path}: holds an adapter ({_ADAPTER}), which is not run; merge it, or move it away")
         calibrated = has_outliers(stored.folder)
-        if mode == "static" and not calibrated:
-            raise SourceError(f"{path}: holds no outlier columns for mode static; convert its source with --calibrate")
         mode = mode or ("hybrid" if calibrated else "dynamic")
         if checkpoint.decoded and device_map in ("auto", "cuda"):
             device_map = device_map if resolve(device_map) == "cuda" else "cpu"
@@ -69,7 +70,7 @@ def load(
         else:
             native = _with_int8_entry(native_of(stored), stored, mode, threshold)
             model = _built(native, stored.folder, stored.folder, trust_remote_code=False, **given)
-        if mode in STATIC_MODES and calibrated:
+        if mode == "hybrid" and calibrated:
             _give_outliers(model, checkpoint, stored.folder)
         return model.eval(), find_tokenizer(checkpoint)
 
@@ -142,10 +143,7 @@ def _built(native: Native, where: Path, source: Path | None, **given: Any) -> An
 
 
 def _give_outliers(model: Any, checkpoint: Checkpoint, folder: Path) -> None:
-    """Give the int8 layers of a model the outlier columns that were stored for them.
-
-    In mode static, layers that were not calibrated, such as experts, look for outliers element by element: alone, too.
-    """
+    """Give the int8 layers of a model the outlier columns that were stored for them; experts, say, have none."""
     import torch
 
     from quantize8.model.linear import Int8Linear
@@ -160,9 +158,6 @@ def _give_outliers(model: Any, checkpoint: Checkpoint, folder: Path) -> None:
         device = torch.device("cpu") if layer.SCB.is_meta else layer.SCB.device
         layer.outlier_columns = torch.from_numpy(found.columns).to(device)
         layer.outlier_weight = torch.from_numpy(found.weight).to(device)
-    for layer in layers.values():
-        if isinstance(layer, Int8Linear) and layer.mode == "static" and layer.outlier_columns is None:
-            layer.mode = "elementwise"
 
 
 def _entry(threshold: float, skip_modules: Any, mode: OutlierMode, int8_experts: bool) -> dict[str, Any]:

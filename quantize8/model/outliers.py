@@ -24,7 +24,7 @@ class StaticColumns:
 
     columns: int  # J
     bytes: int  # of those of them that are stored exactly: 2 N E
-    error: float  # expected relative error of the output in mode static; of all layers, the mean
+    error: float  # expected relative error of the output with these columns alone; of all layers, the mean
 
 
 @dataclass(frozen=True)

@@ -44,17 +44,6 @@ def open_for_text(
     return loaded, tokenizer
 
 
-def new_outliers(model: Any) -> int | None:
-    """Columns, summed over layers, that reached the threshold in mode static and are not stored; None in other modes.
-
-    They were multiplied in int8: many of them say that the calibration's text was unlike this one.
-    """
-    from quantize8.model.linear import Int8Linear
-
-    layers = [module for module in model.modules() if isinstance(module, Int8Linear) and module.mode == "static"]
-    return sum(layer.new_outliers() for layer in layers) if layers else None
-
-
 @contextmanager
 def streamed_with_text(checkpoint: Checkpoint, text: str, tokens: int) -> Iterator[tuple[Any, Any]]:
     """A streamed model, and the first tokens of a text as ids [T], at most as many as the model takes.

@@ -17,7 +17,7 @@ from quantize8.errors import SourceError, WeightError
 from quantize8.model.linear import Int8Linear, checked_quantize, quantize
 from quantize8.ops import cpu
 from quantize8.ops.operator import linear
-from quantize8.ops.reference import DEFAULT_THRESHOLD, INT8_MAX, OutlierMode
+from quantize8.ops.reference import DEFAULT_THRESHOLD, INT8_MAX, LayerMode
 
 _ON_A_CODE = 1e-4  # steps: nearer to a code than this is float32's rounding, not what an adapter adds
 
@@ -34,7 +34,7 @@ class TrainableInt8Linear(nn.Linear):
         out_features: int,
         bias: bool = True,
         threshold: float = DEFAULT_THRESHOLD,
-        mode: OutlierMode = "dynamic",
+        mode: LayerMode = "dynamic",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -108,7 +108,7 @@ class _Int8Product(torch.autograd.Function):
         codes: Tensor,
         absmax: Tensor,
         threshold: float,
-        mode: OutlierMode,
+        mode: LayerMode,
     ) -> Tensor:
         ctx.save_for_backward(x, codes, absmax)
         ctx.threshold, ctx.dtype, ctx.bias = threshold, weight.dtype, None if bias is None else bias.dtype

@@ -25,7 +25,7 @@ import numpy as np
 from quantize8.errors import SourceError
 from quantize8.model.loading import quiet
 from quantize8.model.scoring import Pairs, check_context, compare, likelihoods
-from quantize8.model.text import new_outliers, open_for_text, read_text
+from quantize8.model.text import open_for_text, read_text
 from quantize8.ops.reference import Array, OutlierMode
 from quantize8.resources import TEXT
 
@@ -99,7 +99,6 @@ class Evaluation:
     context: int  # tokens of a window
     perplexity: Estimate
     agreement: Agreement | None = field(default=None)  # with a reference
-    new_outliers: int | None = None  # in mode static: columns, summed over layers, that were no outliers in calibration
 
 
 def evaluate(
@@ -134,14 +133,14 @@ def evaluate(
     if reference is None:
         context = _limit(context, loaded)
         nll = likelihoods(loaded, ids, context)
-        return Evaluation(model, len(ids), len(nll), context, _perplexity(nll), None, new_outliers(loaded))
+        return Evaluation(model, len(ids), len(nll), context, _perplexity(nll), None)
     other, its_tokenizer = _open(reference, device, token=token)
     if not _encode(its_tokenizer, content, tokens).equal(ids):
         raise SourceError(f"{reference}: its tokenizer splits the text otherwise; take a reference with the same one")
     context = _limit(context, loaded, other)
     pairs = compare(loaded, other, ids, context, layers)
-    agreement, new = _agreement(reference, pairs), new_outliers(loaded)
-    return Evaluation(model, len(ids), len(pairs.nll), context, _perplexity(pairs.nll), agreement, new)
+    agreement = _agreement(reference, pairs)
+    return Evaluation(model, len(ids), len(pairs.nll), context, _perplexity(pairs.nll), agreement)
 
 
 def perplexity(model: Any, ids: Tensor, context: int = DEFAULT_CONTEXT) -> Perplexity:

@@ -11,7 +11,7 @@ from quantize8.errors import SourceError
 from quantize8.memory import peak_rss
 from quantize8.model.loading import quiet
 from quantize8.model.scoring import compare_continuation
-from quantize8.model.text import new_outliers, open_for_text
+from quantize8.model.text import open_for_text
 from quantize8.ops.reference import OutlierMode
 
 DEFAULT_PROMPT = "The capital of France is"
@@ -30,7 +30,6 @@ class Generation:
     decode_tokens_per_s: float  # 0 where a single token was generated
     weight_bytes: int  # parameters and buffers
     peak_rss_bytes: int  # of this process so far
-    new_outliers: int | None = None  # in mode static: columns, summed over layers, that were no outliers in calibration
 
 
 @dataclass(frozen=True)
@@ -70,16 +69,16 @@ def run(
     With `compare` the source continues it, too, and both then predict the source's continuation token by token; both
     models are in memory at once.
 
-    Args: model and compare, folders, GGUF files or hub ids; device, auto, cpu or cuda; mode, as in `load`, static for
-    `model` alone; chat, put the prompt through the model's chat template; revision, of `model` on the hub; on_text,
-    called with pieces of the continuation.
+    Args: model and compare, folders, GGUF files or hub ids; device, auto, cpu or cuda; mode, as in `load`;
+    chat, put the prompt through the model's chat template; revision, of `model` on the hub; on_text, called with pieces
+    of the continuation.
     Raises: SourceError where a model cannot be opened or does not generate text.
     """
     loaded, tokenizer = open_for_text(model, device, mode, revision, token)
     first = generate(model, loaded, tokenizer, prompt, max_new_tokens, chat, on_text)
     if compare is None:
         return first
-    other, its_tokenizer = open_for_text(compare, device, None if mode == "static" else mode, token=token)
+    other, its_tokenizer = open_for_text(compare, device, mode, token=token)
     second = generate(compare, other, its_tokenizer, prompt, max_new_tokens, chat)
     prompts = [_encode(each, prompt, chat)[0] for each in (tokenizer, its_tokenizer)]
     return replace(compared(first, second), agreement=_agreement(loaded, other, prompts, second.tokens))
@@ -140,7 +139,6 @@ def generate(
         decode_tokens_per_s=(len(tokens) - 1) / (last - first) if len(tokens) > 1 else 0.0,
         weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         peak_rss_bytes=peak_rss(),
-        new_outliers=new_outliers(model),
     )
 
 

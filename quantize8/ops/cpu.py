@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from quantize8.ops import units
-from quantize8.ops.reference import Array, ColumnStats, Int8Weight, OutlierMode, fixed_columns
+from quantize8.ops.reference import Array, ColumnStats, Int8Weight, LayerMode, fixed_columns
 from quantize8.ops.scales import CLIPS, LEAST_SCALE, ScaleSearch
 from quantize8.ops.units import check, pointer
 
@@ -77,9 +77,7 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     return PackedWeight(b, b.new_ones(len(b)).float()).multiply(a)
 
 
-def linear(
-    x: Tensor, weight: Int8Weight, bias: Tensor | None, threshold: float, mode: OutlierMode = "dynamic"
-) -> Tensor:
+def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None, threshold: float, mode: LayerMode = "dynamic") -> Tensor:
     """`reference.linear` on torch tensors: x [M, K] -> [M, N] in x's dtype.
 
     The weight is packed for this one call: `PackedWeight` is for those that serve again.

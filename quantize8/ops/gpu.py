@@ -8,12 +8,16 @@ Arguments are torch tensors on one GPU. DependencyError where kernels cannot run
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from functools import cache
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from quantize8.errors import DeviceWarning
 from quantize8.ops import kernels
 from quantize8.ops.device import gpu_of
 from quantize8.ops.kernels import CHUNK, TENSOR_CORES, WARP, Capability, ceil_div
@@ -23,13 +27,14 @@ from quantize8.ops.reference import (
     STATS_TILE_ROWS,
     ColumnStats,
     Int8Weight,
-    OutlierMode,
+    LayerMode,
     fixed_columns,
 )
 
 _ROWS_OF_A_BLOCK = 16  # of quantize_rowwise without statistics; with them it is a tile, whose sums one block makes
 _LIBRARY_TOKENS = 24  # the least M, a multiple of 8 over 16, that torch._int_mm takes everywhere
 _LIBRARY_MULTIPLE = 8  # of K and N, as it demands
+GpuMode = Literal["dynamic", "static"]  # that there are kernels for
 _int_mm = torch._int_mm  # cuBLAS's; tests without a GPU put an exact one of the CPU in its place
 
 
@@ -127,11 +132,9 @@ def quantize_activations(x: Tensor, threshold: float) -> Activations:
 
 
 def mixed_matmul(
-    x: Tensor, weight: Int8Weight, bias: Tensor | None, threshold: float, mode: OutlierMode = "dynamic"
+    x: Tensor, weight: Int8Weight, bias: Tensor | None, threshold: float, mode: GpuMode = "dynamic"
 ) -> Tensor:
     """`reference.mixed_matmul`: x [M, K] -> [M, N] in x's dtype, summed in float32."""
-    if mode == "hybrid":  # which no kernel computes yet: what comes nearest
-        mode = "dynamic" if weight.outlier_columns is None or not len(weight.outlier_columns) else "static"
     if mode == "static":
         return _static_matmul(x, weight, bias)
     x = _dense(x)
@@ -141,10 +144,9 @@ def mixed_matmul(
         return y
     gpu = gpu_of(x.device.index)
     quantized = quantize_activations(x, threshold)
-    elements_from = float(threshold) if mode == "elementwise" else 0.0
     codes = _dense(weight.codes)
     operands = [quantized.codes, quantized.scale, codes, weight.absmax, _like(bias, x)]
-    rest = [x, quantized.outliers, quantized.count, elements_from, y, tokens, rows, columns]
+    rest = [x, quantized.outliers, quantized.count, y, tokens, rows, columns]
     if _on_tensor_cores(x, columns, gpu.capability):
         tile = kernels.choose_tile(gpu.capability, gpu.processors, tokens, rows)
         kernel = kernels.mixed(kernels.number_of(x), tile)
@@ -206,13 +208,31 @@ def _weight_only(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
     return y
 
 
-def linear(
-    x: Tensor, weight: Int8Weight, bias: Tensor | None, threshold: float, mode: OutlierMode = "dynamic"
-) -> Tensor:
-    """`reference.linear`: x [M, K] -> [M, N] in x's dtype."""
+def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None, threshold: float, mode: LayerMode = "dynamic") -> Tensor:
+    """`reference.linear`: x [M, K] -> [M, N] in x's dtype.
+
+    A mode without a kernel is computed as the one that comes nearest, and a DeviceWarning says so, once a process.
+    """
+    computed = _with_kernel(mode, weight)
     if len(x) <= DECODE_TOKENS:
         return weight_only_matmul(x, weight, bias)
-    return mixed_matmul(x, weight, bias, threshold, mode)
+    return mixed_matmul(x, weight, bias, threshold, computed)
+
+
+def _with_kernel(mode: LayerMode, weight: Int8Weight) -> GpuMode:
+    if mode == "dynamic" or mode == "static":
+        return mode
+    if mode == "hybrid" and weight.outlier_columns is not None and len(weight.outlier_columns):
+        _say("a GPU has no kernel for mode hybrid; going on with its stored columns alone")
+        return "static"
+    # bitsandbytes' own kernels round otherwise than its CPU code, and are not reproduced
+    _say(f"a GPU has no kernel for mode {mode}; going on with dynamic")
+    return "dynamic"
+
+
+@cache
+def _say(message: str) -> None:
+    warnings.warn(f"{message}; a CPU computes it as asked", DeviceWarning, stacklevel=2)
 
 
 def _on_tensor_cores(x: Tensor, columns: int, capability: Capability) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantize8.ops.reference import INT8_MAX, Int8Weight, OutlierMode
+from quantize8.ops.reference import INT8_MAX, Int8Weight, LayerMode
 
 _LIBRARY = torch.library.Library("quantize8", "DEF")
 _LIBRARY.define(
@@ -32,7 +32,7 @@ def _on_cpu(
     absmax: Tensor,
     bias: Tensor | None,
     threshold: float,
-    mode: OutlierMode,
+    mode: LayerMode,
     *outliers: Tensor | None,
 ) -> Tensor:
     from quantize8.ops import bitsandbytes, cpu
@@ -50,13 +50,11 @@ def _on_gpu(
     absmax: Tensor,
     bias: Tensor | None,
     threshold: float,
-    mode: OutlierMode,
+    mode: LayerMode,
     *outliers: Tensor | None,
 ) -> Tensor:
     from quantize8.ops import gpu
 
-    # bitsandbytes' kernels round otherwise than its CPU code, and are not reproduced
-    mode = "dynamic" if mode == "bitsandbytes" else mode
     return gpu.linear(x, Int8Weight(codes, absmax, *outliers), bias, threshold, mode)
 
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from quantize8.errors import WeightError
 from quantize8.ops import units
-from quantize8.ops.reference import INT8_MAX, OutlierMode
+from quantize8.ops.reference import INT8_MAX, LayerMode
 from quantize8.ops.units import BLOCK_N, GROUP_K, LARGEST_K, STEP_BYTES, STEP_K, LinearCall, Unit
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum dtype of cpu/quantize8.h
-_MODES = {"dynamic": 0, "elementwise": 1, "static": 2, "hybrid": 3}  # enum mode of cpu/linear.c
+_MODES = {"dynamic": 0, "static": 1, "hybrid": 2}  # enum mode of cpu/linear.c
 _SECOND_DIGIT = 254  # a stored weight's second digit counts 254ths of a step: twice the largest code
 _SHARING: set[Unit] = set()  # units whose library knows torch's threads
 
@@ -53,8 +53,7 @@ class PackedWeight:
                 raise WeightError(f"an outlier column is not one of 0 to {codes.shape[1] - 1}")
             second = _second_digits(codes, absmax, wide[: exact.shape[1]], exact)
             self.tiles, self.code_sums = self._pack(codes, second)
-            marks = torch.zeros(codes.shape[1], dtype=torch.int32)
-            self.static = StaticColumns(wide, exact.shape[1], *self._pack(codes[:, wide]), marks)
+            self.static = StaticColumns(wide, exact.shape[1], *self._pack(codes[:, wide]))
         self._call = _call_of(self.parts, self.shape, self.static)
 
     def _pack(self, *parts: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,44 +102,43 @@ class PackedWeight:
             parts += [self.static.wide, self.static.wide[: self.static.exact], self.static.tiles, self.static.code_sums]
         return parts
 
-    def linear(self, x: Tensor, bias: Tensor | None, threshold: float, mode: OutlierMode) -> Tensor:
-        """`reference.linear`: x [M, K] -> [M, N] in x's dtype. Static and hybrid, or dynamic and elementwise."""
+    def linear(self, x: Tensor, bias: Tensor | None, threshold: float, mode: LayerMode) -> Tensor:
+        """`reference.linear`: x [M, K] -> [M, N] in x's dtype. Static and hybrid, or dynamic."""
         return _linear(self._library, LinearCall.from_buffer_copy(self._call), x, bias, threshold, mode)
 
-    def encode(self, x: Tensor, threshold: float, mode: OutlierMode) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def encode(self, x: Tensor, threshold: float, mode: LayerMode) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The codes of x [M, K] that prefill multiplies.
 
         Returns: int8 [M, K], the low digits; int8 [M, K], the high ones of modes static and hybrid, where x has two;
-        float32 [M], the scale of a low digit; bool [K], outlier columns of modes dynamic and elementwise.
+        float32 [M], the scale of a low digit; bool [K], outlier columns of mode dynamic.
         """
         return _encode(self._library, LinearCall.from_buffer_copy(self._call), x, threshold, mode)
 
 
 class StaticColumns:
-    """What modes static and hybrid need beside a packed weight: its outlier columns' codes, and who joined since.
+    """What modes static and hybrid need beside a packed weight: its outlier columns' codes.
 
-    wide: int64 [J]; exact, how many of them have a second digit; tiles and sums, their packed codes; marks int32 [K],
-    1 at another column that reached the threshold.
+    wide: int64 [J]; exact, how many of them have a second digit; tiles and sums, their packed codes.
     """
 
-    def __init__(self, wide: Tensor, exact: int, tiles: Tensor, sums: Tensor, marks: Tensor) -> None:
-        self.wide, self.exact, self.tiles, self.code_sums, self.marks = wide.contiguous(), exact, tiles, sums, marks
+    def __init__(self, wide: Tensor, exact: int, tiles: Tensor, sums: Tensor) -> None:
+        self.wide, self.exact, self.tiles, self.code_sums = wide.contiguous(), exact, tiles, sums
 
 
 def encode(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Codes int8 [M, K] of x [M, K], 0 at elements with |x| >= threshold (0: none), and their scale float32 [M]."""
-    codes, _, scale, _ = _encode(_library(units.chosen()), LinearCall(columns=x.shape[1]), x, threshold, "elementwise")
+    codes, _, scale, _ = _encode(_library(units.chosen()), LinearCall(columns=x.shape[1]), x, threshold, "dynamic")
     return codes, scale
 
 
 def linear(
     x: Tensor, parts: list[Tensor], bias: Tensor | None, out_features: int, threshold: float, mode: str
 ) -> Tensor:
-    """`PackedWeight.linear` on its `parts`; columns that join those of mode static are not noted."""
+    """`PackedWeight.linear` on its `parts`."""
     static = None
     if len(parts) > 3:
         wide, exact, tiles, sums = parts[3:]
-        static = StaticColumns(wide, len(exact), tiles, sums, torch.zeros(x.shape[1], dtype=torch.int32))
+        static = StaticColumns(wide, len(exact), tiles, sums)
     return _linear(
         _library(units.chosen()), _call_of(parts, (out_features, x.shape[1]), static), x, bias, threshold, mode
     )
@@ -155,7 +153,6 @@ def _call_of(parts: list[Tensor], shape: tuple[int, int], static: StaticColumns 
     if static is not None:
         call.wide, call.wide_count, call.exact = static.wide.data_ptr(), len(static.wide), static.exact
         call.apart, call.apart_sums = static.tiles.data_ptr(), static.code_sums.data_ptr()
-        call.marks = static.marks.data_ptr()
     return call
 
 

@@ -17,14 +17,16 @@ rounding that result to its output type. Arrays are NumPy's; bfloat16 is `ml_dty
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-OutlierMode = Literal["dynamic", "elementwise", "static", "hybrid", "bitsandbytes"]  # the last: ops/bitsandbytes.py
+OutlierMode = Literal["hybrid", "dynamic", "bitsandbytes"]  # to choose from; the last: ops/bitsandbytes.py
+LayerMode = Literal[OutlierMode, "static"]  # static: of hybrid the stored columns alone, which is what a GPU computes
 
+MODES: tuple[OutlierMode, ...] = get_args(OutlierMode)
 STATIC_MODES = ("static", "hybrid")  # which know outlier columns beforehand
 INT8_MAX = 127  # -128 is never used, so that codes are symmetric, as in bitsandbytes
 FLOAT16_MAX = 65504.0  # a larger weight becomes infinite in float16, the type that weights are quantized from
@@ -160,21 +162,21 @@ def int8_matmul(a: Array, b: Array) -> Array:
 
 
 def mixed_matmul(
-    x: Array, weight: Int8Weight, bias: Array | None, threshold: float, mode: OutlierMode = "dynamic"
+    x: Array, weight: Int8Weight, bias: Array | None, threshold: float, mode: LayerMode = "dynamic"
 ) -> Array:
     """Mixed-precision product of the paper's figure 2: int8 for all, 16-bit for what int8 misses of the outliers.
 
     Args: x [M, K]; bias [N] or None; threshold, 0 for plain int8. mode "dynamic": a column with one outlier element is
-    corrected for every token (LLM.int8() as published). "elementwise": only the outlier elements are corrected, so a
-    token does not depend on its neighbours. "static": the columns listed with the weight are, and no others. "hybrid":
-    these, and the elements that stand out of their token.
+    corrected for every token (LLM.int8() as published). "static": the columns listed with the weight are, and no
+    others. "hybrid": these, and the elements that stand out of their token, so that it does not depend on its
+    neighbours.
     Raises ValueError for mode "static" where the weight has no stored columns.
     Returns: float64 [M, N], exact but for float64's own rounding.
     """
     codes, scale, outliers = quantize_activations(x, threshold, fixed_columns(weight, mode), mode == "hybrid")
     columns = np.flatnonzero(outliers.any(axis=0))
     residual = x.astype(np.float64) - codes * scale[:, None].astype(np.float64)
-    if mode in ("elementwise", "hybrid"):
+    if mode == "hybrid":
         residual = np.where(outliers, residual, 0.0)
     product = int8_matmul(codes, weight.codes) * scale[:, None].astype(np.float64)
     product = product * scale_of(weight.absmax).astype(np.float64)
@@ -188,14 +190,14 @@ def weight_only_matmul(x: Array, weight: Int8Weight, bias: Array | None) -> Arra
     return product if bias is None else product + bias.astype(np.float64)
 
 
-def linear(x: Array, weight: Int8Weight, bias: Array | None, threshold: float, mode: OutlierMode = "dynamic") -> Array:
+def linear(x: Array, weight: Int8Weight, bias: Array | None, threshold: float, mode: LayerMode = "dynamic") -> Array:
     """What a quantized linear layer computes: x [M, K] -> float64 [M, N], by the path that M calls for."""
     if len(x) <= DECODE_TOKENS:
         return weight_only_matmul(x, weight, bias)
     return mixed_matmul(x, weight, bias, threshold, mode)
 
 
-def fixed_columns(weight: Int8Weight, mode: OutlierMode) -> Any:
+def fixed_columns(weight: Int8Weight, mode: LayerMode) -> Any:
     """The outlier columns of a mode that knows them beforehand; None where the activations decide."""
     if mode not in STATIC_MODES:
         return None

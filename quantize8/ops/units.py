@@ -48,7 +48,7 @@ class LinearCall(Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("x", "out", "weight", "scale", "code_sums", "bias")),
-        *((name, c_void_p) for name in ("wide", "apart", "apart_sums", "marks")),
+        *((name, c_void_p) for name in ("wide", "apart", "apart_sums")),
         *((name, c_int64) for name in ("tokens", "columns", "outputs", "wide_count", "exact")),
         ("threshold", c_float),
         *((name, c_int32) for name in ("dtype", "mode", "threads")),

@@ -95,8 +95,6 @@ def evaluation(result: Evaluation) -> RenderableType:
     rows = table(("", "left"), ("", "left"))
     rows.add_row("text", f"{result.tokens} tokens in windows of {result.context}, {result.scored} scored")
     rows.add_row("perplexity", _estimate(result.perplexity, 3))
-    if result.new_outliers is not None:
-        rows.add_row("new outliers", f"{result.new_outliers} columns that calibration did not store")
     if result.agreement is None:
         return rows
     found, kl = result.agreement, result.agreement.kl
@@ -170,11 +168,10 @@ def _feature(entry: Feature) -> str:
 
 
 def _speed(result: Generation) -> str:
-    new = "" if result.new_outliers is None else f", {result.new_outliers} outlier columns that are not stored"
     return (
         f"prefill {result.prompt_tokens} tokens at {result.prefill_tokens_per_s:.0f}/s, "
         f"decode {len(result.tokens)} at {result.decode_tokens_per_s:.1f}/s, "
-        f"weights {size(result.weight_bytes)}, peak memory {size(result.peak_rss_bytes)}{new}"
+        f"weights {size(result.weight_bytes)}, peak memory {size(result.peak_rss_bytes)}"
     )
 
 

@@ -52,8 +52,8 @@ int main(int count, char **names) {
   if (memcmp(again, codes, (size_t)(N * K))) return 3;
 
   char *out = calloc((size_t)(M * N * bytes + 1), 1);
-  int32_t *products = calloc((size_t)(M * N + 1), 4), *marks = calloc((size_t)(K + 1), 4);
-  struct q8_linear call = {x, out, tiles, scale, sums[0], NULL, wide, apart, sums[2], marks, M, K, N, J, E,
+  int32_t *products = calloc((size_t)(M * N + 1), 4);
+  struct q8_linear call = {x, out, tiles, scale, sums[0], NULL, wide, apart, sums[2], M, K, N, J, E,
                            threshold, (int32_t)n[5], (int32_t)n[6], (int32_t)n[7]};
   if (q8_linear(&call) || q8_multiply(x_codes, M, K, plain, sums[1], N, (int)n[7], products)) return 4;
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cuda_on_cpu.emulation import ORDERS, EmulatedGpu
 
+from quantize8.errors import DeviceWarning
 from quantize8.ops import gpu, kernels, reference
 from quantize8.ops.reference import ColumnStats, Int8Weight
 
@@ -222,17 +223,15 @@ PRODUCTS = [  # capability, processors, dtype, tokens, out features, in features
 ]
 
 
-@pytest.mark.parametrize("mode", ["dynamic", "elementwise"])
+@pytest.mark.parametrize("order", [1, 3])
 @pytest.mark.parametrize("case", PRODUCTS, ids=lambda case: case[-1])
-def test_mixed_matmul(on, case, mode):
+def test_mixed_matmul(on, case, order):
     capability, processors, dtype, tokens, out_features, in_features, outliers, _ = case
-    emulated = on(capability, order=3 if mode == "dynamic" else 1, processors=processors)
+    emulated = on(capability, order=order, processors=processors)
     x, weight = activations_of(tokens, in_features, dtype, outliers), layer_of(out_features, in_features)
     for bias, threshold in ((torch.randn(out_features).to(dtype), 6.0), (None, 0.0)):
-        exact = reference.mixed_matmul(
-            numpy(x), as_numpy(weight), None if bias is None else numpy(bias), threshold, mode
-        )
-        y = gpu.mixed_matmul(x, weight, bias, threshold, mode)
+        exact = reference.mixed_matmul(numpy(x), as_numpy(weight), None if bias is None else numpy(bias), threshold)
+        y = gpu.mixed_matmul(x, weight, bias, threshold)
         assert y.shape == exact.shape and y.dtype == dtype
         assert error_over_rounding(y, exact) <= 1.05
     assert len(emulated.launched) == 4
@@ -321,5 +320,21 @@ def test_static_columns_up_to_two_roundings(on, dtype, tokens, exact):
     least = np.linalg.norm(torch.from_numpy(expected).to(dtype).double().numpy() - expected)
     assert np.linalg.norm(y.double().numpy() - expected) <= 2 * least
     assert gpu.linear(x[:0], calibrated, bias, 6.0, "static").shape == (0, 24)
-    for columns, nearest in ((calibrated, "static"), (weight, "dynamic")):
-        assert torch.equal(gpu.linear(x, columns, bias, 6.0, "hybrid"), gpu.linear(x, columns, bias, 6.0, nearest))
+
+
+def test_a_mode_without_a_kernel_is_the_nearest_one_and_is_said_once(on):
+    on()
+    gpu._say.cache_clear()
+    weight, x = layer_of(24, 48), activations_of(40, 48, torch.float16, 3)
+    columns = torch.tensor([40, 3], dtype=torch.int32)
+    calibrated = Int8Weight(weight.codes, weight.absmax, columns, torch.zeros(24, 0).half())
+    for layer, mode, nearest, said in (
+        (calibrated, "hybrid", "static", "for mode hybrid; going on with its stored columns alone"),
+        (weight, "hybrid", "dynamic", "for mode hybrid; going on with dynamic"),
+        (weight, "bitsandbytes", "dynamic", "for mode bitsandbytes; going on with dynamic"),
+    ):
+        with pytest.warns(DeviceWarning, match=f"^a GPU has no kernel {said}; a CPU computes it as asked$"):
+            found = gpu.linear(x, layer, None, 6.0, mode)
+        for _ in range(2):  # a warning would be an error now
+            assert torch.equal(found, gpu.linear(x, layer, None, 6.0, mode))
+        assert torch.equal(found, gpu.linear(x, layer, None, 6.0, nearest))

@@ -93,13 +93,13 @@ def check_decode(on) -> None:
 
 def check_prefill(on) -> None:
     case = ((8, 0), 1, torch.float16, 130, 200, 400, 40, "")
-    test_kernels.test_mixed_matmul(on, case, "dynamic")
-    test_kernels.test_mixed_matmul(on, case, "elementwise")
+    test_kernels.test_mixed_matmul(on, case, 3)
+    test_kernels.test_mixed_matmul(on, case, 1)
 
 
 def check_hopper(on) -> None:
     case = ((9, 0), 1, torch.float16, 130, 300, 1040, 5, "")
-    test_kernels.test_mixed_matmul(on, case, "dynamic")
+    test_kernels.test_mixed_matmul(on, case, 3)
 
 
 def passes_in_a_child(check: Callable[[], None]) -> bool:
