@@ -33,7 +33,7 @@ def run(device: torch.device, small: bool = False) -> Iterator[dict[str, Any]]:
         ("dequantize", check_dequantize),
         ("quantize_activations and the outlier list", check_activations),
         ("weight_only_matmul", check_decode),
-        ("mixed_matmul, every tile and mode", check_prefill),
+        ("mixed_matmul, every tile", check_prefill),
         ("fallbacks", check_fallbacks),
         ("the same twice", check_repeat),
     ]

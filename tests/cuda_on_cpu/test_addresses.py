@@ -114,7 +114,7 @@ def main(what: str) -> None:
         outliers = np.sort(random.permutation(columns)[:11]).astype(np.int32)
         x = floats(tokens, columns)
         operands = [codes(tokens, columns), scales(tokens), codes(rows, columns), scales(rows), floats(rows), x]
-        rest = [outliers, np.array([11], np.int32), 0.0, floats(tokens, rows), tokens, rows, columns]
+        rest = [outliers, np.array([11], np.int32), floats(tokens, rows), tokens, rows, columns]
         for tile in (kernels.SMALL_TILE, kernels.LARGE_TILE, kernels.WGMMA_TILE):
             launch(kernels.mixed("half", tile), tile.blocks(tokens, rows), [*operands, *rest])
         sums = random.integers(-9, 9, (tokens, rows + 3)).astype(np.int32)
