@@ -132,7 +132,10 @@ else:
 def _platform_tag() -> str:
     import sysconfig
 
-    return sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    tag = sysconfig.get_platform()
+    if tag.endswith("-universal2"):  # a Python for both of Apple's architectures; the libraries are for this one
+        tag = "macosx-11.0-arm64" if platform.machine() == "arm64" else tag.replace("universal2", "x86_64")
+    return tag.replace("-", "_").replace(".", "_")
 
 
 if __name__ == "__main__":

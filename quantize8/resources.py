@@ -1,7 +1,8 @@
 """Where files are: those that ship with the package (`cuda/`, `configs/` and a text), and what is kept for later."""
 
-import os
 from pathlib import Path
+
+from platformdirs import user_cache_path
 
 _PACKAGE = Path(__file__).parent
 TEXT = _PACKAGE / "texts" / "sotu-1981.txt"  # the address's beginning: public domain (US government)
@@ -15,5 +16,4 @@ def resource_dir(name: str) -> Path:
 
 def cache_dir(name: str) -> Path:
     """A folder of the user's cache, which need not be there yet."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "quantize8" / name
+    return user_cache_path("quantize8", appauthor=False) / name

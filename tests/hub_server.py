@@ -325,7 +325,7 @@ def serving(hub: Hub, cache: Path, monkeypatch):
     monkeypatch.setattr("quantize8.checkpoint.ranges.WAIT", 0.01)
     monkeypatch.setattr("quantize8.checkpoint.ranges.MAX_WAIT", 0.05)
     monkeypatch.setitem(huggingface_hub.utils.http_backoff.__kwdefaults__, "base_wait_time", 0.01)
-    monkeypatch.setattr("quantize8.checkpoint.fetch._CHECKED", cache / "checked")
+    monkeypatch.setattr("quantize8.checkpoint.fetch.cache_dir", lambda name: cache / name)
     huggingface_hub.utils.close_session()
     try:
         yield

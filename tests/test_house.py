@@ -1,8 +1,11 @@
 """Promises of the project's own shape: public names, folders, and a wheel that works on its own."""
 
 import ast
+import platform
+import runpy
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -69,6 +72,23 @@ def test_the_wheel_carries_kernels_recipes_text_and_typing(wheel):
     for name in ("cuda/README.md", "configs/llm-int8.toml", "texts/sotu-1981.txt", "py.typed", "cli/__init__.py"):
         assert f"quantize8/{name}" in names
     assert not [name for name in names if name.startswith(("tests/", "configs/", "cuda/"))]
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "tag"),
+    [
+        ("linux-x86_64", "x86_64", "linux_x86_64"),
+        ("win-amd64", "AMD64", "win_amd64"),
+        ("macosx-14.0-arm64", "arm64", "macosx_14_0_arm64"),
+        ("macosx-10.13-universal2", "arm64", "macosx_11_0_arm64"),
+        ("macosx-10.13-universal2", "x86_64", "macosx_10_13_x86_64"),
+    ],
+)
+def test_a_wheel_is_named_after_the_machine_that_its_kernels_are_for(system, machine, tag, monkeypatch):
+    build = runpy.run_path(str(ROOT / "cpu" / "build.py"))
+    monkeypatch.setattr(sysconfig, "get_platform", lambda: system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    assert build["_platform_tag"]() == tag
 
 
 def test_the_wheel_converts_in_an_environment_of_its_own(wheel, tmp_path):

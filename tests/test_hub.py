@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hub_server import COMMIT
@@ -168,6 +169,16 @@ def test_an_interrupted_download_goes_on_where_it_was(hub, monkeypatch):
     hub.sent = 0
     open_checkpoint("org/tiny")
     assert hub.sent == 0  # all of it is in the cache
+
+
+def test_who_downloads_the_same_waits_and_fetches_nothing(hub, tmp_path):
+    """Its lock is huggingface_hub's own, so that other tools wait, too."""
+    sizes = sum(path.stat().st_size for path in hub.models["org/tiny"].glob("model-*"))
+    with ThreadPoolExecutor(3) as pool:
+        folders = set(pool.map(lambda _: open_checkpoint("org/tiny").folder, range(3)))
+    assert len(folders) == 1 and hub.sent == sizes
+    locks = {path.stem for path in (tmp_path / "cache" / ".locks" / "models--org--tiny").glob("*.lock")}
+    assert {path.resolve().name for path in folders.pop().glob("model-*.safetensors")} <= locks
 
 
 def test_a_partial_file_that_is_damaged_is_forgotten(hub, monkeypatch, tmp_path):

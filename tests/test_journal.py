@@ -1,11 +1,11 @@
 """The journal of a weight file: what it keeps, what it drops, and whom it lets in."""
 
 import errno
-import fcntl
 import os
 
 import pytest
 
+from quantize8 import files
 from quantize8.artifact.journal import Journal, read_heading
 from quantize8.artifact.manifest import Quantized, TensorRecord
 
@@ -76,23 +76,23 @@ def test_one_at_a_time(path):
 
 
 def test_one_that_was_removed_while_it_was_opened_is_made_anew(path, monkeypatch):
-    flock, removed = fcntl.flock, []
+    lock, removed = files.lock_descriptor, []
 
-    def late(descriptor, how):
+    def late(descriptor, **options):
         if not removed:
             removed.append(path.unlink())
-        flock(descriptor, how)
+        return lock(descriptor, **options)
 
-    monkeypatch.setattr(fcntl, "flock", late)
+    monkeypatch.setattr(files, "lock_descriptor", late)
     journal = reopened(path)
     assert removed and journal.entries == {} and path.exists()
 
 
 def test_file_systems_without_locks(path, monkeypatch):
-    def refuses(*_):
+    def refuses(*_, **__):
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
-    monkeypatch.setattr(fcntl, "flock", refuses)
+    monkeypatch.setattr(files, "lock_descriptor", refuses)
     assert reopened(path).entries == ENTRIES
 
 

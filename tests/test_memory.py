@@ -20,6 +20,16 @@ def test_what_was_let_go_of_counts():
 
 
 def test_a_system_that_keeps_no_peak(monkeypatch):
-    monkeypatch.setattr(Path, "read_text", lambda _: "VmRSS: 1 kB\n")
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "VmRSS: 1 kB\n")
     monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=7)))
     assert peak_rss() == 7
+
+
+def test_windows_keeps_a_peak_of_its_own(monkeypatch):
+    def missing(*_: object, **__: object) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    found = SimpleNamespace(rss=7, peak_wset=9)
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: found))
+    assert peak_rss() == 9

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import threading
@@ -12,12 +11,11 @@ from blake3 import blake3
 
 from quantize8.artifact.manifest import MANIFEST_NAME
 from quantize8.errors import OutputError
+from quantize8.files import open_file, read_at, stored_bytes, write_at
 
 _SLACK = 16 * 2**20  # room for the small files: tokenizer, config, manifest
 _UNFINISHED = ".unfinished"
 _READ_BYTES = 4 * 2**20
-_START_WRITING = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux: have the disk begin with a part of a file
-_WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin, and wait for nothing
 
 
 def check_output(out: Path, overwrite: bool, source: Path) -> None:
@@ -60,15 +58,15 @@ class WeightFile:
     def held_bytes(self) -> int:
         """Bytes of the disk that it has already."""
         there = [path for path in (self.path, self._unfinished) if path.is_file()]
-        return sum(min(path.stat().st_blocks * 512, self._nbytes) for path in there[:1])
+        return sum(min(stored_bytes(path), self._nbytes) for path in there[:1])
 
     def reserve(self) -> bool:
         """Have the disk keep room for it; whether something was there of it, which is not whole any more."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            self.path.rename(self._unfinished)
+            self.path.replace(self._unfinished)
         there = self._unfinished.exists()
-        descriptor = os.open(self._unfinished, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = open_file(self._unfinished, os.O_RDWR | os.O_CREAT)
         try:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(descriptor, 0, self._nbytes)
@@ -86,25 +84,26 @@ class WeightFile:
         """The open file; opened when it is first asked for, as there may be more files than may be open."""
         with self._open:
             if self._descriptor is None:
-                self._descriptor = os.open(self._unfinished, os.O_RDWR)
+                self._descriptor = open_file(self._unfinished, os.O_RDWR)
             return self._descriptor
 
     def digest(self, offset: int, nbytes: int) -> str:
         """BLAKE3 of a part of it."""
         content, end = blake3(), offset + nbytes
+        part = memoryview(bytearray(min(_READ_BYTES, nbytes)))
         while offset < end:
-            part = os.pread(self.descriptor, min(_READ_BYTES, end - offset), offset)
-            if not part:
+            count = read_at(self.descriptor, part[: end - offset], offset)
+            if not count:
                 break
-            content.update(part)
-            offset += len(part)
+            content.update(part[:count])
+            offset += count
         return str(content.hexdigest())
 
     def finish(self) -> None:
         """Have the disk hold all of it, and give it its name."""
         os.fsync(self.descriptor)
         self.close()
-        self._unfinished.rename(self.path)
+        self._unfinished.replace(self.path)
 
     def close(self) -> None:
         """Close it, if it is open."""
@@ -119,28 +118,9 @@ class WeightFile:
             path.unlink(missing_ok=True)
 
 
-def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all of `data` at a place in an open file."""
-    view = memoryview(data).cast("B") if len(data) else memoryview(b"")
-    done = 0
-    while done < len(view):
-        done += os.pwrite(descriptor, view[done:], offset + done)
-    if _START_WRITING is not None:  # or the system would wait for the end, and then there is nothing else to do
-        _START_WRITING(descriptor, ctypes.c_int64(offset), ctypes.c_int64(len(view)), _WRITE)
-
-
 def write_file(path: Path, data: bytes) -> None:
     """Write a small file, and have the disk hold it before going on."""
     with path.open("xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def flush(path: Path) -> None:
-    """Have the disk hold a file, or the names in a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

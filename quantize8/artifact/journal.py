@@ -7,8 +7,8 @@ power failed. Each line begins with a digest of its own; what follows the first 
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import fcntl
 import io
 import json
 import math
@@ -19,9 +19,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from quantize8 import files
 from quantize8.artifact.manifest import TensorRecord, digest, fits, record_of
 
 SUFFIX = ".journal"
+_APPENDED = os.O_RDWR | os.O_CREAT | os.O_APPEND
 Records = dict[str, TensorRecord]  # by name in the artifact
 
 
@@ -30,7 +32,9 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor = _open_locked(path)
+        place = files.lock_of(path)
+        self._lock = _open_locked(place)
+        self._descriptor = self._lock if place == path else files.open_file(path, _APPENDED)
         self._append = threading.Lock()
         self.heading, self.entries, self._good = _read(self._descriptor)
 
@@ -55,7 +59,18 @@ class Journal:
 
     def close(self) -> None:
         """Let others have it."""
-        os.close(self._descriptor)
+        for descriptor in dict.fromkeys((self._descriptor, self._lock)):
+            os.close(descriptor)
+
+    def remove(self) -> None:
+        """Close it, and leave nothing of it."""
+        if not files.WINDOWS:  # no other process has it between the two
+            self.path.unlink(missing_ok=True)
+            return self.close()
+        self.close()
+        for path in (self.path, files.lock_of(self.path)):
+            with contextlib.suppress(OSError):  # another process has opened it meanwhile
+                path.unlink()
 
     def _write(self, *values: dict[str, Any]) -> None:
         data = b"".join(map(_line, values))
@@ -72,7 +87,7 @@ class Journal:
 def read_heading(path: Path) -> dict[str, Any]:
     """The heading of a journal that another process may be writing; {} where there is none yet, or none any more."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = files.open_file(path, os.O_RDONLY)
     except FileNotFoundError:
         return {}
     try:
@@ -99,15 +114,13 @@ def records_of(entries: Mapping[str, Records]) -> Records:
 def is_locked(path: Path) -> bool:
     """Whether another process has the journal there open to write."""
     try:
-        descriptor = os.open(path, os.O_RDWR)
+        descriptor = files.open_file(files.lock_of(path), os.O_RDWR)
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        files.lock(descriptor)
     except BlockingIOError:
         return True
-    except OSError:  # a file system without locks
-        return False
     finally:
         os.close(descriptor)
     return False
@@ -115,16 +128,14 @@ def is_locked(path: Path) -> bool:
 
 def _open_locked(path: Path) -> int:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        descriptor = files.open_file(path, _APPENDED)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            files.lock(descriptor)  # without locks two writers would write the same bytes to the same places
         except BlockingIOError:
             os.close(descriptor)
             raise
-        except OSError:  # a file system without locks: two writers would write the same bytes to the same places
-            pass
         try:
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
+            if files.WINDOWS or os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
         except FileNotFoundError:
             pass  # its owner finished, and removed it, between the two calls

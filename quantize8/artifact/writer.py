@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from blake3 import blake3
 
-from quantize8.artifact.folder import WeightFile, write_at
+from quantize8.artifact.folder import WeightFile
 from quantize8.artifact.format import Int8Format
 from quantize8.artifact.layout import OutTensor
 from quantize8.artifact.manifest import TensorRecord, digest, summarize
@@ -19,6 +19,7 @@ from quantize8.artifact.units import Unit
 from quantize8.checkpoint import TensorInfo
 from quantize8.checkpoint.base import DTYPES, FLOATING
 from quantize8.errors import WeightError
+from quantize8.files import write_at
 from quantize8.ops import cpu, q8_0
 from quantize8.ops.q8_0 import Q8_0
 from quantize8.ops.reference import FLOAT16_MAX, STATS_TILE_ROWS, Array, ColumnStats, as_bytes, dequantize

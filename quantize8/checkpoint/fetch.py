@@ -7,20 +7,22 @@ and the links of the snapshot, are huggingface_hub's. A file that another tool p
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
+from filelock import FileLock
+
 from quantize8.checkpoint import hub, ordered
 from quantize8.checkpoint.ordered import OrderedFile, Transfers
 from quantize8.checkpoint.ranges import HubFile
 from quantize8.errors import SourceError
+from quantize8.files import flush
+from quantize8.resources import cache_dir
 
 _PARTIAL = ".quantize8.incomplete"  # the ending by which the hub's own tools know what is not whole
-_CHECKED = Path("~/.cache/quantize8/checked")  # empty files, one for each weight file that was hashed and found good
 
 
 def download(repo_id: str, revision: str | None, token: str | None) -> tuple[Path, str]:
@@ -76,27 +78,37 @@ def _blob(repo_id: str, sha256: str) -> Path:
     return Path(constants.HF_HUB_CACHE).expanduser() / folder / "blobs" / sha256
 
 
+def _lock_of(blob: Path) -> Path:
+    """The file by which huggingface_hub keeps other processes from a blob."""
+    cache, folder = blob.parents[2], blob.parents[1].name
+    return cache / ".locks" / folder / f"{blob.name}.lock"
+
+
 def _fetch(file: HubFile, blob: Path, transfers: Transfers, advance: Callable[[int], object]) -> None:
     """Bring a file into the cache, from where an earlier try stopped."""
-    partial = blob.with_name(blob.name + _PARTIAL)
+    partial, lock = blob.with_name(blob.name + _PARTIAL), _lock_of(blob)
     try:
-        blob.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("a+b") as target:
-            fcntl.flock(target, fcntl.LOCK_EX)  # a second process waits here, and finds the file whole
+        for folder in (blob.parent, lock.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):  # a second process waits here, and finds the file whole
             if blob.exists():
                 return partial.unlink(missing_ok=True)
-            _go_on(file, target, partial, transfers, advance)
-            os.fsync(target.fileno())
-            partial.rename(blob)
+            with partial.open("a+b") as target:
+                remote = _go_on(file, target, transfers, advance)
+            try:
+                remote.confirm()
+            except SourceError:
+                partial.unlink()
+                raise
+            flush(partial)
+            partial.replace(blob)
     except OSError as error:
         raise SourceError(f"{file.where}: cannot be stored ({error.strerror}) in {blob.parent}; mend that") from None
     _mark(file, blob)
 
 
-def _go_on(
-    file: HubFile, target: BinaryIO, partial: Path, transfers: Transfers, advance: Callable[[int], object]
-) -> None:
-    """Append what is missing, in whole chunks; refuse, and forget, what has not the promised digest."""
+def _go_on(file: HubFile, target: BinaryIO, transfers: Transfers, advance: Callable[[int], object]) -> OrderedFile:
+    """Append what is missing, in whole chunks; returns what knows whether all of it has the promised digest."""
     remote, chunk = OrderedFile(file, transfers), ordered.CHUNK
     here = min(os.fstat(target.fileno()).st_size, file.size) // chunk
     target.truncate(here * chunk)
@@ -109,12 +121,7 @@ def _go_on(
         remote.read_into(memoryview(data), number * chunk)
         target.write(data)
         advance(len(data))
-    target.flush()
-    try:
-        remote.confirm()
-    except SourceError:
-        partial.unlink()
-        raise
+    return remote
 
 
 def _check(file: HubFile, path: Path) -> None:
@@ -142,7 +149,7 @@ def _mark(file: HubFile, path: Path) -> None:
 
 
 def _marker(file: HubFile, path: Path) -> Path:
-    """The name tells the content, the file that has it, and when that was written."""
+    """An empty file: its name tells the content, the file that was found to have it, and when that was written."""
     assert file.digest is not None
     found = path.resolve().stat()
-    return _CHECKED.expanduser() / f"{file.digest.value}-{found.st_ino}-{found.st_size}-{found.st_mtime_ns}"
+    return cache_dir("checked") / f"{file.digest.value}-{found.st_ino}-{found.st_size}-{found.st_mtime_ns}"

@@ -19,6 +19,7 @@ from quantize8.checkpoint.gguf_parts import model_name, read_parts
 from quantize8.checkpoint.gguf_settings import ARCHITECTURES, llama3_scaling, named_tensors, read_config
 from quantize8.checkpoint.gguf_vocabulary import TOKENS, read_tokenizer
 from quantize8.errors import SourceError
+from quantize8.files import open_file, read_at
 from quantize8.ops import ggml
 from quantize8.ops.reference import Array, as_bytes
 
@@ -51,7 +52,7 @@ class GgufCheckpoint(Checkpoint):
         for name, tensor in self._stored.items():
             self.tensors[name] = TensorInfo(name, self.dtype, tensor.shape, tensor.file)
             self._check(name, tensor)
-        self._descriptors = {header.path.name: os.open(header.path, os.O_RDONLY) for header in self.headers}
+        self._descriptors = {header.path.name: open_file(header.path, os.O_RDONLY) for header in self.headers}
 
     def __del__(self) -> None:
         for descriptor in getattr(self, "_descriptors", {}).values():
@@ -76,7 +77,7 @@ class GgufCheckpoint(Checkpoint):
         target, position = as_bytes(stored), tensor.offset + start * row_bytes
         while len(target):
             try:
-                count = os.preadv(self._descriptors[tensor.file], [target], position)
+                count = read_at(self._descriptors[tensor.file], target, position)
             except OSError as error:
                 raise SourceError(f"{self.folder / tensor.file}: {name} cannot be read ({error.strerror})") from None
             if count == 0:

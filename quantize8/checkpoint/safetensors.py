@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from quantize8 import limits
 from quantize8.checkpoint.base import DTYPES, Checkpoint, TensorInfo, contained
 from quantize8.errors import SourceError
+from quantize8.files import open_file, read_at
 from quantize8.ops.reference import Array, as_bytes
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -51,7 +52,7 @@ class SafetensorsCheckpoint(Checkpoint):
         done, where = 0, f"{self.folder / info.file}: {info.name}"
         while done < len(target):
             try:
-                count = os.preadv(descriptor, [target[done:]], position + done)
+                count = read_at(descriptor, target[done:], position + done)
             except OSError as error:
                 raise SourceError(f"{where} cannot be read ({error.strerror}); look at the disk") from None
             if count == 0:
@@ -80,7 +81,7 @@ class SafetensorsCheckpoint(Checkpoint):
     def _open(self, file: str) -> tuple[dict[str, Any], int]:
         """Open a file: what `read_header` says of it."""
         header = read_header(self.folder / file)
-        descriptor = self._descriptors[file] = os.open(self.folder / file, os.O_RDONLY)
+        descriptor = self._descriptors[file] = open_file(self.folder / file, os.O_RDONLY)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # read further ahead
         return header

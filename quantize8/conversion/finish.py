@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from quantize8 import __version__
-from quantize8.artifact.folder import flush, write_at, write_file
+from quantize8.artifact.folder import write_file
 from quantize8.artifact.journal import Records, records_of
 from quantize8.artifact.layout import Shard, index
 from quantize8.artifact.manifest import MANIFEST_NAME, Manifest, digest
@@ -20,6 +20,7 @@ from quantize8.conversion.request import Job
 from quantize8.conversion.staging import Staging, weight_files
 from quantize8.conversion.write import agrees
 from quantize8.errors import OutputError
+from quantize8.files import flush, write_at
 
 _COPY_BYTES = 4 * 2**20
 

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from quantize8.artifact.folder import WeightFile, write_at
+from quantize8.artifact.folder import WeightFile
 from quantize8.artifact.layout import Shard
 from quantize8.artifact.units import Unit
 from quantize8.artifact.writer import WeightQuantizer, Writer, places
 from quantize8.conversion.parts import Part
 from quantize8.conversion.request import Job
 from quantize8.errors import OutputError
+from quantize8.files import WINDOWS, write_at
 from quantize8.memory import peak_rss
 
 MACHINES = (1, 8, 64)
@@ -212,12 +213,13 @@ def _disk_rate(folder: Path) -> float:
 
 @contextmanager
 def _nameless(folder: Path, shard: Shard) -> Iterator[WeightFile]:
-    """A file that is open, and in no folder any more."""
+    """A file that is open, and in no folder any more, where the system allows that."""
     file = WeightFile(folder / f".quantize8-{uuid.uuid4().hex}", shard.header, shard.nbytes)
     try:
         file.reserve()
         assert file.descriptor
-        file.remove()
+        if not WINDOWS:
+            file.remove()
         yield file
     finally:
         file.close()

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from quantize8.artifact.folder import flush
 from quantize8.artifact.format import Int8Format
 from quantize8.artifact.manifest import digest
 from quantize8.artifact.outliers import Calibrated
 from quantize8.checkpoint.smoothing import Factors, SmoothedCheckpoint
 from quantize8.conversion.request import Job
 from quantize8.errors import OutputError
+from quantize8.files import flush
 from quantize8.ops.reference import Array
 from quantize8.ops.scales import MSE
 

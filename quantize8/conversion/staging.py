@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from quantize8.artifact.folder import WeightFile, check_output, flush
+from quantize8.artifact.folder import WeightFile, check_output
 from quantize8.artifact.journal import SUFFIX, Journal, read_heading
 from quantize8.artifact.manifest import fits
 from quantize8.artifact.units import Unit, beside
 from quantize8.errors import OutputError
+from quantize8.files import WINDOWS, flush
 
 _TRIES = 5  # to make a folder that other processes, which failed, remove
 
@@ -61,8 +62,7 @@ class Staging:
             self.calibration.unlink(missing_ok=True)
             _remove_files(self, name)
             if own is None:
-                path.unlink()
-                journal.close()
+                journal.remove()
             else:
                 journal.forget()
 
@@ -79,6 +79,8 @@ class Staging:
                 f"{self.out}: appeared while converting; remove it and run the same command again"
             ) from None
         flush(self.out.parent)
+        if WINDOWS:  # which removes nothing that is open
+            self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def discard(self) -> None:
@@ -89,11 +91,12 @@ class Staging:
 
     def leave(self) -> None:
         """Let other processes have the weight files, without a trace of those of which nothing is finished."""
-        for name, journal in self.journals.items():
+        is_empty = self.is_empty
+        for name, journal in [*self.journals.items()]:
             if not journal.entries:
                 _remove_files(self, name)
-                journal.path.unlink(missing_ok=True)
-        if self.is_empty and not any(self.folder.glob(f"*{SUFFIX}")):  # and no other process is at work there
+                self.journals.pop(name).remove()
+        if is_empty and not any(self.folder.glob(f"*{SUFFIX}")):  # and no other process is at work there
             for folder in (self.files, self.folder):
                 with contextlib.suppress(OSError):
                     folder.rmdir()

@@ -8,6 +8,7 @@ process, a few milliseconds.
 from __future__ import annotations
 
 import ctypes
+import sys
 import warnings
 from functools import cache
 
@@ -99,7 +100,7 @@ def _within_rounding(y: np.ndarray, exact: np.ndarray) -> bool:
 def _has_driver() -> bool:
     """Whether an NVIDIA driver is installed; asks the loader, because importing torch to ask takes a second."""
     try:
-        ctypes.CDLL("libcuda.so.1")
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
         return False
     return True

@@ -1,0 +1,100 @@
+"""Files as every system has them: reading and writing by position from any thread, locks, and what Windows forbids.
+
+Linux reads and writes at a position in one call; Windows moves the position of a descriptor, under a lock. Windows
+neither moves nor removes a file that is open, and lets nobody else read bytes that are locked.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from filelock import lock_descriptor
+
+WINDOWS = os.name == "nt"
+_BINARY = getattr(os, "O_BINARY", 0)  # or Windows translates the ends of lines
+_WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin, and wait for nothing
+_MOVING = threading.Lock()  # where a read or write takes two calls, as a descriptor has one position
+
+
+def _from_libc(name: str) -> Any:
+    """A function of the C library, None where it has none of that name or cannot be asked."""
+    try:
+        return getattr(ctypes.CDLL(None), name, None)
+    except (OSError, TypeError):  # Windows takes no None
+        return None
+
+
+_START_WRITING = _from_libc("sync_file_range")  # Linux: have the disk begin with a part of a file
+
+
+def open_file(path: Path, flags: int) -> int:
+    """A descriptor of a file of bytes; `flags` are those of os.open."""
+    return os.open(path, flags | _BINARY, 0o666)
+
+
+def read_at(descriptor: int, target: memoryview, position: int) -> int:
+    """Read from a place in an open file on, as much as the system gives at once; how many bytes, 0 at its end."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [target], position)
+    with _MOVING, io.FileIO(descriptor, closefd=False) as file:
+        file.seek(position)
+        return file.readinto(target) or 0
+
+
+def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of `data` at a place in an open file."""
+    view = memoryview(data).cast("B") if len(data) else memoryview(b"")
+    done = 0
+    while done < len(view):
+        done += _write_some(descriptor, view[done:], offset + done)
+    if _START_WRITING is not None:  # or the system would wait for the end, and then there is nothing else to do
+        _START_WRITING(descriptor, ctypes.c_int64(offset), ctypes.c_int64(len(view)), _WRITE)
+
+
+def _write_some(descriptor: int, data: memoryview, position: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(descriptor, data, position)
+    with _MOVING:
+        os.lseek(descriptor, position, os.SEEK_SET)
+        return os.write(descriptor, data)
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder."""
+    if WINDOWS and path.is_dir():  # which Windows opens for nobody; NTFS has a journal of names
+        return
+    descriptor = open_file(path, os.O_RDWR if WINDOWS else os.O_RDONLY)  # Windows flushes what may be written
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock_of(path: Path) -> Path:
+    """The file to lock, so that one process at a time writes the one at `path` while others may read it."""
+    return path.with_name(f"{path.name}.lock") if WINDOWS else path
+
+
+def lock(descriptor: int) -> None:
+    """Lock an open file, as long as it is open; BlockingIOError where another process has it.
+
+    On a file system without locks nothing is locked.
+    """
+    try:
+        locked = lock_descriptor(descriptor, blocking=False)
+    except OSError:
+        return
+    if not locked:
+        raise BlockingIOError
+
+
+def stored_bytes(path: Path) -> int:
+    """Bytes of the disk that a file has; its size where the system does not tell."""
+    found = path.stat()
+    blocks = getattr(found, "st_blocks", None)
+    return found.st_size if blocks is None else int(blocks) * 512
