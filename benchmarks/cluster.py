@@ -45,7 +45,7 @@ class Nodes:
         """End one of them, with all of its processes, at once."""
         self.cluster.remove_node(next(iter(self.cluster.worker_nodes)), allow_graceful=False)
 
-    def mend(self) -> None:
+    def fix(self) -> None:
         """Put another in its place."""
         self.cluster.add_node(**NODE)
 
@@ -87,7 +87,7 @@ def main() -> None:
         try:
             return on_nodes(out, progress=killing(nodes, max(1, files // 3)))
         finally:
-            nodes.mend()
+            nodes.fix()
 
     ways: dict[str, Callable[[Path], Conversion]] = {
         "one process, one thread": lambda out: convert(source, out, workers=1, max_shard_size=size),

@@ -29,7 +29,7 @@ def call(command: str, source: str, out: Path, options: list[str]) -> tuple[dict
 
 
 def main() -> None:
-    """Print medians of what was foretold, and of what it took."""
+    """Print medians of what was predicted, and of what it took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="+")
     parser.add_argument("--rounds", type=int, default=5)
@@ -37,20 +37,20 @@ def main() -> None:
     given = parser.parse_args()
     options = shlex.split(given.options)
     for source in given.sources:
-        foretold, took, memory, peaks = [], [], [], []
+        predicted, took, memory, peaks = [], [], [], []
         for _ in range(given.rounds):
             with tempfile.TemporaryDirectory(dir=".") as folder:
                 plan, _ = call("plan", source, Path(folder) / "out", options)
                 made, peak = call("convert", source, Path(folder) / "out", options)
-            foretold.append(plan["forecast"]["shares"][0]["seconds"])
+            predicted.append(plan["forecast"]["shares"][0]["seconds"])
             memory.append(plan["forecast"]["memory"] / 2**20)
             took.append(made["seconds"])
             peaks.append(peak)
-        ratios = sorted(said / was for said, was in zip(foretold, took, strict=True))
-        middle = [statistics.median(values) for values in (foretold, took, ratios, memory, peaks)]
-        print(f"{source} {given.options}: foretold {middle[0]:.2f} s, took {middle[1]:.2f} s")
+        ratios = sorted(said / was for said, was in zip(predicted, took, strict=True))
+        middle = [statistics.median(values) for values in (predicted, took, ratios, memory, peaks)]
+        print(f"{source} {given.options}: predicted {middle[0]:.2f} s, took {middle[1]:.2f} s")
         print(f"  ratio {middle[2]:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
-        print(f"  memory: foretold {middle[3]:.0f} MiB, took {middle[4]:.0f} MiB")
+        print(f"  memory: predicted {middle[3]:.0f} MiB, took {middle[4]:.0f} MiB")
 
 
 if __name__ == "__main__":

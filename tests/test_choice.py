@@ -72,11 +72,11 @@ def test_the_device_asked_for(monkeypatch):
     monkeypatch.setattr(choice, "_has_driver", lambda: True)
     monkeypatch.setattr(choice, "problem", lambda: None)
     assert choice.resolve("auto") == choice.resolve("cuda") == "cuda"
-    monkeypatch.setattr(choice, "problem", lambda: "device cuda: is broken; mend it, or use --device cpu")
-    with pytest.raises(DependencyError, match="is broken; mend it, or use --device cpu"):
+    monkeypatch.setattr(choice, "problem", lambda: "device cuda: is broken; fix it, or use --device cpu")
+    with pytest.raises(DependencyError, match="is broken; fix it, or use --device cpu"):
         choice.resolve("cuda")
     with pytest.warns(
-        DeviceWarning, match="^device cuda: is broken; mend it, or use --device cpu; going on with the CPU$"
+        DeviceWarning, match="^device cuda: is broken; fix it, or use --device cpu; going on with the CPU$"
     ):
         assert choice.resolve("auto") == "cpu"
 

@@ -139,7 +139,7 @@ class Store:
         except Exception as error:  # each driver has errors of its own, which may quote the address
             why = reason(error, self._address)
             raise OutputError(
-                f"{self.shown}: cannot be {what} ({why}); mend that and run the same command again"
+                f"{self.shown}: cannot be {what} ({why}); fix that and run the same command again"
             ) from None
 
 

@@ -118,7 +118,7 @@ class Writer:
         return {out.name: self._record(out.name, content.hexdigest())}
 
     def _blocks(self, info: TensorInfo, size: int | None = None, multiple: int = 1) -> Iterator[tuple[int, Array]]:
-        """Blocks of a tensor with the number of their first row; one that is turned over comes whole."""
+        """Blocks of a tensor with the number of their first row; one that is transposed comes whole."""
         turned, row = info.name in self._plan.transposed, 0
         for block in self._plan.checkpoint.blocks(info.name, info.nbytes if turned else size, multiple):
             yield row, np.ascontiguousarray(block.T) if turned else block

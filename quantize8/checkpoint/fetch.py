@@ -103,7 +103,7 @@ def _fetch(file: HubFile, blob: Path, transfers: Transfers, advance: Callable[[i
             flush(partial)
             partial.replace(blob)
     except OSError as error:
-        raise SourceError(f"{file.where}: cannot be stored ({error.strerror}) in {blob.parent}; mend that") from None
+        raise SourceError(f"{file.where}: cannot be stored ({error.strerror}) in {blob.parent}; fix that") from None
     _mark(file, blob)
 
 

@@ -7,7 +7,7 @@ one of them is there whole, names and shapes are enough, and neither torch nor t
 the two answers equal). An architecture that transformers does not know is judged by names and shapes alone, and
 `Structure.guessed` says so.
 
-Some checkpoints hold a layer more, which predicts a further token (MTP: `model.layers.61` of DeepSeek-V3, `mtp.` of
+Some checkpoints hold an extra layer for multi-token prediction (MTP: `model.layers.61` of DeepSeek-V3, `mtp.` of
 Qwen3-Next). transformers drops it, vLLM and SGLang run it, built from the same code as the layers before it. So each
 of its weights is what its like in those layers is. What has no like stays as it is, as nn.Linear does in vLLM.
 """
@@ -50,7 +50,7 @@ _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 _WRAPPERS = ("module.", "_orig_mod.", "_forward_module.", "_fsdp_wrapped_module.", "base_model.model.")
 _OLD_BUFFER = ".rotary_emb.inv_freq"  # which earlier releases of transformers saved
 _IN_LAYER = re.compile(r"(.+?)\.\d+\.(.+)")  # a list of layers, and a module of one
-_FURTHER = re.compile(r"(^|\.)mtp")  # a list of layers that predict further tokens
+_FURTHER = re.compile(r"(^|\.)mtp")  # a list of layers for multi-token prediction
 # Mamba's forward multiplies by the weight itself instead of calling the layer, so that int8 codes would be taken for it
 READ_DIRECTLY = ("dt_proj",)
 _FOREIGN = "no part of transformers' model"
@@ -349,7 +349,7 @@ def _wrong_shapes(
     for name, target in targets.items():
         if target.pattern is None and target.name in state:
             shape, expected = tensors[name].shape, tuple(state[target.name].shape)
-            # a quantized Conv1D is stored turned over
+            # a quantized Conv1D is stored transposed
             if sorted(shape) != sorted(expected) or (len(shape) != 2 and shape != expected):
                 found.append(f"{name} has the shape {list(shape)}, and config.json says {list(expected)}")
     return found
@@ -368,7 +368,7 @@ def linear_kinds(model: Any) -> dict[str, str]:
 
 
 def _likes(modules: Collection[str], known: Sequence[str]) -> dict[str, str]:
-    """Each module that the model knows -> itself; one of a layer that predicts further tokens -> its like.
+    """Each module that the model knows -> itself; one of an MTP layer -> its like.
 
     Its like has the same name in another layer of the list, or in any where the list itself is for such layers.
     """

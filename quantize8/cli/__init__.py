@@ -66,7 +66,7 @@ def _root(
 
 
 def main() -> None:
-    """Entry point: run a command; an error that a user can mend becomes one line and exit code 1."""
+    """Entry point: run a command; an error that a user can fix becomes one line and exit code 1."""
     warnings.showwarning = _show_warning
     try:
         app()

@@ -207,4 +207,4 @@ def _folder(store: Store) -> Iterator[Path]:
             yield Path(name)
     except OSError as error:
         why = f"{error.strerror or error} at {error.filename or root.parent}"
-        raise OutputError(f"{store}: not written here ({why}); mend that, or {_ELSE}, and run it again") from None
+        raise OutputError(f"{store}: not written here ({why}); fix that, or {_ELSE}, and run it again") from None

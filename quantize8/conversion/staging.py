@@ -150,7 +150,7 @@ def staged(
         staging.leave()
         where = f" at {error.filename}" if error.filename else ""
         raise OutputError(
-            f"{out}: not written ({error.strerror or error}{where}); mend that and run the same command again{goes_on}"
+            f"{out}: not written ({error.strerror or error}{where}); fix that and run the same command again{goes_on}"
         ) from None
     except BaseException:
         staging.leave()

@@ -77,7 +77,7 @@ class Int8Quantizer(HfQuantizer):
         return {"": torch.cuda.current_device()} if device_map is None else device_map
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
-        """Whether a floating-point weight of the checkpoint becomes codes, or is turned over, on its way in."""
+        """Whether a floating-point weight of the checkpoint becomes codes, or is transposed, on its way in."""
         module, name = get_module_from_name(model, param_name)
         if isinstance(module, TrainableInt8Linear):
             return name == "weight" and module.transposed

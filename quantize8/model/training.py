@@ -146,7 +146,7 @@ def weight_gradient(gradient: Tensor, x: Tensor, threshold: float) -> Tensor:
 
 
 def merge_and_unload(model: Any) -> Any:
-    """Merge the adapters of a PEFT model into its int8 layers: each dequantized, added to, and quantized by chance.
+    """Merge the adapters of a PEFT model into its int8 layers, which are quantized again with stochastic rounding.
 
     Args: model, a peft.PeftModel over a model of ours. Returns: the model itself, without adapters, in int8.
     Raises: SourceError where the model has no adapters to merge; WeightError where a merged weight cannot be int8: the
@@ -207,7 +207,7 @@ def requantize(layer: Int8Linear, weight: Tensor) -> None:
 
 
 def dithered_codes(weight: Tensor, absmax: Tensor) -> Tensor:
-    """Codes int8 [N, K] of a weight [N, K] with absmax float32 [N], rounded up or down by chance, the nearer likelier.
+    """Codes int8 [N, K] of a weight [N, K] with absmax float32 [N], by stochastic rounding, seeded.
 
     A merged weight lies on the old codes but for what an adapter adds, most of it less than half a step: rounding to
     the nearest would take that away, and this keeps it on average. The same weight gets the same codes.

@@ -22,7 +22,7 @@ _CUPY_PACKAGES = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
 
 @dataclass(frozen=True)
 class Environment:
-    """Versions by package (None: not installed), the devices, and advice: what is missing -> how to mend it."""
+    """Versions by package (None: not installed), the devices, and advice: what is missing -> how to fix it."""
 
     python: str
     system: str

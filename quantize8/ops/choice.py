@@ -43,7 +43,7 @@ def resolve(device: str) -> str:
 
 @cache
 def problem(index: int = 0) -> str | None:
-    """One line on why a GPU cannot be used and how to mend it; None where it can."""
+    """One line on why a GPU cannot be used and how to fix it; None where it can."""
     from quantize8.ops.device import why_not
 
     if reason := why_not(index):

@@ -73,13 +73,13 @@ def gpu_of(index: int) -> Gpu:
 
 
 def why_not(index: int = 0) -> str | None:
-    """One line on what keeps kernels from running on a GPU and how to mend it; None where nothing does."""
+    """One line on what keeps kernels from running on a GPU and how to fix it; None where nothing does."""
     import torch
 
     if torch.version.cuda is None:
         return "device cuda: torch was built without CUDA; install a CUDA build of torch, or use --device cpu"
     if not torch.cuda.is_available():
-        return "device cuda: torch sees no NVIDIA GPU or driver; mend that, or use --device cpu"
+        return "device cuda: torch sees no NVIDIA GPU or driver; fix that, or use --device cpu"
     capability = torch.cuda.get_device_capability(index)
     if capability < MINIMUM:
         found, needed = (".".join(map(str, each)) for each in (capability, MINIMUM))
