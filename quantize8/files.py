@@ -46,6 +46,17 @@ def read_at(descriptor: int, target: memoryview, position: int) -> int:
         return file.readinto(target) or 0
 
 
+def fill_from(descriptor: int, target: memoryview, position: int) -> bool:
+    """Fill `target` from a place in an open file on; whether the file had so much."""
+    done = 0
+    while done < len(target):
+        count = read_at(descriptor, target[done:], position + done)
+        if count == 0:
+            return False
+        done += count
+    return True
+
+
 def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     """Write all of `data` at a place in an open file."""
     view = memoryview(data).cast("B") if len(data) else memoryview(b"")

@@ -205,9 +205,12 @@ class TinyGguf:
         heads = {"attn_q": HEADS, "attn_k": KV_HEADS}.get(stored.split(".")[-2], 0)
         self.tensors[stored] = permute(packed, heads) if heads and self.architecture == "llama" else packed, kind
 
-    def write(self, path: Path, split: int = 0) -> list[Path]:
-        """Write it to a file, or in parts of `split` tensors, which llama.cpp's package names; the files."""
-        writer = GGUFWriter(path, self.architecture, split_max_tensors=split)
+    def write(self, path: Path, split: int = 0, small_first: bool = False) -> list[Path]:
+        """Write it to a file, or in parts of `split` tensors, which llama.cpp's package names; the files.
+
+        With `small_first` the first part holds the metadata alone.
+        """
+        writer = GGUFWriter(path, self.architecture, split_max_tensors=split, small_first_shard=small_first)
         for key, (value, kind) in self.fields.items():
             writer.add_key_value(key, value, kind)
         for name, (packed, kind) in self.tensors.items():

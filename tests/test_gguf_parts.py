@@ -36,18 +36,7 @@ def test_whichever_part_or_the_folder_is_named(tmp_path):
 
 def test_a_first_part_without_tensors_counts_too(tmp_path):
     """As llama.cpp's gguf-split --no-tensor-first-split makes it: the metadata alone."""
-    from gguf import GGUFWriter
-
-    tiny = TinyGguf()
-    writer = GGUFWriter(tmp_path / "m.gguf", "llama", split_max_tensors=10, small_first_shard=True)
-    for key, (value, kind) in tiny.fields.items():
-        writer.add_key_value(key, value, kind)
-    for name, (packed, kind) in tiny.tensors.items():
-        writer.add_tensor(name, packed, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    TinyGguf().write(tmp_path / "m", split=10, small_first=True)
     checkpoint = open_checkpoint(str(tmp_path / "m-00002-of-00003.gguf"))
     before = checkpoint.fingerprint()
     assert set(before) == {f"m-0000{number}-of-00003.gguf" for number in (1, 2, 3)}

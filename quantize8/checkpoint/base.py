@@ -172,7 +172,7 @@ class Checkpoint(ABC):
 
     def left_behind(self) -> dict[str, str]:
         """Files of the model's folder that neither are read nor go into an artifact -> why."""
-        return left_behind(self.folder, {info.file for info in self.tensors.values()})
+        return left_behind(self.folder, self._files())
 
     def write_companions(self, folder: Path) -> None:
         """Put the tokenizer and the other small files into `folder`, unchanged."""

@@ -19,7 +19,7 @@ from quantize8.checkpoint.gguf_parts import model_name, read_parts
 from quantize8.checkpoint.gguf_settings import ARCHITECTURES, llama3_scaling, named_tensors, read_config
 from quantize8.checkpoint.gguf_vocabulary import TOKENS, read_tokenizer
 from quantize8.errors import SourceError
-from quantize8.files import open_file, read_at
+from quantize8.files import fill_from, open_file
 from quantize8.ops import ggml
 from quantize8.ops.reference import Array, as_bytes
 
@@ -74,15 +74,13 @@ class GgufCheckpoint(Checkpoint):
         tensor = self._stored[name]
         row_bytes = tensor.nbytes // tensor.shape[0] if tensor.shape[0] else 0
         stored = np.empty((stop - start, row_bytes), np.uint8)
-        target, position = as_bytes(stored), tensor.offset + start * row_bytes
-        while len(target):
-            try:
-                count = read_at(self._descriptors[tensor.file], target, position)
-            except OSError as error:
-                raise SourceError(f"{self.folder / tensor.file}: {name} cannot be read ({error.strerror})") from None
-            if count == 0:
-                raise SourceError(f"{self.folder / tensor.file}: {name} ends early; the file changed while it was read")
-            target, position = target[count:], position + count
+        where = f"{self.folder / tensor.file}: {name}"
+        try:
+            whole = fill_from(self._descriptors[tensor.file], as_bytes(stored), tensor.offset + start * row_bytes)
+        except OSError as error:
+            raise SourceError(f"{where} cannot be read ({error.strerror})") from None
+        if not whole:
+            raise SourceError(f"{where} ends early; the file changed while it was read")
         return stored
 
     @property

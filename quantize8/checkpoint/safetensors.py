@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from quantize8 import limits
 from quantize8.checkpoint.base import DTYPES, Checkpoint, TensorInfo, contained
 from quantize8.errors import SourceError
-from quantize8.files import open_file, read_at
+from quantize8.files import fill_from, open_file
 from quantize8.ops.reference import Array, as_bytes
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -49,15 +49,13 @@ class SafetensorsCheckpoint(Checkpoint):
         descriptor = self._descriptors[info.file]
         if hasattr(os, "posix_fadvise"):  # what comes next is on its way while this is computed with
             os.posix_fadvise(descriptor, position + _AHEAD, len(target), os.POSIX_FADV_WILLNEED)
-        done, where = 0, f"{self.folder / info.file}: {info.name}"
-        while done < len(target):
-            try:
-                count = read_at(descriptor, target[done:], position + done)
-            except OSError as error:
-                raise SourceError(f"{where} cannot be read ({error.strerror}); look at the disk") from None
-            if count == 0:
-                raise SourceError(f"{where} ends early; the file changed while it was read")
-            done += count
+        where = f"{self.folder / info.file}: {info.name}"
+        try:
+            whole = fill_from(descriptor, target, position)
+        except OSError as error:
+            raise SourceError(f"{where} cannot be read ({error.strerror}); look at the disk") from None
+        if not whole:
+            raise SourceError(f"{where} ends early; the file changed while it was read")
 
     def _head_bytes(self, file: str) -> int:
         return self._starts[file]

@@ -52,7 +52,7 @@ _OLD_BUFFER = ".rotary_emb.inv_freq"  # which earlier releases of transformers s
 _IN_LAYER = re.compile(r"(.+?)\.\d+\.(.+)")  # a list of layers, and a module of one
 _FURTHER = re.compile(r"(^|\.)mtp")  # a list of layers for multi-token prediction
 # Mamba's forward multiplies by the weight itself instead of calling the layer, so that int8 codes would be taken for it
-READ_DIRECTLY = ("dt_proj",)
+_READ_DIRECTLY = ("dt_proj",)
 _FOREIGN = "no part of transformers' model"
 _NOT_LINEAR = re.compile(r"embed|wte|wpe|norm|ln_|position|token_type|shared|relative_attention|router|gate$|head$")
 
@@ -206,7 +206,7 @@ def _from_model(model: Any, tensors: Mapping[str, TensorInfo], weights: list[str
     to_model = {name: targets[f"{name}.weight"].name.removesuffix(".weight") for name in weights}
     likes = _likes(to_model.values(), [name.removesuffix(".weight") for name in state])
     joined = [name for name in weights if targets[f"{name}.weight"].pattern is not None]
-    fixed = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or []), *READ_DIRECTLY]
+    fixed = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or []), *_READ_DIRECTLY]
     head = model.get_output_embeddings()
     tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
     structure, fused = Structure({}, experts=joined), set(joined)
@@ -224,7 +224,7 @@ def _from_model(model: Any, tensors: Mapping[str, TensorInfo], weights: list[str
             continue
         is_head = head is not None and model.get_submodule(like) is head
         structure.kept[name] = "output head" if is_head else "kept in floating point by transformers"
-        if in_model.endswith(READ_DIRECTLY):
+        if in_model.endswith(_READ_DIRECTLY):
             structure.kept[name] = "its model reads the weight itself"
         if is_head and in_model not in tied:
             structure.output_head = name
@@ -232,7 +232,7 @@ def _from_model(model: Any, tensors: Mapping[str, TensorInfo], weights: list[str
     structure.absent = sorted(name for name in modules if name not in present)
     read = _read_on_loading(model)
     structure.read_on_loading = {name for name in weights if to_model[name] in read}
-    structure.missing = _missing(model, targets)
+    structure.missing = [*_missing(model, targets), *_missing_parts(state, targets)]
     structure.wrapped = _wrapped(tensors)
     structure.wrong_shapes = _wrong_shapes(state, targets, tensors)
     return structure
@@ -310,7 +310,7 @@ def targets_in_model(model: Any, names: Collection[str]) -> dict[str, Target]:
 
 
 def _missing(model: Any, targets: Mapping[str, Target]) -> list[str]:
-    """Parameters that no tensor goes to and that transformers does not tie, or make up by design; parts of experts."""
+    """Parameters that no tensor goes to and that transformers neither ties nor makes up by design."""
     present = {name for target in targets.values() for name in (target.name, *target.others)}
     groups: dict[str, set[str]] = defaultdict(set)
     for target, source in model.all_tied_weights_keys.items():
@@ -319,12 +319,11 @@ def _missing(model: Any, targets: Mapping[str, Target]) -> list[str]:
         if names & present:
             present |= names
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-    missing = [
+    return [
         name
         for name, _ in model.named_parameters(remove_duplicate=False)
         if name not in present and not any(pattern.search(name) for pattern in ignored)
     ]
-    return missing + _missing_parts(model.state_dict(), targets)
 
 
 def _missing_parts(state: Mapping[str, Any], targets: Mapping[str, Target]) -> list[str]:

@@ -110,8 +110,7 @@ def _refusal(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> 
     name = "data =" if func == _SET_DATA else getattr(func, "__name__", str(func))
     shape = next(list(value.shape) for value in tree_leaves((args, dict(kwargs))) if isinstance(value, Int8Weight))
     return WeightError(
-        f"Int8Linear weight {shape}: holds int8 codes, and {name!r} takes them for floating point; use the "
-        "layer's "
+        f"Int8Linear weight {shape}: holds int8 codes, and {name!r} takes them for floating point; use the layer's "
         "dequantize(), or what PEFT has for 8-bit layers: import it, with bitsandbytes installed, before the model is "
         "loaded (docs/training.md)"
     )
