@@ -29,10 +29,10 @@ from typing import Any
 import numpy as np
 
 from quantize8 import convert, plan
-from quantize8.artifact.manifest import MANIFEST_NAME, Quantized, digest, read_manifest, summarize
-from quantize8.artifact.writer import Writer
+from quantize8.artifact.manifest import MANIFEST_NAME, Quantized, TensorRecord, digest, read_manifest, summarize
 from quantize8.checkpoint.safetensors import INDEX_NAME
-from quantize8.conversion import write
+from quantize8.conversion import driver
+from quantize8.conversion.driver import Writer
 from quantize8.memory import peak_rss
 from quantize8.operations.finalize import finalize
 from quantize8.ops.reference import ColumnStats
@@ -150,13 +150,15 @@ def write_sparse(path: Path, header: Header) -> None:
 class SparseWriter(Writer):
     """Leaves holes where the others write, and says what a weight of zeros would have become."""
 
-    def write(self, info: Any, quantizer: Any) -> Any:
+    def write(self, source: str, quantizer: Any) -> Any:
         """See `Writer.write`."""
-        records = {out.name: self._record(out.name, digest(out.name.encode())) for out in self._plan.outputs[info.name]}
-        if self._plan.module_of(info):
-            next(iter(records.values())).quantized = _of_zeros(
-                info.shape, self._plan.checkpoint.stored_dtype(info.name)
-            )
+        records = {}
+        for out in self._plan.outputs[source]:
+            file = self._places[out.name].name
+            records[out.name] = TensorRecord(file, out.dtype, out.shape, digest(out.name.encode()))
+        if source.removesuffix(".weight") in self._plan.modules:
+            info, dtype = self._plan.checkpoint.tensors[source], self._plan.checkpoint.stored_dtype(source)
+            next(iter(records.values())).quantized = _of_zeros(info.shape, dtype)
         return records
 
 
@@ -173,7 +175,7 @@ def work(source: str, out: str, part: str, format: str) -> None:
     else:
         os.posix_fallocate = lambda *_: None  # or the disk would have to be as large as the model
         shutil.disk_usage = lambda _: SimpleNamespace(free=2**60)  # type: ignore[assignment,return-value]
-        write.Writer = SparseWriter  # type: ignore[misc]
+        driver.Writer = SparseWriter  # type: ignore[misc]
         convert(source, out, part=part, format=format)
     print(json.dumps([time.perf_counter() - start, peak_rss() / 2**20]))
 

@@ -25,7 +25,7 @@ from unittest import mock
 
 from quantize8.artifact.manifest import MANIFEST_NAME
 from quantize8.checkpoint import open_checkpoint
-from quantize8.conversion.staging import partial_of
+from quantize8.destinations.local import partial_of
 from quantize8.errors import ArtifactError, OutputError, Quantize8Error
 from quantize8.operations.convert import convert
 from quantize8.operations.run import run
@@ -34,7 +34,7 @@ from quantize8.operations.verify import verify
 SHARD_SIZE = "8MB"  # several files of the model below
 WARMED = """
 import sys
-from quantize8.artifact.writer import CpuQuantizer
+from quantize8.ops.cpu import CpuQuantizer
 from quantize8.operations.convert import convert
 import numpy as np
 from quantize8.ops.cpu import quantize_rowwise
@@ -115,7 +115,7 @@ def kill_and_resume(source: Path, whole: Path, out: Path, moments: list[float]) 
         if state == "complete":
             break
     if not out.exists():
-        found["tensors kept"] += convert(str(source), out, max_shard_size=SHARD_SIZE).kept
+        found["tensors kept"] += convert(str(source), out, max_shard_size=SHARD_SIZE).resumed
     assert digests(out) == digests(whole), "the artifact differs"
     assert digests(source) == before, "the source differs"
     leftovers = partial_of(out)
@@ -141,7 +141,7 @@ def kill_and_resume_to_a_store(source: Path, whole: Path, out: Path, moments: li
         else:
             assert not opens(out), "a loader opens it"
     with suppress(OutputError):  # it exists; what was kept until the end goes now
-        found["tensors kept"] += convert(str(source), address, max_shard_size=SHARD_SIZE).kept
+        found["tensors kept"] += convert(str(source), address, max_shard_size=SHARD_SIZE).resumed
     assert digests(out) == expected, "the artifact differs"
     return found
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize8.artifact.writer import Progress
+from quantize8.conversion.driver import Progress
 from quantize8.conversion.result import Conversion
 from quantize8.model.outliers import ActivationReport
 from quantize8.model.text import open_for_text, read_text

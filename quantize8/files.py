@@ -32,6 +32,11 @@ def _from_libc(name: str) -> Any:
 _START_WRITING = _from_libc("sync_file_range")  # Linux: have the disk begin with a part of a file
 
 
+def is_url(text: str) -> bool:
+    """Whether a source or an output is an address with a scheme, such as s3://bucket/model, and not a path."""
+    return "://" in text
+
+
 def open_file(path: Path, flags: int) -> int:
     """A descriptor of a file of bytes; `flags` are those of os.open."""
     return os.open(path, flags | _BINARY, 0o666)

@@ -287,8 +287,8 @@ def _warm() -> None:
     """Have transformers import what it does for a first model, which is not to be watched."""
     from transformers.utils import logging
 
-    from quantize8.artifact.gguf import complete
     from quantize8.checkpoint.structure import read_structure
+    from quantize8.formats.gguf import complete
 
     logging.set_verbosity_error()
     for kind, name in _FAMILIES.items():
@@ -404,9 +404,9 @@ def _manifest_bytes() -> bytes:
 
 def _journal(data: bytes, folder: Path) -> None:
     """A journal of an unfinished conversion, which anybody may have put into a store; its source is not opened."""
-    from quantize8.artifact import journal
     from quantize8.artifact.manifest import Manifest
-    from quantize8.conversion import request, staging, write
+    from quantize8.conversion import plan
+    from quantize8.destinations import journal, local
 
     content = data[1:]
     if data[:1] != RAW:
@@ -419,10 +419,10 @@ def _journal(data: bytes, folder: Path) -> None:
     for records in entries.values():
         assert Manifest("1", "bitsandbytes", {"id": "x"}, {}, 8, tensors=records).to_bytes()
     expected = {"decisions": _HEADING["decisions"], "calibration_blake3": ""}
-    if not write.agrees(heading, expected) and (other := staging.unlike(heading, expected["decisions"])):
+    if not journal.agrees(heading, expected) and (other := local.unlike(heading, expected["decisions"])):
         raise OutputError(other)
-    with mock.patch.object(request, "open_checkpoint", side_effect=_Opened), contextlib.suppress(_Opened):
-        request.job_of(heading, folder)
+    with mock.patch.object(plan, "open_checkpoint", side_effect=_Opened), contextlib.suppress(_Opened):
+        plan.recorded_plan(heading, folder)
 
 
 class _Opened(Exception):

@@ -13,9 +13,9 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from quantize8.artifact import gguf
 from quantize8.artifact.gguf_tokenizer import tokenizer_fields
 from quantize8.checkpoint import open_checkpoint
+from quantize8.formats import gguf
 from quantize8.ops import q8_0
 from quantize8.ops.scales import ScaleSearch
 
@@ -108,7 +108,7 @@ def assemble(source: Path, path: Path, fields: list[gguf.Field] | None = None) -
     config, shapes = checkpoint.config, {name: info.shape for name, info in checkpoint.tensors.items()}
     if fields is None:
         fields = [*gguf.settings(config, "tiny", source), *tokenizer_fields(source / "tokenizer", config)]
-    tensors = gguf.plan(config, shapes, source)
+    tensors = gguf.tensors_of(config, shapes, source)
     header = gguf.header(gguf.architecture(config, source), fields, tensors)
     with path.open("wb") as file:
         file.truncate(header.nbytes)
@@ -127,7 +127,7 @@ def encoded(tensor: gguf.GgufTensor, checkpoint, first: int, last: int) -> np.nd
     if tensor.source is None:
         return tensor.values[first:last]
     rows = tensor.arrange(checkpoint.rows(tensor.source, first, last).astype(np.float32))
-    return rows if tensor.kind == gguf.F32 else q8_0.quantize_rows(rows)
+    return rows if tensor.dtype == gguf.F32 else q8_0.quantize_rows(rows)
 
 
 def dequantized(config: dict, search: ScaleSearch | None = None):

@@ -86,26 +86,27 @@ def main(system: str, source: str, out: str) -> None:
     if system == "windows":
         make_windows(Path(out).parent)
     import quantize8
-    from quantize8.artifact import journal, writer
-    from quantize8.conversion.staging import partial_of
+    from quantize8.conversion.driver import Writer
+    from quantize8.destinations import journal
+    from quantize8.destinations.local import partial_of
     from quantize8.operations.finalize import finalize
 
-    size, original = {"max_shard_size": "6KB", "workers": 2}, writer.Writer.write
+    size, original = {"max_shard_size": "6KB", "workers": 2}, Writer.write
     left = iter(range(5))
 
-    def stopping(self, info, quantizer):
+    def stopping(self, name, quantizer):
         if next(left, None) is None:
             raise OSError(28, "No space left on device")
-        return original(self, info, quantizer)
+        return original(self, name, quantizer)
 
-    writer.Writer.write = stopping
+    Writer.write = stopping
     try:
         quantize8.convert(source, out, **size)
     except quantize8.OutputError as error:
         assert "goes on from here" in str(error), error
     else:
         raise AssertionError("did not stop")
-    writer.Writer.write = original
+    Writer.write = original
     assert not [path for path in open_files() if ".partial" in str(path)]
     for number in (1, 2):
         quantize8.convert(source, out, part=f"{number}/2", **size)

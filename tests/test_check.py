@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from quantize8 import ArtifactError, OutputError, convert, push, verify
 from quantize8.artifact.manifest import CHECK_FAILED
 from quantize8.checkpoint import open_checkpoint
+from quantize8.conversion import driver
 from quantize8.model.check import TOKENS, check
 from quantize8.operations import convert as operation
 
@@ -200,15 +201,15 @@ def test_settings_that_change_what_is_computed_are_found(whole, tmp_path):
 
 def test_a_broken_artifact_is_marked_and_refused(whole, tmp_path, monkeypatch):
     source, _ = whole
-    finish = operation.write_part
+    write = driver.write
 
-    def spoil(job, out, *rest):
-        found = finish(job, out, *rest)
+    def spoil(plan, destination, *rest):
+        found, out = write(plan, destination, *rest), destination.out
         state = load_file(out / "model.safetensors")
         save_file(state | {f"{UP}.SCB": state[f"{UP}.SCB"] * 2}, out / "model.safetensors")
         return found
 
-    monkeypatch.setattr(operation, "write_part", spoil)
+    monkeypatch.setattr(driver, "write", spoil)
     with pytest.raises(ArtifactError, match=f"{UP}.weight is not what its source has"):
         convert(str(source), tmp_path / "int8", check=True)
     assert UP in (tmp_path / "int8" / CHECK_FAILED).read_text()

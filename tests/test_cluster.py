@@ -14,10 +14,11 @@ from making import llama, word_tokenizer
 
 from benchmarks.faults import digests
 from quantize8 import DependencyError, OutputError, WeightError, convert, verify
-from quantize8.artifact.journal import SUFFIX, Journal
 from quantize8.conversion import cluster as module
-from quantize8.conversion.request import Request
-from quantize8.conversion.staging import partial_of
+from quantize8.conversion.options import ConvertOptions
+from quantize8.conversion.plan import make_plan
+from quantize8.destinations.journal import SUFFIX, Journal
+from quantize8.destinations.local import LocalFolder, partial_of
 from quantize8.operations.finalize import finalize
 
 SIZE = {"max_shard_size": "6KB"}  # several files of the tiny Llama
@@ -56,7 +57,7 @@ def test_the_artifact_is_that_of_one_process(nodes, source, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)  # paths are the driver's
     done = convert("source", "out", engine="ray", progress=lambda done, total: heard.append((done, total)), **SIZE)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole") and verify(tmp_path / "out")
-    assert done.manifest == whole.manifest and done.errors == whole.errors and not done.kept
+    assert done.manifest == whole.manifest and done.errors == whole.errors and not done.resumed
     assert len(heard) == len(whole.plan.shards) > 3 and heard == sorted(heard)
     assert heard[-1] == (whole.plan.source_bytes, whole.plan.source_bytes)
     with pytest.raises(OutputError, match="exists"):
@@ -71,7 +72,7 @@ def test_it_goes_on_where_it_was(nodes, source, tmp_path):
     whole = convert(source, tmp_path / "whole", **SIZE)
     kept = convert(source, tmp_path / "out", part="1/2", **SIZE).files
     assert 0 < len(kept) < len(whole.plan.shards)
-    assert convert(source, tmp_path / "out", engine="ray", **SIZE).kept > 0
+    assert convert(source, tmp_path / "out", engine="ray", **SIZE).resumed > 0
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
@@ -92,7 +93,7 @@ def test_to_a_store(nodes, source, tmp_path, monkeypatch):
         whole = convert(source, tmp_path / "whole", overwrite=True, **SIZE, **options)
         first = len(convert(source, out, part="1/4", **SIZE, **options).files)
         done = convert(source, out, engine="ray", **SIZE, **options)
-        assert 0 < first < len(whole.plan.shards) and 0 < done.kept < len(whole.plan.checkpoint.tensors)
+        assert 0 < first < len(whole.plan.shards) and 0 < done.resumed < len(whole.plan.checkpoint.tensors)
         assert digests(tmp_path / "out") == digests(tmp_path / "whole") and verify(tmp_path / "out")
         assert done.manifest == whole.manifest and done.errors == whole.errors and str(done.out) == out
         with pytest.raises(OutputError, match="exists, and a store replaces no artifact"):
@@ -112,16 +113,16 @@ def test_a_worker_plans_once_for_all_its_tasks(calibrated, source, tmp_path, mon
     """Unless a text decides; and anew when the source is another."""
     (tmp_path / "text").write_text("w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 " * 8)
     given = {"calibrate": str(tmp_path / "text")} if calibrated else {}
-    request, prepare, calls = Request(source, **SIZE, **given), Request.prepare, []
-    monkeypatch.setattr(Request, "prepare", lambda self, *rest: calls.append(self) or prepare(self, *rest))
+    options, calls = ConvertOptions(source, **SIZE, **given), []
+    monkeypatch.setattr(module, "make_plan", lambda *given: calls.append(given) or make_plan(*given))
 
     def write_all(out):
-        job = prepare(request)
-        task = module._Task(request.anywhere(), out, module.Nodes(), None, job.decisions())
-        for number in range(1, len(job.units) + 1):
+        plan = make_plan(options)
+        task = module._Task(options.absolute(), LocalFolder(out), module.Nodes(), None, plan.decisions())
+        for number in range(1, len(plan.units) + 1):
             module._write(task, number, False)
         finalize(out)
-        return len(job.units)
+        return len(plan.units)
 
     assert write_all(tmp_path / "out") == len(calls) if calibrated else write_all(tmp_path / "out") > len(calls) == 1
     convert(source, tmp_path / "whole", **SIZE, **given)
@@ -183,7 +184,7 @@ def test_an_address_where_no_cluster_is(nodes, source, tmp_path):
 
 
 def test_a_node_that_decides_otherwise_does_not_write(nodes, source, tmp_path, monkeypatch):
-    monkeypatch.setattr("quantize8.conversion.request.__version__", "99")  # here, and not in the workers
+    monkeypatch.setattr("quantize8.conversion.plan.__version__", "99")  # here, and not in the workers
     with pytest.raises(OutputError, match=r"this node has version 0\..*install the same quantize8 on all nodes"):
         convert(source, tmp_path / "out", engine="ray", overwrite=True, **SIZE)
     assert not partial_of(tmp_path / "out").exists()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +14,15 @@ from making import llama
 from safetensors.torch import load_file, save_file
 
 from quantize8 import convert, verify
-from quantize8.artifact.folder import WeightFile
 from quantize8.artifact.manifest import read_manifest
 from quantize8.artifact.outliers import Calibrated
-from quantize8.artifact.units import units
-from quantize8.artifact.writer import CpuQuantizer, Writer, places
 from quantize8.checkpoint import open_checkpoint
 from quantize8.checkpoint.structure import _plain_tensors
+from quantize8.conversion.driver import Writer, places
+from quantize8.destinations.local import WeightFile
 from quantize8.errors import OutputError
 from quantize8.ops import reference
+from quantize8.ops.cpu import CpuQuantizer
 from quantize8.ops.scales import ScaleSearch, search_absmax
 
 
@@ -175,14 +176,14 @@ def test_conv1d_and_importance_by_column(mgm, tmp_path):
     plan = convert(str(mgm), tmp_path / "out", scale="mse", dry_run=True).plan
     name = next(name for name in plan.transposed if name in plan.searches)
     columns = plan.shape_of(plan.checkpoint.tensors[name])[1]
-    plan.searches = {name: ScaleSearch(np.linspace(0, 1, columns, dtype=np.float32))}
-    (unit,) = units(plan)
+    plan = replace(plan, searches={name: ScaleSearch(np.linspace(0, 1, columns, dtype=np.float32))})
+    (unit,) = plan.units
     file = WeightFile(tmp_path / unit.shard.file, unit.shard.header, unit.shard.nbytes)
     file.reserve()
-    writer = Writer(plan, places(unit, [file]), plan.read_bytes, None)
-    record = writer.write(plan.checkpoint.tensors[name], CpuQuantizer())[name]
-    other = next(info for key, info in plan.checkpoint.tensors.items() if key in plan.transposed and key != name)
-    assert writer.write(other, CpuQuantizer())[other.name].quantized.scale == "absmax"
+    writer = Writer(plan, places(unit, [file]))
+    record = writer.write(name, CpuQuantizer())[name]
+    other = next(key for key in plan.checkpoint.tensors if key in plan.transposed and key != name)
+    assert writer.write(other, CpuQuantizer())[other].quantized.scale == "absmax"
     file.finish()
     weight = np.concatenate(list(plan.checkpoint.blocks(name))).T
     absmax = search_absmax(weight, plan.searches[name])
@@ -213,7 +214,7 @@ def test_an_int8_source_has_no_scales_to_search(options, tmp_path):
 
 
 def test_scales_are_searched_on_the_cpu_where_a_gpu_would_be_taken(tmp_path, monkeypatch):
-    monkeypatch.setattr("quantize8.conversion.write.resolve", lambda device: pytest.fail("asked for a device"))
+    monkeypatch.setattr("quantize8.conversion.driver.resolve", lambda device: pytest.fail("asked for a device"))
     convert(str(llama(tmp_path / "source")), tmp_path / "out", scale="mse")
 
 
@@ -283,7 +284,7 @@ def peak_rss(source: Path, out: Path) -> int:
 
 def sparse_llama(folder: Path, layers: int) -> Path:
     """A checkpoint of zeros that takes no disk: 27 MB a layer, in files of four layers."""
-    from quantize8.artifact.layout import OutTensor, index, plan_shards
+    from quantize8.formats.base import OutTensor, index, plan_shards
 
     config = {
         "architectures": ["LlamaForCausalLM"],

@@ -13,7 +13,7 @@ from other_system import FUNCTIONS, MODULES
 
 from benchmarks.faults import digests
 from quantize8 import files
-from quantize8.artifact.journal import Journal, is_locked, read_heading
+from quantize8.destinations.journal import Journal, is_locked, read_heading
 from quantize8.resources import cache_dir
 
 ROOT = Path(__file__).parent.parent

@@ -14,11 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import deepseek
 from quantize8 import OutputError, SourceError, WeightError, cli, convert, plan
-from quantize8.artifact.writer import CpuQuantizer, Writer
 from quantize8.conversion import forecast as module
+from quantize8.conversion.driver import Writer
 from quantize8.conversion.forecast import forecast
+from quantize8.conversion.options import ConvertOptions
 from quantize8.conversion.parts import Part
-from quantize8.conversion.request import Request
+from quantize8.conversion.plan import make_plan
+from quantize8.destinations.local import LocalFolder
+from quantize8.ops.cpu import CpuQuantizer
 
 
 @pytest.fixture
@@ -26,8 +29,10 @@ def source(tmp_path):
     return str(word_tokenizer(llama(tmp_path / "source", shards=2)))
 
 
-def told(job, tmp_path, units=None, **options):
-    return forecast(job, units or job.units, tmp_path / "out", [CpuQuantizer()], time.perf_counter(), **options)
+def told(plan, tmp_path, units=None, **options):
+    return forecast(
+        plan, units or plan.units, LocalFolder(tmp_path / "out"), [CpuQuantizer()], time.perf_counter(), **options
+    )
 
 
 @pytest.mark.parametrize("format", ["bitsandbytes", "compressed-tensors", "gguf", "float32"])
@@ -50,62 +55,62 @@ def test_nothing_is_left_and_nothing_is_missing(format, source, tmp_path):
 
 def test_times_are_sums_of_what_was_measured(source, tmp_path, monkeypatch):
     """Of each share: its bytes by kind over the rates, or those written over the disk's, and planning."""
-    job = Request(source, max_shard_size="6KB").prepare()
+    plan = make_plan(ConvertOptions(source, max_shard_size="6KB"))
     rates = {"F16 to I8, matrices": 7.0, "F16 to F16, matrices": 11.0, "F16 to F16, vectors": 3.0}
-    monkeypatch.setattr(module, "_rate", lambda job, names, *_: rates[module._kind(job, names[0])])
-    count = len(job.units)
+    monkeypatch.setattr(module, "_rate", lambda plan, names, *_: rates[module._kind(plan, names[0])])
+    count = len(plan.units)
     for disk_rate in (1e9, 0.5):  # tensors take the time, or the disk does
         monkeypatch.setattr(module, "_disk_rate", lambda _, rate=disk_rate: rate)
-        found = told(job, tmp_path, machines=[1, 2, count, count + 5])
+        found = told(plan, tmp_path, machines=[1, 2, count, count + 5])
         assert found.rates == rates
         state = load_file(tmp_path / "source" / "model-00001-of-00002.safetensors")
         state |= load_file(tmp_path / "source" / "model-00002-of-00002.safetensors")
         reading, by_file = 0.0, {}
-        for unit in job.units:
+        for unit in plan.units:
             for name in unit.sources:
                 int8 = name.endswith("proj.weight")
                 kind = "I8, matrices" if int8 else "F16, matrices" if state[name].ndim > 1 else "F16, vectors"
                 seconds = state[name].numel() * 2 / rates[f"F16 to {kind}"]
                 by_file[unit.number] = by_file.get(unit.number, 0.0) + seconds
                 reading += seconds
-        writing = {unit.number: unit.nbytes / disk_rate for unit in job.units}
+        writing = {unit.number: unit.nbytes / disk_rate for unit in plan.units}
         one, two, each, more = found.shares
         assert one.seconds == pytest.approx(max(reading, sum(writing.values())), rel=1e-3)
         assert each.seconds == pytest.approx(max(max(by_file[n], writing[n]) for n in by_file), rel=1e-3)
         assert (one.files, each.files, more.files) == (count, 1, 1) and each.seconds == pytest.approx(more.seconds)
-        halves = [Part(number, 2).of(job.units) for number in (1, 2)]
+        halves = [Part(number, 2).of(plan.units) for number in (1, 2)]
         sums = [max(sum(d[unit.number] for unit in half) for d in (by_file, writing)) for half in halves]
         assert two.seconds == pytest.approx(max(sums), rel=1e-3)
-        part = told(job, tmp_path, Part(2, count).of(job.units), machines=[1]).shares
+        part = told(plan, tmp_path, Part(2, count).of(plan.units), machines=[1]).shares
         assert part[0].seconds == pytest.approx(max(by_file[2], writing[2]), rel=1e-3) and part[0].files == 1
 
 
 def test_planning_counts_once_on_one_machine_and_twice_on_several(source, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_rate", lambda *_: 1e12)
     monkeypatch.setattr(module, "_disk_rate", lambda _: 1e12)
-    job, began = Request(source).prepare(), time.perf_counter() - 1000
-    one, many = forecast(job, job.units, tmp_path / "out", [CpuQuantizer()], began, [1, 8]).shares
+    plan, began = make_plan(ConvertOptions(source)), time.perf_counter() - 1000
+    one, many = forecast(plan, plan.units, LocalFolder(tmp_path / "out"), [CpuQuantizer()], began, [1, 8]).shares
     assert one.seconds == pytest.approx(1000, abs=1) and many.seconds == pytest.approx(2000, abs=1)
 
 
 def test_rates_are_bytes_a_second_of_all_threads(source, tmp_path, monkeypatch):
     """A writer that takes 20 ms a tensor, whatever its size, and two threads."""
-    job = Request(source).prepare()
-    names = [name for name in job.plan.quantized if "gate_proj" in name]
+    plan = make_plan(ConvertOptions(source))
+    names = [name for name in plan.quantized if "gate_proj" in name]
     monkeypatch.setattr(Writer, "write", lambda *_: time.sleep(0.02))
-    one, two = (module._rate(job, names, tmp_path, [None] * threads) for threads in (1, 2))
-    nbytes = job.plan.checkpoint.tensors[names[0]].nbytes
+    one, two = (module._rate(plan, names, tmp_path, [None] * threads) for threads in (1, 2))
+    nbytes = plan.checkpoint.tensors[names[0]].nbytes
     assert nbytes / 0.03 < one <= nbytes / 0.02 and 1.4 * nbytes / 0.02 < two <= 2 * nbytes / 0.02
 
 
 def test_the_sample_is_from_everywhere_and_of_bounded_size(tmp_path, monkeypatch):
     deepseek.make(tmp_path / "source", layers=4, experts=8)
-    job = Request(str(tmp_path / "source"), format="compressed-tensors").prepare()
-    tensors = job.plan.checkpoint.tensors
-    kinds, tried = module._kinds(job, job.units), module._to_try(job, job.units)
+    plan = make_plan(ConvertOptions(str(tmp_path / "source"), format="compressed-tensors"))
+    tensors = plan.checkpoint.tensors
+    kinds, tried = module._kinds(plan, plan.units), module._to_try(plan, plan.units)
     assert kinds.keys() - tried.keys() == set()
     for kind, names in tried.items():
-        sample = [name for (name,) in module._spread(job, names, 2)]
+        sample = [name for (name,) in module._spread(plan, names, 2)]
         nbytes = sum(tensors[name].nbytes for name in sample)
         assert 1 <= len(sample) <= 2 * module._SAMPLE_TENSORS and nbytes < 6 * module._SAMPLE_BYTES
         largest = max(tensors[name].nbytes for name in sample)
@@ -118,17 +123,17 @@ def test_a_kind_of_large_tensors_alone_is_not_tried(source, tmp_path, monkeypatc
     """It is taken to be as fast as the fastest, unless all are large."""
     monkeypatch.setattr(module, "_TENSOR_BYTES", 32 * 32 * 2)  # not the embedding, and not what is 48 wide
     monkeypatch.setattr(module, "_disk_rate", lambda _: 1e12)
-    job = Request(source).prepare()
-    tensors = job.plan.checkpoint.tensors
+    plan = make_plan(ConvertOptions(source))
+    tensors = plan.checkpoint.tensors
     rates = {"F16 to I8, matrices": 7.0, "F16 to F16, vectors": 3.0}
-    monkeypatch.setattr(module, "_rate", lambda job, names, *_: rates[module._kind(job, names[0])])
-    found = told(job, tmp_path, machines=[1])
+    monkeypatch.setattr(module, "_rate", lambda plan, names, *_: rates[module._kind(plan, names[0])])
+    found = told(plan, tmp_path, machines=[1])
     assert found.rates == rates
     vectors = sum(info.nbytes for info in tensors.values() if len(info.shape) == 1)
     others = sum(info.nbytes for info in tensors.values()) - vectors
     assert found.shares[0].seconds == pytest.approx(vectors / 3 + others / 7, rel=1e-3)
     monkeypatch.setattr(module, "_TENSOR_BYTES", 0)
-    assert {len(names) for names in module._to_try(job, job.units).values()} == {1}
+    assert {len(names) for names in module._to_try(plan, plan.units).values()} == {1}
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from quantize8 import OutputError, WeightError, convert, verify
-from quantize8.artifact.formats import FORMATS, make_format
 from quantize8.checkpoint import open_checkpoint
+from quantize8.formats import FORMATS
+from quantize8.formats.base import make_format
 from quantize8.ops import reference
 
 IDS = torch.arange(2, 42)[None]

@@ -6,9 +6,9 @@ from gguf import GGUFReader
 from gguf_files import FAMILIES, assemble, config_of, folder_of, write_tokenizer
 
 from quantize8 import ArtifactError, OutputError, SourceError, convert, verify
-from quantize8.artifact import gguf
 from quantize8.artifact.gguf_tokenizer import tokenizer_fields
 from quantize8.checkpoint import open_checkpoint
+from quantize8.formats import gguf
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

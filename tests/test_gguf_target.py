@@ -13,10 +13,10 @@ from gguf_files import FAMILIES, MERGED, assemble, config_of, dequantized, folde
 from transformers import AutoModelForCausalLM
 
 from quantize8 import SourceError
-from quantize8.artifact import gguf
 from quantize8.artifact.gguf_tokenizer import tokenizer_fields
 from quantize8.checkpoint import open_checkpoint
 from quantize8.checkpoint.gguf_settings import llama3_scaling
+from quantize8.formats import gguf
 from quantize8.ops import q8_0
 from quantize8.ops.reference import quantize_rowwise
 
@@ -126,8 +126,8 @@ def test_llama3_frequencies_are_those_of_transformers(tmp_path):
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     config = config_of("llama", head_dim=64, rope_parameters={**rope, "original_max_position_embeddings": 64})
     model = folder_of(tmp_path / "model", {**config, "rope_theta": 5e5})
-    first, *_ = gguf.plan({**config, "rope_theta": 5e5}, shapes_of(model), model)
-    assert (first.name, first.source, first.shape, first.kind) == ("rope_freqs.weight", None, (32,), "F32")
+    first, *_ = gguf.tensors_of({**config, "rope_theta": 5e5}, shapes_of(model), model)
+    assert (first.name, first.source, first.shape, first.dtype) == ("rope_freqs.weight", None, (32,), "F32")
     rotary = AutoModelForCausalLM.from_pretrained(model).model.rotary_emb
     plain = 1 / 5e5 ** (np.arange(0, 64, 2) / 64)
     np.testing.assert_allclose(plain / first.values, rotary.inv_freq.numpy(), rtol=1e-6)
@@ -220,13 +220,13 @@ def test_tensors_that_do_not_fit_are_refused(edit, message, tmp_path):
     shapes = shapes_of(folder_of(tmp_path / "model", config_of("llama"), tokenizer=False))
     edit(shapes)
     with pytest.raises(SourceError, match=message):
-        gguf.plan(config_of("llama"), shapes, "here")
+        gguf.tensors_of(config_of("llama"), shapes, "here")
 
 
 def test_what_transformers_leaves_out_is_left_out(tmp_path):
     shapes = shapes_of(folder_of(tmp_path / "model", config_of("llama"), tokenizer=False))
     shapes["model.layers.0.self_attn.rotary_emb.inv_freq"] = (8,)
-    names = {tensor.name for tensor in gguf.plan(config_of("llama", tie_word_embeddings=True), shapes, "here")}
+    names = {tensor.name for tensor in gguf.tensors_of(config_of("llama", tie_word_embeddings=True), shapes, "here")}
     assert "output.weight" not in names and len(names) == len(shapes) - 2
 
 
@@ -243,7 +243,7 @@ def test_codes_are_carried_as_they_are(tmp_path):
 def test_a_whole_file_of_carried_codes(tmp_path, monkeypatch):
     def carry(tensor, checkpoint, first, last):
         rows = checkpoint.rows(tensor.source, first, last)
-        if tensor.kind == gguf.F32:
+        if tensor.dtype == gguf.F32:
             return tensor.arrange(rows.astype(np.float32))
         return q8_0.carry_rows(*(tensor.arrange(part) for part in quantize_rowwise(rows)))
 

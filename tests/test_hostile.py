@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from quantize8 import cli
 from quantize8.checkpoint import open_checkpoint
-from quantize8.conversion.staging import Staging
+from quantize8.destinations.local import Staging
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
@@ -258,11 +258,11 @@ def test_another_writer_that_was_faster(refused, tmp_path, monkeypatch):
     source, out = llama(tmp_path / "source"), tmp_path / "late"
     publish = Staging.publish
 
-    def race(staging, overwrite) -> None:
+    def race(staging, *rest):
         out.mkdir()
         (out / "theirs").write_text("x")
         try:
-            publish(staging, overwrite)
+            return publish(staging, *rest)
         finally:
             assert (out / "theirs").read_text() == "x"
             shutil.rmtree(out)

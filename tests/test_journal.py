@@ -6,8 +6,8 @@ import os
 import pytest
 
 from quantize8 import files
-from quantize8.artifact.journal import Journal, read_heading
 from quantize8.artifact.manifest import Quantized, TensorRecord
+from quantize8.destinations.journal import Journal, read_heading
 
 RECORD = TensorRecord("model.safetensors", "I8", (4, 8), "ab" * 32)
 FULL = Quantized("F16", "cd" * 32, 0.01, (0.0, 3.25), 2, [(7, 1, 3.25)], scale="mse")

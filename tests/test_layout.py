@@ -5,7 +5,7 @@ import json
 import pytest
 
 from quantize8 import OutputError
-from quantize8.artifact.layout import OutTensor, index, parse_size, plan_shards
+from quantize8.formats.base import OutTensor, index, parse_size, plan_shards
 
 
 def groups(*sizes):

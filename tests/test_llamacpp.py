@@ -10,9 +10,9 @@ from gguf_files import FAMILIES, assemble, config_of, dequantized, folder_of
 
 from benchmarks.llama_cpp import served
 from quantize8 import convert
-from quantize8.artifact import gguf
 from quantize8.artifact.gguf_tokenizer import tokenizer_fields
 from quantize8.checkpoint import open_checkpoint
+from quantize8.formats import gguf
 from quantize8.ops.scales import ScaleSearch
 
 ROPES = {

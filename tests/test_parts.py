@@ -13,11 +13,11 @@ from making import llama, mixtral, word_tokenizer
 
 from benchmarks.faults import digests, opens
 from quantize8 import OutputError, SourceError, cli, convert, verify
-from quantize8.artifact.journal import SUFFIX, _line
-from quantize8.artifact.writer import Writer
+from quantize8.conversion import driver
+from quantize8.conversion.driver import Writer
 from quantize8.conversion.parts import Part, parse_part
-from quantize8.conversion.staging import partial_of
-from quantize8.conversion.steps import end_parts
+from quantize8.destinations.journal import SUFFIX, _line
+from quantize8.destinations.local import LocalFolder, Staging, partial_of
 from quantize8.operations.finalize import finalize
 
 SIZE = {"max_shard_size": "6KB"}  # several files of the tiny Llama
@@ -98,7 +98,7 @@ def test_journals_that_are_no_journals(source, tmp_path, monkeypatch):
     heading, *entries = (json.loads(line.split(b" ", 1)[1]) for line in path.read_bytes().splitlines())
     refused, taken = [], []
     shutil.copytree(partial_of(tmp_path / "out"), tmp_path / "kept")
-    monkeypatch.setattr("quantize8.conversion.steps.finish", lambda *_: whole.manifest)  # where it comes so far
+    monkeypatch.setattr(Staging, "publish", lambda *_: whole.manifest)  # where it comes so far
     cases = [([other, *entries], where) for other, where in altered(heading)]
     cases += [([heading, other, *entries[1:]], where) for other, where in altered(entries[0])]
 
@@ -110,7 +110,7 @@ def test_journals_that_are_no_journals(source, tmp_path, monkeypatch):
     for lines, where in cases:
         lay(lines, tmp_path / "out")
         try:
-            end_parts(tmp_path / "out")
+            driver.finalize(LocalFolder(tmp_path / "out"))
         except (OutputError, SourceError) as error:
             assert "\n" not in str(error) and str(error), where
             refused.append(where)
@@ -169,7 +169,7 @@ def test_a_dry_run_of_a_part_names_its_files(source, tmp_path, capsys, monkeypat
 
 def test_convert_without_a_part_ends_what_parts_began(source, tmp_path):
     convert(source, tmp_path / "out", part="2/3", **SIZE)
-    assert convert(source, tmp_path / "out", **SIZE).kept
+    assert convert(source, tmp_path / "out", **SIZE).resumed
     convert(source, tmp_path / "whole", **SIZE)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
@@ -189,9 +189,9 @@ def test_a_part_that_was_killed_or_is_run_again(source, tmp_path, monkeypatch):
     monkeypatch.setattr(Writer, "write", write)
     with pytest.raises(OutputError, match="not finished: model-0000"):
         finalize(tmp_path / "out")
-    assert convert(source, tmp_path / "out", part="1/2", **SIZE).kept == 3
+    assert convert(source, tmp_path / "out", part="1/2", **SIZE).resumed == 3
     again = convert(source, tmp_path / "out", part="1/2", **SIZE)
-    assert again.kept > 3 and not (tmp_path / "out").exists()
+    assert again.resumed > 3 and not (tmp_path / "out").exists()
     convert(source, tmp_path / "out", part="3/5", **SIZE)  # another number of parts: the same files
     finalize(tmp_path / "out")
     convert(source, tmp_path / "whole", **SIZE)

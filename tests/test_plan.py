@@ -9,15 +9,15 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import deepseek
 from quantize8 import convert
-from quantize8.artifact.bitsandbytes import BitsAndBytes
-from quantize8.artifact.plan import make_plan
 from quantize8.checkpoint import open_checkpoint
 from quantize8.checkpoint.structure import is_skipped
+from quantize8.conversion.options import ConvertOptions
+from quantize8.conversion.plan import plan_of as plan_with
 from quantize8.recipe import Recipe, load_recipe
 
 
 def plan_of(source, recipe=None):
-    return make_plan(open_checkpoint(str(source)), recipe or load_recipe("llm-int8"), BitsAndBytes())
+    return plan_with(ConvertOptions(str(source)), open_checkpoint(str(source)), recipe or load_recipe("llm-int8"))
 
 
 def test_headers_of_deepseek_v3_are_those_that_were_published():

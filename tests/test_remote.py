@@ -140,7 +140,7 @@ def test_a_stream_goes_on_from_the_files_that_were_confirmed(hub, tmp_path):
     before = len(hub.log)
     found = convert("org/tiny", tmp_path / "out", stream=True, token=TOKEN, workers=1)
     in_first = [info for info in found.plan.checkpoint.tensors.values() if info.file == names[0]]
-    assert found.kept == len(in_first)
+    assert found.resumed == len(in_first)
     convert(str(hub.models["org/tiny"]), tmp_path / "local")
     assert same(tmp_path / "out", tmp_path / "local")
     again = [asked for method, path, _, asked in hub.log[before:] if method == "GET" and names[0] in path and asked]

@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from benchmarks.checkpoints import make_llama
 from benchmarks.faults import SHARD_SIZE, begin, digests, kill_and_resume, opens
 from quantize8 import OutputError, SourceError, WeightError, convert, verify
-from quantize8.artifact.writer import CpuQuantizer, Writer
-from quantize8.conversion import finish
-from quantize8.conversion.staging import partial_of
+from quantize8.conversion import driver
+from quantize8.conversion.driver import Writer
+from quantize8.destinations.local import partial_of
+from quantize8.ops.cpu import CpuQuantizer
 
 TEXT = "w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 " * 8
 
@@ -77,7 +78,7 @@ def test_the_artifact_is_the_one_of_a_run_without_a_stop(options, count, tmp_pat
     assert not (tmp_path / "out").exists()
     stop_after(None)
     result = convert(str(source), tmp_path / "out", **options)
-    assert result.kept == count and result.kept_bytes > 0
+    assert result.resumed == count and result.resumed_bytes > 0
     assert digests(tmp_path / "out") == digests(tmp_path / "whole") and verify(tmp_path / "out")
     assert not partial_of(tmp_path / "out").exists()
 
@@ -90,7 +91,7 @@ def test_gguf_goes_on_too(tmp_path, stop_after):
     with pytest.raises(Killed):
         convert(source, tmp_path / "out", format="gguf", workers=1)
     stop_after(None)
-    assert convert(source, tmp_path / "out", format="gguf").kept == 5
+    assert convert(source, tmp_path / "out", format="gguf").resumed == 5
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
@@ -131,7 +132,7 @@ def test_bytes_that_are_not_those_of_the_journal_are_written_again(stopped):
     data = bytearray(unfinished.read_bytes().rstrip(b"\0"))
     data[-100:] = bytes(100)  # of the last codes that were written
     unfinished.write_bytes(data)
-    assert 0 < convert(str(source), out).kept < 12
+    assert 0 < convert(str(source), out).resumed < 12
     assert digests(out) == whole
 
 
@@ -142,7 +143,7 @@ def test_a_torn_journal_counts_as_far_as_it_is_whole(damage, stopped):
     source, out, whole = stopped
     (journal,) = partial_of(out).glob("*.journal")
     journal.write_bytes(damage(journal.read_bytes()))
-    assert convert(str(source), out).kept < 12
+    assert convert(str(source), out).resumed < 12
     assert digests(out) == whole
 
 
@@ -153,7 +154,7 @@ def test_weights_that_vanished_leave_a_journal_that_counts_for_nothing(tmp_path,
         convert(str(source), out)
     stop_after(None)
     shutil.rmtree(partial_of(out) / "files")
-    assert convert(str(source), out).kept == 0 and verify(out)
+    assert convert(str(source), out).resumed == 0 and verify(out)
 
 
 CHANGES = [
@@ -178,7 +179,7 @@ def test_other_decisions_are_named_and_nothing_is_touched(options, message, tmp_
     with pytest.raises(OutputError, match=f"holds an unfinished conversion with {message}.*--overwrite") as caught:
         convert(str(source), out, **options)
     assert "\n" not in str(caught.value) and digests(tmp_path) == before
-    assert convert(str(source), out, overwrite=True, **options).kept == 0
+    assert convert(str(source), out, overwrite=True, **options).resumed == 0
     convert(str(source), tmp_path / "whole", **options)
     assert digests(out) == digests(tmp_path / "whole") and not partial_of(out).exists()
 
@@ -215,7 +216,7 @@ def test_another_version_does_not_go_on(tmp_path, stop_after, monkeypatch):
     stop_after(12)
     with pytest.raises(Killed):
         convert(str(source), out)
-    monkeypatch.setattr("quantize8.conversion.request.__version__", "99")
+    monkeypatch.setattr("quantize8.conversion.plan.__version__", "99")
     with pytest.raises(OutputError, match=r"with version 0\.1"):
         convert(str(source), out)
 
@@ -229,7 +230,7 @@ def test_overwrite_goes_on_where_the_decisions_are_the_same(tmp_path, stop_after
         convert(str(source), out, overwrite=True)
     assert digests(out) == first
     stop_after(None)
-    assert convert(str(source), out, overwrite=True).kept == 12
+    assert convert(str(source), out, overwrite=True).resumed == 12
     assert digests(out) != first and verify(out)
 
 
@@ -250,7 +251,7 @@ def test_a_source_file_with_another_time_is_converted_again_and_no_other(tmp_pat
     spoil(source, 3.0)
     result = convert(str(source), out)
     first = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"].values()
-    assert result.kept == sum(file.startswith("model-00001") for file in first)
+    assert result.resumed == sum(file.startswith("model-00001") for file in first)
     convert(str(source), tmp_path / "whole")
     assert digests(out) == digests(tmp_path / "whole") != digests(tmp_path / "before")
 
@@ -280,7 +281,7 @@ def test_another_source_is_named(change, tmp_path, stop_after):
         convert(str(source), out)
     if change == "gone":
         (tmp_path / "apart").rename(path)
-        assert convert(str(source), out).kept == 12
+        assert convert(str(source), out).resumed == 12
 
 
 def test_a_source_that_changes_while_it_is_read(tmp_path, monkeypatch):
@@ -295,7 +296,7 @@ def test_a_source_that_changes_while_it_is_read(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="changed while it was read; run the same command again"):
         convert(str(source), out)
     monkeypatch.setattr(Writer, "write", write)
-    assert 0 < convert(str(source), out).kept < 22 and verify(out)
+    assert 0 < convert(str(source), out).resumed < 22 and verify(out)
 
 
 def test_what_calibration_measured_is_not_measured_again(tmp_path, stop_after, monkeypatch):
@@ -358,7 +359,7 @@ def test_an_exception_in_a_quantizer(tmp_path, monkeypatch):
         patch.setattr(CpuQuantizer, "quantize", dies)
         with pytest.raises(Killed):
             convert(str(source), out)
-    assert convert(str(source), out).kept and verify(out)
+    assert convert(str(source), out).resumed and verify(out)
 
 
 FULL = ["posix_fallocate", "pwrite", "write", "fsync", "ftruncate", "open"]
@@ -396,7 +397,7 @@ def test_disks_that_fill_at_any_call(call, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["quantize8.json", "config.json", "model.safetensors.index.json"])
 def test_a_disk_that_fills_at_a_small_file(name, tmp_path, monkeypatch):
     source, out = llama(tmp_path / "source"), tmp_path / "out"
-    write = finish.write_file
+    write = driver.write_file
 
     def full(path, data):
         if path.name == name:
@@ -405,11 +406,11 @@ def test_a_disk_that_fills_at_a_small_file(name, tmp_path, monkeypatch):
         write(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(finish, "write_file", full)
+        patch.setattr(driver, "write_file", full)
         with pytest.raises(OutputError, match=r"not written .No space left on device at .* which goes on from here"):
             convert(str(source), out, max_shard_size="10KB")
     assert not out.exists() and not opens(partial_of(out))
-    assert convert(str(source), out, max_shard_size="10KB").kept == 22 - 1 and verify(out)
+    assert convert(str(source), out, max_shard_size="10KB").resumed == 22 - 1 and verify(out)
 
 
 def test_a_move_that_fails_and_one_that_is_killed_lose_no_artifact(tmp_path, monkeypatch):
@@ -466,5 +467,5 @@ def test_sigterm(tmp_path):
     process.communicate()
     assert process.returncode == -signal.SIGTERM
     if not (tmp_path / "out").exists():
-        assert convert(str(tmp_path / "source"), tmp_path / "out", max_shard_size=SHARD_SIZE).kept
+        assert convert(str(tmp_path / "source"), tmp_path / "out", max_shard_size=SHARD_SIZE).resumed
     assert verify(tmp_path / "out")

@@ -15,12 +15,14 @@ from making import llama, word_tokenizer
 from benchmarks.checkpoints import make_llama
 from benchmarks.faults import SHARD_SIZE, kill_and_resume_to_a_store
 from quantize8 import ArtifactError, DependencyError, OutputError, SourceError, cli, convert, verify
-from quantize8.artifact.folder import WeightFile
-from quantize8.artifact.journal import SUFFIX, _line
 from quantize8.artifact.manifest import MANIFEST_NAME
-from quantize8.artifact.store import PARTIAL, Store, place_of
-from quantize8.artifact.writer import Writer
 from quantize8.checkpoint.address import reason, without_secrets
+from quantize8.conversion.driver import Writer
+from quantize8.destinations.base import destination_of
+from quantize8.destinations.journal import SUFFIX, _line
+from quantize8.destinations.local import LocalFolder, WeightFile
+from quantize8.destinations.store import PARTIAL
+from quantize8.destinations.store import ObjectStore as Store
 from quantize8.operations.finalize import finalize
 
 SIZE = {"max_shard_size": "6KB"}  # several files of the tiny Llama
@@ -105,7 +107,7 @@ def test_the_artifact_is_the_local_one(options, address, source, tmp_path, cache
     whole, heard = convert(source, tmp_path / "whole", **options), []
     done = convert(source, address, progress=lambda done, total: heard.append((done, total)), **options)
     assert content(address) == local(tmp_path / "whole") and verify(copy(address, tmp_path / "copy"))
-    assert done.manifest == whole.manifest and done.errors == whole.errors and not done.kept
+    assert done.manifest == whole.manifest and done.errors == whole.errors and not done.resumed
     assert str(done.out) == address and done.as_json()["out"] == address
     assert max(heard) == (whole.plan.source_bytes, whole.plan.source_bytes)  # threads may tell in another order
     assert {total for _, total in heard} == {whole.plan.source_bytes}
@@ -161,7 +163,7 @@ def test_whatever_is_stopped_goes_on(stop, address, source, tmp_path, calls):
         with pytest.raises(OutputError, match="exists, and a store replaces no artifact"):
             convert(source, address, **SIZE)
     else:
-        kept = convert(source, address, **SIZE).kept
+        kept = convert(source, address, **SIZE).resumed
         again = [name for kind, name in calls[before:] if kind == "put" and name in weights]
         assert again == [name for name in weights if name not in finished]
         assert kept >= len(finished)
@@ -184,7 +186,7 @@ def test_inside_a_weight_file_it_goes_on_on_the_same_machine(address, source, tm
     assert not content(address) and any(cache.iterdir())  # the claim is taken back, what is finished is here
     with pytest.raises(OutputError, match=r"unfinished conversion with another recipe.*--overwrite"):
         convert(source, address, threshold=5.0)
-    assert convert(source, address).kept == 7
+    assert convert(source, address).resumed == 7
     assert content(address) == local(tmp_path / "whole") and not any(cache.iterdir())
 
 
@@ -217,7 +219,7 @@ def test_a_manifest_that_was_put_in_part(source, tmp_path, calls):
     with pytest.raises(OutputError, match="holds an unfinished conversion with"):
         convert(source, f"local://{tmp_path}/out", threshold=5.0)
     shutil.copytree(tmp_path / "out", tmp_path / "other")
-    assert convert(source, f"local://{tmp_path}/out").kept
+    assert convert(source, f"local://{tmp_path}/out").resumed
     convert(source, f"local://{tmp_path}/other", threshold=5.0, overwrite=True)
     for options in ({}, {"threshold": 5.0}):
         convert(source, tmp_path / "whole", overwrite=True, **options)
@@ -279,7 +281,7 @@ def test_other_decisions_are_refused_and_overwrite_starts_over(address, source, 
         with pytest.raises(OutputError, match=f"unfinished conversion with {message}"):
             convert(source, address, part="1/2", **options)
     assert content(address) == before
-    assert convert(source, address, overwrite=True).kept == 0
+    assert convert(source, address, overwrite=True).resumed == 0
     convert(source, tmp_path / "whole")
     assert content(address) == local(tmp_path / "whole")  # no index of the first is left
 
@@ -347,7 +349,7 @@ def test_parts(options, address, source, tmp_path, monkeypatch):
         finalize(address)
     assert "\n" not in str(caught.value) and f"--out {address}" in str(caught.value)
     convert(source, address, part="2/3", **options)
-    assert convert(source, address, part="2/3", **options).kept > 0
+    assert convert(source, address, part="2/3", **options).resumed > 0
     (tmp_path / "text").unlink()
     done = finalize(address)
     assert done.manifest == whole.manifest and done.errors == whole.errors
@@ -429,7 +431,7 @@ def test_credentials_that_remove_nothing(address, source, tmp_path, calls):
 def test_a_source_file_with_another_time_is_converted_again(address, source, tmp_path, calls):
     stopped_at_end(source, address, calls, **SIZE)
     os.utime(sorted(Path(source).glob("*.safetensors"))[0], ns=(1, 1))
-    assert convert(source, address, **SIZE).kept == 0
+    assert convert(source, address, **SIZE).resumed == 0
     convert(source, tmp_path / "whole", **SIZE)
     assert content(address) == local(tmp_path / "whole")
 
@@ -439,7 +441,8 @@ def test_a_path_with_a_scheme_is_a_path(source, tmp_path, cache):
     assert done.out == tmp_path / "out" and verify(f"file://{tmp_path}/out") and not cache.exists()
     convert(source, f"file://{tmp_path}/parts", part="1/1")
     assert finalize(f"file://{tmp_path}/parts").out == tmp_path / "parts"
-    assert place_of("out") == Path("out") and place_of(Path("s3://bucket")) == Path("s3:/bucket")
+    assert destination_of("out") == LocalFolder(Path("out"))
+    assert destination_of(Path("s3://bucket")) == LocalFolder(Path("s3:/bucket"))
 
 
 SECRETS = "memory://someone:pass%21word@bucket/model?key=secret"
@@ -553,7 +556,7 @@ def test_a_model_on_the_hub(hub, source, tmp_path, calls):
     convert(source, tmp_path / "whole", **SIZE)
     written = local(tmp_path / "me")
     assert written.pop(".gitattributes") and written == local(tmp_path / "whole")
-    assert done.kept == len(done.plan.checkpoint.tensors)
+    assert done.resumed == len(done.plan.checkpoint.tensors)
     with pytest.raises(OutputError, match="exists"):
         convert(source, "hf://me/model@main", token=token)
 

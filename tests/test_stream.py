@@ -10,8 +10,8 @@ from cuda_on_cpu.emulation import EmulatedGpu
 from making import llama
 
 from quantize8 import WeightError, convert
-from quantize8.artifact.writer import CpuQuantizer
 from quantize8.ops import gpu, stream
+from quantize8.ops.cpu import CpuQuantizer
 from quantize8.ops.reference import ColumnStats
 from quantize8.ops.stream import GpuQuantizer
 
@@ -21,7 +21,7 @@ def emulated(monkeypatch) -> EmulatedGpu:
     """A GPU to every part of the converter: tensors of "cuda:0" lie in main memory."""
     found = EmulatedGpu(order=2)
     monkeypatch.setattr(gpu, "gpu_of", lambda index: found)
-    monkeypatch.setattr("quantize8.conversion.write.resolve", lambda device: device)
+    monkeypatch.setattr("quantize8.conversion.driver.resolve", lambda device: device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(stream, "GpuQuantizer", lambda device: GpuQuantizer(torch.device("cpu")))
     return found

@@ -15,10 +15,10 @@ from typing import Any
 
 from gguf import GGUFValueType, Keys, TokenType
 
-from quantize8.artifact.gguf import ROUTE, Field, complete
 from quantize8.checkpoint.guard import guarded
 from quantize8.checkpoint.tokenizer import check_tokenizer
 from quantize8.errors import SourceError, first_line
+from quantize8.formats.gguf import ROUTE, Field, complete
 from quantize8.limits import VOCABULARY
 
 _SPACE = "\u2581"  # SentencePiece's

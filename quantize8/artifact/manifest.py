@@ -20,8 +20,8 @@ from blake3 import blake3
 from quantize8 import limits
 from quantize8.checkpoint.base import contained
 from quantize8.errors import ArtifactError, SourceError
+from quantize8.ops import ABSMAX
 from quantize8.ops.reference import ColumnStats
-from quantize8.ops.scales import ABSMAX
 
 MANIFEST_NAME = "quantize8.json"
 CHECK_FAILED = "check-failed.txt"  # beside it, of an artifact that its check found broken: what was wrong
@@ -91,7 +91,9 @@ def digest(data: bytes | memoryview) -> str:
     return str(blake3(data).hexdigest())
 
 
-def summarize(stats: ColumnStats, absmax: Any, source_dtype: str, source_blake3: str, transposed: bool) -> Quantized:
+def summarize(
+    stats: ColumnStats, absmax: Any, source_dtype: str, source_blake3: str, transposed: bool, scale: str = ABSMAX
+) -> Quantized:
     """What the manifest says of a weight whose statistics are complete; figures rounded to what they mean."""
     square, error = float(stats.sum_square.sum()), float(stats.sum_error.sum())
     order = np.lexsort((np.arange(len(stats.absmax)), -stats.absmax, -stats.outliers))[:_WORST_COLUMNS]
@@ -103,6 +105,7 @@ def summarize(stats: ColumnStats, absmax: Any, source_dtype: str, source_blake3:
         outliers=int(stats.outliers.sum()),
         worst_columns=[(int(k), int(stats.outliers[k]), float(stats.absmax[k])) for k in order],
         transposed=transposed,
+        scale=scale,
     )
 
 
@@ -136,6 +139,15 @@ def read_manifest(folder: Path) -> Manifest:
     if not all(map(is_inside, files)) or not {record.file for record in manifest.tensors.values()} <= files:
         raise ArtifactError(f"{path}: has fields of another kind than a manifest's; convert the source again")
     return manifest
+
+
+def files_of(data: bytes) -> list[str]:
+    """The files that a manifest names; none where the data is not a whole manifest."""
+    try:
+        value = json.loads(data)
+        return [name for name in (*value["headers"], *value["files"]) if is_inside(name)]
+    except (ValueError, KeyError, TypeError):
+        return []
 
 
 def check_inside(path: Path, folder: Path) -> None:

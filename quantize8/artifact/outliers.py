@@ -11,14 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from quantize8.artifact.layout import OutTensor
 from quantize8.checkpoint.base import TensorInfo, contained
 from quantize8.checkpoint.safetensors import SafetensorsCheckpoint
 from quantize8.errors import ArtifactError
+from quantize8.formats.base import OutTensor
 from quantize8.ops.reference import Array
 from quantize8.ops.scales import ScaleSearch
 
 OUTLIERS_NAME = "outliers.safetensors"
+PART_SUFFIX = ".outliers"  # of the files, one for each weight file, that are merged into it at the end
 _COLUMNS, _WEIGHT = "outlier_columns", "outlier_weight"
 _MEAN_SQUARE, _ABSMAX = "input_mean_square", "input_absmax"
 _KINDS = {_COLUMNS: ("I32", 1), _MEAN_SQUARE: ("F32", 1), _ABSMAX: ("F32", 1), _WEIGHT: ("F16", 2)}  # dtype, dimensions

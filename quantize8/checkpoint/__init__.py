@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quantize8.checkpoint.address import is_url, without_secrets
+from quantize8.checkpoint.address import without_secrets
 from quantize8.checkpoint.base import CONFIG_NAME, Checkpoint, TensorInfo, companions, read_config
 from quantize8.checkpoint.fetch import download, is_stored
 from quantize8.checkpoint.gguf import GgufCheckpoint
@@ -14,6 +14,7 @@ from quantize8.checkpoint.remote import open_stream
 from quantize8.checkpoint.safetensors import SafetensorsCheckpoint, open_safetensors
 from quantize8.checkpoint.torch_bin import TorchCheckpoint, open_torch
 from quantize8.errors import SourceError
+from quantize8.files import is_url
 
 __all__ = ["Checkpoint", "QuantizedCheckpoint", "TensorInfo", "is_url", "locate", "open_checkpoint"]
 

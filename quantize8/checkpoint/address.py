@@ -11,11 +11,6 @@ HUB_SCHEME = "hf://"
 _DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 
-def is_url(text: str) -> bool:
-    """Whether a source or an output is an address of fsspec's, with a scheme."""
-    return "://" in text
-
-
 def scheme_of(address: str) -> str:
     """What the driver is found by."""
     return address.partition("://")[0]

@@ -19,12 +19,13 @@ from blake3 import blake3
 
 from quantize8 import limits
 from quantize8.checkpoint import hub
-from quantize8.checkpoint.address import HUB_SCHEME, file_system, is_url, reason, without_secrets
+from quantize8.checkpoint.address import HUB_SCHEME, file_system, reason, without_secrets
 from quantize8.checkpoint.base import TensorInfo, read_config
 from quantize8.checkpoint.ordered import OrderedFile, Transfers
 from quantize8.checkpoint.ranges import FsspecFile, RemoteFile
 from quantize8.checkpoint.safetensors import SafetensorsCheckpoint, open_files, read_header
 from quantize8.errors import SourceError
+from quantize8.files import is_url
 
 
 class StreamedCheckpoint(SafetensorsCheckpoint):

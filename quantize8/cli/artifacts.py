@@ -2,47 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from quantize8.cli.options import (
-    Device,
-    Json,
-    Moe,
-    Out,
-    OutputFormat,
-    Page,
-    Private,
-    RecipeName,
-    Revision,
-    ScaleKind,
-    Scheme,
-    ShardSize,
-    Source,
-    Stream,
-    Threshold,
-    Token,
-    Workers,
-)  # fmt: skip
+from quantize8.cli.options import Device, Json, Out, Page, Private, Token, Workers, with_convert_options
 from quantize8.cli.terminal import progress_bar, show
 from quantize8.errors import OutputError
 
 
+@with_convert_options
 def convert(
-    source: Source,
     out: Out = None,
-    format: OutputFormat = "bitsandbytes",
-    scheme: Scheme = None,
-    moe: Moe = None,
-    threshold: Threshold = None,
-    calibrate: Annotated[str | None, typer.Option(help="Text file to choose and store outlier columns by.")] = None,
-    outlier_columns: Annotated[str, typer.Option(help="auto, or how many of each weight.")] = "auto",
-    smooth: Annotated[float | None, typer.Option(help="SmoothQuant's alpha, by that text: 0.5.")] = None,
-    recipe: RecipeName = "llm-int8",
-    scale: ScaleKind = "absmax",
     device: Device = "auto",
-    max_shard_size: ShardSize = "5GB",
     workers: Workers = None,
     check: Annotated[
         bool | None,
@@ -52,24 +24,23 @@ def convert(
             show_default=False,
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and convert nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and convert nothing.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an artifact at --out; start an unfinished one over.")
     ] = False,
-    part: Annotated[str | None, typer.Option(help="Write a share of the weight files: 2/4, or auto.")] = None,
-    engine: Annotated[str, typer.Option(help="local, or ray: the nodes of a Ray cluster.")] = "local",
+    part: Annotated[str | None, typer.Option(help="Write only a share of the weight files: 2/4, or auto.")] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray for the nodes of a Ray cluster.")] = "local",
     address: Annotated[
-        str | None, typer.Option(help="Of that cluster, or auto.  [default: one on this machine]")
+        str | None, typer.Option(help="Ray cluster address (with --engine ray).  [default: a cluster on this machine]")
     ] = None,
-    stream: Stream = False,
     push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Upload the artifact to this model.")] = None,
     private: Private = False,
     page: Page = None,
-    revision: Revision = None,
     token: Token = None,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
-    """Write an int8 artifact that other loaders open as it is, or a plain one of a quantized source."""
+    """Write an int8 artifact that other loaders open directly, or a plain one from a quantized source."""
     from quantize8 import report
     from quantize8.operations.convert import convert as operation
     from quantize8.page import build
@@ -77,43 +48,29 @@ def convert(
     build.check(page)
     with progress_bar("converting") as progress:
         result = operation(
-            source, out, format=format, scheme=scheme, moe=moe, threshold=threshold, calibrate=calibrate,
-            outlier_columns=outlier_columns, smooth=smooth, recipe=recipe, scale=scale, device=device,
-            max_shard_size=max_shard_size, workers=workers, check=check, dry_run=dry_run, overwrite=overwrite,
-            part=part, engine=engine, address=address, stream=stream, push_to_hub=push_to_hub, private=private,
-            revision=revision, token=token, progress=progress,
+            out=out, device=device, workers=workers, check=check, dry_run=dry_run, overwrite=overwrite, part=part,
+            engine=engine, address=address, push_to_hub=push_to_hub, private=private, token=token, progress=progress,
+            **options,
         )  # fmt: skip
     show(result, report.conversion(result), as_json)
-    build.write(page, result, source)
+    build.write(page, result, options["source"])
 
 
+@with_convert_options
 def plan(
-    source: Source,
     out: Out = None,
-    machines: Annotated[str, typer.Option(help="Numbers of machines to share the work.")] = "1,8,64",
-    format: OutputFormat = "bitsandbytes",
-    scheme: Scheme = None,
-    moe: Moe = None,
-    threshold: Threshold = None,
-    recipe: RecipeName = "llm-int8",
-    scale: ScaleKind = "absmax",
+    machines: Annotated[str, typer.Option(help="Numbers of machines that share the work.")] = "1,8,64",
     device: Device = "auto",
-    max_shard_size: ShardSize = "5GB",
     workers: Workers = None,
-    stream: Stream = False,
-    revision: Revision = None,
     token: Token = None,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
-    """Plan a conversion, and measure how long it will take, and the memory and disk it needs."""
+    """Plan a conversion, and predict its time, memory and disk space."""
     from quantize8 import report
     from quantize8.operations.plan import plan as operation
 
-    result = operation(
-        source, out, machines=_numbers(machines), format=format, scheme=scheme, moe=moe,
-        threshold=threshold, recipe=recipe, scale=scale, device=device, max_shard_size=max_shard_size,
-        workers=workers, stream=stream, revision=revision, token=token,
-    )  # fmt: skip
+    result = operation(out=out, machines=_numbers(machines), device=device, workers=workers, token=token, **options)
     show(result, report.conversion(result), as_json)
 
 

@@ -1,20 +1,27 @@
-"""Options that several commands have."""
+"""Options that several commands have, and those that commands derive from `ConvertOptions`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
+
+from quantize8.conversion.options import ConvertOptions
 
 if TYPE_CHECKING:
     from quantize8.ops.reference import OutlierMode
 else:
     OutlierMode = str  # `load` refuses another word, without NumPy loaded for it here
 
+_Command = TypeVar("_Command", bound=Callable[..., None])
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Page = Annotated[
     str | None,
-    typer.Option("--report", metavar="FILE.html", help="Write a web page with plots too; a page there is replaced."),
+    typer.Option("--report", metavar="FILE.html", help="Also write a web page with plots; replaces the file."),
 ]
 Mode = Annotated[
     OutlierMode | None,
@@ -25,19 +32,49 @@ Token = Annotated[
     str | None,
     typer.Option(help="Hub token (default: the one of `hf auth login`).", envvar="HF_TOKEN", show_envvar=True),
 ]
-# What decides an artifact, of `convert` and `plan`
-Source = Annotated[str, typer.Argument(help="Hub id, folder, .safetensors, .bin or .gguf file, or s3://...")]
 Out = Annotated[str | None, typer.Option(help="New folder, or s3://...  [default: <name>-int8]")]
-OutputFormat = Annotated[
-    str, typer.Option(help="bitsandbytes, compressed-tensors, gguf, float16, bfloat16 or float32.")
-]
-Scheme = Annotated[str | None, typer.Option(help="Of compressed-tensors: w8a8 or w8a16.  [default: w8a8]")]
-Moe = Annotated[str | None, typer.Option(help="Its experts are for vllm or transformers.  [default: vllm]")]
-Threshold = Annotated[float | None, typer.Option(help="Outlier threshold, 0 for none.  [default: the recipe's]")]
-RecipeName = Annotated[str, typer.Option(help="llm-int8, int8, int8-all, or a .toml file.")]
-ScaleKind = Annotated[str, typer.Option(help="absmax, or mse: the one with the least squared error.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-ShardSize = Annotated[str, typer.Option(help="Largest weight file.")]
-Workers = Annotated[int | None, typer.Option(help="Threads.  [default: one a processor]")]
-Stream = Annotated[bool, typer.Option("--stream", help="Read the weights remotely, store none.")]
-Private = Annotated[bool, typer.Option("--private", help="A model that is made on the hub is private.")]
+Workers = Annotated[int | None, typer.Option(help="Worker threads.  [default: CPU count]")]
+Private = Annotated[bool, typer.Option("--private", help="Make a new model on the hub private.")]
+
+
+def with_convert_options(command: _Command) -> _Command:
+    """Give a command whose signature ends with `**options` an argument or option for each field of ConvertOptions.
+
+    The source and the output come first, then these options, then the command's own.
+    """
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    first = [each.replace(kind=each.KEYWORD_ONLY) for each in own if each.name == "out"]
+    rest = [
+        each.replace(kind=each.KEYWORD_ONLY) for each in own if each.name != "out" and each.kind is not each.VAR_KEYWORD
+    ]
+    (source, *derived) = _derived()
+    parameters = [source, *first, *derived, *rest]
+
+    def call(**given: Any) -> None:
+        command(**given)
+
+    call.__name__, call.__doc__ = command.__name__, command.__doc__
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {each.name: each.annotation for each in parameters}
+    return call  # type: ignore[return-value]
+
+
+def _derived() -> list[inspect.Parameter]:
+    """A parameter for each field of ConvertOptions, as Typer reads them; one without a default is an argument."""
+    kinds, parameters = get_type_hints(ConvertOptions), []
+    for each in fields(ConvertOptions):
+        about, required = each.metadata, each.default is MISSING
+        names = [f"--{each.name.replace('_', '-')}"] if kinds[each.name] is bool else []
+        show = "[default:" not in about["help"] and each.default is not None
+        option = typer.Option(*names, help=about["help"], metavar=about["metavar"], show_default=show)
+        shown = typer.Argument(help=about["help"]) if required else option
+        parameters.append(
+            inspect.Parameter(
+                each.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if required else each.default,
+                annotation=Annotated[kinds[each.name], shown],
+            )
+        )
+    return parameters

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from quantize8.artifact.writer import Progress
+    from quantize8.conversion.driver import Progress
 
 
 def show(result: Any, rendered: RenderableType, as_json: bool) -> None:

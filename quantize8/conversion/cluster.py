@@ -1,7 +1,7 @@
 """A conversion on a Ray cluster: a task for each weight file, on whichever node is free, and the end of it here.
 
 Source and output lie on a file system that all nodes see, at the same paths, or in stores. What a task does can be done
-again by any other (`steps.write_part`), so Ray runs it again when its worker or its node is lost. A user's error ends
+again by any other (`driver.write`), so Ray runs it again when its worker or its node is lost. A user's error ends
 it all.
 """
 
@@ -17,21 +17,16 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from quantize8.artifact.folder import check_disk
-from quantize8.artifact.journal import SUFFIX, is_locked
-from quantize8.artifact.store import Store
-from quantize8.artifact.units import Unit
-from quantize8.artifact.writer import Progress
+from quantize8.conversion.driver import Progress, check_workers, finalize, make_quantizers, write
+from quantize8.conversion.options import ConvertOptions
 from quantize8.conversion.parts import Part
-from quantize8.conversion.remote import scratch_of
-from quantize8.conversion.request import Job, Request
+from quantize8.conversion.plan import Plan, WorkUnit, make_plan
 from quantize8.conversion.result import Conversion
-from quantize8.conversion.staging import difference, partial_of
-from quantize8.conversion.steps import end_parts, write_part
-from quantize8.conversion.write import check_workers, make_quantizers, missing_bytes
+from quantize8.destinations.base import Destination
+from quantize8.destinations.journal import SUFFIX, is_locked
+from quantize8.destinations.local import LocalFolder, check_disk, difference, partial_of
 from quantize8.errors import DependencyError, OutputError, Quantize8Error, first_line
 
 _RETRIES = 5  # of a task whose worker or node was lost; nodes of a cloud are taken back more than once in a while
@@ -60,16 +55,16 @@ class Nodes:
 class _Task:
     """What each task is told."""
 
-    request: Request
-    out: Path | Store
+    options: ConvertOptions
+    out: Destination
     nodes: Nodes
     token: str | None
     decisions: dict[str, Any]  # of the process that began it all: a node that decides otherwise must not write
 
 
 def write_all(
-    job: Job,
-    out: Path | Store,
+    plan: Plan,
+    out: Destination,
     nodes: Nodes,
     overwrite: bool = False,
     token: str | None = None,
@@ -83,51 +78,47 @@ def write_all(
     """
     ray = _ray()
     check_workers(nodes.workers)
-    if isinstance(out, Path):
-        check_disk(out, missing_bytes(out, job.units))
-        out = out.absolute()
-    task = _Task(job.request.anywhere(), out, nodes, token, job.decisions())
-    kept = kept_bytes = 0
+    if isinstance(out, LocalFolder):
+        check_disk(out.path, out.missing_bytes(plan.units))
+        out = LocalFolder(out.path.absolute())
+    task = _Task(plan.options.absolute(), out, nodes, token, plan.decisions())
+    resumed = resumed_bytes = 0
     with _connected(ray, nodes.address):
-        for tensors, nbytes in _run(ray, job, task, overwrite, progress):
-            kept, kept_bytes = kept + tensors, kept_bytes + nbytes
-    found = end_parts(out, overwrite, token, job)
-    found.kept, found.kept_bytes = kept, kept_bytes
-    return found
+        for tensors, nbytes in _run(ray, plan, task, overwrite, progress):
+            resumed, resumed_bytes = resumed + tensors, resumed_bytes + nbytes
+    result = finalize(out, overwrite, token, plan)
+    result.resumed, result.resumed_bytes = resumed, resumed_bytes
+    return result
 
 
 def _write(task: _Task, number: int, overwrite: bool) -> tuple[int, int]:
     """In a worker: one weight file. Returns how many tensors were there already, and their bytes."""
-    if task.request.calibrate is None:
-        job = _job(task.request, task.token, json.dumps(task.decisions))
-    else:  # what the text decides goes into the plan
-        job = task.request.prepare(task.token)
-    decisions = job.decisions()
+    plan = _plan(task.options, task.token, json.dumps(task.decisions))
+    decisions = plan.decisions()
     if decisions != task.decisions:
         raise OutputError(
             f"{socket.gethostname()}: this node has {difference(decisions, task.decisions)}; "
             "install the same quantize8 on all nodes, and let all see the same files"
         )
     device = "cpu" if task.nodes.device == "auto" else task.nodes.device  # Ray gives a GPU to who asks for it
-    quantizers = make_quantizers(device, task.request.scale, task.nodes.workers or 1)
-    local = task.out if isinstance(task.out, Path) else scratch_of(task.out)
-    journal = partial_of(local) / f"{job.units[number - 1].shard.file}{SUFFIX}"
+    quantizers = make_quantizers(device, task.options.scale, task.nodes.workers or 1)
+    journal = partial_of(task.out.scratch) / f"{plan.units[number - 1].shard.file}{SUFFIX}"
     deadline = time.monotonic() + _UNLOCK
     while is_locked(journal) and time.monotonic() < deadline:  # by this task's first run, which is ending
         time.sleep(0.1)
-    found = write_part(job, task.out, Part(number, len(job.units)), quantizers, overwrite)
-    return found.kept, found.kept_bytes
+    result = write(plan, task.out, Part(number, len(plan.units)), quantizers, overwrite)
+    return result.resumed, result.resumed_bytes
 
 
 @functools.lru_cache(maxsize=1)
-def _job(request: Request, token: str | None, _: str) -> Job:
-    """The job of one task after the other: a plan of 92,000 tensors takes seconds. Other decisions make a new one."""
-    return request.prepare(token)
+def _plan(options: ConvertOptions, token: str | None, _: str) -> Plan:
+    """The plan of one task after the other: that of 92,000 tensors takes seconds. Other decisions make a new one."""
+    return make_plan(options, token)
 
 
-def _run(ray: Any, job: Job, task: _Task, overwrite: bool, progress: Progress | None) -> Iterator[tuple[int, int]]:
+def _run(ray: Any, plan: Plan, task: _Task, overwrite: bool, progress: Progress | None) -> Iterator[tuple[int, int]]:
     """What each task returns, in the order in which they end."""
-    needs, units = task.nodes.needs, job.units
+    needs, units = task.nodes.needs, plan.units
     remote = ray.remote(_write).options(
         name="quantize8 convert",
         num_cpus=needs["CPU"],
@@ -135,10 +126,10 @@ def _run(ray: Any, job: Job, task: _Task, overwrite: bool, progress: Progress | 
         max_retries=_RETRIES,
         retry_exceptions=False,  # only where a worker or a node is lost
     )
-    nbytes = {unit.number: job.read_bytes(unit) for unit in units}
+    nbytes = {unit.number: unit.read_bytes for unit in units}
     done, total = 0, sum(nbytes.values())
     # The first is alone where it decides for the others: it measures the text, or removes what is replaced.
-    alone = 1 if job.calibration or overwrite else 0
+    alone = 1 if plan.calibration or overwrite else 0
     for group in filter(None, (units[:alone], units[alone:])):
         refs = {remote.remote(task, unit.number, overwrite): unit for unit in group}
         for unit, result in _results(ray, refs, needs):
@@ -148,7 +139,7 @@ def _run(ray: Any, job: Job, task: _Task, overwrite: bool, progress: Progress | 
             yield result
 
 
-def _results(ray: Any, refs: dict[Any, Unit], needs: dict[str, int]) -> Iterator[tuple[Unit, tuple[int, int]]]:
+def _results(ray: Any, refs: dict[Any, WorkUnit], needs: dict[str, int]) -> Iterator[tuple[WorkUnit, tuple[int, int]]]:
     """Each unit with what its task returned, as they end; at the first failure the other tasks are cancelled."""
     waiting = list(refs)
     deadline = time.monotonic() + _PATIENCE
@@ -169,7 +160,7 @@ def _results(ray: Any, refs: dict[Any, Unit], needs: dict[str, int]) -> Iterator
             ray.wait(waiting, num_returns=len(waiting), timeout=_CANCEL)
 
 
-def _result(ray: Any, ref: Any, unit: Unit) -> tuple[int, int]:
+def _result(ray: Any, ref: Any, unit: WorkUnit) -> tuple[int, int]:
     try:
         found: tuple[int, int] = ray.get(ref)
         return found

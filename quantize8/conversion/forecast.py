@@ -14,17 +14,20 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from quantize8.artifact.folder import WeightFile
-from quantize8.artifact.layout import Shard
-from quantize8.artifact.units import Unit
-from quantize8.artifact.writer import WeightQuantizer, Writer, places
+from quantize8.conversion.driver import Writer, places
+from quantize8.conversion.options import ConvertOptions
 from quantize8.conversion.parts import Part
-from quantize8.conversion.request import Job
+from quantize8.conversion.plan import Plan, WorkUnit, make_plan
+from quantize8.conversion.result import Conversion
+from quantize8.destinations.base import Destination
+from quantize8.destinations.local import LocalFolder, WeightFile
 from quantize8.errors import OutputError
 from quantize8.files import WINDOWS, write_at
+from quantize8.formats.base import Shard, WeightQuantizer
 from quantize8.memory import peak_rss
 
 MACHINES = (1, 8, 64)
@@ -62,23 +65,70 @@ class Forecast:
     disk_rate: float  # bytes written a second, until the disk has them
 
 
+def look_ahead(
+    options: ConvertOptions,
+    destination: Destination | None,
+    quantizers: Sequence[WeightQuantizer],
+    *,
+    part: Part | None = None,
+    machines: Sequence[int] = (1,),
+    overwrite: bool = False,
+    token: str | None = None,
+) -> Conversion:
+    """What a conversion would do and take: from headers, and by converting a few tensors to nowhere.
+
+    This is both `quantize8 plan` and `convert --dry-run`. The time of uploading to a store is not included.
+
+    Args:
+        options: What is asked for.
+        destination: Where the artifact would go; None for the default folder.
+        quantizers: One for each thread.
+        part: The share of the weight files that would be written.
+        machines: Numbers of machines to predict the time for.
+        overwrite: An artifact may be there.
+        token: Hub token.
+    """
+    began = time.perf_counter()
+    plan = make_plan(options, token, download=False)
+    destination = destination or LocalFolder(plan.default_out)
+    destination.check(plan.checkpoint.folder, overwrite)
+    units = part.of(plan.units) if part else plan.units
+    return Conversion(
+        destination.out,
+        plan,
+        dry_run=True,
+        part=part,
+        files=[unit.shard.file for unit in units],
+        forecast=forecast(plan, units, destination, quantizers, began, machines),
+        to_calibrate=bool(plan.calibration),
+    )
+
+
 def forecast(
-    job: Job,
-    units: Sequence[Unit],
-    out: Path,
+    plan: Plan,
+    units: Sequence[WorkUnit],
+    destination: Destination,
     quantizers: Sequence[WeightQuantizer],
     began: float,
     machines: Sequence[int] = MACHINES,
 ) -> Forecast:
-    """Measure, and tell what writing these units to `out` takes; preparing the job `began` at that perf_counter.
+    """Measure, and predict what writing these weight files takes.
 
-    Raises OutputError where nothing can be written beside `out`, and what a conversion does, where a tensor that is
-    tried shows it.
+    Args:
+        plan: Of the conversion.
+        units: The weight files to write.
+        destination: Where they would go.
+        quantizers: One for each thread.
+        began: time.perf_counter() when planning began.
+        machines: Numbers of machines to predict the time for.
+
+    Raises:
+        OutputError: Nothing can be written there; and what a conversion raises, where a sampled tensor shows it.
     """
     planning = time.perf_counter() - began
-    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    folder = next(parent for parent in destination.scratch.absolute().parents if parent.exists())
     try:
-        rates = {kind: _rate(job, names, folder, quantizers) for kind, names in _to_try(job, units).items()}
+        rates = {kind: _rate(plan, names, folder, quantizers) for kind, names in _to_try(plan, units).items()}
         disk_rate = _disk_rate(folder)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written ({error.strerror}); name another folder with --out") from None
@@ -88,56 +138,54 @@ def forecast(
         for number in range(1, count + 1):
             own = Part(number, count).of(units)
             nbytes = sum(unit.nbytes for unit in own)
-            found.append((max(_seconds(job, own, rates), nbytes / disk_rate), nbytes, len(own)))
+            found.append((max(_seconds(plan, own, rates), nbytes / disk_rate), nbytes, len(own)))
         seconds, nbytes, files = max(found, default=(0.0, 0, 0))
         return Share(count, files, nbytes, seconds + planning * (1 if count == 1 else 2))
 
     shares = [share(count) for count in machines]
-    gathered = sum(unit.outliers.nbytes for unit in units if unit.outliers)
-    disk = sum(unit.nbytes for unit in units) + gathered
-    stored = job.request.stream or not job.plan.checkpoint.one_reader_a_file
+    stored = plan.options.stream or not plan.checkpoint.one_reader_a_file
     return Forecast(
         threads=len(quantizers),
         shares=shares,
         memory=peak_rss(),
-        disk=disk,
+        disk=destination.disk_bytes(units),
         free=shutil.disk_usage(folder).free,
-        download=0 if stored else job.plan.source_bytes,
+        download=0 if stored else plan.source_bytes,
         rates=rates,
         disk_rate=disk_rate,
     )
 
 
-def _kinds(job: Job, units: Sequence[Unit]) -> dict[str, list[str]]:
+def _kinds(plan: Plan, units: Sequence[WorkUnit]) -> dict[str, list[str]]:
     """Source tensors by what they are stored as and become."""
     found: dict[str, list[str]] = {}
     for unit in units:
         for name in unit.sources:
-            if name in job.plan.checkpoint.tensors:
-                found.setdefault(_kind(job, name), []).append(name)
+            if name in plan.checkpoint.tensors:
+                found.setdefault(_kind(plan, name), []).append(name)
     return found
 
 
-def _kind(job: Job, name: str) -> str:
-    checkpoint = job.plan.checkpoint
+def _kind(plan: Plan, name: str) -> str:
+    checkpoint = plan.checkpoint
     if checkpoint.one_reader_a_file:
         return _STREAMED
     what = "matrices" if len(checkpoint.tensors[name].shape) > 1 else "vectors"
-    return f"{checkpoint.stored_dtype(name)} to {job.plan.outputs[name][0].dtype}, {what}"
+    return f"{checkpoint.stored_dtype(name)} to {plan.outputs[name][0].dtype}, {what}"
 
 
-def _seconds(job: Job, units: Sequence[Unit], rates: dict[str, float]) -> float:
+def _seconds(plan: Plan, units: Sequence[WorkUnit], rates: dict[str, float]) -> float:
     """What reading, quantizing, hashing and beginning to write these weight files takes."""
-    tensors = job.plan.checkpoint.tensors
-    kinds = {kind: sum(tensors[name].nbytes for name in names) for kind, names in _kinds(job, units).items()}
+    tensors = plan.checkpoint.tensors
+    kinds = {kind: sum(tensors[name].nbytes for name in names) for kind, names in _kinds(plan, units).items()}
     largest = max(rates.values(), default=0.0)  # of what was too large to try: that is mostly copied
     return sum(nbytes / rates.get(kind, largest) for kind, nbytes in kinds.items() if nbytes)
 
 
-def _to_try(job: Job, units: Sequence[Unit]) -> dict[str, list[str]]:
+def _to_try(plan: Plan, units: Sequence[WorkUnit]) -> dict[str, list[str]]:
     """The kinds with tensors that are not empty, and not too large to try; all, if no kind has such."""
-    kinds, tensors = _kinds(job, units), job.plan.checkpoint.tensors
-    if job.plan.checkpoint.one_reader_a_file:
+    kinds, tensors = _kinds(plan, units), plan.checkpoint.tensors
+    if plan.checkpoint.one_reader_a_file:
         return kinds
     small = {kind: [n for n in names if 0 < tensors[n].nbytes <= _TENSOR_BYTES] for kind, names in kinds.items()}
     return {kind: names for kind, names in small.items() if names} or {
@@ -145,21 +193,21 @@ def _to_try(job: Job, units: Sequence[Unit]) -> dict[str, list[str]]:
     }
 
 
-def _rate(job: Job, names: list[str], folder: Path, quantizers: Sequence[WeightQuantizer]) -> float:
+def _rate(plan: Plan, names: list[str], folder: Path, quantizers: Sequence[WeightQuantizer]) -> float:
     """Bytes of these tensors that all threads together read, and write what becomes of, in a second."""
-    tensors, outputs = job.plan.checkpoint.tensors, job.plan.outputs
-    choose = _leading if job.plan.checkpoint.one_reader_a_file else _spread
-    lanes = choose(job, names, len(quantizers))
-    shard = Shard("sample", [tensor for lane in lanes for name in lane for tensor in outputs[name]])
-    for tensor in shard.tensors:  # in any order: nobody reads it
-        shard.offsets[tensor.name] = shard.nbytes
-        shard.nbytes += tensor.nbytes
+    tensors, outputs = plan.checkpoint.tensors, plan.outputs
+    choose = _leading if plan.checkpoint.one_reader_a_file else _spread
+    lanes = choose(plan, names, len(quantizers))
+    made = [tensor for lane in lanes for name in lane for tensor in outputs[name]]
+    ends = [*accumulate(tensor.nbytes for tensor in made)]
+    starts = {tensor.name: end - tensor.nbytes for tensor, end in zip(made, ends, strict=True)}
+    shard = Shard("sample", made, b"", starts, ends[-1])  # in any order: nobody reads it
     queue: SimpleQueue[list[str]] = SimpleQueue()
     for lane in lanes:
         queue.put(lane)
     with _nameless(folder, shard) as file:
-        writer = Writer(job.plan, places(Unit(1, shard, []), [file]), 0, None)
-        writer.write(tensors[lanes[0][0]], quantizers[0])  # kernels are compiled, or loaded, when first called
+        writer = Writer(plan, places(WorkUnit(1, shard, [], 0), [file]))
+        writer.write(lanes[0][0], quantizers[0])  # kernels are compiled, or loaded, when first called
         deadline = time.perf_counter() + _SECONDS
 
         def work(quantizer: WeightQuantizer) -> float:
@@ -170,7 +218,7 @@ def _rate(job: Job, names: list[str], folder: Path, quantizers: Sequence[WeightQ
                 except Empty:
                     break
                 for name in lane:
-                    writer.write(tensors[name], quantizer)
+                    writer.write(name, quantizer)
                     done += tensors[name].nbytes
             return done / (time.perf_counter() - start)
 
@@ -178,17 +226,17 @@ def _rate(job: Job, names: list[str], folder: Path, quantizers: Sequence[WeightQ
             return sum(pool.map(work, quantizers))
 
 
-def _spread(job: Job, names: list[str], threads: int) -> list[list[str]]:
+def _spread(plan: Plan, names: list[str], threads: int) -> list[list[str]]:
     """Some tensors from everywhere, each by itself."""
-    tensors = job.plan.checkpoint.tensors
+    tensors = plan.checkpoint.tensors
     mean = max(1, sum(tensors[name].nbytes for name in names) // len(names))
     count = min(max(threads, threads * _SAMPLE_BYTES // mean), _SAMPLE_TENSORS)
     return [[name] for name in names[:: max(1, len(names) // count)]]
 
 
-def _leading(job: Job, names: list[str], threads: int) -> list[list[str]]:
+def _leading(plan: Plan, names: list[str], threads: int) -> list[list[str]]:
     """The first tensors of as many files as are read side by side: those of which the first tensors are smallest."""
-    tensors = job.plan.checkpoint.tensors
+    tensors = plan.checkpoint.tensors
     files: dict[str, list[str]] = {}
     sizes: dict[str, int] = {}
     wanted = {*names}

@@ -6,9 +6,11 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from quantize8.artifact.units import Unit
 from quantize8.errors import OutputError
+
+_Unit = TypeVar("_Unit")
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Part:
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
 
-    def of(self, units: Sequence[Unit]) -> list[Unit]:
+    def of(self, units: Sequence[_Unit]) -> list[_Unit]:
         """Neighbouring weight files, about as many in each part; none in the last parts where there are too few."""
         start, stop = (-(-number * len(units) // self.count) for number in (self.number - 1, self.number))
         return list(units[start:stop])

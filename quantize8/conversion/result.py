@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize8.artifact.manifest import Manifest, Quantized, TensorRecord
-from quantize8.artifact.plan import Plan
-from quantize8.artifact.store import Store
-from quantize8.conversion.forecast import Forecast
 from quantize8.conversion.parts import Part
+from quantize8.conversion.plan import Plan
 
 if TYPE_CHECKING:
+    from quantize8.conversion.forecast import Forecast
     from quantize8.model.check import Check
 
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 class Conversion:
     """The result of `convert` and of `finalize`."""
 
-    out: Path | Store
+    out: Path | str  # an address without secrets
     plan: Plan
     seconds: float = 0.0
     manifest: Manifest | None = None  # None while there is no artifact: after a dry run, and after a part
@@ -29,8 +28,8 @@ class Conversion:
     dry_run: bool = False
     part: Part | None = None  # the share of the weight files that was written
     files: list[str] = field(default_factory=list)  # these
-    kept: int = 0  # source tensors that an earlier run had finished
-    kept_bytes: int = 0  # of them, as they are written
+    resumed: int = 0  # source tensors that an earlier run had finished
+    resumed_bytes: int = 0  # of them, as they are written
     pushed: str | None = None  # the address of the commit on the hub, if it was uploaded
     forecast: Forecast | None = None  # of a dry run
     check: Check | None = None  # of a whole artifact, where it was checked
@@ -45,7 +44,7 @@ class Conversion:
             "out": str(self.out),
             "dry_run": self.dry_run,
             "part": None if self.part is None else {"part": str(self.part), "files": self.files},
-            "resumed": {"tensors": self.kept, "bytes": self.kept_bytes},
+            "resumed": {"tensors": self.resumed, "bytes": self.resumed_bytes},
             "source": plan.checkpoint.identity,
             "format": plan.format.title,
             "recipe": plan.recipe.as_json(),

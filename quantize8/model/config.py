@@ -10,8 +10,8 @@ from transformers.quantizers import register_quantization_config
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quantize8.artifact.bitsandbytes import quantization_config
 from quantize8.checkpoint.bitsandbytes import is_int8
+from quantize8.formats.bitsandbytes import quantization_config
 from quantize8.ops.reference import DEFAULT_THRESHOLD, MODES, OutlierMode
 
 METHOD = "quantize8"  # in memory only: a loader without quantize8 would read a folder of this name as noise

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantize8.artifact.manifest import read_manifest
-from quantize8.artifact.store import path_of
 from quantize8.artifact.upload import artifact_files, prepare, upload
+from quantize8.destinations.base import path_of
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,8 @@ import numpy as np
 from blake3 import blake3
 
 from quantize8.artifact.card import CARD_NAME
-from quantize8.artifact.gguf import NAME as GGUF
 from quantize8.artifact.manifest import MANIFEST_NAME, Manifest, TensorRecord, check_inside, digest, read_manifest
 from quantize8.artifact.outliers import open_outliers, read_outliers
-from quantize8.artifact.store import path_of
 from quantize8.checkpoint import Checkpoint, QuantizedCheckpoint, bitsandbytes, compressed_tensors
 from quantize8.checkpoint.base import BLOCK_BYTES, CONFIG_NAME, READERS
 from quantize8.checkpoint.encoding import Encoding, RowwiseInt8
@@ -23,7 +21,9 @@ from quantize8.checkpoint.gguf_header import read_header
 from quantize8.checkpoint.gguf_settings import ARCHITECTURES
 from quantize8.checkpoint.quantized import decode
 from quantize8.checkpoint.safetensors import open_safetensors
+from quantize8.destinations.base import path_of
 from quantize8.errors import ArtifactError, SourceError
+from quantize8.formats import GGUF
 from quantize8.limits import HEADER_BYTES, is_file
 from quantize8.ops.reference import INT8_MAX, as_bytes
 

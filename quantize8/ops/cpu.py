@@ -18,6 +18,8 @@ from quantize8.ops.scales import CLIPS, LEAST_SCALE, ScaleSearch
 from quantize8.ops.units import check, pointer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
 # enum dtype of cpu/quantize8.h
@@ -57,6 +59,24 @@ def all_finite(values: Array) -> bool:
         return bool(np.isfinite(values).all())
     values = np.ascontiguousarray(values)
     return bool(units.library().q8_all_finite(_DTYPES[values.dtype], pointer(values), values.size))
+
+
+class CpuQuantizer:
+    """Quantizes the rows of a weight on the CPU, for one thread at a time; also with searched scales.
+
+    Args:
+        search: What the scales are searched for; None for those of the absolute maximum.
+    """
+
+    block_bytes = None  # takes blocks of any size
+
+    def __init__(self, search: ScaleSearch | None = None) -> None:
+        self._search = search
+
+    def quantize(self, blocks: Iterator[Array], stats: ColumnStats) -> Iterator[tuple[Array, Array, Array]]:
+        """Yield (block, codes, absmax) for each block [n, K], n a multiple of 64 in all but the last."""
+        for block in blocks:
+            yield (block, *quantize_rowwise(block, stats, self._search))
 
 
 def quantize_activations(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -14,14 +14,10 @@ in float32, one rounding per operation, summed in halves (`folded`). Of equal er
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 
 from quantize8.ops.reference import INT8_MAX, Array, codes_of, dequantize, to_float16
-
-Scale = Literal["absmax", "mse"]
-ABSMAX, MSE = get_args(Scale)
 
 # Dense near 1, where a row is most often best: on SmolLM2-135M nine steps of 0.0375 win 3.8% of the error, these 7.7%
 # (weighted; 1.4% unweighted). The last three are for heavy tails, where 0.95 is not enough.

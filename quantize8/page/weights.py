@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from quantize8.artifact.format import Int8Format
-from quantize8.artifact.plan import Plan
 from quantize8.checkpoint import QuantizedCheckpoint
+from quantize8.conversion.plan import Plan
 from quantize8.conversion.result import Conversion
+from quantize8.formats.base import Int8Format
 from quantize8.operations.inspect import WeightReport
 from quantize8.ops.reference import OUTLIER_SIGMAS
 from quantize8.page import charts, markup, names, plots

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from quantize8.artifact.format import Int8Format
 from quantize8.conversion.forecast import Forecast
 from quantize8.conversion.result import Conversion
+from quantize8.formats.base import Int8Format
 from quantize8.operations.verify import Verification
 from quantize8.report.tables import duration, size, table
 
@@ -47,8 +47,10 @@ def conversion(result: Conversion) -> RenderableType:
         rows.add_row("codes", "those of the source")
     elif result.errors:
         rows.add_row("relative error", f"{numbers['mean_relative_error']:.4f} mean, {numbers['worst']}")
-    if result.kept:
-        rows.add_row("resumed", f"{result.kept} tensors were there already, {size(result.kept_bytes)}, and are right")
+    if result.resumed:
+        rows.add_row(
+            "resumed", f"{result.resumed} tensors were there already, {size(result.resumed_bytes)}, and are right"
+        )
     if result.check is not None:
         rows.add_row("check", _check(result.check))
     if result.forecast is not None:

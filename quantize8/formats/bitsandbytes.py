@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from quantize8.artifact.format import Int8Format
-from quantize8.artifact.layout import OutTensor
-from quantize8.checkpoint.bitsandbytes import LAYOUT, METHOD, SCALE
+from quantize8.checkpoint.bitsandbytes import LAYOUT, SCALE
 from quantize8.checkpoint.structure import Structure, is_skipped
+from quantize8.formats import BITSANDBYTES
+from quantize8.formats.base import Int8Format, OutTensor
 from quantize8.ops.reference import Array
 
 if TYPE_CHECKING:
-    from quantize8.artifact.plan import Plan
+    from quantize8.conversion.plan import Plan
 
 
 @dataclass(frozen=True)
 class BitsAndBytes(Int8Format):
     """Int8 codes with the absmax of each row; experts stay in floating point, for transformers joins them."""
 
-    name: str = METHOD
+    name: str = BITSANDBYTES
     suffix: str = "int8"
+    options: ClassVar[frozenset[str]] = Int8Format.options | {"threshold"}
 
     def linears(self, structure: Structure) -> tuple[dict[str, str], dict[str, str]]:
         """See `Int8Format.linears`."""
@@ -55,7 +56,7 @@ class BitsAndBytes(Int8Format):
 def quantization_config(threshold: float, skip_modules: list[str]) -> dict[str, Any]:
     """The entry of config.json. A list of modules, even an empty one, replaces transformers' own choice."""
     return {
-        "quant_method": METHOD,
+        "quant_method": BITSANDBYTES,
         "load_in_8bit": True,
         "load_in_4bit": False,
         "llm_int8_threshold": float(threshold),  # an integer is refused by transformers

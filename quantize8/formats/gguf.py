@@ -11,9 +11,10 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
+from blake3 import blake3
 from gguf import (
     GGML_QUANT_VERSION,
     MODEL_ARCH,
@@ -26,15 +27,32 @@ from gguf import (
     get_tensor_name_map,
 )
 
+from quantize8.artifact.manifest import summarize
+from quantize8.checkpoint.gguf import GgufCheckpoint
 from quantize8.checkpoint.gguf_header import Header as GgufHeader
 from quantize8.checkpoint.gguf_settings import rope_factors
 from quantize8.checkpoint.guard import guarded
 from quantize8.checkpoint.native import architecture_of
 from quantize8.errors import SourceError, first_line
-from quantize8.ops.q8_0 import BLOCK, BLOCK_BYTES, Q8_0
-from quantize8.ops.reference import Array
+from quantize8.formats import GGUF
+from quantize8.formats.base import (
+    Format,
+    Layout,
+    OutTensor,
+    Piece,
+    Pieces,
+    Shard,
+    WeightQuantizer,
+    cannot_hold,
+    check_finite,
+)
+from quantize8.ops import ABSMAX, MSE, cpu, q8_0
+from quantize8.ops.q8_0 import BLOCK, Q8_0
+from quantize8.ops.reference import STATS_TILE_ROWS, Array, ColumnStats, as_bytes
 
-NAME = "gguf"
+if TYPE_CHECKING:
+    from quantize8.conversion.plan import Plan
+
 F32 = "F32"
 ROUTE = "write bfloat16 or compressed-tensors instead, which llama.cpp's convert_hf_to_gguf.py can make a GGUF of"
 
@@ -69,21 +87,18 @@ class Field(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GgufTensor:
-    """A tensor to be written, Q8_0 or F32, [N, K] as NumPy has it."""
+class GgufTensor(OutTensor):
+    """A tensor to be written, in Q8_0 or F32; its shape is [N, K] as in NumPy.
 
-    name: str
-    source: str | None  # the tensor of the checkpoint; None for one that is computed, whose `values` are here
-    shape: tuple[int, ...]
-    kind: str
-    head: int = 0  # rows of a head, where llama.cpp interleaves them
+    Attributes:
+        source: The tensor of the checkpoint; None for one that is computed and whose `values` are here.
+        head: Rows of an attention head, where llama.cpp interleaves them; 0 elsewhere.
+        values: Of a computed tensor.
+    """
+
+    source: str | None = None
+    head: int = 0
     values: Array | None = field(default=None, compare=False)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the values."""
-        count = math.prod(self.shape)
-        return count * 4 if self.kind == F32 else count // BLOCK * BLOCK_BYTES
 
     def arrange(self, rows: Array) -> Array:
         """Rows [n, ...] of the source in llama.cpp's order; for one with `head`, n and their start are multiples of it.
@@ -102,6 +117,95 @@ class Header(NamedTuple):
     content: bytes
     offsets: dict[str, int]
     nbytes: int
+
+
+@dataclass(frozen=True)
+class Gguf(Format):
+    """One file in which every matrix is Q8_0 and every vector float32, with llama.cpp's names and settings."""
+
+    name: str = GGUF
+    suffix: str = GGUF
+    options: ClassVar[frozenset[str]] = frozenset({"scale"})
+
+    @property
+    def is_folder(self) -> bool:
+        """See `Format.is_folder`."""
+        return False
+
+    def lay_out(self, plan: Plan, max_shard_size: str) -> Layout:
+        """See `Format.lay_out`: one file whatever its size, as llama.cpp reads one."""
+        from quantize8.artifact.gguf_tokenizer import tokenizer_fields
+
+        checkpoint = plan.checkpoint
+        config, where = checkpoint.config, checkpoint.name
+        tensors = tensors_of(config, {name: info.shape for name, info in checkpoint.tensors.items()}, where)
+        if isinstance(checkpoint, GgufCheckpoint):
+            fields = carried(checkpoint.header)
+        else:
+            fields = [*settings(config, where, where), *tokenizer_fields(checkpoint.folder, config)]
+        start = header(architecture(config, where), fields, tensors)
+        outputs: dict[str, list[OutTensor]] = {tensor.source or tensor.name: [tensor] for tensor in tensors}
+        return Layout(outputs, [Shard(f"{where}-{Q8_0}.gguf", [*tensors], *start)])
+
+    def quantizes(self, plan: Plan) -> list[str]:
+        """See `Format.quantizes`: every matrix."""
+        return [name for name, (tensor,) in plan.outputs.items() if tensor.dtype == Q8_0]
+
+    def encode(self, plan: Plan, name: str, quantizer: WeightQuantizer) -> Pieces:
+        """See `Format.encode`: a vector in float32, a matrix in Q8_0, with the codes of one that is int8 already."""
+        (tensor,) = plan.outputs[name]
+        assert isinstance(tensor, GgufTensor)
+        if tensor.values is not None:
+            yield Piece(tensor.name, tensor.values)
+            return None
+        checkpoint, info = plan.checkpoint, plan.checkpoint.tensors[name]
+        measured = _Measured(ColumnStats.empty(info.shape[-1]))
+        for first_row, block in plan.blocks(info, None, math.lcm(STATS_TILE_ROWS, tensor.head or 1)):
+            check_finite(block, info, first_row)
+            measured.source.update(as_bytes(block))
+            values = data = np.ascontiguousarray(tensor.arrange(block), np.float32)
+            if tensor.dtype == Q8_0:
+                if checkpoint.is_int8(name):
+                    rows = checkpoint.int8_rows(name, first_row, first_row + len(block))
+                    data = q8_0.carry_rows(*map(tensor.arrange, rows))
+                else:
+                    data = q8_0.quantize_rows(values, plan.searches.get(name))
+                if (row := q8_0.first_unfit(data)) is not None:
+                    raise cannot_hold(info, first_row + row, "Q8_0's float16 scale")
+                measured.add(values, data)
+            yield Piece(tensor.name, data, block.nbytes)
+        if tensor.dtype != Q8_0:
+            return None
+        stats, peaks = measured.complete()
+        scale = MSE if name in plan.searches else ABSMAX
+        return summarize(stats, peaks, checkpoint.stored_dtype(name), measured.source.hexdigest(), False, scale)
+
+    def edit_config(self, config: dict[str, Any], plan: Plan) -> dict[str, Any]:
+        """Not called: the settings are in the file."""
+        raise NotImplementedError(self.name)
+
+
+@dataclass
+class _Measured:
+    """Statistics of a matrix, which grow by its blocks."""
+
+    stats: ColumnStats
+    source: Any = field(default_factory=blake3)  # digest of the values as they are read
+    peaks: list[Array] = field(default_factory=list)
+    squares: list[Array] = field(default_factory=list)
+    errors: list[Array] = field(default_factory=list)
+
+    def add(self, values: Array, data: Array) -> None:
+        """Count rows of float32 [n, K] and what they are in Q8_0."""
+        cpu.quantize_rowwise(values, self.stats)
+        self.peaks.append(np.abs(values).max(axis=1, initial=0))
+        for sums, rows in zip((self.squares, self.errors), q8_0.row_errors(values, data), strict=True):
+            sums.append(rows)
+
+    def complete(self) -> tuple[ColumnStats, Array]:
+        """Statistics with Q8_0's own error, by row, and the absmax of each row."""
+        self.stats.sum_square, self.stats.sum_error = np.concatenate(self.squares), np.concatenate(self.errors)
+        return self.stats, np.concatenate(self.peaks)
 
 
 def architecture(config: Mapping[str, Any], where: object) -> str:
@@ -148,7 +252,7 @@ def complete(config: Mapping[str, Any], where: object) -> dict[str, Any]:
     return full
 
 
-def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: object) -> list[GgufTensor]:
+def tensors_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: object) -> list[GgufTensor]:
     """What becomes of a checkpoint's tensors, in their order, from their shapes alone.
 
     Raises SourceError where one is missing, unknown to the architecture, or has K that is no multiple of 32.
@@ -171,7 +275,7 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where
             shape, (module, _, end) = shapes[source], source.rpartition(".")
             stored = f"{names.get_name(module)}.{end}"
             turned = head if module.endswith((_ATTENTION["q"], _ATTENTION["k"])) else 0
-            tensors.append(GgufTensor(stored, source, shape, Q8_0 if len(shape) == 2 else F32, turned))
+            tensors.append(GgufTensor(stored, Q8_0 if len(shape) == 2 else F32, shape, source, turned))
             _check_shape(tensors[-1], where)
     return tensors
 
@@ -227,7 +331,7 @@ def header(arch: str, fields: Iterable[Field], tensors: Sequence[GgufTensor]) ->
         writer.add_file_type(LlamaFileType.MOSTLY_Q8_0)
         writer.add_quantization_version(GGML_QUANT_VERSION)
         for tensor in tensors:
-            kind = GGMLQuantizationType[tensor.kind]
+            kind = GGMLQuantizationType[tensor.dtype]
             writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -278,7 +382,7 @@ def _expected(full: Mapping[str, Any], kind: MODEL_ARCH) -> Iterable[str]:
 def _check_shape(tensor: GgufTensor, where: object) -> None:
     if len(tensor.shape) not in (1, 2) or (tensor.head and tensor.shape[0] % tensor.head):
         raise SourceError(f"{where}: {tensor.source} has the shape {list(tensor.shape)}; fetch the checkpoint again")
-    if tensor.kind == Q8_0 and tensor.shape[1] % BLOCK:
+    if tensor.dtype == Q8_0 and tensor.shape[1] % BLOCK:
         raise SourceError(
             f"{where}: {tensor.source} has {tensor.shape[1]} columns, no multiple of the {BLOCK} of Q8_0; {ROUTE}"
         )
@@ -290,4 +394,4 @@ def _rope_tensors(full: Mapping[str, Any]) -> list[GgufTensor]:
     if rope.get("rope_type") != "llama3":
         return []
     values = rope_factors(rope["rope_theta"], _head_dim(full), rope)
-    return [GgufTensor("rope_freqs.weight", None, values.shape, F32, values=values)]
+    return [GgufTensor("rope_freqs.weight", F32, values.shape, values=values)]

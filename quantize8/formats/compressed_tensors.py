@@ -10,21 +10,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quantize8.artifact.format import Int8Format, in_float
-from quantize8.artifact.layout import OutTensor
-from quantize8.checkpoint.compressed_tensors import METHOD, PACKED, SCALE, SHAPE
+from quantize8.checkpoint.compressed_tensors import PACKED, SCALE, SHAPE
 from quantize8.checkpoint.structure import CONV1D, EXPERT, Structure
+from quantize8.formats import COMPRESSED_TENSORS, MoeLoader, Scheme
+from quantize8.formats.base import Int8Format, OutTensor, in_float
 from quantize8.ops.reference import Array, scale_of
 
 if TYPE_CHECKING:
-    from quantize8.artifact.plan import Plan
-
-Scheme = Literal["w8a8", "w8a16"]
-MoeLoader = Literal["vllm", "transformers"]
+    from quantize8.conversion.plan import Plan
 
 _OFFSET = 128  # added to codes, so that packed ones are unsigned
 _WORD = 4  # codes in an int32
@@ -37,7 +34,7 @@ _GATE = ".shared_expert_gate"  # of Qwen's experts, N = 1: built without a quant
 class CompressedTensors(Int8Format):
     """One scale per row in either scheme; `moe` names the loader that the experts are laid out for."""
 
-    name: str = METHOD
+    name: str = COMPRESSED_TENSORS
     suffix: str = "w8a8"
     scheme: Scheme = "w8a8"
     moe: MoeLoader = "vllm"
@@ -110,7 +107,7 @@ class CompressedTensors(Int8Format):
             groups = {"group_0": self._group([r"re:.*\.experts\..*"], packed=True), "group_1": self._group(["Linear"])}
         routers = [r"re:.*\.gate$"] if True in kinds else []  # vLLM's router is a layer, and transformers' none
         entry = {
-            "quant_method": METHOD,
+            "quant_method": COMPRESSED_TENSORS,
             "format": "mixed-precision" if mixed else groups["group_0"]["format"],
             "quantization_status": "compressed",  # with any other, codes are read as floats
             "ignore": sorted({*in_float(plan)}) + routers,

@@ -25,6 +25,7 @@ from quantize8.artifact.manifest import TensorRecord, digest, fits, record_of
 SUFFIX = ".journal"
 _APPENDED = os.O_RDWR | os.O_CREAT | os.O_APPEND
 Records = dict[str, TensorRecord]  # by name in the artifact
+Heading = dict[str, Any]  # what a journal begins with: `decisions`, `request`, and `calibration_blake3`
 
 
 class Journal:
@@ -94,6 +95,11 @@ def read_heading(path: Path) -> dict[str, Any]:
         return _read(descriptor)[0]
     finally:
         os.close(descriptor)
+
+
+def agrees(stated: Heading, heading: Heading) -> bool:
+    """Whether two headings are of the same bytes."""
+    return all(stated.get(key) == heading[key] for key in ("decisions", "calibration_blake3"))
 
 
 def begun(heading: dict[str, Any]) -> bytes:

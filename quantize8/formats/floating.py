@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from quantize8.artifact.format import Format
 from quantize8.checkpoint.base import FLOAT_NAMES
+from quantize8.formats.base import Format
 
 if TYPE_CHECKING:
-    from quantize8.artifact.plan import Plan
+    from quantize8.conversion.plan import Plan
 
 
 class Floating(Format):

@@ -1,0 +1,157 @@
+"""What a text decides of a conversion: measured once, kept beside the unfinished artifact, the same for every process.
+
+Columns that are outliers on the text, what searched scales favor, and the factors of smoothing depend on the model's
+activations, which are floating-point sums: two machines may differ in the last digit. So the first process measures,
+and all others read its file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantize8.artifact.manifest import digest
+from quantize8.artifact.outliers import Calibrated
+from quantize8.checkpoint.base import Checkpoint
+from quantize8.checkpoint.smoothing import Factors, SmoothedCheckpoint
+from quantize8.conversion.options import ConvertOptions
+from quantize8.conversion.plan import Plan
+from quantize8.errors import OutputError
+from quantize8.files import flush
+from quantize8.ops.reference import Array
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured.
+
+    Attributes:
+        modules: Module -> its outlier columns and the size of its inputs.
+        factors: Tensor -> what it is smoothed by; None where nothing is smoothed.
+        features: How many features of the hidden state are smoothed.
+        left: How many groups of layers could not be smoothed.
+    """
+
+    modules: dict[str, Calibrated]
+    factors: Mapping[str, Factors] | None = None
+    features: int = 0
+    left: int = 0
+
+    def smoothed(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint read through the factors, or itself."""
+        if self.factors is None:
+            return checkpoint
+        return SmoothedCheckpoint(checkpoint, self.factors, self.features, self.left)
+
+
+def calibration_entry(options: ConvertOptions, text: str) -> dict[str, Any]:
+    """What the manifest says of a calibration."""
+    from quantize8.model.calibration import DEFAULT_TOKENS
+
+    columns = "auto" if options.column_count is None else options.column_count
+    asked: dict[str, Any] = {"outlier_columns": columns, "smooth": options.smooth}
+    return {"text_blake3": digest(text.encode()), "tokens": DEFAULT_TOKENS, **asked}
+
+
+def calibrated(plan: Plan, path: Path, decisions: dict[str, Any], start_over: bool = False) -> tuple[Plan, str]:
+    """The plan with what its text decides, and the digest of the file at `path`, which is measured if it is not there.
+
+    Two processes may measure at the same time: the file of the first is what both go on with.
+
+    Args:
+        plan: A plan without calibration.
+        path: The file that keeps the result.
+        decisions: Of the plan; a file with others is refused.
+        start_over: Replace such a file instead.
+
+    Raises:
+        SourceError: The model cannot run, has no tokenizer, or computes NaN or infinity.
+        OutputError: The file is of other options, or not readable.
+    """
+    if not plan.calibration:
+        return plan, ""
+    if path.exists() and _metadata(path)["decisions"] != decisions:
+        if not start_over:
+            raise OutputError(f"{path}: is of other options or another source; start over with --overwrite")
+        path.unlink()
+    if not path.exists():
+        if plan.text is None:
+            raise OutputError(f"{path}: missing; run convert again")
+        _save(_measure(plan, plan.text), path, decisions)
+    return plan.with_calibration(_load(path)), digest(path.read_bytes())
+
+
+def _measure(plan: Plan, text: str) -> Calibration:
+    from quantize8.model.calibration import calibrate
+    from quantize8.model.smoothing import smooth
+
+    alpha, count = plan.options.smooth, plan.options.column_count
+    weights = [*plan.quantized, *(f"{name}.weight" for name in plan.modules)]
+    modules = {name.removesuffix(".weight") for name in weights}
+    if alpha is None:
+        return Calibration(calibrate(plan.checkpoint, text, count, modules=modules))
+    smoothed = smooth(plan.checkpoint, calibrate(plan.checkpoint, text, 0), alpha)
+    measured = calibrate(smoothed, text, count, modules=modules)
+    return Calibration(measured, smoothed.factors, smoothed.features, smoothed.left)
+
+
+def _save(found: Calibration, path: Path, decisions: dict[str, Any]) -> None:
+    from safetensors.numpy import save
+
+    tensors: dict[str, Array] = {}
+    for name, module in found.modules.items():
+        tensors |= {f"columns {name}": module.columns, f"mean_square {name}": module.mean_square}
+        tensors |= {f"absmax {name}": module.absmax, f"exact {name}": np.array(module.exact)}
+    for name, factors in (found.factors or {}).items():
+        parts = {"rows": factors.rows, "factors": factors.columns}
+        tensors |= {f"{kind} {name}": np.ascontiguousarray(part) for kind, part in parts.items() if part is not None}
+    about = {"smoothed": found.factors is not None, "features": found.features, "left": found.left}
+    data = save(tensors, {"decisions": json.dumps(decisions), "about": json.dumps(about)})
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent)
+    with open(descriptor, "wb") as file:  # noqa: PTH123
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(temporary, path)  # unlike a rename, leaves the file of a faster process in place
+    except FileExistsError:
+        pass
+    except OSError:  # no links on this file system
+        Path(temporary).replace(path)
+    Path(temporary).unlink(missing_ok=True)
+    flush(path.parent)
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """What a file that `_save` wrote says of itself."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: json.loads(text) for name, text in file.metadata().items()}
+    except (SafetensorError, OSError, ValueError, AttributeError) as error:
+        raise OutputError(f"{path}: not readable ({error}); remove its folder and run the command again") from None
+
+
+def _load(path: Path) -> Calibration:
+    from safetensors.numpy import load_file
+
+    about, tensors = _metadata(path)["about"], load_file(path)
+    by_kind: dict[str, dict[str, Array]] = {}
+    for key, value in tensors.items():
+        kind, _, name = key.partition(" ")
+        by_kind.setdefault(kind, {})[name] = value
+    modules = {
+        name: Calibrated(columns, int(by_kind["exact"][name]), by_kind["mean_square"][name], by_kind["absmax"][name])
+        for name, columns in by_kind.get("columns", {}).items()
+    }
+    rows, columns = by_kind.get("rows", {}), by_kind.get("factors", {})
+    factors = {name: Factors(rows.get(name), columns.get(name)) for name in {**rows, **columns}}
+    return Calibration(modules, factors if about["smoothed"] else None, about["features"], about["left"])

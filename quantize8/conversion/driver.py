@@ -1,0 +1,433 @@
+"""A conversion: write the weight files of a plan to a destination, then the small files and the manifest.
+
+    plan = make_plan(options)                     which tensors become int8, and the place of every byte
+    write(plan, destination, ...)                 weight files by several threads, tensor by tensor, then `finalize`
+
+Every byte has its place beforehand, so the result depends neither on who wrote it nor on when, nor on how often the
+work was interrupted. What is finished of a weight file is in its journal; what a journal has is not written again,
+provided that the bytes still have the digests that it notes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, BinaryIO, NamedTuple
+
+from blake3 import blake3
+
+from quantize8 import __version__
+from quantize8.artifact.manifest import MANIFEST_NAME, Manifest, TensorRecord, digest
+from quantize8.artifact.outliers import OUTLIERS_NAME
+from quantize8.checkpoint.base import CONFIG_NAME
+from quantize8.conversion.parts import Part
+from quantize8.conversion.plan import Plan, WorkUnit, recorded_plan
+from quantize8.conversion.result import Conversion, errors_of
+from quantize8.destinations.base import Destination, Session
+from quantize8.destinations.journal import Heading, Journal, Records
+from quantize8.destinations.local import Staging, WeightFile, weight_files, write_file
+from quantize8.errors import OutputError
+from quantize8.files import flush, write_at
+from quantize8.formats.base import OutTensor, Shard, WeightQuantizer, index
+from quantize8.ops import MSE
+from quantize8.ops.choice import resolve
+from quantize8.ops.cpu import CpuQuantizer
+from quantize8.ops.reference import as_bytes
+
+Progress = Callable[[int, int], None]  # called with bytes of the source done, and bytes in all
+_Lane = list[tuple[int, str]]  # tensors that one thread writes, in this order: unit, source tensor
+_MAX_WORKERS = 8  # beyond this many threads the disk is the limit
+_COPY_BYTES = 4 * 2**20
+
+
+def write(
+    plan: Plan,
+    destination: Destination,
+    part: Part | None,
+    quantizers: list[WeightQuantizer],
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Write the weight files of a part, or go on with them; without a part write all of them, and finish the artifact.
+
+    Part k of as many parts as there are weight files is weight file k alone. Any process may do it again at any time.
+
+    Args:
+        plan: As `make_plan` gives it, not calibrated.
+        destination: Where the artifact goes.
+        part: The share of the weight files to write.
+        quantizers: One for each thread.
+        overwrite: Replace an artifact that is there, and start over what is unfinished with other options.
+        progress: Called with bytes of the source done and in all.
+    """
+    units = plan.units if part is None else part.of(plan.units)
+    result = Conversion(destination.out, plan, part=part, files=[unit.shard.file for unit in units])
+    if not units:
+        return result
+    decisions, records = plan.decisions(), Records()
+    with destination.open(units, decisions, plan.checkpoint.folder, overwrite, overwrite) as session:
+        plan, heading = _calibrated(plan, session, decisions, start_over=overwrite)
+        units = [unit for unit in plan.units if unit.shard.file in result.files]
+        done, total = 0, sum(unit.read_bytes for unit in units)
+        for batch in session.batches(units, heading):
+            if batch.records is None:
+                with session.staging(batch.units, heading) as staging:
+                    work = _Work(plan, batch.units, staging, done, total, progress)
+                    work.run(heading, quantizers)
+                result.resumed, result.resumed_bytes = result.resumed + work.resumed, result.resumed_bytes + work.held
+                records |= work.records
+            else:
+                result.resumed += sum(len(unit.sources) for unit in batch.units)
+                result.resumed_bytes += sum(tensor.nbytes for unit in batch.units for tensor in unit.tensors)
+                records |= batch.records
+            done += sum(unit.read_bytes for unit in batch.units)
+            if progress is not None and batch.records is not None:
+                progress(done, total)
+        if part is None:
+            result.manifest = _finalize(plan, session, heading, destination.out, overwrite)
+    result.plan, result.errors = plan, errors_of(records)
+    return result
+
+
+def finalize(
+    destination: Destination, overwrite: bool = False, token: str | None = None, plan: Plan | None = None
+) -> Conversion:
+    """Make an artifact of the weight files that all parts have written.
+
+    Without a `plan`, not calibrated, it is the one that their journals are of.
+
+    Raises:
+        OutputError: A weight file is not there, not whole, or of other options than the rest.
+    """
+    out, heading = destination.out, destination.recorded()
+    if heading is None:
+        raise OutputError(f"{out}: no part of it is here (in {destination.partial}); run convert with --part first")
+    plan = plan or recorded_plan(heading, out, token)
+    source, decisions = plan.checkpoint.folder, plan.decisions()
+    destination.check(source, overwrite)
+    with destination.open(plan.units, decisions, source, overwrite, start_over=False) as session:
+        plan, heading = _calibrated(plan, session, decisions)
+        manifest = _finalize(plan, session, heading, out, overwrite)
+    files = [unit.shard.file for unit in plan.units]
+    return Conversion(out, plan, manifest=manifest, errors=errors_of(manifest.tensors), files=files)
+
+
+def make_quantizers(device: str, scale: str, workers: int | None) -> list[WeightQuantizer]:
+    """One quantizer for each worker; several GPUs get at least one each.
+
+    Args:
+        device: auto, cpu or cuda.
+        scale: How scales are chosen; mse is searched on the CPU.
+        workers: Number of threads; None for one for each processor.
+    """
+    check_workers(workers)
+    if scale == MSE and device == "cuda":
+        raise OutputError("scale mse: is searched on the CPU; leave out --device cuda")
+    device = "cpu" if scale == MSE and device == "auto" else resolve(device)
+    count = workers or min(os.cpu_count() or 1, _MAX_WORKERS)
+    if device == "cpu":
+        return [CpuQuantizer() for _ in range(count)]
+    import torch
+
+    from quantize8.ops.stream import GpuQuantizer
+
+    gpus = torch.cuda.device_count()
+    return [GpuQuantizer(torch.device("cuda", i % gpus)) for i in range(max(count, gpus))]
+
+
+def check_workers(workers: int | None) -> None:
+    """Raise OutputError for a number of threads below 1."""
+    if workers is not None and workers < 1:
+        raise OutputError(f"workers {workers}: must be 1 or more")
+
+
+class Place(NamedTuple):
+    """Where a tensor of the artifact is written."""
+
+    file: WeightFile
+    offset: int  # of the tensor's first byte, from the start of the file
+    name: str  # of the file that holds it in the artifact
+    tensor: OutTensor
+
+
+def places(unit: WorkUnit, files: Sequence[WeightFile]) -> dict[str, Place]:
+    """The place of each tensor of a unit in its files: the weight file, and the one of outlier columns."""
+    found: dict[str, Place] = {}
+    for shard, file, name in zip((unit.shard, unit.outliers), files, (unit.shard.file, OUTLIERS_NAME), strict=False):
+        if shard is not None:
+            found |= {each.name: Place(file, shard.offsets[each.name], name, each) for each in shard.tensors}
+    return found
+
+
+class Writer:
+    """Writes one source tensor at a time to its places in the output, from any thread."""
+
+    def __init__(self, plan: Plan, places: Mapping[str, Place], advance: Callable[[int], None] | None = None) -> None:
+        self._plan, self._places, self._advance = plan, places, advance
+
+    def holds(self, source: str, records: Mapping[str, TensorRecord]) -> bool:
+        """Whether what a source tensor becomes is there already, by the digests of its bytes."""
+        for name, record in records.items():
+            place = self._places.get(name)
+            if place is None or (place.tensor.dtype, place.tensor.shape) != (record.dtype, record.shape):
+                return False
+            if place.file.digest(place.offset, place.tensor.nbytes) != record.blake3:
+                return False
+        if self._advance is not None and source in self._plan.checkpoint.tensors:
+            self._advance(self._plan.checkpoint.tensors[source].nbytes)
+        return True
+
+    def write(self, source: str, quantizer: WeightQuantizer) -> Records:
+        """Encode a source tensor, write the tensors that it becomes, and return their records."""
+        digests = {tensor.name: blake3() for tensor in self._plan.tensors_of(source)}
+        positions = dict.fromkeys(digests, 0)
+        pieces, quantized = self._plan.format.encode(self._plan, source, quantizer), None
+        while True:
+            try:
+                name, values, read = next(pieces)
+            except StopIteration as end:
+                quantized = end.value
+                break
+            data, place = as_bytes(values), self._places[name]
+            digests[name].update(data)
+            write_at(place.file.descriptor, data, place.offset + positions[name])
+            positions[name] += len(data)
+            if self._advance is not None:
+                self._advance(read)
+        records: Records = {}
+        for name, content in digests.items():
+            _, _, file, tensor = self._places[name]
+            records[name] = TensorRecord(file, tensor.dtype, tensor.shape, content.hexdigest(), quantized)
+            quantized = None  # of the first tensor alone
+        return records
+
+
+class _Work:
+    """The writing of some weight files, by several threads."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        units: Sequence[WorkUnit],
+        staging: Staging,
+        done: int,
+        total: int,
+        progress: Progress | None,
+    ) -> None:
+        self._plan, self._units, self._out = plan, units, staging.out
+        self._checkpoint, self._tensors = plan.checkpoint, plan.checkpoint.tensors
+        self._journals = {unit.number: staging.journals[unit.shard.file] for unit in units}
+        self._files = {unit.number: weight_files(staging.out, unit) for unit in units}
+        self._left = {unit.number: len(unit.sources) for unit in units}
+        self._count = threading.Lock()
+        self._done, self._total, self._progress = done, total, progress
+        self._places = {name: each for unit in units for name, each in places(unit, self._files[unit.number]).items()}
+        self._writer = Writer(plan, self._places, self._advance if progress else None)
+        self.records, self.resumed, self.held = Records(), 0, 0
+
+    def run(self, heading: Heading, quantizers: list[WeightQuantizer]) -> None:
+        """Write these weight files, or finish them; each has its name in the staging folder when it is whole."""
+        for unit in self._units:
+            journal, there = self._journals[unit.number], [file.reserve() for file in self._files[unit.number]]
+            journal.begin(heading, self._usable(journal, heading) if all(there) else {})
+        try:
+            for records in _in_threads(self._write, self._lanes(), quantizers):
+                self.records.update(records)
+        finally:
+            for file in (file for files in self._files.values() for file in files):
+                file.close()
+        if self._checkpoint.fingerprint() != heading["decisions"]["source"]["files"]:
+            raise OutputError(f"{self._out}: the source changed while it was read; run the same command again")
+
+    def _lanes(self) -> list[_Lane]:
+        """Each tensor by itself, or all of a source's file together, where that is a stream."""
+        order = {name: position for position, name in enumerate(self._tensors)}
+        pairs = [(unit.number, name) for unit in self._units for name in unit.sources]
+        pairs.sort(key=lambda pair: order.get(pair[1], len(order)))
+        lanes: dict[str, _Lane] = {}
+        for number, name in pairs:
+            key = self._file_of(name) if self._checkpoint.one_reader_a_file and name in self._tensors else name
+            lanes.setdefault(key, []).append((number, name))
+        return list(lanes.values())
+
+    def _usable(self, journal: Journal, heading: Heading) -> dict[str, Records]:
+        """The entries of a journal but for those whose source file has another time: it was replaced, or copied."""
+        before, now = journal.heading.get("decisions"), heading["decisions"]
+        if before is None or journal.heading.get("calibration_blake3") != heading["calibration_blake3"]:
+            return {}
+        stamps = before["source"]["files"]
+        touched = {file for file, stamp in now["source"]["files"].items() if stamps[file] != stamp}
+        if touched and self._checkpoint.decoded:  # a weight may be of several files
+            return {}
+        entries = journal.entries.items()
+        return {name: records for name, records in entries if not touched or self._file_of(name) not in touched}
+
+    def _file_of(self, name: str) -> str:
+        return self._tensors[name].file if name in self._tensors else ""
+
+    def _write(self, lane: _Lane, quantizer: WeightQuantizer, stopped: threading.Event) -> Records:
+        """Write the tensors of a lane, or find that they are there; noted when their source file is confirmed."""
+        made: list[tuple[int, str, Records]] = []
+        result: Records = {}
+        for number, name in lane:
+            if stopped.is_set():
+                return {}
+            records = self._journals[number].entries.get(name)
+            if records is not None and self._writer.holds(name, records):
+                with self._count:
+                    self.resumed += 1
+                    self.held += sum(self._places[record].tensor.nbytes for record in records)
+                self._one_done(number)
+            else:
+                records = self._writer.write(name, quantizer)
+                made.append((number, name, records))
+            result |= records
+        if made and self._checkpoint.one_reader_a_file and made[0][1] in self._tensors:
+            self._checkpoint.confirm(self._file_of(made[0][1]))
+        for number, name, records in made:
+            self._journals[number].append(name, records)
+            self._one_done(number)
+        return result
+
+    def _one_done(self, number: int) -> None:
+        """One more tensor of a weight file is there; the last gives the file its name."""
+        with self._count:
+            self._left[number] -= 1
+            last = self._left[number] == 0
+        if last:
+            for file in self._files[number]:
+                file.finish()
+
+    def _advance(self, nbytes: int) -> None:
+        self._done += nbytes  # a lost update between threads only makes the progress bar late
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def _in_threads(
+    work: Callable[[_Lane, WeightQuantizer, threading.Event], Records],
+    items: list[_Lane],
+    quantizers: list[WeightQuantizer],
+) -> list[Records]:
+    """Results of `work` on each item, as many at once as there are quantizers; the first failure stops the rest."""
+    free: SimpleQueue[WeightQuantizer] = SimpleQueue()
+    stopped = threading.Event()
+    for quantizer in quantizers:
+        free.put(quantizer)
+
+    def with_one(item: _Lane) -> Records:
+        quantizer = free.get()
+        try:
+            return work(item, quantizer, stopped)
+        finally:
+            free.put(quantizer)
+
+    with ThreadPoolExecutor(len(quantizers)) as pool:
+        futures: list[Future[Records]] = [pool.submit(with_one, item) for item in items]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            stopped.set()
+            for future in futures:
+                future.cancel()
+        # of several failures the earliest in storage order, so that the message does not depend on the threads
+        failed = [future for future in futures if not future.cancelled() and future.exception()]
+        return [future.result() for future in (failed or futures)]
+
+
+def _calibrated(
+    plan: Plan, session: Session, decisions: dict[str, Any], start_over: bool = False
+) -> tuple[Plan, Heading]:
+    """The plan with what its text decides, and what a journal of its weight files begins with.
+
+    The heading has the options, too, for the process that finalizes the conversion elsewhere.
+    """
+    measured = ""
+    if plan.calibration:
+        from quantize8.conversion.calibration import calibrated
+
+        with session.calibration() as path:
+            plan, measured = calibrated(plan, path, decisions, start_over)
+    return plan, {"decisions": decisions, "request": plan.options.recorded(), "calibration_blake3": measured}
+
+
+def _finalize(plan: Plan, session: Session, heading: Heading, out: object, overwrite: bool) -> Manifest:
+    """Make an artifact of weight files that are all there. Stopped at any moment, it can be called again."""
+    records, missing = session.collect(plan.units, heading)
+    if missing:
+        files = ", ".join(unit.shard.file for unit in missing)
+        again = f"{plan.options.command(out)} --part {missing[0].number}/{len(plan.units)}"
+        raise OutputError(f"{out}: not finished: {files}; run {again}")
+    return session.publish(plan.units, lambda files, parts: assemble(plan, files, parts, records), overwrite)
+
+
+def assemble(plan: Plan, folder: Path, parts: Path, records: Records) -> Manifest:
+    """Put all other files of an artifact into `folder`; the manifest is written last.
+
+    Args:
+        plan: What was written.
+        folder: The artifact's files; the weight files may be elsewhere.
+        parts: The folder with the outlier columns of each weight file.
+        records: Of all tensors.
+    """
+    checkpoint = plan.checkpoint
+    for path in folder.iterdir():  # of an earlier end of this conversion, which was stopped
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in {shard.file for shard in plan.shards}:
+            path.unlink()
+    manifest = Manifest(
+        __version__,
+        plan.format.name,
+        checkpoint.identity,
+        plan.recipe.as_json(),
+        plan.source_bytes,
+        kept=plan.kept,
+        calibration=plan.calibration,
+        tensors=records,
+        headers={shard.file: digest(shard.header) for shard in plan.files},
+    )
+    if plan.outliers is not None:
+        _merge(plan.outliers, plan.units, folder, parts)
+    if plan.format.is_folder:
+        checkpoint.write_companions(folder)
+        config = plan.format.edit_config(checkpoint.config, plan)
+        indexed = index(plan.shards, always=plan.outliers is not None)
+        for name, data in {**indexed, CONFIG_NAME: json.dumps(config, indent=2).encode() + b"\n"}.items():
+            write_file(folder / name, data)
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    others = {name: path for name, path in paths.items() if name not in manifest.headers}
+    for path in others.values():
+        flush(path)
+    manifest.files = {name: digest(path.read_bytes()) for name, path in others.items()}
+    write_file(folder / MANIFEST_NAME, manifest.to_bytes())
+    return manifest
+
+
+def _merge(outliers: Shard, units: Sequence[WorkUnit], folder: Path, parts: Path) -> None:
+    """Write the file of all outlier columns from those that were written beside each weight file."""
+    with (folder / outliers.file).open("wb+") as target:
+        write_at(target.fileno(), outliers.header, 0)
+        for part in (unit.outliers for unit in units):
+            if part is None:
+                continue
+            with (parts / part.file).open("rb") as source:
+                for tensor in part.tensors:
+                    _copy(source, part.offsets[tensor.name], target, outliers.offsets[tensor.name], tensor.nbytes)
+    flush(folder / outliers.file)
+
+
+def _copy(source: BinaryIO, start: int, target: BinaryIO, offset: int, nbytes: int) -> None:
+    source.seek(start)
+    while nbytes:
+        data = source.read(min(nbytes, _COPY_BYTES))
+        if not data:
+            raise OutputError(f"{source.name}: ends early; remove it and run the same command again")
+        write_at(target.fileno(), data, offset)
+        offset, nbytes = offset + len(data), nbytes - len(data)

@@ -1,0 +1,360 @@
+"""What a conversion will do, settled from headers alone: which tensors become int8, and the place of every byte.
+
+A plan does not change. Calibration, which needs the weights, makes another plan of it (`Plan.with_calibration`). Its
+weight files are its units of work: any process can write one, and two plans with the same `decisions` write the same
+bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from quantize8 import __version__
+from quantize8.artifact.manifest import digest, fits
+from quantize8.artifact.outliers import OUTLIERS_NAME, PART_SUFFIX, Calibrated
+from quantize8.checkpoint import open_checkpoint
+from quantize8.checkpoint.base import FLOATING, QUANTIZABLE, Checkpoint, TensorInfo, main_dtype, model_dtype
+from quantize8.checkpoint.smoothing import SmoothedCheckpoint
+from quantize8.checkpoint.structure import CONV1D, LINEAR, Structure, structure_of
+from quantize8.conversion.options import ConvertOptions
+from quantize8.errors import OutputError, SourceError
+from quantize8.formats.base import Format, Int8Format, OutTensor, Shard, make_format, place
+from quantize8.ops import MSE
+from quantize8.ops.reference import Array
+from quantize8.ops.scales import ScaleSearch
+from quantize8.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from quantize8.conversion.calibration import Calibration
+
+
+@dataclass(frozen=True)
+class WorkUnit:
+    """One weight file, which any process can write.
+
+    Attributes:
+        number: Its place among the weight files, from 1.
+        shard: Its bytes.
+        sources: The source tensors that go into it in storage order, then computed ones: keys of `Plan.outputs`.
+        read_bytes: Bytes of the source that are read for it, quantized ones decoded.
+        outliers: A file with the outlier columns of its modules, which is merged with the others' at the end.
+    """
+
+    number: int
+    shard: Shard
+    sources: list[str]
+    read_bytes: int
+    outliers: Shard | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its files in bytes."""
+        return self.shard.nbytes + (self.outliers.nbytes if self.outliers else 0)
+
+    @property
+    def tensors(self) -> list[OutTensor]:
+        """All tensors in them."""
+        return [*self.shard.tensors, *(self.outliers.tensors if self.outliers else [])]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will do.
+
+    Attributes:
+        options: What was asked for.
+        checkpoint: The source; after calibration with `smooth`, the source read through its factors.
+        format: The output format.
+        recipe: Which modules become int8, and the threshold.
+        modules: Module that becomes int8 -> LINEAR, CONV1D or EXPERT.
+        kept: Linear weight that stays in floating point -> why.
+        guessed: Why modules were recognized by their names alone; empty where the architecture's code was used.
+        skip_list: Linear modules that stay in floating point, by the names that loaders see.
+        transposed: Tensors whose two dimensions are swapped on the way.
+        decoded_dtype: Dtype of a quantized weight that becomes floating point.
+        main_dtype: Dtype of most floating-point tensors, which a floating-point format changes.
+        calibration: What the manifest says of the calibration; empty without one.
+        text: The text to calibrate with, where this process has read it.
+        outputs: Source tensor, or one that is computed -> the tensors of the artifact that it becomes.
+        units: The weight files.
+        searches: Source tensor -> what its scales are searched for, where they are searched.
+        calibrated: Module -> what calibration measured of it.
+        outliers: The file of all outlier columns.
+    """
+
+    options: ConvertOptions
+    checkpoint: Checkpoint
+    format: Format
+    recipe: Recipe
+    modules: dict[str, str]
+    kept: dict[str, str]
+    guessed: str
+    skip_list: list[str]
+    transposed: set[str]
+    decoded_dtype: str
+    main_dtype: str
+    calibration: dict[str, Any] = field(default_factory=dict)
+    text: str | None = field(default=None, repr=False)
+    outputs: Mapping[str, list[OutTensor]] = field(default_factory=dict)
+    units: list[WorkUnit] = field(default_factory=list)
+    searches: dict[str, ScaleSearch] = field(default_factory=dict)
+    calibrated: dict[str, Calibrated] = field(default_factory=dict)
+    outliers: Shard | None = None
+
+    @property
+    def default_out(self) -> Path:
+        """Where the artifact goes if nobody says."""
+        return Path(f"{self.checkpoint.name}-{self.format.suffix}")
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The weight files."""
+        return [unit.shard for unit in self.units]
+
+    @property
+    def files(self) -> list[Shard]:
+        """All files that hold tensors."""
+        return self.shards if self.outliers is None else [*self.shards, self.outliers]
+
+    @property
+    def output_bytes(self) -> int:
+        """Size of these files in bytes."""
+        return sum(shard.nbytes for shard in self.files)
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Files of the source's folder that are neither read nor copied -> why."""
+        return self.checkpoint.left_behind() if self.format.is_folder else {}
+
+    @property
+    def source_bytes(self) -> int:
+        """Size of the source's tensors as they are stored, in bytes."""
+        return self.checkpoint.stored_bytes
+
+    @property
+    def int8_weights(self) -> int:
+        """How many weights become int8."""
+        return sum(math.prod(self.checkpoint.tensors[f"{name}.weight"].shape) for name in self.modules)
+
+    @property
+    def carries(self) -> bool:
+        """Whether every int8 module keeps the codes that the source stores."""
+        return bool(self.modules) and all(self.checkpoint.is_int8(f"{name}.weight") for name in self.modules)
+
+    @property
+    def quantized(self) -> list[str]:
+        """Source tensors that become int8 and are not int8 already."""
+        return [name for name in self.format.quantizes(self) if not self.checkpoint.is_int8(name)]
+
+    @property
+    def weights(self) -> int:
+        """How many floating-point numbers the source stands for."""
+        return sum(math.prod(info.shape) for info in self.checkpoint.tensors.values() if info.dtype in FLOATING)
+
+    @property
+    def smoothed(self) -> str:
+        """How much of the source is smoothed, in words; empty where nothing is."""
+        return self.checkpoint.summary if isinstance(self.checkpoint, SmoothedCheckpoint) else ""
+
+    def shape_of(self, info: TensorInfo) -> tuple[int, ...]:
+        """The shape of a tensor of the source as it is written."""
+        return info.shape[::-1] if info.name in self.transposed else info.shape
+
+    def blocks(self, info: TensorInfo, size: int | None = None, multiple: int = 1) -> Iterator[tuple[int, Array]]:
+        """Blocks of a source tensor's rows as they are written, with the number of the first row.
+
+        A tensor that is transposed comes in one block.
+        """
+        transposed, row = info.name in self.transposed, 0
+        for block in self.checkpoint.blocks(info.name, info.nbytes if transposed else size, multiple):
+            yield row, np.ascontiguousarray(block.T) if transposed else block
+            row += len(block) if block.ndim else 1
+
+    def tensors_of(self, source: str) -> list[OutTensor]:
+        """All tensors of the artifact that a source tensor becomes, its outlier columns too."""
+        module = source.removesuffix(".weight")
+        calibrated = self.calibrated.get(module) if module != source else None
+        if calibrated is None:
+            return self.outputs[source]
+        rows = self.shape_of(self.checkpoint.tensors[source])[0]
+        return [*self.outputs[source], *calibrated.tensors(module, rows)]
+
+    def decisions(self) -> dict[str, Any]:
+        """What decides the bytes, as JSON: two plans with the same decisions make the same artifact."""
+        layout = "".join(f"{shard.file} {digest(shard.header)} {shard.nbytes}\n" for shard in self.shards)
+        config = json.dumps(self.checkpoint.config, sort_keys=True, default=str)
+        source = {**self.checkpoint.identity, "config": digest(config.encode()), "files": self.checkpoint.fingerprint()}
+        return {
+            "version": __version__,
+            "source": source,
+            "format": asdict(self.format),
+            "recipe": self.recipe.as_json(),
+            "scale": self.options.scale,
+            "calibration": self.calibration,
+            "layout": digest(layout.encode()),
+        }
+
+    def with_calibration(self, found: Calibration) -> Plan:
+        """The plan with what a text decides: smoothing, outlier columns, and what scales are searched for."""
+        plan = replace(self, checkpoint=found.smoothed(self.checkpoint))
+        if "calibrate" in self.format.options:
+            plan = replace(plan, calibrated={name: one for name, one in found.modules.items() if name in self.modules})
+            names = [f"{module}.weight" for module in plan.calibrated]
+            plan = replace(plan, outliers=place(OUTLIERS_NAME, _outlier_tensors(plan, names)))
+            plan = replace(plan, units=_units(plan, self.shards))
+        known = {f"{name}.weight": one.search for name, one in found.modules.items()}
+        return replace(plan, searches={name: known.get(name, search) for name, search in self.searches.items()})
+
+
+def make_plan(options: ConvertOptions, token: str | None = None, *, download: bool = True) -> Plan:
+    """Open the source, and decide which tensors become int8 and where every byte of the output goes.
+
+    Args:
+        options: What is asked for.
+        token: Hub token.
+        download: Fetch the weights of a hub model that are not on this machine; otherwise only their headers.
+
+    Raises:
+        RecipeError, SourceError, OutputError: Any of the options cannot be followed with this source.
+    """
+    recipe, text, calibration = load_recipe(options.recipe, options.threshold), None, {}
+    if options.calibrate is not None:
+        from quantize8.conversion.calibration import calibration_entry
+        from quantize8.model.text import read_text
+
+        text = read_text(Path(options.calibrate))
+        calibration = calibration_entry(options, text)
+    stream = options.stream or (False if download else None)
+    checkpoint = open_checkpoint(options.source, revision=options.revision, token=token, stream=stream)
+    return plan_of(options, checkpoint, recipe, calibration=calibration, text=text)
+
+
+def plan_of(
+    options: ConvertOptions,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    *,
+    calibration: dict[str, Any] | None = None,
+    text: str | None = None,
+) -> Plan:
+    """See `make_plan`, for a checkpoint that is open."""
+    output, structure = make_format(options.format, options.scheme, options.moe), structure_of(checkpoint)
+    structure.require_complete(checkpoint.name)
+    modules, kept = _choose(structure, recipe, output, checkpoint)
+    # an int8 Conv1D is stored [out, in] in every format, a floating-point one [in, out]
+    conv1d = {f"{name}.weight" for name, kind in structure.linears.items() if kind == CONV1D}
+    transposed = {name for name in conv1d if (name in checkpoint.decoded) != (name.removesuffix(".weight") in modules)}
+    plain = [info for info in checkpoint.tensors.values() if info.name not in checkpoint.decoded]
+    plan = Plan(
+        options, checkpoint, output, recipe, modules, kept, structure.guessed, structure.skip_list(set(modules)),
+        transposed, model_dtype(checkpoint.config, plain), main_dtype(plain), calibration or {}, text,
+    )  # fmt: skip
+    outputs, shards = output.lay_out(plan, options.max_shard_size)
+    names = [tensor.name for group in outputs.values() for tensor in group]
+    if len(set(names)) != len(names):
+        raise SourceError(f"{checkpoint.name}: holds tensors named like quantized ones; it is quantized already")
+    plan = replace(plan, outputs=outputs)
+    if options.smooth is not None:
+        from quantize8.model.smoothing import check_smoothable
+
+        check_smoothable(checkpoint)
+    if options.scale == MSE:
+        plan = replace(plan, searches={name: ScaleSearch() for name in plan.quantized})
+        if not plan.searches:
+            raise OutputError(f"scale {MSE}: {checkpoint.name} is int8 already, with its scales; leave it out")
+    return replace(plan, units=_units(plan, shards))
+
+
+def recorded_plan(heading: dict[str, Any], out: object, token: str | None = None) -> Plan:
+    """The plan that a journal's heading is of, without the text and the recipe's file: what they said is in it.
+
+    Raises:
+        OutputError: The heading is of another version; and what opening the source raises.
+    """
+    try:
+        options, decisions = ConvertOptions(**heading["request"]), heading["decisions"]
+        revision = decisions["source"].get("revision", options.revision)
+        recipe = Recipe(**{**decisions["recipe"], "skip": tuple(decisions["recipe"]["skip"])})
+        known = fits(options, ConvertOptions) and fits(recipe, Recipe) and fits(revision, str | None)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        known = False
+    if not known or not fits(decisions.get("calibration"), dict[str, Any]):
+        raise OutputError(
+            f"{out}: its parts are not of quantize8 {__version__}; finish it with the version that wrote them, or "
+            "start over by convert with --overwrite"
+        )
+    checkpoint = open_checkpoint(options.source, revision=revision, token=token, stream=options.stream)
+    return plan_of(options, checkpoint, recipe, calibration=decisions["calibration"])
+
+
+def _choose(
+    structure: Structure, recipe: Recipe, output: Format, checkpoint: Checkpoint
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Modules that become int8, and the Linear weights that do not with the reason."""
+    if not isinstance(output, Int8Format):
+        return {}, {}
+    tensors, head = checkpoint.tensors, structure.output_head
+    linears, refused = output.linears(structure)
+    modules, kept = dict(linears), structure.kept | refused
+    if head is not None and (recipe.output_head or checkpoint.is_int8(f"{head}.weight")):
+        modules[head] = LINEAR
+        del kept[head]
+    for name in list(modules):
+        info = tensors[f"{name}.weight"]
+        unfit = f"dtype {info.dtype}" if info.dtype not in QUANTIZABLE else "empty" if 0 in info.shape else ""
+        if reason := f"recipe {recipe.name}" if recipe.skips(name) else unfit:
+            kept[name] = reason
+            del modules[name]
+    while misfits := output.misfits(modules, structure):
+        kept |= misfits
+        modules = {name: kind for name, kind in modules.items() if name not in misfits}
+    kept = {name: why for name, why in kept.items() if f"{name}.weight" in tensors}
+    if not modules:
+        raise SourceError(_nothing(checkpoint, structure, kept, output))
+    return modules, kept
+
+
+def _nothing(checkpoint: Checkpoint, structure: Structure, kept: dict[str, str], output: Int8Format) -> str:
+    """Why no weight at all becomes int8, by the example of one."""
+    if refused := output.linears(structure)[1]:
+        why = next(iter(refused.values()))
+        return f"{checkpoint.name}: all its Linear weights are {why}; choose another --format than {output.name}"
+    if kept:
+        name, why = max(kept.items(), key=lambda item: math.prod(checkpoint.tensors[f"{item[0]}.weight"].shape))
+        return f"{checkpoint.name}: none of its weights would become int8: {name}.weight does not ({why})"
+    largest = max(checkpoint.tensors.values(), key=lambda info: info.nbytes, default=None)
+    if largest is None:
+        return f"{checkpoint.name}: holds no tensors; fetch it again"
+    return (
+        f"{checkpoint.name}: has no weights of Linear layers: the largest tensor is {largest.name} "
+        f"{list(largest.shape)}, {largest.dtype}"
+    )
+
+
+def _units(plan: Plan, shards: list[Shard]) -> list[WorkUnit]:
+    """A unit for each weight file; each source tensor is in one of them, with all that it becomes."""
+    numbers = {tensor.name: number for number, shard in enumerate(shards) for tensor in shard.tensors}
+    sources: list[list[str]] = [[] for _ in shards]
+    tensors = plan.checkpoint.tensors
+    for name in [*tensors, *(name for name in plan.outputs if name not in tensors)]:
+        if name in plan.outputs:  # GGUF leaves some out
+            sources[numbers[plan.outputs[name][0].name]].append(name)
+    units = []
+    for number, (shard, names) in enumerate(zip(shards, sources, strict=True), 1):
+        read_bytes = sum(tensors[name].nbytes for name in names if name in tensors)
+        outliers = _outlier_tensors(plan, names)
+        file = place(f"{shard.file}{PART_SUFFIX}", outliers) if outliers else None
+        units.append(WorkUnit(number, shard, names, read_bytes, file))
+    return units
+
+
+def _outlier_tensors(plan: Plan, sources: list[str]) -> list[OutTensor]:
+    """What is stored of the outlier columns of these weights."""
+    return [tensor for name in sources for tensor in plan.tensors_of(name)[len(plan.outputs[name]) :]]

@@ -1,0 +1,390 @@
+"""A place in an object store that fsspec has a driver for, such as s3://bucket/model.
+
+Of a store no more is asked than that a file is put whole or not at all: nothing is renamed, appended to or locked. Each
+weight file is written on this machine, put to its place whole, and removed here. Beside the artifact's files, in
+`.partial`, lies a journal of each weight file that was begun: its heading alone before the file is put, all of it
+afterwards. So the journals say whose the files are and what is finished: a file of the right size whose journal has all
+its tensors. Two processes that write one file put the same bytes to the same place.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantize8.artifact.manifest import MANIFEST_NAME, Manifest, digest, files_of
+from quantize8.artifact.outliers import PART_SUFFIX
+from quantize8.checkpoint.address import HUB_SCHEME, file_system, reason, scheme_of, without_secrets
+from quantize8.checkpoint.base import CONFIG_NAME
+from quantize8.destinations.base import Batch, Build, Destination
+from quantize8.destinations.journal import SUFFIX, Heading, Records, agrees, begun, parse, records_of
+from quantize8.destinations.local import LocalFolder, Staging, check_disk, unlike
+from quantize8.errors import OutputError, Quantize8Error
+from quantize8.resources import cache_dir
+
+if TYPE_CHECKING:
+    from quantize8.conversion.plan import WorkUnit
+
+PARTIAL = ".partial"  # the folder beside an artifact's files for what a conversion keeps until it ends
+CALIBRATION = f"{PARTIAL}/calibration.safetensors"
+ENDING = f"{PARTIAL}/{MANIFEST_NAME}"  # the manifest ahead of time: names the small files of an end that was stopped
+_OTHERWISE = "set XDG_CACHE_HOME to a folder on another disk"
+# Their folders are parts of names. To ask their drivers for a folder would make a bucket that is not there.
+_WITHOUT_FOLDERS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf")
+# what the hub itself puts into a new model
+_OF_THE_HUB = (".gitattributes", "README.md")
+
+
+class ObjectStore(Destination):
+    """The place at `address`; every failure of its driver is an OutputError, in one line without secrets.
+
+    Raises:
+        DependencyError: The driver is not installed.
+    """
+
+    def __init__(self, address: str, token: str | None = None) -> None:
+        self._address, self._token = address.rstrip("/"), token
+        self.shown = without_secrets(self._address)
+        self._is_hub = address.startswith(HUB_SCHEME)
+        options = {"token": token} if self._is_hub and token else {}
+        self._system, root = file_system(self._address, OutputError, **options)
+        self._root = root.rstrip("/")
+        self._has_folders = scheme_of(address) not in _WITHOUT_FOLDERS
+
+    def __reduce__(self) -> tuple[type[ObjectStore], tuple[str, str | None]]:
+        return ObjectStore, (self._address, self._token)
+
+    def __str__(self) -> str:
+        return self.shown
+
+    @property
+    def out(self) -> str:
+        """See `Destination.out`."""
+        return self.shown
+
+    @property
+    def partial(self) -> str:
+        """See `Destination.partial`."""
+        return PARTIAL
+
+    @property
+    def scratch(self) -> Path:
+        """See `Destination.scratch`: the same for the same address, so that a run goes on where one was stopped."""
+        return cache_dir("out") / digest(self.shown.encode())[:32] / "artifact"
+
+    def check(self, source: Path, overwrite: bool) -> None:
+        """See `Destination.check`; `overwrite` replaces no artifact."""
+        look(self)
+
+    def disk_bytes(self, units: Sequence[WorkUnit]) -> int:
+        """See `Destination.disk_bytes`: one weight file at a time."""
+        return max((unit.nbytes for unit in units), default=0)
+
+    def recorded(self) -> Heading | None:
+        """See `Destination.recorded`."""
+        return next((heading for heading, _ in look(self).journals.values() if heading), None)
+
+    @contextmanager
+    def open(
+        self,
+        units: Sequence[WorkUnit],
+        decisions: dict[str, Any],
+        source: Path,
+        overwrite: bool = False,
+        start_over: bool = False,
+    ) -> Iterator[StoreSession]:
+        """See `Destination.open`."""
+        content = look(self)
+        _accept(self, content, decisions, start_over)
+        yield StoreSession(self, content, source, start_over)
+
+    def files(self) -> dict[str, int | None]:
+        """Bytes of each file, by its name, those in PARTIAL too; None for any other folder."""
+        with self._telling("read"):
+            self._system.invalidate_cache()
+            found = self._list("")
+            if PARTIAL in found:
+                del found[PARTIAL]
+                found |= {f"{PARTIAL}/{name}": nbytes for name, nbytes in self._list(PARTIAL).items()}
+            if self._is_hub:
+                found = {name: nbytes for name, nbytes in found.items() if name not in _OF_THE_HUB}
+        return found
+
+    def put(self, path: Path, name: str) -> None:
+        """Put a file of this machine to a name; one that is there is replaced."""
+        with self._telling("written"):
+            self._make_folder(name)
+            if not (self._is_hub and self._commit(path, name)):
+                self._system.put_file(str(path), self._at(name))
+
+    def write(self, name: str, data: bytes) -> None:
+        """The same for a small one that is in memory."""
+        with self._telling("written"):
+            self._make_folder(name)
+            self._system.pipe_file(self._at(name), data)
+
+    def get(self, name: str, path: Path) -> None:
+        """Copy a file to this machine."""
+        with self._telling("read"):
+            self._system.get_file(self._at(name), str(path))
+
+    def read(self, names: Sequence[str]) -> list[bytes]:
+        """Small files; b"" for one that is not there."""
+        if not names:
+            return []
+        with self._telling("read"):
+            paths = [self._at(name) for name in names]
+            found = self._system.cat_ranges(paths, None, None, on_error="return")  # a good driver reads them together
+            for data in found:
+                if isinstance(data, BaseException) and not isinstance(data, FileNotFoundError):
+                    raise data
+        return [data if isinstance(data, bytes) else b"" for data in found]
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Remove these files, in this order; one that is not there is none too few."""
+        with self._telling("written"):
+            for name in names:
+                with suppress(FileNotFoundError):
+                    self._system.rm_file(self._at(name))
+            if self._has_folders:
+                for folder in {name.rpartition("/")[0] for name in names} - {""}:
+                    with suppress(Exception):  # it holds more, or went with its last file
+                        self._system.rmdir(self._at(folder))
+
+    def _list(self, folder: str) -> dict[str, int | None]:
+        path = self._at(folder)
+        try:
+            entries = self._system.ls(path, detail=True)
+        except FileNotFoundError:
+            return {}
+        found: dict[str, int | None] = {}
+        for entry in entries:
+            full = str(entry["name"])
+            if full.strip("/") != path.strip("/"):
+                found[full.rstrip("/").rpartition("/")[2]] = entry["size"] if entry["type"] == "file" else None
+            elif entry["type"] == "file" and not full.endswith("/"):  # that would be an empty file that means a folder
+                raise OutputError(f"{self.shown}: is a file; name another place with --out")
+        return found
+
+    def _at(self, name: str) -> str:
+        return f"{self._root}/{name}".rstrip("/")
+
+    def _make_folder(self, name: str) -> None:
+        if self._has_folders:
+            self._system.makedirs(self._at(name).rpartition("/")[0] or "/", exist_ok=True)
+
+    def _commit(self, path: Path, name: str) -> bool:
+        """Commit a file to a model; the hub's driver would first make a copy of it on this disk."""
+        from huggingface_hub import HfApi
+
+        at: Any = self._system.resolve_path(self._at(name))
+        if not hasattr(at, "repo_id"):  # in a bucket of the hub
+            return False
+        HfApi(token=self._token).upload_file(
+            path_or_fileobj=path, path_in_repo=at.path_in_repo, repo_id=at.repo_id, repo_type=at.repo_type,
+            revision=at.revision, commit_message=f"{name}, by quantize8",
+        )  # fmt: skip
+        return True
+
+    @contextmanager
+    def _telling(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Quantize8Error:
+            raise
+        except Exception as error:  # each driver has errors of its own, which may quote the address
+            why = reason(error, self._address)
+            raise OutputError(
+                f"{self.shown}: cannot be {what} ({why}); fix that and run the same command again"
+            ) from None
+
+
+@dataclass
+class Content:
+    """What a store holds of a conversion that has no manifest yet.
+
+    Attributes:
+        files: File name -> its size in bytes; None for a folder.
+        journals: Weight file -> the heading and the entries of its journal.
+        small: Files of an end that was begun.
+        leftovers: All that is removed when the conversion ends.
+    """
+
+    files: dict[str, int | None]
+    journals: dict[str, tuple[Heading, dict[str, Records]]]
+    small: list[str]
+    leftovers: list[str]
+
+    def has(self, unit: WorkUnit, heading: Heading) -> bool:
+        """Whether a weight file is finished, with what is written together with it."""
+        stated, entries = self.journals.get(unit.shard.file, ({}, {}))
+        expected = {unit.shard.file: unit.shard.nbytes}
+        if unit.outliers is not None:
+            expected[f"{PARTIAL}/{unit.outliers.file}"] = unit.outliers.nbytes
+        whole = all(self.files.get(name) == nbytes for name, nbytes in expected.items())
+        return whole and agrees(stated, heading) and entries.keys() >= set(unit.sources)
+
+    def records(self, unit: WorkUnit) -> Records:
+        """Records of the tensors of a weight file."""
+        return records_of(self.journals[unit.shard.file][1])
+
+
+class StoreSession:
+    """See `destinations.base.Session`."""
+
+    def __init__(self, store: ObjectStore, content: Content, source: Path, start_over: bool) -> None:
+        self._store, self._content, self._source, self._start_over = store, content, source, start_over
+
+    @contextmanager
+    def calibration(self) -> Iterator[Path]:
+        """See `Session.calibration`."""
+        with _folder(self._store) as folder:
+            path, before = folder / "calibration.safetensors", ""
+            if CALIBRATION in self._content.files:
+                self._store.get(CALIBRATION, path)
+                before = digest(path.read_bytes())
+            try:
+                yield path
+            except OutputError as error:
+                raise OutputError(str(error).replace(str(path), f"{self._store}/{CALIBRATION}")) from None
+            if path.exists() and digest(path.read_bytes()) != before:
+                self._store.put(path, CALIBRATION)
+
+    def batches(self, units: Sequence[WorkUnit], heading: Heading) -> list[Batch]:
+        """See `Session.batches`: each weight file by itself."""
+        batches = [Batch([unit], self._records(unit, heading)) for unit in units]
+        scratch = LocalFolder(self._store.scratch)
+        needed = [scratch.missing_bytes(batch.units) for batch in batches if batch.records is None]
+        check_disk(scratch.path, max(needed, default=0), _OTHERWISE)
+        return batches
+
+    @contextmanager
+    def staging(self, units: Sequence[WorkUnit], heading: Heading) -> Iterator[Staging]:
+        """See `Session.staging`: a weight file is put to its place; its journal follows when it is there."""
+        (unit,), store, scratch = units, self._store, LocalFolder(self._store.scratch)
+        file, journal = unit.shard.file, f"{PARTIAL}/{unit.shard.file}{SUFFIX}"
+        claims = not agrees(self._content.journals.get(file, ({}, {}))[0], heading)
+        with scratch.open(units, heading["decisions"], self._source, start_over=self._start_over) as staging:
+            if claims:  # before any work: what the store refuses, it refuses now
+                store.write(journal, begun(heading))
+            try:
+                yield staging
+            except BaseException:
+                with suppress(Quantize8Error):
+                    if claims and file not in store.files():  # nor put by another process meanwhile
+                        store.remove([journal])
+                raise
+            store.put(staging.files / file, file)
+            if unit.outliers is not None:
+                store.put(staging.folder / unit.outliers.file, f"{PARTIAL}/{unit.outliers.file}")
+            store.put(staging.journals[file].path, journal)
+            staging.discard()
+        with suppress(OSError):
+            scratch.path.parent.rmdir()
+
+    def collect(self, units: Sequence[WorkUnit], heading: Heading) -> tuple[Records, list[WorkUnit]]:
+        """See `Session.collect`."""
+        self._content = look(self._store)
+        records: Records = {}
+        missing: list[WorkUnit] = []
+        for unit in units:
+            if self._content.has(unit, heading):
+                records |= self._content.records(unit)
+            else:
+                missing.append(unit)
+        return records, missing
+
+    def publish(self, units: Sequence[WorkUnit], build: Build, overwrite: bool) -> Manifest:
+        """See `Session.publish`; a loader finds no config.json before all else is there."""
+        parts = [unit.outliers for unit in units if unit.outliers is not None]
+        with _folder(self._store) as folder:
+            if parts:  # those of each weight file, and all together
+                check_disk(folder, 2 * sum(part.nbytes for part in parts), _OTHERWISE)
+            (folder / "files").mkdir()
+            for part in parts:
+                self._store.get(f"{PARTIAL}/{part.file}", folder / part.file)
+            manifest = build(folder / "files", folder)
+            self._put_small(folder / "files")
+        root = self._store.scratch.parent
+        for leftover in (root, *root.parent.glob(f"{root.name}-*")):
+            shutil.rmtree(leftover, ignore_errors=True)
+        return manifest
+
+    def _records(self, unit: WorkUnit, heading: Heading) -> Records | None:
+        return self._content.records(unit) if self._content.has(unit, heading) else None
+
+    def _put_small(self, folder: Path) -> None:
+        store, content = self._store, self._content
+        names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        last = [name for name in (CONFIG_NAME, MANIFEST_NAME) if name in names]
+        store.put(folder / MANIFEST_NAME, ENDING)
+        store.remove(sorted({*content.small} - names - {*content.journals}))  # of an end that had other small files
+        for name in [*sorted(names - {*last}), *last]:
+            store.put(folder / name, name)
+        with suppress(OutputError):  # the artifact is there; credentials may allow no more than putting files
+            store.remove([*content.leftovers, ENDING])
+
+
+def look(store: ObjectStore) -> Content:
+    """What is there already.
+
+    Raises:
+        OutputError: An artifact is there, or something that no conversion has begun.
+    """
+    files = store.files()
+    leftovers = [name for name, nbytes in files.items() if nbytes is not None and _is_leftover(name)]
+    if MANIFEST_NAME in files and files.get(ENDING, files[MANIFEST_NAME]) == files[MANIFEST_NAME]:  # and is whole
+        with suppress(OutputError):
+            store.remove(leftovers)  # of the conversion that made it, which was stopped at its very end
+        raise OutputError(
+            f"{store}: exists, and a store replaces no artifact in one step; remove it, or name another --out"
+        )
+    names = [name for name in leftovers if name.endswith(SUFFIX)]
+    weights = [name.removeprefix(f"{PARTIAL}/").removesuffix(SUFFIX) for name in names]
+    journals = dict(zip(weights, map(parse, store.read(names)), strict=True))
+    (ending,) = store.read([ENDING]) if ENDING in files else (b"",)
+    content = Content(files, journals, files_of(ending), leftovers)
+    known = {MANIFEST_NAME, *leftovers, *weights, *(name.partition("/")[0] for name in content.small)}
+    foreign = sorted(files.keys() - known)
+    if foreign:
+        raise OutputError(f"{store}: holds {foreign[0]}, which is of no unfinished conversion; name an empty --out")
+    return content
+
+
+def _accept(store: ObjectStore, content: Content, decisions: dict[str, Any], start_over: bool) -> None:
+    """Refuse to go on from other decisions; with `start_over` remove what was written with them, the journals last."""
+    others = {name: other for name, (stated, _) in content.journals.items() if (other := unlike(stated, decisions))}
+    if not others:
+        return
+    if not start_over:
+        raise OutputError(f"{store}: {PARTIAL} {next(iter(others.values()))}")
+    parts = (f"{PARTIAL}/{name}{PART_SUFFIX}" for name in others)
+    names = [MANIFEST_NAME, CONFIG_NAME, *content.small, *others, *parts, CALIBRATION]
+    names += [*(f"{PARTIAL}/{name}{SUFFIX}" for name in others), ENDING]
+    store.remove([name for name in names if name in content.files or name in content.small])
+    content.files = {name: nbytes for name, nbytes in content.files.items() if name not in names}
+    content.journals = {name: journal for name, journal in content.journals.items() if name not in others}
+    content.small, content.leftovers = [], [name for name in content.leftovers if name not in names]
+
+
+def _is_leftover(name: str) -> bool:
+    """Whether a file is one that is removed when the conversion ends."""
+    return name in (CALIBRATION, ENDING) or (name.startswith(f"{PARTIAL}/") and name.endswith((SUFFIX, PART_SUFFIX)))
+
+
+@contextmanager
+def _folder(store: ObjectStore) -> Iterator[Path]:
+    """A folder on this machine that is removed when the block ends."""
+    root = store.scratch.parent
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root.parent, prefix=f"{root.name}-") as name:
+            yield Path(name)
+    except OSError as error:
+        why = f"{error.strerror or error} at {error.filename or root.parent}"
+        raise OutputError(f"{store}: not written here ({why}); fix that, or {_OTHERWISE}, and run it again") from None
