@@ -1,9 +1,9 @@
-"""Longer runs of the targets in tests/fuzzing.py, guided by coverage (`pip install -e '.[fuzz]'`), and of flipped bits.
+"""Longer runs of the targets in tests/fuzzing.py, guided by coverage (`pip install -e '.[fuzz]'`), and of bit flips.
 
     python -m tests.fuzz READER --runs 1000000 --corpus corpus
     python -m tests.fuzz flips --runs 1000
 
-An input that is a finding is left in the folder `findings`. The executions are added to tests/corpus/executions.json.
+An input that fails is saved in the folder `findings`. The executions are added to tests/corpus/executions.json.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""Tiny models of the families that GGUF is written for, and whole GGUF files: by our writer's parts, or by llama.cpp's.
+"""Tiny models of the families that GGUF is written for, and whole GGUF files, by our writer or by llama.cpp's.
 
-`TinyGguf` is a model as llama.cpp's own package writes it, to be changed before it is written, and split if need be.
+`TinyGguf` is a model as llama.cpp's own package writes it. Tests may change it before it is written, and split it.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""A conversion in parts, after one that stopped, on an imitation of another system: FEATURES SOURCE OUT.
+"""A conversion in parts, after one that stopped, on a simulated other system: FEATURES SOURCE OUT.
 
 `posix` is Linux as it is. `bare` has no fcntl, no resource, no functions of `os` that only some systems have, and no C
-library to ask. `windows` also moves and removes no file that is open, and opens no folder.
+library to call. `windows` in addition cannot move or remove a file that is open, and cannot open a folder.
 """
 
 import builtins

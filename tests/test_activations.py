@@ -1,4 +1,4 @@
-"""Activations: planted outliers are found where they were planted, and expected errors are near the measured ones."""
+"""Activation statistics: planted outliers are found where they are, and predicted errors are near measured ones."""
 
 import json
 

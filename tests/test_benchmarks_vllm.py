@@ -1,4 +1,4 @@
-"""The server around vLLM starts, says why it failed, and leaves no process behind; a stand-in takes vLLM's place."""
+"""The wrapper around vLLM's server starts it, reports failures, and leaves no process behind; a stub replaces vLLM."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The device that computes: asked for, there, and right. Without a GPU, what one would say is put in its place."""
+"""Choosing the device: requested, available, and correct. Without a GPU, a stub answers in its place."""
 
 import sys
 import types

@@ -1,4 +1,4 @@
-"""compressed-tensors: written for its loaders, read as its own package decompresses it."""
+"""compressed-tensors: written for its loaders, and read as its own package decompresses it."""
 
 import json
 import math

@@ -1,7 +1,7 @@
-"""Artifacts keep every byte: those of models that NumPy makes on any machine, against digests that are written down.
+"""Artifacts stay the same byte for byte: models that NumPy makes identically on any machine, against stored digests.
 
-A change of the format is meant to change them: `python tests/test_digests.py` writes them anew, and the changelog says
-why. The manifest counts without the version that wrote it.
+A change of the format is expected to change them: `python tests/test_digests.py` rewrites them, and the changelog says
+why. The manifest is hashed without the version that wrote it.
 """
 
 import json

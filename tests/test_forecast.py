@@ -1,4 +1,4 @@
-"""What a plan says of time, memory and disk: sums of what was measured, from a sample that leaves nothing behind."""
+"""Predicted time, memory and disk: sums of what was measured, from a sample that leaves nothing behind."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Reading GGUF: names and values as transformers has them, llama.cpp's interleaving undone."""
+"""Reading GGUF: the same names and values as in transformers, with llama.cpp's interleaving undone."""
 
 import os
 

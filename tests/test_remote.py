@@ -1,4 +1,4 @@
-"""Streams: an artifact from a remote source equals that of a local copy, nothing is stored, and failures are told."""
+"""Streams: an artifact from a remote source equals one from a local copy, nothing is stored, failures are reported."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Reading safetensors: values equal the library's own, and a file or index that lies is refused by name."""
+"""Reading safetensors: values equal the library's own, and malformed files or indexes are refused by name."""
 
 import errno
 import json

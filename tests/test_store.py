@@ -1,4 +1,4 @@
-"""Conversions to a store: the bytes of a local artifact, whatever stops them, with room for one file here."""
+"""Conversions to a store: the bytes of a local artifact, however they are stopped, with local room for one file."""
 
 import json
 import os
