@@ -22,7 +22,7 @@ _EVERY = 1000  # executions, after which they are counted
 
 
 def count(name: str, more: int) -> None:
-    """Add to the executions of a reader; several runs may do so at once."""
+    """Add to the executions of a reader; several runs may do so at the same time."""
     from tests.fuzzing import EXECUTIONS
 
     with EXECUTIONS.open("a+") as file:
@@ -35,7 +35,7 @@ def count(name: str, more: int) -> None:
 
 
 def fuzz(name: str, runs: int, seconds: int, corpus: Path) -> None:
-    """Run atheris on a reader; it ends the process."""
+    """Run atheris on a reader. This ends the process."""
     import atheris
     import torch  # noqa: F401 - before what is instrumented imports it, and thousands of modules with it
     import transformers  # noqa: F401

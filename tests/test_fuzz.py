@@ -25,7 +25,7 @@ quick = settings(
 
 @pytest.mark.parametrize("name", READERS)
 def test_sound_files_are_read(name, tmp_path):
-    """Else a reader that refused everything would keep the rule."""
+    """Otherwise a reader that refused everything would pass."""
     assert any(attempt(name, seed, tmp_path) is None for seed in READERS[name].seeds())
 
 

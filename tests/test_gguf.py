@@ -163,7 +163,7 @@ def test_the_header_of_a_real_file_equals_that_of_llama_cpps_reader(smollm2_gguf
 
 
 def test_biases_of_a_llama_are_computed_with(tmp_path):
-    """transformers' own reader leaves them out."""
+    """transformers' own reader drops them."""
     from transformers import AutoModelForCausalLM
 
     tiny = TinyGguf(biased=(*ALL, "ffn_gate", "ffn_up", "ffn_down"))

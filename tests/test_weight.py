@@ -133,7 +133,7 @@ def test_a_weight_that_was_moved_in_inference_mode_can_be_trained_over(layer):
 
 @pytest.fixture
 def compiling():
-    """What is compiled for one test counts towards no limit of another."""
+    """Reset torch.compile, so that compilations of one test do not count towards limits in another."""
     yield
     torch.compiler.reset()
 

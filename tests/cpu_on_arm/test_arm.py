@@ -36,7 +36,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module", params=UNITS)
 def driver(request, tmp_path_factory) -> tuple[str, list[str]]:
-    """A unit, and the command of a program that has it compiled in."""
+    """A unit, and the command that runs a program with this unit compiled in."""
     path = tmp_path_factory.mktemp("arm") / request.param
     compiler = [GCC] if GCC else [sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-musl"]
     define = f"-DUNIT_{request.param.upper().replace('-', '_')}"

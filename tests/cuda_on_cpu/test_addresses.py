@@ -45,7 +45,7 @@ def test_the_sanitizer_sees_one_missing_byte(planted):
 
 
 def exact(array):
-    """A copy in memory of just its size, which the sanitizer watches to the byte."""
+    """A copy in memory of exactly its size, which the sanitizer guards to the byte."""
     import numpy as np
     import torch
 

@@ -103,7 +103,7 @@ def check_hopper(on) -> None:
 
 
 def passes_in_a_child(check: Callable[[], None]) -> bool:
-    """A bug may write anywhere, so it does that in a process of its own; a crash or no end in a minute is no pass."""
+    """A bug may write anywhere, so it runs in a separate process. A crash, or no end within a minute, is a failure."""
     child = os.fork()
     if child == 0:
         code = 1
