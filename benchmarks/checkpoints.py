@@ -1,4 +1,4 @@
-"""Checkpoints made on the spot; and whether the CPU and the GPU make the same bytes of one."""
+"""Checkpoints generated for benchmarks, and a check that the CPU and the GPU convert one to the same bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOKENIZER_SIZE = 49152  # tokens of SmolLM2
 
 
 def converts_alike() -> str | None:
-    """What differs between the artifacts of the CPU and of the GPU; None where nothing does."""
+    """What differs between the artifacts made on the CPU and on the GPU; None if nothing does."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_llama(folder / "source")
@@ -32,7 +32,7 @@ def converts_alike() -> str | None:
 def make_llama(
     folder: Path, hidden: int = 2048, inner: int = 5504, layers: int = 4, vocabulary: int = 512, shards: int = 1
 ) -> None:
-    """A Llama in bfloat16 with outliers in its weights, by default of some 200 million; `shards` files."""
+    """Write a bfloat16 Llama with outliers in its weights, by default about 200 million, in `shards` files."""
     folder.mkdir()
     random = torch.Generator().manual_seed(0)
 
@@ -73,7 +73,7 @@ def make_llama(
 
 
 def add_tokenizer(folder: Path) -> None:
-    """Give a checkpoint of vocabulary TOKENIZER_SIZE the tokenizer of SmolLM2: other tools do not convert without."""
+    """Add SmolLM2's tokenizer to a checkpoint of vocabulary TOKENIZER_SIZE: other tools do not convert without one."""
     from transformers import AutoTokenizer
 
     model = Path(find_model())

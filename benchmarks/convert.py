@@ -1,8 +1,10 @@
-"""Converting, as whole processes: `quantize8 convert` beside `cp -r` and other tools' int8 converters.
+"""Conversion as whole processes: `quantize8 convert` next to `cp -r` and the int8 converters of other tools.
 
-Each is followed by `sync`, so that what it wrote is on the disk. Warm: the source lies in the system's cache. Cold: the
-cache is dropped before, which takes root. bitsandbytes and CTranslate2 come with the extra `bench`; llama.cpp's
-converter is no package, and is timed where --llama-cpp names its repository. What is missing is left out, by name.
+Each process is followed by `sync`, so that what it wrote is on disk. Warm: the source is in the system's cache. Cold:
+the cache is dropped first, which needs root. bitsandbytes and CTranslate2 come with the extra `bench`; llama.cpp's
+converter is not a package, and is timed if --llama-cpp names a clone of its repository. What is missing is reported
+and left out.
+
 Run: python -m benchmarks.convert [--folder FOLDER] [--layers N] [--llama-cpp FOLDER]
 """
 
@@ -59,7 +61,7 @@ def main() -> None:
 
 
 def measure(source: Path, target: Path, rounds: int, llama_cpp: Path | None) -> list[dict[str, Any]]:
-    """Seconds and peak memory of each variant, warm and, where the cache can be dropped, cold."""
+    """Seconds and peak memory of each variant, warm and, if the cache can be dropped, cold."""
     commands: dict[str, list[str]] = {
         "cp -r": ["cp", "-r", str(source), str(target)],
         "quantize8 convert": [sys.executable, "-m", "quantize8", "convert", str(source), "--out", str(target)],
@@ -74,7 +76,7 @@ def measure(source: Path, target: Path, rounds: int, llama_cpp: Path | None) -> 
             for name, command in commands.items():
                 prepare()
                 found[name].append(_run(command, target))
-        if cache == "warm":  # once each: they take long
+        if cache == "warm":  # only once each: they take long
             for name, command in _peers(source, target, llama_cpp).items():
                 found[name] = [_run(command, target)]
         for name, runs in found.items():
@@ -84,7 +86,7 @@ def measure(source: Path, target: Path, rounds: int, llama_cpp: Path | None) -> 
 
 
 def _peers(source: Path, target: Path, llama_cpp: Path | None) -> dict[str, list[str]]:
-    """Commands of the other tools that are here."""
+    """Commands of the other tools that are installed."""
     python, folders = sys.executable, [str(source), str(target)]
     scripts = {
         "transformers + bitsandbytes": ("bitsandbytes", BITSANDBYTES),
@@ -103,7 +105,7 @@ def _peers(source: Path, target: Path, llama_cpp: Path | None) -> dict[str, list
 
 
 def _run(command: list[str], target: Path) -> tuple[float, int]:
-    """Seconds of a process and of the sync after it; its peak resident memory."""
+    """Seconds of a process and of the sync after it, and its peak resident memory."""
     subprocess.run(["sync"], check=True)
     start = time.perf_counter()
     peak = 0
@@ -122,7 +124,7 @@ def _run(command: list[str], target: Path) -> tuple[float, int]:
 
 
 def _peak_of(process: int) -> int:
-    """Peak resident memory so far, as the system counts it (getrusage would add this process's own)."""
+    """Peak resident memory so far, as the system counts it (getrusage would include this process)."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except OSError:

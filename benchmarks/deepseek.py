@@ -1,9 +1,9 @@
-"""Conversion at scale: DeepSeek-V3 as published, 671 billion float8 weights and a layer more; only its headers exist.
+"""Conversion at scale: DeepSeek-V3 as published, 671 billion float8 weights plus the MTP layer; only headers exist.
 
 Names, shapes and dtypes are those of deepseek-ai/DeepSeek-V3 (config.json, and its inference code); the values are
-holes in sparse files. It is planned, and then converted by 1, 8 and 64 processes that do all but the arithmetic: each
-opens the source, locks and makes its weight files (of holes again) and their journals; `finalize` writes index,
-config and manifest. Time and peak memory of each process are measured. Room for 2 GB is enough.
+sparse files. The model is planned, and then converted by 1, 8 and 64 processes that do everything but the arithmetic:
+each opens the source, locks and creates its weight files (sparse again) and their journals; `finalize` writes index,
+config and manifest. Time and peak memory of each process are measured. 2 GB of disk space are enough.
 
 Run: python -m benchmarks.deepseek [--layers 61] [--format compressed-tensors] [--workers 1,8,64] [--json FILE]
 """
@@ -69,7 +69,7 @@ CONFIG = {
 
 
 def make(folder: Path, layers: int = 61, experts: int = 256) -> None:
-    """The checkpoint with its first so many layers, and one more for predicting two tokens; experts of each."""
+    """Write the checkpoint with its first `layers` layers plus the MTP layer, and `experts` experts per layer."""
     config = CONFIG | {"num_hidden_layers": layers, "n_routed_experts": experts}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
@@ -91,7 +91,7 @@ def make(folder: Path, layers: int = 61, experts: int = 256) -> None:
 
 
 def tensors(layers: int, experts: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Name, dtype and shape of each tensor, in the order of storage."""
+    """Name, dtype and shape of each tensor, in storage order."""
     hidden, heads = 7168, 128
     yield "model.embed_tokens.weight", "BF16", (129280, hidden)
     for i in range(layers + 1):
@@ -135,7 +135,7 @@ def _float8(name: str, rows: int, columns: int) -> Iterator[tuple[str, str, tupl
 
 
 def write_sparse(path: Path, header: Header) -> None:
-    """A safetensors file with this header, and holes for values."""
+    """Write a safetensors file with this header, as a sparse file without values."""
     entries, position = {}, 0
     for name, (dtype, shape) in sorted(header.items(), key=lambda item: -SIZES[item[1][0]]):  # aligned, wide ones first
         end = position + math.prod(shape) * SIZES[dtype]
@@ -148,7 +148,7 @@ def write_sparse(path: Path, header: Header) -> None:
 
 
 class SparseWriter(Writer):
-    """Leaves holes where the others write, and says what a weight of zeros would have become."""
+    """Writes nothing where `Writer` writes values, and returns what a weight of zeros would become."""
 
     def write(self, source: str, quantizer: Any) -> Any:
         """See `Writer.write`."""
@@ -168,7 +168,7 @@ def _of_zeros(shape: tuple[int, int], dtype: str) -> Quantized:
 
 
 def work(source: str, out: str, part: str, format: str) -> None:
-    """One process: a part of the weight files, or with part 0 their end."""
+    """One process: writes a share of the weight files, or finishes the artifact if part is 0."""
     start = time.perf_counter()
     if part == "0":
         finalize(out)
@@ -181,7 +181,7 @@ def work(source: str, out: str, part: str, format: str) -> None:
 
 
 def convert_by(workers: int, source: Path, out: Path, format: str, at_once: int) -> dict[str, Any]:
-    """Parts by so many processes, some at once, and the end: seconds and MiB of the slowest and the largest."""
+    """Convert with so many processes, some at a time, and finish: seconds and MiB of the slowest and the largest."""
 
     def run(part: str) -> tuple[float, float]:
         command = [sys.executable, "-m", "benchmarks.deepseek", "--do", str(source), str(out), part, "--format", format]
@@ -212,7 +212,7 @@ def convert_by(workers: int, source: Path, out: Path, format: str, at_once: int)
 
 
 def simulate(folder: Path, layers: int, experts: int, format: str, workers: list[int], at_once: int) -> dict[str, Any]:
-    """Make the headers, plan, convert without arithmetic, and say what it took."""
+    """Make the headers, plan, convert without arithmetic, and return what it took."""
     source = folder / "DeepSeek-V3"
     make(source, layers, experts)
     start = time.perf_counter()

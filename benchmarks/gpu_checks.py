@@ -1,7 +1,7 @@
 """The kernels on a real GPU against the reference: integers, scales and statistics bit for bit, products to rounding.
 
-Every shape that a kernel treats differently is here, each path of the dispatch is forced, and outputs start as NaN or
-as the largest integer. Each check returns what is wrong, or nothing.
+Every shape that a kernel treats differently is covered, each path of the dispatch is forced, and outputs start as NaN
+or as the largest integer. Each check returns what is wrong, or None.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ODD_SHAPES = ((20, 33, 101, 9), (300, 40, 100, 4))  # that the fallback takes on
 
 
 def run(device: torch.device, small: bool = False) -> Iterator[dict[str, Any]]:
-    """Each check's name, whether it holds, what is wrong, and how long it took. small: tiny shapes only."""
+    """For each check: its name, whether it passes, what is wrong, and how long it took. small: tiny shapes only."""
     checks: list[tuple[str, Callable[[torch.device, bool], str | None]]] = [
         ("quantize_rowwise and column_stats", check_rowwise),
         ("dequantize", check_dequantize),
@@ -58,7 +58,7 @@ def run(device: torch.device, small: bool = False) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """torch.empty gives NaN and the largest integers, so an output that nobody wrote is seen."""
+    """Within this block torch.empty returns NaN and the largest integers, so that an unwritten output is noticed."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -78,7 +78,7 @@ def numpy(tensor: torch.Tensor) -> Any:
 
 
 def weight_of(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """Outlier columns, a zero row, values at half the row's absmax (where the order of rounding decides)."""
+    """A weight with outlier columns, a zero row, and values at half the row's absmax (where rounding order matters)."""
     random = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=random) * 0.02
     weight[:, :: max(1, columns // 3)] *= 30
@@ -106,7 +106,7 @@ def layer_of(out_features: int, in_features: int, device: torch.device) -> tuple
 
 
 def error_over_rounding(y: torch.Tensor, exact: np.ndarray[Any, Any]) -> float:
-    """Distance from the exact product over that of the exact product rounded to y's dtype, and of float32 sums."""
+    """The error of y, relative to that of rounding the exact product to y's dtype plus that of float32 sums."""
     rounded = torch.from_numpy(exact).to(y.dtype).double().numpy()
     floor = np.linalg.norm(rounded - exact) + 2e-7 * np.linalg.norm(exact)
     return float(np.linalg.norm(y.double().cpu().numpy() - exact) / floor)
@@ -204,7 +204,7 @@ def product_is_wrong(
 
 @contextlib.contextmanager
 def forced_tile(tile: kernels.Tile) -> Iterator[None]:
-    """Products in one tile, whatever their size asks for."""
+    """Force products to use one tile, whatever their size."""
     chosen = kernels.choose_tile
     kernels.choose_tile = lambda *_: tile
     try:

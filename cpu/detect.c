@@ -1,6 +1,6 @@
-/* Which units this processor has and its system lets us use: a bit each, in the order of `enum unit`.
+/* Detects which units this processor has and the system allows: one bit each, in the order of `enum unit`.
  *
- * Python asks this of the library for any processor, before it loads the one of a unit.
+ * Python calls this in the generic library, before it loads the library of a unit.
  */
 #include "quantize8.h"
 
@@ -11,14 +11,14 @@ enum unit { AVX2 = 1, AVXVNNI = 2, AVX512VNNI = 4, AMX = 8, NEON_DOTPROD = 16, N
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
-#define ARCH_REQ_XCOMP_PERM 0x1023 /* Linux gives a process the tile registers when it asks */
+#define ARCH_REQ_XCOMP_PERM 0x1023 /* on Linux a process has to request the tile registers */
 #define XFEATURE_XTILEDATA 18
 static int may_use_tiles(void) { return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0; }
 #else
 static int may_use_tiles(void) { return 0; }
 #endif
 
-static uint64_t saved_registers(void) { /* what the system saves when it switches between threads (XCR0) */
+static uint64_t saved_registers(void) { /* registers that the system saves on a thread switch (XCR0) */
   uint32_t low, high;
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return (uint64_t)high << 32 | low;

@@ -1,12 +1,13 @@
-/* llama.cpp's blocks of weights to float16, bit for bit as its package `gguf` dequantizes them to float32 (ops/ggml.py).
+/* Dequantizes llama.cpp's weight blocks to float16: bit for bit what its package `gguf` computes in float32, rounded
+ * (ops/ggml.py).
  *
- * A block begins or ends with its float16 scales; the layouts are those of ggml's ggml-common.h. Callers run one thread
- * a tensor, so nothing here is parallel.
+ * A block begins or ends with its float16 scales; the layouts are those of ggml's ggml-common.h. Callers use one thread
+ * per tensor, so nothing here is parallel.
  */
 #include "quantize8.h"
 
-#define SHORT_BLOCK 32 /* weights of a block of the older types */
-#define LONG_BLOCK 256 /* of the K types, whose parts of 16 or 32 weights have scales of their own */
+#define SHORT_BLOCK 32 /* weights per block of the older types */
+#define LONG_BLOCK 256 /* of the K types, whose sub-blocks of 16 or 32 weights have their own scales */
 
 enum type { Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K };
 
@@ -16,7 +17,7 @@ INLINE float half_at(const uint8_t *bytes) {
   return float_of_half(half);
 }
 
-/* Q4_0, Q4_1, Q5_0, Q5_1: a scale, a least value or none, fifth bits or none, and two weights in a byte. */
+/* Q4_0, Q4_1, Q5_0, Q5_1: a scale, a minimum (or none), fifth bits (or none), and two weights per byte. */
 INLINE void short_block(const uint8_t *block, int has_least, int has_fifth, float *values) {
   float scale = half_at(block), least = has_least ? half_at(block + 2) : 0;
   const uint8_t *fifths = block + (has_least ? 4 : 2), *pairs = fifths + (has_fifth ? 4 : 0);
@@ -44,7 +45,8 @@ INLINE void q8_0_block(const uint8_t *block, float *values) {
   for (int k = 0; k < SHORT_BLOCK; k++) values[k] = scale * (float)codes[k];
 }
 
-/* Q4_K, Q5_K: a scale and a scale of least values, six bits of each for 8 parts of 32 weights, fifth bits or none. */
+/* Q4_K, Q5_K: a scale for scales and one for minimums, six bits of each for 8 sub-blocks of 32 weights, and fifth bits
+ * (or none). */
 INLINE void long_block(const uint8_t *block, int has_fifth, float *values) {
   float scale = half_at(block), least = half_at(block + 2);
   const uint8_t *packed = block + 4, *fifths = block + 16, *pairs = fifths + (has_fifth ? 32 : 0);
@@ -63,7 +65,7 @@ INLINE void long_block(const uint8_t *block, int has_fifth, float *values) {
   }
 }
 
-/* Q6_K: 4 low bits, 2 high bits, a signed scale for each 16 weights, and the scale of those. */
+/* Q6_K: 4 low bits, 2 high bits, a signed scale for every 16 weights, and a scale for those scales. */
 INLINE void q6_k_block(const uint8_t *block, float *values) {
   const uint8_t *low = block, *high = block + 128;
   const int8_t *scales = (const int8_t *)block + 192;
@@ -81,7 +83,7 @@ INLINE void q6_k_block(const uint8_t *block, float *values) {
   }
 }
 
-/* Float16 bits of float32 values, rounded half to even. */
+/* Converts float32 values to float16 bits, rounded half to even. */
 static void put_halves(const float *values, int count, uint16_t *halves) {
   int k = 0;
 #if defined(__F16C__)
@@ -91,7 +93,7 @@ static void put_halves(const float *values, int count, uint16_t *halves) {
   for (; k < count; k++) halves[k] = half_bits(round_to_half(values[k]));
 }
 
-/* Dequantize blocks that follow one another; -1 for a type that is not one of these. */
+/* Dequantizes consecutive blocks. Returns -1 for any other type. */
 EXPORT int q8_ggml_halves(int type, const uint8_t *blocks, int64_t count, uint16_t *halves) {
   static const int bytes[] = {18, 20, 22, 24, 34, 144, 176, 210};
   if (type < Q4_0 || type > Q6_K) return -1;

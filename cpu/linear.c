@@ -1,79 +1,80 @@
-/* A linear layer on a packed weight: activations to int8 codes, the product, and the end of a block.
+/* A linear layer on a packed weight: quantizing activations to int8 codes, the product, and the epilogue of a block.
  *
- * Many tokens (prefill): each becomes one row of codes. What outlier columns lose by that is added in float32 (mode
- * dynamic), or they take part in 16 bits (static and hybrid):
+ * Many tokens (prefill): each token becomes one row of codes. In mode dynamic, what outlier columns lose is added in
+ * float32. In modes static and hybrid they take part with 16 bits:
  *
  *     x = s (254 high + low)        w = absmax / 127 (c + second / 254)
  *
- * Few tokens (decode, M <= 16): activations keep their precision. Reading the weight is the cost there. Where the unit
- * has byte products, x is written in base 254, as three or four digits that are multiplied as rows of their own:
+ * Few tokens (decode, M <= 16): activations keep their precision, because the time goes into reading the weight. Where
+ * the unit has byte products, x is written in base 254, as three or four digits that are multiplied as separate rows:
  *
  *     x = s (d1 + d2 / 254 + d3 / 254^2 + ...)        s = absmax / 127
  *
- * and elsewhere the product is one of float32. Follow q8_linear down. Every token's result is the same whatever tokens
- * are beside it, but in mode dynamic, where an outlier of one corrects its column for all, as LLM.int8() does.
+ * On other units the product is computed in float32. To read the code, start at q8_linear. The result of a token does
+ * not depend on the other tokens, except in mode dynamic, where an outlier of one token corrects its column for all of
+ * them, as in LLM.int8().
  */
 #include "vectors.h"
 
 #define DECODE_TOKENS 16
 #define NO_LIMIT 0x80000000u          /* above the bits of every magnitude */
-#define TOKEN_SIGMAS 8.0f             /* beyond 8 root mean squares of its token an element is in 16 bits (hybrid) */
-#define LEAST_SQUARES 0x1p-100f       /* smaller sums of squares have lost digits: nothing stands out of them */
-#define HALF_A_CACHE (1 << 20)        /* bytes of a second-level cache that activations may stay in */
-#define PART_BYTES (3 << 18)          /* of weight that is multiplied by all tokens in turn, where they do not */
-#define LEAST_PARALLEL (1 << 17)      /* multiplications that are worth a second thread */
+#define TOKEN_SIGMAS 8.0f             /* hybrid: elements beyond 8 root mean squares of their token use 16 bits */
+#define LEAST_SQUARES 0x1p-100f       /* smaller sums of squares have lost digits: no element is an outlier then */
+#define HALF_A_CACHE (1 << 20)        /* bytes of the second-level cache that activations may occupy */
+#define PART_BYTES (3 << 18)          /* of weight multiplied by all tokens in turn, if activations are larger */
+#define LEAST_PARALLEL (1 << 17)      /* multiplications from which on a second thread pays off */
 
 enum mode { DYNAMIC, STATIC, HYBRID };
 
-/* One call. Where there are no stored outlier columns, wide_count and exact are 0, and apart may be NULL. */
+/* The arguments of a call. Without stored outlier columns, wide_count and exact are 0, and apart may be NULL. */
 struct q8_linear {
   const void *x;               /* [M, K] of dtype */
   void *out;                   /* [M, N] of dtype */
-  const int8_t *weight;        /* packed [N, K], and behind K the second digits of `exact` columns, in steps of their own */
+  const int8_t *weight;        /* packed [N, K], followed by the second digits of `exact` columns, in separate steps */
   const float *scale;          /* [N / 32, 32], absmax / 127 */
   const int32_t *code_sums;    /* [N / 32, 32], from q8_pack */
   const float *bias;           /* [N], or NULL */
-  const int64_t *wide;         /* [wide_count], the outlier columns of modes static and hybrid */
+  const int64_t *wide;         /* [wide_count], outlier columns in modes static and hybrid */
   const int8_t *apart;         /* packed [N, wide_count], their codes */
   const int32_t *apart_sums;
   int64_t tokens, columns, outputs, wide_count, exact;
-  float threshold;             /* dynamic; 0: nothing is an outlier */
+  float threshold;             /* mode dynamic; 0: nothing is an outlier */
   int32_t dtype, mode, threads;
 };
 
-/* What a call works with. */
+/* The state of a call. */
 struct call {
   const struct q8_linear *in;
-  int64_t steps, high_steps, blocks, parts; /* steps: of K and of the second digits */
-  int digits;                               /* a token; 0: in float32 */
+  int64_t steps, high_steps, blocks, parts; /* steps: of K plus the second digits */
+  int digits;                               /* per token; 0: computed in float32 */
   uint32_t limit;                           /* bits of the threshold */
-  code_t *codes, *high;                     /* tiles of activations; of outlier columns */
+  code_t *codes, *high;                     /* tiles of all columns; high digits of outlier columns */
   float *values;                            /* decode: [M, steps * 64] */
   float *token_scale;                       /* [M] */
   int32_t *found;                           /* dynamic: [K], 1 at outlier columns */
   int64_t *outliers, outlier_count;
-  float *residual;                          /* [M, outlier_count], what codes miss of them */
-  int32_t *words, *factors;                 /* hybrid: [M, most], what stands out of each token */
-  int32_t *counts;                          /* [M, 2], negative ones, and positive ones */
+  float *residual;                          /* [M, outlier_count], what their codes miss */
+  int32_t *words, *factors;                 /* hybrid: [M, most], the outlier elements of each token */
+  int32_t *counts;                          /* [M, 2], number of negative and of positive ones */
   int64_t most;
   int failed;
 };
 
 INLINE int64_t tiles_of(int64_t rows) { return ceil_div(rows, TILE_M); }
 
-/* Where the codes of a row begin; from step to step it is TILE_M * 64 on. */
+/* Where the codes of a row begin. The codes of its next step are TILE_M * 64 further on. */
 INLINE code_t *row_codes(code_t *codes, int64_t row, int64_t steps) {
   return codes + row / TILE_M * steps * TILE_M * STEP_K + row % TILE_M * STEP_K;
 }
 #define NEXT_STEP (TILE_M * STEP_K)
 
-INLINE float inverse_of(float absmax) { /* 0 where there is none */
+INLINE float inverse_of(float absmax) { /* 0 if there is no finite inverse */
   if (absmax == 0) return 0;
   float inverse = 1.0f / absmax * (float)INT8_MAX_CODE;
   return magnitude_of(inverse) < INFINITY_BITS && magnitude_of(absmax) < INFINITY_BITS ? inverse : 0;
 }
 
-/* The code of a number that is rounded to an integer, plus SHIFT. */
+/* Rounds a scaled value to its code, and adds SHIFT. */
 INLINE code_t code_of(float scaled) { return (code_t)as_bits(scaled + (ROUNDER + SHIFT)); }
 
 static void encode(const float *values, int64_t steps, float inverse, code_t *codes) {
@@ -81,10 +82,10 @@ static void encode(const float *values, int64_t steps, float inverse, code_t *co
     for (int k = 0; k < STEP_K; k++) codes[s * NEXT_STEP + k] = code_of(values[s * STEP_K + k] * inverse);
 }
 
-/* Room for a token's float32 values, in whole steps. */
+/* Allocates room for a token's float32 values, in whole steps. */
 static float *token_room(int64_t columns) { return malloc((size_t)(ceil_div(columns, STEP_K) + 1) * STEP_K * 4); }
 
-/* A token as float32 with zeros up to whole steps, in `room`. */
+/* Reads a token into `room` as float32, padded with zeros to whole steps. */
 static float *read_token(const struct q8_linear *in, int64_t token, float *room) {
   const float *row = read_row(in->dtype, row_of(in->dtype, in->x, token, in->columns), in->columns, room);
   if (row != room) memcpy(room, row, (size_t)in->columns * 4);
@@ -94,7 +95,7 @@ static float *read_token(const struct q8_linear *in, int64_t token, float *room)
 
 /* ---- prefill, mode dynamic: codes ---- */
 
-/* Set a token's outliers to 0, and found to 1 at their columns; the largest magnitude that is left, or NaN's. */
+/* Sets a token's outliers to 0 and `found` to 1 at their columns. Returns the largest magnitude left, or NaN's. */
 static uint32_t take_outliers(float *values, int64_t steps, uint32_t limit, int32_t *found) {
   int32_t peak = 0;
   for (int64_t s = 0; s < steps; s++) {
@@ -112,7 +113,7 @@ static uint32_t take_outliers(float *values, int64_t steps, uint32_t limit, int3
       uint32_t magnitude = magnitude_of(part[k]);
       if (magnitude < limit || magnitude > INFINITY_BITS) continue;
       part[k] = 0;
-      int32_t *mark = found + s * STEP_K + k; /* threads share them, and write only those not set yet */
+      int32_t *mark = found + s * STEP_K + k; /* shared by threads, which only write marks not set yet */
       if (!__atomic_load_n(mark, __ATOMIC_RELAXED)) __atomic_store_n(mark, 1, __ATOMIC_RELAXED);
     }
   }
@@ -131,13 +132,13 @@ static void encode_token(void *context, int64_t token) {
   uint32_t peak = largest_magnitude(values, steps * STEP_K);
   if (peak >= call->limit) peak = take_outliers(values, steps, call->limit, call->found);
   float absmax = as_float(peak), inverse = inverse_of(absmax);
-  if (inverse == 0) memset(values, 0, (size_t)steps * STEP_K * 4); /* infinity * 0 is not a number */
+  if (inverse == 0) memset(values, 0, (size_t)steps * STEP_K * 4); /* infinity * 0 is NaN */
   encode(values, steps, inverse, row_codes(call->codes, token, call->steps));
   call->token_scale[token] = absmax / (float)INT8_MAX_CODE;
   free(room);
 }
 
-/* residual = x - code * scale in outlier columns. */
+/* Computes residual = x - code * scale in outlier columns. */
 static void take_residual(void *context, int64_t token) {
   struct call *call = context;
   const struct q8_linear *in = call->in;
@@ -154,7 +155,7 @@ static void take_residual(void *context, int64_t token) {
 
 /* ---- prefill, modes static and hybrid: codes, with outliers in two digits ---- */
 
-/* The largest magnitude, and the sum of squares in 64 lanes, as reference.token_outliers adds them. */
+/* Computes the largest magnitude, and the sum of squares in 64 lanes, in the order of reference.token_outliers. */
 static uint32_t peak_and_squares(const float *values, int64_t steps, float *squares) {
   float lanes[STEP_K];
   int32_t peak = 0;
@@ -178,14 +179,15 @@ static uint32_t peak_and_squares(const float *values, int64_t steps, float *squa
   return (uint32_t)peak;
 }
 
-/* What stands out of one token: columns in words and values' bits in factors, negative ones from the front and positive
- * ones from the back. */
+/* The outlier elements of one token: their columns are in words and the bits of their values in factors, negative ones
+ * from the front and positive ones from the back. */
 struct own {
   int32_t *words, *factors, *counts;
   int64_t most;
 };
 
-/* Set a token's own outliers to 0; the largest magnitude that is left, and of theirs. */
+/* Moves a token's outlier elements into `own` and sets them to 0. Returns the largest magnitude left, and stores that
+ * of the outliers in `largest`. */
 static uint32_t take_own(float *values, int64_t steps, uint32_t bound, struct own own, uint32_t *largest) {
   int32_t peak = 0;
   for (int64_t s = 0; s < steps; s++) {
@@ -212,12 +214,12 @@ static uint32_t take_own(float *values, int64_t steps, uint32_t bound, struct ow
   return (uint32_t)peak;
 }
 
-/* Where in a block the codes of a column lie, in bytes: words of four columns, one an out feature. */
+/* The offset of a column's codes in a block, in bytes: words of four columns, one word per out feature. */
 INLINE int32_t word_of(int64_t column) {
   return (int32_t)(column / STEP_K * STEP_BYTES + column % STEP_K / GROUP_K * 64);
 }
 
-/* Both digits of `scaled`: the high one, and the code of the low one. */
+/* Splits `scaled` into two digits: returns the high one, and stores the code of the low one. */
 INLINE float split(float scaled, code_t *low) {
   float high = (scaled / (float)DIGIT_BASE + ROUNDER) - ROUNDER;
   *low = code_of(scaled - high * (float)DIGIT_BASE);
@@ -250,7 +252,7 @@ static void encode_token_16(void *context, int64_t token) {
   } else {
     peak = largest_magnitude(values, steps * STEP_K);
   }
-  uint32_t wide_peak = largest_magnitude(apart, in->wide_count); /* by their bits, NaN is the largest of all */
+  uint32_t wide_peak = largest_magnitude(apart, in->wide_count); /* compared by their bits, NaN is the largest */
   largest = wide_peak > largest ? wide_peak : largest;
   uint32_t needed = as_bits(as_float(largest) / (float)DIGIT_BASE); /* two digits hold 127 * 254 steps */
   float absmax = as_float(needed > peak ? needed : peak), inverse = inverse_of(absmax);
@@ -265,7 +267,7 @@ static void encode_token_16(void *context, int64_t token) {
     high[j / STEP_K * NEXT_STEP + j % STEP_K] = code_of(split(apart[j] * inverse, &low));
     if (j < in->wide_count) codes[in->wide[j] / STEP_K * NEXT_STEP + in->wide[j] % STEP_K] = low;
   }
-  for (int64_t s = 0; s < exact_steps; s++) /* for the second digits; those beyond `exact` meet zeros */
+  for (int64_t s = 0; s < exact_steps; s++) /* for the second digits; those beyond `exact` are multiplied by zeros */
     memcpy(codes + (steps + s) * NEXT_STEP, high + s * NEXT_STEP, STEP_K * sizeof(code_t));
   for (int64_t i = 0; i < own.counts[0] + own.counts[1]; i++) {
     int64_t place = i < own.counts[0] ? i : own.most - 1 - (i - own.counts[0]), k = own.words[place];
@@ -278,7 +280,7 @@ static void encode_token_16(void *context, int64_t token) {
   free(apart);
 }
 
-/* ---- decode: digits, or values ---- */
+/* ---- decode: digits, or float32 values ---- */
 
 static void encode_digits(void *context, int64_t token) {
   struct call *call = context;
@@ -294,7 +296,7 @@ static void encode_digits(void *context, int64_t token) {
     encode(rest, steps, 1.0f, codes);
     for (int64_t k = 0; k < steps * STEP_K; k++)
       rest[k] = (rest[k] - ((rest[k] + (ROUNDER + SHIFT)) - (ROUNDER + SHIFT))) * (float)DIGIT_BASE;
-    for (int64_t s = steps; s < call->steps; s++) /* second digits are worth 1 / 254: the digit above meets them */
+    for (int64_t s = steps; s < call->steps; s++) /* second digits are worth 1 / 254: the digit above multiplies them */
       for (int k = 0; k < STEP_K; k++) {
         int64_t j = (s - steps) * STEP_K + k, column = j < in->exact ? in->wide[j] : 0;
         codes[s * NEXT_STEP + k] = above ? above[column / STEP_K * NEXT_STEP + column % STEP_K] : SHIFT;
@@ -313,11 +315,11 @@ static void read_values(void *context, int64_t token) {
   for (int64_t j = 0; j < in->exact; j++) second[j] = values[in->wide[j]] / (float)DIGIT_BASE;
 }
 
-/* ---- the end of a block ---- */
+/* ---- the epilogue of a block ---- */
 
-/* Some tokens' sums of one block of 32 out features. */
+/* The sums of some tokens for one block of 32 out features. */
 struct block {
-  const int32_t *sums;        /* [digits, rows, 32], the highest digit first, each worth 254 of the next */
+  const int32_t *sums;        /* [digits, rows, 32], the highest digit first; each is worth 254 times the next */
   int digits;
   int64_t rows;
   const float *token_scale;   /* [rows] */
@@ -338,8 +340,8 @@ INLINE void read_bias(const struct q8_linear *in, int64_t number, float *bias) {
 
 #define HELD (LANES == 16 ? 8 : 2) /* rows whose sums stay in registers while columns are added */
 
-/* out = sums * scales + residual times right + bias. Columns are added one after the other, so that one whose residual
- * is 0 changes no bit. */
+/* out = sums * scales + residual times right + bias. Columns are added one after another, so that a column whose
+ * residual is 0 changes no bit. */
 INLINE void finish_rows(const struct q8_linear *in, const struct block *it, int64_t number, int64_t first_token,
                         int64_t row, int held, enum dtype dtype) {
   floats total[HELD][BLOCK_VECTORS];
@@ -394,7 +396,7 @@ static void read_column(const int8_t *block, int64_t column, const float *scale,
   }
 }
 
-/* sums [rows, 32] += the columns of a block that stand out of each token, times their high digits. */
+/* sums [rows, 32] += the block's columns for the outlier elements of each token, times the high digits of these. */
 static void add_own(const struct call *call, const int8_t *block, int64_t first_token, int64_t rows, int32_t *sums) {
   for (int64_t m = first_token; m < first_token + rows; m++, sums += BLOCK_N) {
     const int32_t *words = call->words + m * call->most, *factors = call->factors + m * call->most;
@@ -412,7 +414,7 @@ static void add_own(const struct call *call, const int8_t *block, int64_t first_
   }
 }
 
-/* ---- the product, a part of the out features at a time ---- */
+/* ---- the product, for a part of the out features at a time ---- */
 
 INLINE int64_t part_begin(const struct call *call, int64_t part) { return part * call->blocks / call->parts; }
 
@@ -489,11 +491,11 @@ static void decode_part(void *context, int64_t part) {
   release_unit();
 }
 #else
-#define PAIR_LANES 8 /* two out features by the four in features of a group */
-#define PAIRS (BLOCK_N / 4) /* of half a block */
-#define MOST_TOGETHER 6     /* tokens, by two pairs: 12 of the 16 registers */
-#define FLOAT_STEPS 2       /* of which codes, values and sums stay in the nearest cache as float32 */
-#define FLOAT_AHEAD (4 * STEP_BYTES) /* to what is asked of memory: each line, as halves are not read in its order */
+#define PAIR_LANES 8 /* two out features times the four in features of a group */
+#define PAIRS (BLOCK_N / 4) /* per half block */
+#define MOST_TOGETHER 6     /* tokens times two pairs: 12 of the 16 registers */
+#define FLOAT_STEPS 2       /* whose codes, values and sums in float32 fit into the nearest cache */
+#define FLOAT_AHEAD (4 * STEP_BYTES) /* prefetch distance, for every line: halves are not read in memory order */
 typedef float pair_floats __attribute__((vector_size(4 * PAIR_LANES)));
 typedef int8_t pair_codes __attribute__((vector_size(PAIR_LANES)));
 
@@ -523,7 +525,8 @@ INLINE pair_floats group_twice(const float *place) {
 #endif
 }
 
-/* totals [tokens][PAIRS] += some tokens' values by `pairs` pairs of out features, of codes, or of `wide` ones. */
+/* totals [tokens][PAIRS] += values of some tokens times `pairs` pairs of out features: from `codes`, or with more than
+ * two tokens from `wide`, the same in float32. */
 INLINE void add_values(const int8_t *codes, const pair_floats *wide, const float *values, int64_t next_token,
                        int64_t steps, int tokens, int pairs, pair_floats *totals) {
   pair_floats total[MOST_TOGETHER][PAIRS];
@@ -546,7 +549,7 @@ INLINE void add_values(const int8_t *codes, const pair_floats *wide, const float
     for (int p = 0; p < pairs; p++) totals[i * PAIRS + p] = total[i][p];
 }
 
-/* Some tokens by half a block. */
+/* Multiplies some tokens by half a block. */
 static void add_half(const int8_t *codes, const pair_floats *wide, const float *values, int64_t next_token,
                      int64_t steps, int64_t tokens, pair_floats *totals) {
 #define ADD(count, pairs)                                                                                        \
@@ -558,7 +561,8 @@ static void add_half(const int8_t *codes, const pair_floats *wide, const float *
 #undef ADD
 }
 
-/* sums [tokens, 32] of values [tokens, next_token] by a block, in float32: the same for a token in any company. */
+/* sums [tokens, 32] = values [tokens, next_token] times a block, in float32. The sums of a token do not depend on the
+ * other tokens. */
 static void multiply_float(const int8_t *block, const float *values, int64_t next_token, int64_t steps, int64_t tokens,
                            float *sums) {
   pair_floats totals[2][DECODE_TOKENS][PAIRS] = {0}, wide[FLOAT_STEPS * STEP_K / GROUP_K * PAIRS];
@@ -627,7 +631,7 @@ static code_t *room_for_codes(int64_t rows, int64_t steps) {
   return malloc((size_t)(tiles_of(rows) * TILE_M * steps * STEP_K + 1) * sizeof(code_t));
 }
 
-/* Codes of many tokens: 0, or -1 where memory is short. */
+/* Encodes many tokens. Returns 0, or -1 if out of memory. */
 static int encode_tokens(struct call *call) {
   const struct q8_linear *in = call->in;
   int64_t tokens = in->tokens;
@@ -639,7 +643,7 @@ static int encode_tokens(struct call *call) {
     run_parallel(tokens, in->threads, encode_token, call);
     return -call->failed;
   }
-  /* of K numbers fewer than K / c^2 have a square above c^2 times the mean */
+  /* of K numbers, fewer than K / c^2 have a square above c^2 times the mean square */
   call->most = in->mode == HYBRID ? in->columns / (int64_t)(TOKEN_SIGMAS * TOKEN_SIGMAS) + 1 : 0;
   call->high = room_for_codes(tokens, call->high_steps);
   call->words = malloc((size_t)(tokens * call->most) * 4 + 4);
@@ -679,7 +683,7 @@ static int prefill(struct call *call) {
 static int decode(struct call *call) {
   const struct q8_linear *in = call->in;
   int threads = in->tokens * in->columns * in->outputs < LEAST_PARALLEL ? 1 : in->threads;
-  call->digits = !DIGITS ? 0 : in->dtype == FLOAT32 ? 4 : 3; /* to 2^-31 and 2^-23 of a token's absmax */
+  call->digits = !DIGITS ? 0 : in->dtype == FLOAT32 ? 4 : 3; /* exact to 2^-31 and 2^-23 of a token's absmax */
   call->values = malloc((size_t)(in->tokens * call->steps * STEP_K) * 4);
   call->codes = DIGITS ? room_for_codes(call->digits * in->tokens, call->steps) : NULL;
   call->token_scale = malloc((size_t)in->tokens * 4);
@@ -691,7 +695,7 @@ static int decode(struct call *call) {
   return 0;
 }
 
-/* reference.linear, and in modes static and hybrid its integer form above. 0, or -1 where memory is short. */
+/* Computes reference.linear; modes static and hybrid use the integer form above. Returns 0, or -1 if out of memory. */
 EXPORT int q8_linear(const struct q8_linear *in) {
   if (!in->tokens || !in->outputs) return 0;
   struct call call = call_of(in);
@@ -700,8 +704,8 @@ EXPORT int q8_linear(const struct q8_linear *in) {
   return failed;
 }
 
-/* The codes that prefill multiplies: low and high int8 [M, K] (high: 0 but where a column is in two digits), scale
- * float32 [M] of the low ones, found int32 [K], 1 at outlier columns (mode dynamic). */
+/* The codes that prefill multiplies: low and high int8 [M, K] (high is 0 except where a column has two digits), scale
+ * float32 [M] of the low ones, and found int32 [K], which is 1 at outlier columns (mode dynamic). */
 EXPORT int q8_encode(const struct q8_linear *in, int8_t *low, int8_t *high, float *scale, int32_t *found) {
   struct call call = call_of(in);
   int failed = encode_tokens(&call);
@@ -761,7 +765,7 @@ static void multiply_codes(void *context, int64_t n) {
   release_unit();
 }
 
-/* Sums int32 [M, N] of codes int8 [M, K] times a packed weight [N, K] transposed, exact while 127^2 K < 2^31. */
+/* sums int32 [M, N] = codes int8 [M, K] times a packed weight [N, K] transposed, exact while 127^2 K < 2^31. */
 EXPORT int q8_multiply(const int8_t *codes, int64_t tokens, int64_t columns, const int8_t *weight,
                        const int32_t *code_sums, int64_t outputs, int threads, int32_t *sums) {
   struct q8_linear in = {.weight = weight, .code_sums = code_sums, .tokens = tokens, .columns = columns, .outputs = outputs};
@@ -777,11 +781,11 @@ EXPORT int q8_multiply(const int8_t *codes, int64_t tokens, int64_t columns, con
 
 struct packing {
   int8_t *codes, *tiles;
-  int64_t rows, columns, step, steps; /* from `step` on, of `steps` that a block has */
+  int64_t rows, columns, step, steps; /* of the `steps` in a block, from `step` on */
   int32_t *code_sums;
 };
 
-INLINE int8_t *packed_row(const struct packing *it, int64_t n) { /* its first group; the next is 64 bytes on */
+INLINE int8_t *packed_row(const struct packing *it, int64_t n) { /* its first group; the next is 64 bytes further on */
   return it->tiles + (n / BLOCK_N * it->steps + it->step) * STEP_BYTES + n % BLOCK_N / 16 * HALF_BLOCK + n % 16 * 4;
 }
 
@@ -792,7 +796,7 @@ static void pack_block(void *context, int64_t number) {
     const int8_t *row = it->codes + n * it->columns;
     int8_t *to = packed_row(it, n);
     int64_t k = 0;
-    uint32_t sum = 0; /* wraps around, as sums do */
+    uint32_t sum = 0; /* unsigned, because it may wrap around as the sums do */
     for (int64_t i = 0; i < it->columns; i++) sum += (uint32_t)(int32_t)row[i];
     for (; k + GROUP_K <= it->columns; k += GROUP_K)
       memcpy(to + k / STEP_K * STEP_BYTES + k % STEP_K * 16, row + k, GROUP_K);
@@ -811,15 +815,15 @@ static void unpack_block(void *context, int64_t number) {
   }
 }
 
-/* Codes int8 [N, K] into zeroed tiles with `steps` steps, from step `step` on; their sums are
- * added to code_sums [N / 32, 32]. */
+/* Packs codes int8 [N, K] into zeroed tiles of `steps` steps, from step `step` on, and adds their sums to
+ * code_sums [N / 32, 32]. */
 EXPORT void q8_pack(const int8_t *codes, int64_t rows, int64_t columns, int64_t step, int64_t steps, int threads,
                     int8_t *tiles, int32_t *code_sums) {
   struct packing it = {(int8_t *)codes, tiles, rows, columns, step, steps, code_sums};
   run_parallel(ceil_div(rows, BLOCK_N), threads, pack_block, &it);
 }
 
-/* Codes int8 [N, K] of packed ones. */
+/* Unpacks tiles to codes int8 [N, K]. */
 EXPORT void q8_unpack(const int8_t *tiles, int64_t rows, int64_t columns, int64_t steps, int threads, int8_t *codes) {
   struct packing it = {codes, (int8_t *)tiles, rows, columns, 0, steps, NULL};
   run_parallel(ceil_div(rows, BLOCK_N), threads, unpack_block, &it);

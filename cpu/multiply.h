@@ -1,14 +1,19 @@
-/* The int8 units: sums of activations times one block of a weight, exact in int32. One section a unit.
+/* The int8 units: activations times one block of a weight, with exact int32 sums. One section per unit.
  *
  *     multiply(block, left, rows, steps, code_sums, sums, ahead)
  *
- * sums int32 [rows, 32], with room for whole tiles of TILE_M rows, = left times block over `steps` steps. left: packed
- * activations, codes plus SHIFT; code_sums int32 [32]: the sum of each out feature's codes, for units whose sums start
- * at -SHIFT times that; rows: at most ROWS; ahead: whether to ask memory for the weight well ahead of its use.
- * Sums may wrap around on the way, and are exact in the end as long as 127^2 K < 2^31.
+ * computes sums int32 [rows, 32] = left times block over `steps` steps.
  *
- * DIGITS: whether a token of the decode path is multiplied as several int8 digits (see linear.c), or in float32 by
- * multiply_float, which is faster where a unit has no byte products.
+ *     left       packed activations: codes plus SHIFT
+ *     rows       at most ROWS
+ *     code_sums  int32 [32], the sum of each out feature's codes, for units whose sums start at -SHIFT times that
+ *     sums       must have room for whole tiles of TILE_M rows
+ *     ahead      whether to prefetch the weight from memory well ahead of its use
+ *
+ * Intermediate sums may wrap around; the final sums are exact as long as 127^2 K < 2^31.
+ *
+ * DIGITS: whether decode multiplies a token as several int8 digits (see linear.c), or in float32 with multiply_float,
+ * which is faster where a unit has no byte products.
  */
 #ifndef MULTIPLY_H
 #define MULTIPLY_H
@@ -16,7 +21,7 @@
 
 #define TO_TILE(left, row, steps) ((left) + (int64_t)(row) * (steps) * STEP_K) /* row: a multiple of TILE_M */
 
-/* Where the processor's own prefetching stops, at the end of a page. */
+/* Prefetches further ahead than the processor's own prefetcher, which stops at the end of a page. */
 INLINE void fetch_ahead(const int8_t *place) {
   for (int line = 0; line < STEP_BYTES / 64; line++) __builtin_prefetch(place + 2 * STEP_BYTES + line * 64, 0, 2);
 }
@@ -24,14 +29,14 @@ INLINE void fetch_ahead(const int8_t *place) {
 #if defined(UNIT_AMX) || defined(UNIT_AVX512VNNI) || defined(UNIT_AVXVNNI) || defined(UNIT_AVX2)
 #include <immintrin.h>
 
-INLINE int32_t group_at(const void *place) { /* four codes */
+INLINE int32_t group_at(const void *place) { /* reads four codes */
   int32_t group;
   memcpy(&group, place, 4);
   return group;
 }
 #endif
 
-/* Without this gcc reorders additions over many steps, and runs out of registers. */
+/* Without this, gcc reorders additions over many steps and runs out of registers. */
 #if defined(__AVX2__)
 #define KEEP(sum) __asm__("" : "+x"(sum))
 #else
@@ -87,7 +92,7 @@ static void multiply(const int8_t *block, const code_t *left, int rows, int64_t 
   else multiply_tiles(block, left, 2, steps, sums, 0);
 }
 
-#elif defined(UNIT_AVX512VNNI) /* ---------------- unsigned by signed bytes, 16 out features a vector ---------------- */
+#elif defined(UNIT_AVX512VNNI) /* ------------ unsigned times signed bytes, 16 out features per vector ------------ */
 
 typedef uint8_t code_t;
 #define SHIFT 128 /* 2^7 */
@@ -95,7 +100,7 @@ typedef uint8_t code_t;
 #define ROWS 32
 #define DIGITS 1
 
-/* `tile` is a constant where it matters: 8 rows by 32 outputs stay in 16 of the 32 registers. */
+/* `tile` is a compile-time constant where it matters: 8 rows by 32 outputs fit in 16 of the 32 registers. */
 INLINE void multiply_tile(const int8_t *block, const code_t *left, int tile, int64_t steps, const int32_t *code_sums,
                           int32_t *sums, int ahead) {
   __m512i total[TILE_M][2];
@@ -128,12 +133,12 @@ static void multiply(const int8_t *block, const code_t *left, int rows, int64_t 
 
 #elif defined(UNIT_AVXVNNI) || defined(UNIT_AVX2)
 
-#if defined(UNIT_AVXVNNI) /* ---------------- unsigned by signed bytes, 8 out features a vector ---------------- */
+#if defined(UNIT_AVXVNNI) /* ---------------- unsigned times signed bytes, 8 out features per vector ---------------- */
 
 typedef uint8_t code_t;
 #define SHIFT 128 /* 2^7 */
 #define DIGITS 1
-#define VECTOR_N 8 /* out features of a vector of sums */
+#define VECTOR_N 8 /* out features per vector of sums */
 
 INLINE __m256i add_products(__m256i total, __m256i left, __m256i right) {
   return _mm256_dpbusd_avx_epi32(total, left, right);
@@ -142,17 +147,17 @@ typedef int8_t right_t;
 INLINE __m256i right_at(const right_t *place) { return _mm256_loadu_si256((const __m256i *)place); }
 INLINE __m256i left_at(const code_t *place) { return _mm256_set1_epi32(group_at(place)); }
 
-#else /* ---------------- AVX2: products of 16-bit numbers, which are exact; 4 out features a vector ---------------- */
+#else /* ---------------- AVX2: exact products of 16-bit numbers, 4 out features per vector ---------------- */
 
 typedef int16_t code_t;
 #define SHIFT 0
 #define DIGITS 0
-#define VECTOR_N 4 /* each has two sums, of the first and of the last two in features of a group */
+#define VECTOR_N 4 /* each with two sums: for the first two and the last two in features of a group */
 
 INLINE __m256i add_products(__m256i total, __m256i left, __m256i right) {
   return _mm256_add_epi32(total, _mm256_madd_epi16(left, right));
 }
-typedef int16_t right_t; /* codes are widened once for all tiles */
+typedef int16_t right_t; /* codes are widened once, for all tiles */
 INLINE __m256i right_at(const right_t *place) { return _mm256_loadu_si256((const __m256i *)place); }
 INLINE __m256i left_at(const code_t *place) {
   int64_t group;
@@ -161,14 +166,14 @@ INLINE __m256i left_at(const code_t *place) {
 }
 #endif
 
-#define TILE_M 6 /* by two vectors of sums: 12 of the 16 registers */
+#define TILE_M 6 /* times two vectors of sums: 12 of the 16 registers */
 #define ROWS 48
-#define CHUNK 8 /* steps that stay in the nearest cache: 16 KB of the weight, 3 or 6 of activations */
+#define CHUNK 8 /* steps that fit in the nearest cache: 16 KB of the weight, 3 or 6 KB of activations */
 
-#define NEXT_GROUP (VECTOR_N == 8 ? 64 : 2 * 4 * VECTOR_N) /* right_t from a group to the next */
+#define NEXT_GROUP (VECTOR_N == 8 ? 64 : 2 * 4 * VECTOR_N) /* elements from one group to the next */
 #define NEXT_RIGHT (VECTOR_N == 8 ? STEP_BYTES : STEP_K / GROUP_K * NEXT_GROUP)
 
-/* Sums of a tile by two vectors of out features, over a chunk of steps; `first` where nothing was added before. */
+/* Multiplies a tile by two vectors of out features, over a chunk of steps. `first`: the sums start here. */
 INLINE void multiply_tile(const right_t *right, const code_t *left, int tile, int64_t steps, const int32_t *code_sums,
                           int32_t *sums, int first) {
   __m256i total[TILE_M][2];
@@ -206,7 +211,7 @@ INLINE void multiply_tile(const right_t *right, const code_t *left, int tile, in
   }
 }
 
-/* What tiles read of a chunk of a block: the codes themselves, or a copy in 16 bits of those of two vectors. */
+/* The codes that tiles read from a chunk of a block: the block itself, or a 16-bit copy for two vectors. */
 INLINE const right_t *read_chunk(const int8_t *block, int64_t steps, right_t *room) {
 #if VECTOR_N == 8
   (void)steps;
@@ -259,9 +264,9 @@ typedef int8_t code_t;
 #define ROWS 32
 #define DIGITS 1
 
-#if defined(UNIT_NEON_DOTPROD) /* ---------------- Arm dot products: 4 out features a vector ---------------- */
+#if defined(UNIT_NEON_DOTPROD) /* ---------------- Arm dot products: 4 out features per vector ---------------- */
 
-/* A tile by 16 out features, in 16 of the 32 registers. */
+/* Multiplies a tile by 16 out features, with sums in 16 of the 32 registers. */
 INLINE void multiply_tile(const int8_t *block, const code_t *left, int64_t steps, int32_t *sums) {
   int32x4_t total[TILE_M][4];
   for (int i = 0; i < TILE_M; i++)
@@ -281,10 +286,10 @@ INLINE void multiply_tile(const int8_t *block, const code_t *left, int64_t steps
     for (int v = 0; v < 4; v++) vst1q_s32(sums + i * BLOCK_N + 4 * v, total[i][v]);
 }
 
-#else /* ---------------- Arm i8mm: products of 2 rows of 8 codes by 2 ---------------- */
+#else /* ---------------- Arm i8mm: products of 2 x 8 by 8 x 2 codes ---------------- */
 
 INLINE void multiply_tile(const int8_t *block, const code_t *left, int64_t steps, int32_t *sums) {
-  int32x4_t total[TILE_M / 2][8]; /* of two rows and two out features each */
+  int32x4_t total[TILE_M / 2][8]; /* two rows times two out features each */
   for (int i = 0; i < TILE_M / 2; i++)
     for (int v = 0; v < 8; v++) total[i][v] = vdupq_n_s32(0);
   for (int64_t s = 0; s < steps; s++, block += STEP_BYTES, left += TILE_M * STEP_K)
@@ -295,7 +300,7 @@ INLINE void multiply_tile(const int8_t *block, const code_t *left, int64_t steps
       for (int v = 0; v < 4; v++) {
         int32x4_t low = vreinterpretq_s32_s8(vld1q_s8(block + k / GROUP_K * 64 + 16 * v));
         int32x4_t high = vreinterpretq_s32_s8(vld1q_s8(block + (k / GROUP_K + 1) * 64 + 16 * v));
-        int8x16_t first = vreinterpretq_s8_s32(vzip1q_s32(low, high)); /* 8 codes of each of two out features */
+        int8x16_t first = vreinterpretq_s8_s32(vzip1q_s32(low, high)); /* 8 codes for each of two out features */
         int8x16_t last = vreinterpretq_s8_s32(vzip2q_s32(low, high));
         for (int i = 0; i < TILE_M / 2; i++) {
           total[i][2 * v] = vmmlaq_s32(total[i][2 * v], x[i], first);
@@ -320,7 +325,7 @@ static void multiply(const int8_t *block, const code_t *left, int rows, int64_t 
       multiply_tile(block + half * HALF_BLOCK, TO_TILE(left, row, steps), steps, sums + row * BLOCK_N + 16 * half);
 }
 
-#else /* ---------------- any processor: what the compiler makes of plain loops ---------------- */
+#else /* ---------------- any processor: plain loops, left to the compiler ---------------- */
 
 typedef int8_t code_t;
 #define SHIFT 0

@@ -1,17 +1,17 @@
-/* The CPU kernels of quantize8: what every file here shares.
+/* The CPU kernels of quantize8: definitions shared by all files.
  *
- * All sources are compiled once for each unit (the int8 instructions of a processor), into one library a unit;
- * quantize8/ops/units.py loads the library of the best unit that the processor has. Nothing outside multiply_*.h
- * depends on the unit, but for macros that those files define.
+ * All sources are compiled once per unit (the int8 instructions of a processor), into one library per unit.
+ * quantize8/ops/units.py loads the library of the best unit that the processor has. Outside multiply.h and vectors.h,
+ * the code depends on the unit only through macros that these define.
  *
- * Shapes: M tokens, N out features, K in features. A weight is packed in blocks of 32 out features, and steps of 64 in
- * features, so that every unit reads it in the order it lies in memory:
+ * Shapes: M tokens, N out features, K in features. A weight is packed in blocks of 32 out features and steps of 64 in
+ * features, so that every unit reads it in memory order:
  *
  *     weight [N / 32][K / 64][2 halves][16 groups of 4 in features][16 out features][4]      int8, zeros at the edges
  *
  * Activations are packed for each call, in tiles of TILE_M tokens: [M / TILE_M][K / 64][TILE_M][64], of code_t.
- * quantize8/ops/reference.py is the definition of the arithmetic. Compile with -ffp-contract=off: a fused operation
- * is written as one (fma_), and everything else rounds after each step, as the definition does.
+ * quantize8/ops/reference.py defines the arithmetic. Compile with -ffp-contract=off: fused operations are written
+ * explicitly (fma_), and everything else rounds after each step, as the definition does.
  */
 #ifndef QUANTIZE8_H
 #define QUANTIZE8_H
@@ -32,16 +32,16 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-#define STEP_K 64                      /* in features of a step: the row of an AMX tile, in bytes */
-#define GROUP_K 4                      /* in features that one 32-bit lane multiplies */
-#define BLOCK_N 32                     /* out features of a block: two AMX tiles */
-#define HALF_BLOCK 1024                /* bytes of half a block in one step */
-#define STEP_BYTES (2 * HALF_BLOCK)    /* of a block */
-#define DIGIT_BASE 254                 /* twice the largest code, so that what rounding leaves is again a code */
+#define STEP_K 64                      /* in features per step: a row of an AMX tile, in bytes */
+#define GROUP_K 4                      /* in features multiplied in one 32-bit lane */
+#define BLOCK_N 32                     /* out features per block: two AMX tiles */
+#define HALF_BLOCK 1024                /* bytes of half a block per step */
+#define STEP_BYTES (2 * HALF_BLOCK)    /* bytes of a block per step */
+#define DIGIT_BASE 254                 /* twice the largest code, so that the rounding remainder is a code again */
 #define INT8_MAX_CODE 127
-#define INFINITY_BITS 0x7F800000u           /* bits of float32; magnitudes are ordered as their bits are */
+#define INFINITY_BITS 0x7F800000u           /* of float32; magnitudes sort in the same order as their bits */
 #define MAGNITUDE 0x7FFFFFFFu
-#define ROUNDER 12582912.0f            /* 1.5 * 2^23: adding it rounds to an integer, half to even, in the low bits */
+#define ROUNDER 12582912.0f            /* 1.5 * 2^23: adding it rounds half to even; the integer is in the low bits */
 
 enum dtype { FLOAT32, BFLOAT16, FLOAT16 };
 
@@ -66,18 +66,18 @@ INLINE float float_of_half(uint16_t half) {
   return as_float((exponent ? normal : subnormal) | sign);
 }
 
-/* A float32 rounded to float16, half to even, as float32: infinite from 65520 on. NaN stays NaN. */
+/* Rounds a float32 to float16, half to even, and returns it as float32. Infinite from 65520 on; NaN stays NaN. */
 INLINE float round_to_half(float value) {
   uint32_t bits = as_bits(value), sign = bits & 0x80000000u, magnitude = bits & MAGNITUDE;
   uint32_t normal = (magnitude + 0x0FFFu + ((magnitude >> 13) & 1u)) & ~0x1FFFu;
-  uint32_t subnormal = as_bits((as_float(magnitude) + 0.5f) - 0.5f); /* to a multiple of 2^-24 */
+  uint32_t subnormal = as_bits((as_float(magnitude) + 0.5f) - 0.5f); /* rounds to a multiple of 2^-24 */
   uint32_t rounded = magnitude < 0x38800000u ? subnormal : normal;
   rounded = magnitude >= 0x477FF000u ? INFINITY_BITS : rounded;
   rounded = magnitude > INFINITY_BITS ? magnitude : rounded;
   return as_float(rounded | sign);
 }
 
-/* The bits of a float32 that is a float16 number. */
+/* The float16 bits of a float32 whose value float16 can represent. */
 INLINE uint16_t half_bits(float value) {
   uint32_t bits = as_bits(value), sign = bits >> 16 & 0x8000u, magnitude = bits & MAGNITUDE;
   uint32_t normal = (magnitude - 0x38000000u) >> 13, subnormal = (uint32_t)(int32_t)(as_float(magnitude) * 0x1p24f);
@@ -87,7 +87,7 @@ INLINE uint16_t half_bits(float value) {
   return (uint16_t)(half | sign);
 }
 
-/* Float32 values [count] of stored ones, in `values` if they are not float32 already. */
+/* Reads [count] stored values as float32: into `values`, or in place if they are float32 already. */
 INLINE const float *read_row(enum dtype dtype, const void *stored, int64_t count, float *values) {
   if (dtype == FLOAT32) return stored;
   const uint16_t *bits = stored;
@@ -121,7 +121,7 @@ INLINE uint32_t largest_magnitude(const float *values, int64_t count) {
 
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/* Run work(context, item) for every item below count, on up to `threads` threads. */
+/* Runs work(context, item) for every item below count, on up to `threads` threads. */
 void run_parallel(int64_t count, int threads, void (*work)(void *context, int64_t item), void *context);
 
 #endif

@@ -1,7 +1,7 @@
-/* Threads for the kernels: those of the OpenMP runtime that torch has loaded where there is one, else a pool of ours.
+/* Threads for the kernels: those of the OpenMP runtime that torch has loaded, if there is one, or else our own pool.
  *
- * torch's own threads keep spinning for a while after each of its operations. A second pool would fight them for the
- * same cores, so on Linux we run on them: Python hands over the address of GOMP_parallel.
+ * torch's threads keep spinning for a while after each of its operations. A second pool would compete with them for the
+ * same cores, so on Linux the kernels run on torch's threads: Python passes the address of GOMP_parallel.
  */
 #include "quantize8.h"
 
@@ -38,7 +38,7 @@ struct job {
 typedef void gomp_parallel(void (*body)(void *), void *data, unsigned threads, unsigned flags);
 static gomp_parallel *openmp;
 
-/* The address of GOMP_parallel, or NULL for the pool. */
+/* Sets the address of GOMP_parallel, or NULL to use the pool. */
 EXPORT void q8_set_openmp(void *address) { openmp = (gomp_parallel *)address; }
 
 static void take_items(void *data) {
@@ -48,10 +48,10 @@ static void take_items(void *data) {
 }
 
 #define MOST_THREADS 256
-static mutex_t in_use = MUTEX_INIT, state = MUTEX_INIT; /* one job at a time; what follows */
+static mutex_t in_use = MUTEX_INIT, state = MUTEX_INIT; /* one job at a time; guards the variables below */
 static condition_t changed = CONDITION_INIT;
 static struct job *current;
-static int started, wanted, working; /* threads there are, that may still join the job, that have */
+static int started, wanted, working; /* threads started, still allowed to join the job, working on it */
 
 static void serve(void) {
   lock(&state);
@@ -77,7 +77,7 @@ static int start_thread(void) {
   return thread != NULL;
 }
 #else
-static void forget_threads(void) { /* a forked process has none of its parent's threads, but their locks */
+static void forget_threads(void) { /* a forked process inherits the locks, but not the threads */
   in_use = state = (mutex_t)MUTEX_INIT;
   changed = (condition_t)CONDITION_INIT;
   started = wanted = working = 0;
@@ -93,7 +93,7 @@ static int start_thread(void) {
 #endif
 
 static void run_on_pool(struct job *job, int threads) {
-  if (!try_lock(&in_use)) { /* another thread of the program computes: this one does its work alone */
+  if (!try_lock(&in_use)) { /* another thread uses the pool: do this job alone */
     take_items(job);
     return;
   }
@@ -108,7 +108,7 @@ static void run_on_pool(struct job *job, int threads) {
   unlock(&state);
   take_items(job);
   lock(&state);
-  wanted = 0; /* who has not joined yet is too late */
+  wanted = 0; /* threads that have not joined yet are too late */
   while (working) wait(&changed, &state);
   unlock(&state);
   unlock(&in_use);

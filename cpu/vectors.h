@@ -1,4 +1,4 @@
-/* Vectors as long as the unit's registers: LANES numbers each, float32 or int32, and the operations that C lacks. */
+/* Vectors as long as the unit's registers, with LANES float32 or int32 numbers, and operations that C lacks. */
 #ifndef VECTORS_H
 #define VECTORS_H
 #include "multiply.h"
@@ -33,7 +33,7 @@ INLINE ints larger(ints a, ints b) {
   return (a & first) | (b & ~first);
 }
 
-/* a * b + c, rounded once where the processor can. */
+/* a * b + c, rounded only once where the processor supports it. */
 INLINE floats fma_(floats a, floats b, floats c) {
 #if defined(__AVX512F__)
   return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -46,13 +46,13 @@ INLINE floats fma_(floats a, floats b, floats c) {
 #endif
 }
 
-/* total += the products of four bytes of `factors`, 0 to 127, with four signed bytes of `words`, lane by lane. */
+/* In each lane: total += the dot product of the four bytes of `factors`, 0 to 127, and four signed bytes of `words`. */
 INLINE ints add_dots(ints total, int32_t factors, ints words) {
 #if defined(UNIT_AMX) || defined(UNIT_AVX512VNNI)
   return (ints)_mm512_dpbusd_epi32((__m512i)total, _mm512_set1_epi32(factors), (__m512i)words);
 #elif defined(UNIT_AVXVNNI)
   return (ints)_mm256_dpbusd_avx_epi32((__m256i)total, _mm256_set1_epi32(factors), (__m256i)words);
-#elif defined(UNIT_AVX2) /* one factor of the four is not 0, so that nothing saturates */
+#elif defined(UNIT_AVX2) /* at most one of the four factors is not 0, so nothing saturates */
   __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi32(factors), (__m256i)words);
   return total + (ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #elif defined(UNIT_NEON_DOTPROD) || defined(UNIT_NEON_I8MM)
@@ -64,7 +64,7 @@ INLINE ints add_dots(ints total, int32_t factors, ints words) {
 }
 
 INLINE shorts to_bfloat16(floats values) {
-#if defined(__AVX512F__) /* the same in fewer instructions than gcc finds */
+#if defined(__AVX512F__) /* the same in fewer instructions than gcc generates */
   __m512i number = (__m512i)values, half = _mm512_srli_epi32(number, 16);
   __m512i up = _mm512_add_epi32(_mm512_and_si512(half, _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7FFF));
   __mmask16 nan = _mm512_cmp_ps_mask((__m512)values, (__m512)values, _CMP_UNORD_Q);
@@ -89,7 +89,7 @@ INLINE shorts to_float16(floats values) {
 #endif
 }
 
-/* The first `width` of 32 numbers to float32, bfloat16 or float16, rounded half to even. */
+/* Stores the first `width` of 32 numbers as float32, bfloat16 or float16, rounded half to even. */
 INLINE void store_block(const floats *values, enum dtype dtype, void *out, int width) {
   char room[4 * BLOCK_N], *to = width == BLOCK_N ? out : room;
   int64_t bytes = dtype == FLOAT32 ? 4 : 2;

@@ -1,16 +1,16 @@
-/* Passes over a weight while it is converted: scales, codes and statistics of its rows, and Q8_0 blocks.
+/* Passes over a weight during conversion: scales, codes and statistics of its rows, and Q8_0 blocks.
  *
- * Each equals its definition in quantize8/ops (reference.py, scales.py, q8_0.py) bit for bit. A row is read into
- * float32 once and stays in the nearest cache. Callers run one thread a tensor, so nothing here is parallel.
+ * Each function equals its definition in quantize8/ops (reference.py, scales.py, q8_0.py) bit for bit. A row is read
+ * into float32 once and stays in the nearest cache. Callers use one thread per tensor, so nothing here is parallel.
  */
 #include "quantize8.h"
 
 #define OUTLIER_SIGMAS 6       /* a weight beyond 6 standard deviations of its row is an outlier of its column */
-#define STATS_TILE_ROWS 64     /* column sums run in float32 over 64 rows, and in float64 over such tiles */
-#define INT32_SQUARES 131072   /* codes whose squares an int32 can sum */
+#define STATS_TILE_ROWS 64     /* column sums: float32 over 64 rows, float64 over these tiles */
+#define INT32_SQUARES 131072   /* so many squares of codes fit into an int32 sum */
 
 static float row_absmax(const float *row, int64_t columns) {
-  /* rounding keeps the order of numbers, so only the largest has to be rounded */
+  /* rounding is monotonic, so only the largest has to be rounded */
   float absmax = round_to_half(as_float(largest_magnitude(row, columns)));
   return absmax < INFINITY ? absmax : INFINITY;
 }
@@ -40,7 +40,7 @@ static int64_t sum_of_squares(const int8_t *codes, int64_t columns) {
   return total;
 }
 
-/* Sums down the columns of up to STATS_TILE_ROWS rows, float32 [K] and int32 [K]. */
+/* Column sums over up to STATS_TILE_ROWS rows, float32 [K] and int32 [K]. */
 struct tile_sums {
   float *squares, *errors, *peaks;
   int32_t *counts;
@@ -48,7 +48,7 @@ struct tile_sums {
 
 static void add_row(const float *row, const int8_t *codes, int64_t columns, float absmax, struct tile_sums sums) {
   float scale = absmax / (float)INT8_MAX_CODE;
-  /* q^2 K > 36 sum q^2, with one division a row: q^2 is an integer, so rounding down changes nothing */
+  /* q^2 K > 36 sum q^2, with one division per row: q^2 is an integer, so rounding down changes nothing */
   int32_t limit = (int32_t)(OUTLIER_SIGMAS * OUTLIER_SIGMAS * sum_of_squares(codes, columns) / columns);
   float *restrict squares = sums.squares, *restrict errors = sums.errors, *restrict peaks = sums.peaks;
   int32_t *restrict counts = sums.counts;
@@ -62,8 +62,8 @@ static void add_row(const float *row, const int8_t *codes, int64_t columns, floa
   }
 }
 
-/* Codes int8 [N, K] and absmax [N] of a weight [N, K]; statistics of its columns are added to float32 and float64 [K],
- * int64 [K]. `chosen`: absmax is given. Returns -1 where memory is short. */
+/* Computes codes int8 [N, K] and absmax [N] of a weight [N, K], and adds its column statistics to float32, float64 and
+ * int64 [K]. `chosen`: absmax is given. Returns -1 if out of memory. */
 EXPORT int q8_quantize_rows(int dtype, const void *weight, int64_t rows, int64_t columns, int chosen, int8_t *codes,
                             float *absmax, float *column_absmax, double *sum_square, double *sum_error,
                             int64_t *outliers) {
@@ -89,7 +89,7 @@ EXPORT int q8_quantize_rows(int dtype, const void *weight, int64_t rows, int64_t
   return 0;
 }
 
-/* Whether all numbers are neither NaN nor infinite. */
+/* Returns whether all values are finite. */
 EXPORT int q8_all_finite(int dtype, const void *values, int64_t count) {
   float part[1024];
   for (int64_t first = 0; first < count; first += 1024) {
@@ -100,7 +100,7 @@ EXPORT int q8_all_finite(int dtype, const void *values, int64_t count) {
   return 1;
 }
 
-/* terms[0] = the sum of terms, in halves as scales.folded: the second half is added to the first until one is left. */
+/* Sums terms into terms[0] like scales.folded: adds the second half to the first until one term is left. */
 static float fold(float *restrict terms, int64_t count) {
   while (count > 1) {
     int64_t half = (count + 1) / 2;
@@ -110,7 +110,7 @@ static float fold(float *restrict terms, int64_t count) {
   return terms[0];
 }
 
-/* The weighted squared error of a row with an absmax; terms is room for K numbers. */
+/* The weighted squared error of a row quantized with an absmax. terms is scratch space for K numbers. */
 static float row_error(const float *values, int64_t columns, float absmax, const float *weights, float *restrict terms) {
   float inverse = 1.0f / absmax * (float)INT8_MAX_CODE, scale = absmax / (float)INT8_MAX_CODE;
   for (int64_t k = 0; k < columns; k++) {
@@ -123,8 +123,8 @@ static float row_error(const float *values, int64_t columns, float absmax, const
   return fold(terms, columns);
 }
 
-/* scales.search_absmax: absmax [N] of a weight [N, K], for weights and kept float32 [K] and clips float32 [clip_count],
- * the first of them 1. Returns -1 where memory is short. */
+/* scales.search_absmax: absmax [N] of a weight [N, K], given weights and kept, float32 [K], and clips, float32
+ * [clip_count], of which the first is 1. Returns -1 if out of memory. */
 EXPORT int q8_search_rows(int dtype, const void *weight, int64_t rows, int64_t columns, const float *weights,
                           const float *kept, const float *clips, int clip_count, float least_scale, float *absmax) {
   float *work = malloc((size_t)columns * 12);
@@ -165,12 +165,12 @@ EXPORT int q8_search_rows(int dtype, const void *weight, int64_t rows, int64_t c
 #define Q8_0_BLOCK 32
 #define Q8_0_BYTES 34
 
-/* The bits of the largest magnitude of each block [B, 32]; NaN's where it holds one. */
+/* The bits of the largest magnitude in each block [B, 32], or those of NaN if it contains one. */
 EXPORT void q8_0_peaks(const float *blocks, int64_t count, uint32_t *peaks) {
   for (int64_t b = 0; b < count; b++) peaks[b] = largest_magnitude(blocks + b * Q8_0_BLOCK, Q8_0_BLOCK);
 }
 
-/* Codes of blocks [B, 32] behind the place of the scale in packed [B, 34], rounded half away from zero. */
+/* Writes the codes of blocks [B, 32] to packed [B, 34], after the two bytes of the scale; rounds half away from 0. */
 EXPORT void q8_0_encode(const float *blocks, const float *inverses, int64_t count, uint8_t *packed) {
   for (int64_t b = 0; b < count; b++) {
     const float *block = blocks + b * Q8_0_BLOCK;
@@ -178,15 +178,15 @@ EXPORT void q8_0_encode(const float *blocks, const float *inverses, int64_t coun
     uint8_t codes[Q8_0_BLOCK];
     for (int k = 0; k < Q8_0_BLOCK; k++) {
       float scaled = block[k] * inverse, magnitude = fabsf(scaled);
-      int32_t whole = magnitude < 1e9f ? (int32_t)magnitude : 0;        /* a block that is not finite has no codes */
-      whole += magnitude - (float)whole >= 0.5f && magnitude < 1e9f;    /* adding 0.5 first could round up */
+      int32_t whole = magnitude < 1e9f ? (int32_t)magnitude : 0;        /* a block that is not finite gets codes 0 */
+      whole += magnitude - (float)whole >= 0.5f && magnitude < 1e9f;    /* adding 0.5 and truncating could round up */
       codes[k] = (uint8_t)(scaled < 0 ? -whole : whole);
     }
     memcpy(packed + b * Q8_0_BYTES + 2, codes, Q8_0_BLOCK);
   }
 }
 
-/* The number of each block's best level of L: inverses and stored scales are [L, B], weights [W, 32], repeated. */
+/* The index of the best of L levels for each block. Inverses and stored scales are [L, B]; weights [W, 32] repeat. */
 EXPORT void q8_0_search(const float *blocks, int64_t count, const float *weights, int64_t weight_count,
                         const float *inverses, const float *stored, int64_t levels, int64_t *best) {
   for (int64_t b = 0; b < count; b++) {
@@ -199,7 +199,7 @@ EXPORT void q8_0_search(const float *blocks, int64_t count, const float *weights
         float code = whole + (magnitude - whole >= 0.5f ? 1.0f : 0.0f), difference = fabsf(block[k]) - code * scale;
         terms[k] = weight[k] * (difference * difference);
       }
-      for (int k = 0; k < 16; k++) terms[k] += terms[16 + k]; /* as `fold` does, with lengths that a compiler knows */
+      for (int k = 0; k < 16; k++) terms[k] += terms[16 + k]; /* as `fold` does, with lengths known to the compiler */
       for (int k = 0; k < 8; k++) terms[k] += terms[8 + k];
       for (int k = 0; k < 4; k++) terms[k] += terms[4 + k];
       float error = (terms[0] + terms[2]) + (terms[1] + terms[3]);
@@ -211,8 +211,8 @@ EXPORT void q8_0_search(const float *blocks, int64_t count, const float *weights
   }
 }
 
-/* squares and errors float64 [N, 32] += the squares of values [N, B, 32], and of their differences to packed ones;
- * scales float32 [N, B]. */
+/* squares and errors float64 [N, 32] += the squares of values [N, B, 32], and of their differences from the packed
+ * values with scales float32 [N, B]. */
 EXPORT void q8_0_add_squares(const float *values, const uint8_t *packed, const float *scales, int64_t rows,
                              int64_t blocks, double *squares, double *errors) {
   for (int64_t n = 0; n < rows; n++) {

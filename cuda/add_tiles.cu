@@ -1,7 +1,8 @@
-// The sums of quantize_rowwise.cu down its tiles of rows, added up over the tiles in order, in double precision.
+// Adds up the column sums that quantize_rowwise.cu computes per tile of rows: over the tiles in order, in double
+// precision.
 #include "quantize8.cuh"
 
-// grid (ceil(columns / THREADS)). Adds float [tiles, columns] to double [columns], tile after tile.
+// grid (ceil(columns / THREADS)). Adds float [tiles, columns] to double [columns], one tile after another.
 extern "C" __global__ void __launch_bounds__(THREADS)
 add_tiles(const float* __restrict__ tile_square, const float* __restrict__ tile_error, double* sum_square,
           double* sum_error, int tiles, int columns) {

@@ -1,4 +1,4 @@
-// Codes and absmax back to floats: code * (absmax / 127), rounded once to float and once to FLOAT.
+// Dequantizes codes and absmax: code * (absmax / 127), rounded once to float and once to FLOAT.
 #include "quantize8.cuh"
 
 // grid (rows), THREADS threads.

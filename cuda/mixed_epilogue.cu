@@ -1,8 +1,8 @@
-// The end of the mixed product where a library made the int32 sums (GPUs before sm_80, float activations, K that is no
-// multiple of 16): one thread an output.
+// The epilogue of the mixed product where a library computed the int32 sums (GPUs before sm_80, float activations, or K
+// not a multiple of 16). One thread per output.
 #include "outliers.cuh"
 
-// grid (M * ceil(N / THREADS)), THREADS threads. sums [M, stride], of which the first N columns count.
+// grid (M * ceil(N / THREADS)), THREADS threads. sums [M, stride], of which the first N columns are used.
 extern "C" __global__ void __launch_bounds__(THREADS)
 mixed_epilogue(const int* __restrict__ sums, const int8_t* __restrict__ x_codes, const float* __restrict__ x_scale,
                const int8_t* __restrict__ codes, const float* __restrict__ absmax, const FLOAT* __restrict__ bias,

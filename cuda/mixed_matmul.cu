@@ -1,14 +1,15 @@
-// Prefill on sm_80 and later: int8 tensor cores (mma.sync), fed by a pipeline of asynchronous copies, outputs finished
-// in registers (outliers.cuh). One launch; the int32 sums never go to memory.
+// Prefill on sm_80 and later: int8 tensor cores (mma.sync), fed by a pipeline of asynchronous copies, with outputs
+// finished in registers (outliers.cuh). One launch; the int32 sums are never written to memory.
 //
-// A block makes a TILE_M x TILE_N tile of y from STAGES tiles of K in flight; its warps are WARPS_M by WARPS_N.
+// A block computes a TILE_M x TILE_N tile of y, with STAGES tiles of K in flight. Its warps form a WARPS_M x WARPS_N
+// grid.
 #include "tiles.cuh"
 
 constexpr int WARPS_M = 2, WARPS_N = THREADS / 64;
-constexpr int ROWS = TILE_M / WARPS_M / 16, COLUMNS = TILE_N / WARPS_N / 8;  // fragments of a warp
+constexpr int ROWS = TILE_M / WARPS_M / 16, COLUMNS = TILE_N / WARPS_N / 8;  // fragments per warp
 static_assert(TILE_K == 64, "the swizzle below is for rows of 64 bytes");
 
-// Eight rows that ldmatrix reads together fall into eight different bank groups.
+// The eight rows that ldmatrix reads together are in eight different bank groups.
 __device__ __forceinline__ int place_of(int r, int c) { return r * TILE_K + ((c ^ (r >> 1 & 3)) << 4); }
 
 // grid (ceil(N / TILE_N), ceil(M / TILE_M)), THREADS threads, STAGES * STAGE_BYTES shared; K % 16 == 0.
@@ -33,13 +34,13 @@ mixed_matmul(const int8_t* __restrict__ x_codes, const float* __restrict__ x_sca
   }
   for (int step = 0; step < steps; ++step) {
     wait_copies<STAGES - 2>();
-    __syncthreads();  // this stage is there for all, and all are done with the one before it
+    __syncthreads();  // all threads see this stage, and have finished with the previous one
     if (step + STAGES - 1 < steps) load(step + STAGES - 1);
     commit_copies();
     const uint8_t* const left = shared + step % STAGES * STAGE_BYTES;
     const uint8_t* const right = left + TILE_M * TILE_K;
 #pragma unroll
-    for (int c = 0; c < CHUNKS; c += 2) {  // 32 of k
+    for (int c = 0; c < CHUNKS; c += 2) {  // 32 values of k
       uint32_t a[ROWS][4], b[COLUMNS][2];
 #pragma unroll
       for (int i = 0; i < ROWS; ++i)

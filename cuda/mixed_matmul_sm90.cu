@@ -1,17 +1,17 @@
-// Prefill on Hopper (sm_90a): as mixed_matmul.cu, with products of a whole warpgroup (wgmma) that read both operands
-// from shared memory, where a row of a tile is 128 bytes in the 128-byte swizzle. Tile 128 x 256: two warpgroups of 64
-// rows, and 128 sums a thread.
+// Prefill on Hopper (sm_90a): like mixed_matmul.cu, but with warpgroup matrix instructions (wgmma), which read both
+// operands from shared memory. There a row of a tile has 128 bytes, in the 128-byte swizzle. The tile is 128 x 256: two
+// warpgroups of 64 rows each, with 128 sums per thread.
 #include "tiles.cuh"
 
 #ifndef QUANTIZE8_EMULATOR
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
-// What the copies put into shared memory becomes visible to the tensor cores, which read by another path.
+// Makes what the copies wrote to shared memory visible to the tensor cores, which read it through another proxy.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void warpgroup_arrive() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void warpgroup_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
-// sums[128] += 64 x 32 int8 times 256 x 32 int8 transposed.
+// sums[128] += int8 [64, 32] times int8 [256, 32] transposed.
 #define TEN(p) "%" p "0,%" p "1,%" p "2,%" p "3,%" p "4,%" p "5,%" p "6,%" p "7,%" p "8,%" p "9,"
 #define FOUR(i) "+r"(sums[i]), "+r"(sums[(i) + 1]), "+r"(sums[(i) + 2]), "+r"(sums[(i) + 3])
 #define SIXTEEN(i) FOUR(i), FOUR((i) + 4), FOUR((i) + 8), FOUR((i) + 12)
@@ -29,7 +29,8 @@ static_assert(TILE_M == 128 && TILE_N == 256 && TILE_K == 128 && THREADS == 256,
 // The 128-byte swizzle.
 __device__ __forceinline__ int place_of(int r, int c) { return r * TILE_K + ((c ^ (r & 7)) << 4); }
 
-// An operand of 128-byte rows: groups of 8 rows lie 1024 bytes apart (PTX ISA, matrix descriptor of wgmma).
+// Descriptor of an operand with 128-byte rows: groups of 8 rows are 1024 bytes apart (PTX ISA, matrix descriptor of
+// wgmma).
 __device__ __forceinline__ uint64_t describe(const void* p) {
   return (uint64_t)((shared_address(p) & 0x3FFFF) >> 4) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 |
          (uint64_t)1 << 62;
@@ -60,7 +61,7 @@ mixed_matmul(const int8_t* __restrict__ x_codes, const float* __restrict__ x_sca
   for (int step = 0; step < steps; ++step) {
     wait_copies<STAGES - 2>();
     fence_async_proxy();
-    __syncthreads();  // this stage is there for all, and all are done with the one before it
+    __syncthreads();  // all threads see this stage, and have finished with the previous one
     const uint8_t* const left = shared + step % STAGES * STAGE_BYTES + warpgroup * 64 * TILE_K;
     const uint8_t* const right = shared + step % STAGES * STAGE_BYTES + TILE_M * TILE_K;
     warpgroup_arrive();

@@ -1,25 +1,26 @@
-// The second half of the mixed product: from int32 sums to outputs, with what int8 missed of the outlier columns.
+// The second half of the mixed product: turns int32 sums into outputs, and adds what int8 missed of outlier columns.
 //
 //   y = (sums * scale_x + residual w_outlier^T) * scale_w + bias,    residual = x - code * scale_x
-// The outlier list lies on the device (quantize_activations), so its length is read here: any number of columns is
-// right, and none costs one load. Sums come as m16n8 fragments of mma.sync, which wgmma's accumulators are as well.
+//
+// The outlier list is on the device (quantize_activations), so its length is read here. Any number of columns works,
+// and an empty list costs one load. Sums are m16n8 fragments of mma.sync, a layout that wgmma's accumulators share.
 #pragma once
 #include "quantize8.cuh"
 
-struct Product {  // what a product kernel works on
+struct Product {  // the operands of a product kernel
   const int8_t* x_codes;      // [M, K]
   const float* x_scale;       // [M]
   const int8_t* codes;        // [N, K]
   const float* absmax;        // [N]
   const FLOAT* bias;          // [N] or null
   const FLOAT* x;             // [M, K]
-  const int* outliers;        // ascending columns
-  const int* count;           // how many; null: none
+  const int* outliers;        // columns in ascending order
+  const int* count;           // number of outlier columns; null: none
   FLOAT* y;                   // [M, N]
   int M, N, K;
 };
 
-// What int8 missed of element (m, k), which is all of it where the code was left 0.
+// What int8 missed of element (m, k): the whole value where the code was set to 0.
 __device__ __forceinline__ float residual_of(const Product& p, int m, int k) {
   const int64_t at = (int64_t)m * p.K + k;
   const float value = to_float(p.x[at]);
@@ -27,16 +28,17 @@ __device__ __forceinline__ float residual_of(const Product& p, int m, int k) {
 }
 
 #ifdef TENSOR_CORES
-constexpr int OUTLIERS_AT_ONCE = 16;  // the k of one 16-bit product
-constexpr int OUTLIER_STRIDE = 24;    // elements between rows: fragments of a warp then lie in different banks
+constexpr int OUTLIERS_AT_ONCE = 16;  // values of k in one 16-bit product
+constexpr int OUTLIER_STRIDE = 24;    // elements from row to row; puts the fragments of a warp in different banks
 
 __device__ __forceinline__ uint32_t pack(float low, float high) {
   return from_float<FLOAT>(low).bits | (uint32_t)from_float<FLOAT>(high).bits << 16;
 }
 __device__ __forceinline__ uint32_t pair_at(const FLOAT* p) { return *reinterpret_cast<const uint32_t*>(p); }
 
-// A warp's ROWS x COLUMNS fragments, whose first output is y[m0 + warp_m, n0 + warp_n], in the block's tile at y[m0, n0].
-// All warps of the block come here, done with `shared`, of which (TILE_M + TILE_N) * OUTLIER_STRIDE elements are used.
+// Finishes a warp's ROWS x COLUMNS fragments, whose first output is y[m0 + warp_m, n0 + warp_n]; the tile of the block
+// begins at y[m0, n0]. All warps of the block must call this, and must no longer need `shared`, of which
+// (TILE_M + TILE_N) * OUTLIER_STRIDE elements are overwritten.
 template <int ROWS, int COLUMNS>
 __device__ __forceinline__ void finish(const int (&sums)[ROWS][COLUMNS][4], int m0, int n0, int warp_m, int warp_n,
                                        const Product& p, uint8_t* shared) {
@@ -55,7 +57,7 @@ __device__ __forceinline__ void finish(const int (&sums)[ROWS][COLUMNS][4], int 
   const int count = p.count ? *p.count : 0;
   FLOAT* const gathered = reinterpret_cast<FLOAT*>(shared);  // residuals [TILE_M], then weights [TILE_N]
   for (int first = 0; first < count; first += OUTLIERS_AT_ONCE) {
-    __syncthreads();  // nobody reads what lies in shared memory any more
+    __syncthreads();  // no thread reads shared memory any more
     for (int i = threadIdx.x; i < (TILE_M + TILE_N) * OUTLIERS_AT_ONCE; i += THREADS) {
       const int r = i / OUTLIERS_AT_ONCE, at = first + i % OUTLIERS_AT_ONCE, m = m0 + r, n = n0 + r - TILE_M;
       float value = 0.f;
@@ -82,7 +84,7 @@ __device__ __forceinline__ void finish(const int (&sums)[ROWS][COLUMNS][4], int 
     }
   }
 
-  const bool pairs = p.N % 2 == 0;  // two outputs lie in one word
+  const bool pairs = p.N % 2 == 0;  // two neighboring outputs share an aligned word
 #pragma unroll
   for (int j = 0; j < COLUMNS; ++j) {
     const int n = n0 + warp_n + j * 8 + 2 * quad;

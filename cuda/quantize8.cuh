@@ -1,9 +1,9 @@
-// What the kernels share: number types, loads, the rule for codes, and one function for each PTX instruction used.
+// Shared by all kernels: number types, loads, the formula for codes, and a function for each PTX instruction used.
 //
-// Needs no CUDA header, so NVRTC compiles it wherever CuPy is installed. The host defines, as compiler options:
-// FLOAT (half, bfloat16 or float), ALIGNED, INT8_MAX, and each kernel's own sizes. tests/cuda_on_cpu builds the same files with
-// g++, where emulator.h stands in for the hardware. Float products and sums are written as __fmul_rn and __fadd_rn
-// wherever the result must equal the reference bit for bit, so that no compiler fuses them.
+// No CUDA header is needed, so NVRTC can compile this wherever CuPy is installed. The host passes these definitions as
+// compiler options: FLOAT (half, bfloat16 or float), ALIGNED, INT8_MAX, and each kernel's own sizes. tests/cuda_on_cpu
+// builds the same files with g++, where emulator.h replaces the hardware. Where a result must equal the reference bit
+// for bit, float products and sums are written as __fmul_rn and __fadd_rn, so that no compiler fuses them.
 #pragma once
 #ifdef QUANTIZE8_EMULATOR
 #include "emulator.h"
@@ -49,7 +49,7 @@ template <> __device__ __forceinline__ bfloat16 from_float<bfloat16>(float x) {
   return {(uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16)};
 #endif
 }
-// Two halves in a word, 1152 (0x6480) taken from each.
+// Subtracts 1152 (0x6480) from each of the two halves in a word.
 __device__ __forceinline__ uint32_t subtract_1152(uint32_t pair) {
   uint32_t result;
   asm("sub.f16x2 %0, %1, %2;" : "=r"(result) : "r"(pair), "r"(0x64806480u));
@@ -57,13 +57,13 @@ __device__ __forceinline__ uint32_t subtract_1152(uint32_t pair) {
 }
 
 #if __CUDA_ARCH__ >= 800
-// Tensor cores: sums of a 16 x 8 tile += a 16 x 32 tile of int8 times an 8 x 32 tile transposed.
+// Tensor cores: sums [16, 8] += int8 [16, 32] times int8 [8, 32] transposed.
 __device__ __forceinline__ void mma(int (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-// The same with 16-bit floats, 16 x 16 times 8 x 16 transposed, summed in float.
+// The same for 16-bit floats: [16, 16] times [8, 16] transposed, summed in float.
 template <class T> __device__ __forceinline__ void mma(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 #define MMA_16BIT(T, NAME)                                                                                             \
   template <> __device__ __forceinline__ void mma<T>(float(&sums)[4], const uint32_t(&a)[4], const uint32_t(&b)[2]) {  \
@@ -75,14 +75,14 @@ template <class T> __device__ __forceinline__ void mma(float (&sums)[4], const u
 MMA_16BIT(half, "f16")
 MMA_16BIT(bfloat16, "bf16")
 
-// Four 8 x 16-byte matrices from shared memory to mma fragments; each lane names one row.
+// Loads four matrices of 8 rows of 16 bytes from shared memory into mma fragments; each lane passes one row.
 __device__ __forceinline__ void load_matrices(uint32_t (&fragments)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(fragments[0]), "=r"(fragments[1]), "=r"(fragments[2]), "=r"(fragments[3])
                : "r"((uint32_t)__cvta_generic_to_shared(row))
                : "memory");
 }
-// 16 bytes from global to shared memory, or zeros; there once waited for.
+// Starts copying 16 bytes, or zeros, from global to shared memory; they are there after wait_copies.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool present) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from),
                "r"(present ? 16 : 0)
@@ -96,15 +96,15 @@ template <int PENDING> __device__ __forceinline__ void wait_copies() {
 #endif  // QUANTIZE8_EMULATOR
 
 constexpr uint32_t ALL_LANES = 0xffffffffu;
-constexpr uint32_t MAGNITUDE = 0x7fffffffu;  // of a float's bits: these order as magnitudes do, with NaN above infinity
+constexpr uint32_t MAGNITUDE = 0x7fffffffu;  // of float bits: masked, they sort like magnitudes, NaN above infinity
 constexpr uint32_t INFINITE = 0x7f800000u;
-static_assert(VECTOR == 8, "16 bytes of 16-bit numbers");  // neighbouring elements that a thread takes at a time
+static_assert(VECTOR == 8, "16 bytes of 16-bit numbers");  // adjacent elements that a thread processes at a time
 
 // Float bits of |x|.
 __device__ __forceinline__ uint32_t magnitude(float x) { return __float_as_uint(x) & MAGNITUDE; }
 
-// Elements p[0..7] as floats, those from `count` on as 0. ALIGNED: rows are a multiple of 8 long, so that every vector is
-// whole and lies at a multiple of its size.
+// Elements p[0..7] as floats; elements from `count` on are 0. ALIGNED: the row length is a multiple of 8, so that every
+// vector is complete and aligned to its size.
 __device__ __forceinline__ void unpack_word(uint32_t word, half, float (&two)[2]) {
   two[0] = to_float(half{(uint16_t)word});
   two[1] = to_float(half{(uint16_t)(word >> 16)});
@@ -155,8 +155,8 @@ __device__ __forceinline__ void store_codes(int8_t* p, int count, const int8_t (
   }
 }
 
-// The rule for codes (quantize8/ops/reference.py): each step rounds to float. Where a row's absmax is 0, tiny, infinite or
-// NaN, the inverse is 0 and so are its codes: infinity * 0 is NaN, and NaN converts to 0.
+// The formula for codes (quantize8/ops/reference.py): each step rounds to float. If a row's absmax is 0, tiny, infinite
+// or NaN, the inverse is 0, and so are the codes: infinity * 0 is NaN, and NaN converts to 0.
 __device__ __forceinline__ float inverse_of(uint32_t peak) {
   const float inverse = __fmul_rn(__fdiv_rn(1.f, __uint_as_float(peak)), (float)INT8_MAX);
   return magnitude(inverse) >= INFINITE ? 0.f : inverse;
@@ -166,7 +166,7 @@ __device__ __forceinline__ int8_t code_of(float x, float inverse) {
 }
 __device__ __forceinline__ float scale_of(float absmax) { return __fdiv_rn(absmax, (float)INT8_MAX); }
 
-// Over a warp, in every lane; in one order whatever the schedule.
+// Reductions over a warp, with the result in every lane. The order is fixed, however the warps are scheduled.
 template <class T> __device__ __forceinline__ T warp_max(T x) {
 #pragma unroll
   for (int d = 16; d; d >>= 1) x = max(x, __shfl_xor_sync(ALL_LANES, x, d));

@@ -1,14 +1,15 @@
-// Activations to int8 with one scale a token, and the list of outlier columns, in one launch and without the host.
+// Quantizes activations to int8 with one scale per token, and lists the outlier columns, in one launch and without the
+// host.
 //
-// Equal to quantize_activations of quantize8/ops/reference.py: an element with |x| >= threshold gets code 0, stays out
-// of its token's absmax, and puts its column on the list. Columns are marked in a bit mask, where order does not matter;
-// the block that ends last turns the mask into an ascending list, so the list is the same on every run.
+// Equal to quantize_activations of quantize8/ops/reference.py: an element with |x| >= threshold gets code 0, is left
+// out of its token's absmax, and adds its column to the list. Columns are marked in a bit mask, where order does not
+// matter. The block that ends last turns the mask into an ascending list, so the list is the same on every run.
 #include "quantize8.cuh"
 
 constexpr int WARPS = THREADS / 32;
 
-// grid (tokens), THREADS threads. mask [ceil(columns / 32) + 1], zero beforehand; its last word counts blocks. mask
-// null: nothing is an outlier. outliers [columns] and count [1] receive the list.
+// grid (tokens), THREADS threads. mask [ceil(columns / 32) + 1] must be zero before the call; its last word counts
+// blocks. If mask is null, nothing is an outlier. outliers [columns] and count [1] receive the list.
 extern "C" __global__ void __launch_bounds__(THREADS)
 quantize_activations(const FLOAT* __restrict__ x, int8_t* __restrict__ codes, float* __restrict__ scale, uint32_t* mask,
                      int* outliers, int* count, float threshold, int columns) {
@@ -26,7 +27,7 @@ quantize_activations(const FLOAT* __restrict__ x, int8_t* __restrict__ codes, fl
     load_vector(source + k, columns - k, v);
 #pragma unroll
     for (int i = 0; i < VECTOR; ++i) {
-      const bool outlier = mask && fabsf(v[i]) >= threshold;  // not NaN, which spoils its token instead
+      const bool outlier = mask && fabsf(v[i]) >= threshold;  // false for NaN, which makes the scale of its token NaN
       marks |= (uint32_t)outlier << i;
       peak = outlier ? peak : max(peak, magnitude(v[i]));
     }
@@ -52,7 +53,7 @@ quantize_activations(const FLOAT* __restrict__ x, int8_t* __restrict__ codes, fl
   if (!mask) return;
   const int words = (columns + 31) / 32;
   if (threadIdx.x == 0) {
-    __threadfence();  // this block's marks come before its count
+    __threadfence();  // this block's marks must be visible before its count
     is_last = atomicAdd(&mask[words], 1u) + 1 == gridDim.x;
   }
   __syncthreads();
@@ -63,13 +64,13 @@ quantize_activations(const FLOAT* __restrict__ x, int8_t* __restrict__ codes, fl
     const int word = first + threadIdx.x;
     uint32_t bits = word < words ? __ldcg(&mask[word]) : 0;
     const int own = __popc(bits);
-    int up_to_here = own;  // in this warp
+    int up_to_here = own;  // set bits up to this lane, within the warp
 #pragma unroll
     for (int d = 1; d < 32; d <<= 1) {
       const int before = __shfl_up_sync(ALL_LANES, up_to_here, d);
       if (lane >= d) up_to_here += before;
     }
-    __syncthreads();  // peaks are free again
+    __syncthreads();  // peaks can be reused
     if (lane == 31) peaks[warp] = up_to_here;
     __syncthreads();
     int place = listed + up_to_here - own;

@@ -1,23 +1,24 @@
-// Weight to int8 with one scale a row, and its column statistics, in one pass over memory.
+// Quantizes a weight to int8 with one scale per row and computes its column statistics, in one pass over memory.
 //
-// Equal, bit for bit, to quantize_rowwise and column_stats of quantize8/ops/reference.py. A block takes `tile_rows` rows,
-// `rows_at_once` of them side by side, so that what it reads once from memory comes from the nearest cache after that:
-// for the row's absmax, for its codes, and for the columns. Columns are summed down a tile by one thread in row order, and over
-// tiles by one thread in tile order (add_tiles): the same sum however blocks are scheduled. Maxima and counts have no
-// order.
+// Equal, bit for bit, to quantize_rowwise and column_stats of quantize8/ops/reference.py. A block processes `tile_rows`
+// rows, `rows_at_once` of them at a time. Each row is read three times (for its absmax, its codes and the columns), but
+// only the first read goes to memory; the others hit the nearest cache. One thread sums a column down a tile in row
+// order, and one thread sums it over tiles in tile order (add_tiles), so the sum does not depend on how blocks are
+// scheduled. Maxima and counts do not depend on the order anyway.
 #include "quantize8.cuh"
 
 constexpr int WARPS = THREADS / 32;
 
 // grid (ceil(rows / tile_rows)), THREADS threads. rows_at_once: a power of two up to WARPS.
-// STATS: column results are added to; else their pointers are not used. absmax is infinity or NaN for a row without codes.
+// STATS: the column results are updated; otherwise their pointers are not used. A row that cannot be quantized has an
+// absmax of infinity or NaN.
 extern "C" __global__ void __launch_bounds__(THREADS, STATS ? 1 : 2)
 quantize_rowwise(const FLOAT* __restrict__ weight, int8_t* __restrict__ codes, float* __restrict__ absmax,
                  float* tile_square, float* tile_error, uint32_t* column_absmax, int* column_outliers, int64_t rows,
                  int columns, int rows_at_once, int tile_rows) {
   __shared__ uint32_t peaks[WARPS];
   __shared__ int64_t energies[WARPS];
-  __shared__ float inverses[WARPS], scales[WARPS];  // of the rows at hand
+  __shared__ float inverses[WARPS], scales[WARPS];  // of the rows in progress
   __shared__ int limits[WARPS];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, row_warps = WARPS / rows_at_once;
   const int slot = warp / row_warps, first = (threadIdx.x - slot * row_warps * 32) * VECTOR;
@@ -26,7 +27,7 @@ quantize_rowwise(const FLOAT* __restrict__ weight, int8_t* __restrict__ codes, f
 
   for (int64_t base = start; base < end; base += rows_at_once) {
     const int64_t row = base + slot;
-    const int width = row < end ? columns : 0;  // a slot without a row takes part in the barriers only
+    const int width = row < end ? columns : 0;  // a slot without a row only takes part in the barriers
     const FLOAT* source = weight + row * columns;
     uint32_t peak = 0;
 #pragma unroll 4
@@ -62,7 +63,7 @@ quantize_rowwise(const FLOAT* __restrict__ weight, int8_t* __restrict__ codes, f
       energy += squares;
     }
     if (!STATS) {
-      __syncthreads();  // peaks are read no more
+      __syncthreads();  // peaks can be reused
       continue;
     }
     energy = warp_sum(energy);
@@ -70,7 +71,7 @@ quantize_rowwise(const FLOAT* __restrict__ weight, int8_t* __restrict__ codes, f
     __syncthreads();
 
     const int present = (int)min((int64_t)rows_at_once, end - base);
-    if ((int)threadIdx.x < present) {  // a code whose square is above the limit is an outlier of its row
+    if ((int)threadIdx.x < present) {  // a code whose square exceeds the limit is an outlier of its row
       int64_t total = 0;
       for (int i = 0; i < row_warps; ++i) total += energies[threadIdx.x * row_warps + i];
       limits[threadIdx.x] = (int)(OUTLIER_SIGMAS * OUTLIER_SIGMAS * total / columns);
@@ -106,7 +107,7 @@ quantize_rowwise(const FLOAT* __restrict__ weight, int8_t* __restrict__ codes, f
         if (i >= count) break;
         square_sum[i] = square[i];
         error_sum[i] = error[i];
-        if (top[i] > column_absmax[k + i]) atomicMax(&column_absmax[k + i], top[i]);  // it only grows
+        if (top[i] > column_absmax[k + i]) atomicMax(&column_absmax[k + i], top[i]);  // the maximum only grows
         if (outliers[i]) atomicAdd(&column_outliers[k + i], outliers[i]);
       }
     }

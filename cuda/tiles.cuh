@@ -1,15 +1,15 @@
-// How tiles of both operands come into shared memory, for the products on tensor cores.
+// Copies tiles of both operands into shared memory, for the products on tensor cores.
 #pragma once
 #include "outliers.cuh"
 
 constexpr int STAGE_BYTES = (TILE_M + TILE_N) * TILE_K;     // TILE_M rows of activations, then TILE_N of the weight
-constexpr int CHUNKS = TILE_K / 16;                         // of 16 bytes, in a row
-constexpr int COPIES = STAGE_BYTES / 16 / THREADS;          // of a thread, for a stage
+constexpr int CHUNKS = TILE_K / 16;                         // 16-byte chunks in a row of a tile
+constexpr int COPIES = STAGE_BYTES / 16 / THREADS;          // copies per thread and stage
 
-// Where 16-byte chunk c of row r lies in a stage; each kernel has the swizzle that its instructions read.
+// The offset of 16-byte chunk c of row r in a stage. Each kernel defines the swizzle that its instructions expect.
 __device__ __forceinline__ int place_of(int r, int c);
 
-// Begin the copies of K columns k0 and on into a stage; rows and chunks past the end become zeros.
+// Starts copying columns k0 and later into a stage; rows and chunks past the end become zeros.
 __device__ __forceinline__ void load_stage(uint8_t* stage, int k0, int m0, int n0, const Product& p) {
 #pragma unroll
   for (int i = 0; i < COPIES; ++i) {

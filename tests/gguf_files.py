@@ -1,6 +1,6 @@
-"""Tiny models of the families that GGUF is written for, and whole GGUF files: by our writer's parts, or by llama.cpp's.
+"""Tiny models of the families that GGUF is written for, and whole GGUF files, by our writer or by llama.cpp's.
 
-`TinyGguf` is a model as llama.cpp's own package writes it, to be changed before it is written, and split if need be.
+`TinyGguf` is a model as llama.cpp's own package writes it. Tests may change it before it is written, and split it.
 """
 
 import json
@@ -103,7 +103,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def assemble(source: Path, path: Path, fields: list[gguf.Field] | None = None) -> gguf.Header:
-    """A GGUF file from a checkpoint, each tensor put at its place in two blocks, the last one first."""
+    """A GGUF file from a checkpoint, with each tensor written in two blocks, the last one first."""
     checkpoint = open_checkpoint(str(source))
     config, shapes = checkpoint.config, {name: info.shape for name, info in checkpoint.tensors.items()}
     if fields is None:
@@ -123,7 +123,7 @@ def assemble(source: Path, path: Path, fields: list[gguf.Field] | None = None) -
 
 
 def encoded(tensor: gguf.GgufTensor, checkpoint, first: int, last: int) -> np.ndarray:
-    """Rows first..last of a tensor as they are stored."""
+    """Rows first..last of a tensor as stored."""
     if tensor.source is None:
         return tensor.values[first:last]
     rows = tensor.arrange(checkpoint.rows(tensor.source, first, last).astype(np.float32))
@@ -131,7 +131,7 @@ def encoded(tensor: gguf.GgufTensor, checkpoint, first: int, last: int) -> np.nd
 
 
 def dequantized(config: dict, search: ScaleSearch | None = None):
-    """The same model in plain transformers with the weights that Q8_0 leaves, float32."""
+    """The same model in plain transformers with the weights after Q8_0 rounding, float32."""
     model = model_of(config)
     for value in model.parameters():
         if value.ndim == 2:
@@ -158,7 +158,7 @@ COUNTS |= {"attention.head_count": HEADS, "attention.head_count_kv": KV_HEADS, "
 
 
 def permute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """How llama.cpp's converter stores query and key rows of Llama."""
+    """The order in which llama.cpp's converter stores query and key rows of Llama."""
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
@@ -206,9 +206,9 @@ class TinyGguf:
         self.tensors[stored] = permute(packed, heads) if heads and self.architecture == "llama" else packed, kind
 
     def write(self, path: Path, split: int = 0, small_first: bool = False) -> list[Path]:
-        """Write it to a file, or in parts of `split` tensors, which llama.cpp's package names; the files.
+        """Write it to a file, or in parts of `split` tensors, named as llama.cpp's package does. Returns the files.
 
-        With `small_first` the first part holds the metadata alone.
+        With `small_first` the first part holds only the metadata.
         """
         writer = GGUFWriter(path, self.architecture, split_max_tensors=split, small_first_shard=small_first)
         for key, (value, kind) in self.fields.items():

@@ -1,7 +1,7 @@
-"""A Hugging Face hub on this machine: models in folders, large files from a content server, uploads, and all failures.
+"""A Hugging Face hub on this machine: models in folders, large files from a content server, uploads, and failures.
 
-What it answers follows the real hub's API as huggingface_hub asks for it. `Hub` holds the models and how the server
-misbehaves; every request is in its log. The content server is the same one under another host name.
+Its answers follow the real hub's API as huggingface_hub uses it. `Hub` holds the models and controls how the server
+misbehaves; every request is logged. The content server is the same server under another host name.
 """
 
 import base64
@@ -28,7 +28,7 @@ PIECE = 64 * 1024  # bytes sent at a time
 
 @dataclass
 class Hub:
-    """`models` maps an id to its folder, or to (status, error code) for one that is refused."""
+    """`models` maps an id to its folder, or to (status, error code) if requests for it are refused."""
 
     folder: Path  # of models that are uploaded
     models: dict = field(default_factory=dict)
@@ -65,11 +65,11 @@ class Hub:
         return {path.partition("?")[0].rpartition("/")[2] for path in got}
 
     def ranges(self) -> list[str]:
-        """The ranges of large files that were asked for."""
+        """The ranges of large files that were requested."""
         return [asked for method, path, _, asked in self.log if method == "GET" and "/cdn/" in path]
 
     def stop(self) -> None:
-        """Be gone, for connections that are open, too."""
+        """Shut down, also for connections that are open."""
         huggingface_hub.utils.close_session()
         self.server.shutdown()
         self.server.server_close()
@@ -85,7 +85,7 @@ def _sha256_of(path: Path, size: int, changed: int) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file, computed once as long as it does not change."""
+    """SHA-256 of a file, computed once until the file changes."""
     found = path.stat()
     return _sha256_of(path, found.st_size, found.st_mtime_ns)
 
@@ -156,7 +156,7 @@ class Handler(BaseHTTPRequestHandler):
         return status, json.dumps(value).encode(), {"Content-Type": "application/json"}
 
     def refused(self, model: str, revision: str | None) -> tuple | None:
-        """The answer for a model or revision that is not there, or not for this client."""
+        """The answer for a model or revision that does not exist, or that this client may not access."""
         folder = self.hub.models.get(model, (401, "RepoNotFound"))
         if isinstance(folder, tuple):
             return folder[0], b"{}", {"X-Error-Code": folder[1]}
@@ -165,7 +165,7 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
     def entry(self, name: str, path: Path) -> dict:
-        """What a listing says of a file."""
+        """The listing entry of a file."""
         size = path.stat().st_size
         if not name.endswith(LARGE):
             return {"size": size, "oid": git_sha1(path.read_bytes())}
@@ -190,7 +190,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.json(info)
 
     def tree(self, model: str, revision: str, folder: str | None) -> tuple:
-        """Files of a folder, and all in those below where that is asked for, else their names."""
+        """Files of a folder, with those of subfolders if requested; otherwise only the names of subfolders."""
         if answer := self.refused(model, revision):
             return answer
         start = f"{folder}/" if folder else ""
@@ -306,7 +306,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving(hub: Hub, cache: Path, monkeypatch):
-    """The server, and huggingface_hub asking it, with a cache of its own and quick retries."""
+    """Runs the server and points huggingface_hub to it, with a separate cache and quick retries."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
     hub.server, hub.port = server, server.server_port
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))

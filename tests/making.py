@@ -1,4 +1,4 @@
-"""Tiny checkpoints on disk, with the values that quantizers get wrong in them."""
+"""Tiny checkpoints on disk, with values that quantizers tend to get wrong."""
 
 import json
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def llama(
     tied: bool = False,
     edit: Callable[[dict[str, torch.Tensor]], None] | None = None,
 ) -> Path:
-    """A Llama checkpoint in `shards` files; `edit` may change its tensors before they are written."""
+    """A Llama checkpoint in `shards` files; `edit` can change its tensors before they are written."""
     folder.mkdir(parents=True)
     state = llama_state(layers, hidden, dtype, tied)
     if edit is not None:
@@ -106,7 +106,7 @@ def write_shards(folder: Path, state: dict[str, torch.Tensor], shards: int) -> N
 
 
 def mixtral(folder: Path) -> Path:
-    """A Mixtral with 4 experts a layer, as transformers writes it: each expert's matrices apart."""
+    """A Mixtral with 4 experts per layer, as transformers writes it: separate matrices for each expert."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     sizes = {"hidden_size": 32, "intermediate_size": INNER, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
@@ -117,7 +117,7 @@ def mixtral(folder: Path) -> Path:
 
 
 def qwen3_moe(folder: Path) -> Path:
-    """A Qwen3-MoE with 4 experts a layer, as transformers writes it."""
+    """A Qwen3-MoE with 4 experts per layer, as transformers writes it."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     sizes = {"hidden_size": 32, "intermediate_size": INNER, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
@@ -129,7 +129,7 @@ def qwen3_moe(folder: Path) -> Path:
 
 
 def word_tokenizer(folder: Path, words: int = VOCABULARY) -> Path:
-    """Give a checkpoint a tokenizer of the words w0 to w62, and <unk> for all others; with fewer `words` more of it."""
+    """Give a checkpoint a tokenizer of the words w0 to w62, and <unk> for all others; fewer `words` give more <unk>."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
@@ -144,7 +144,7 @@ def word_tokenizer(folder: Path, words: int = VOCABULARY) -> Path:
 
 
 def saved(folder: Path, kind: type[transformers.PreTrainedModel], **settings: object) -> Path:
-    """A model of random weights as transformers saves it."""
+    """A model with random weights as transformers saves it."""
     torch.manual_seed(0)
     kind(kind.config_class(**settings)).save_pretrained(folder)
     return folder

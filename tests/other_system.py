@@ -1,7 +1,7 @@
-"""A conversion in parts, after one that stopped, on an imitation of another system: FEATURES SOURCE OUT.
+"""A conversion in parts, after one that stopped, on a simulated other system: FEATURES SOURCE OUT.
 
 `posix` is Linux as it is. `bare` has no fcntl, no resource, no functions of `os` that only some systems have, and no C
-library to ask. `windows` also moves and removes no file that is open, and opens no folder.
+library to call. `windows` in addition cannot move or remove a file that is open, and cannot open a folder.
 """
 
 import builtins
@@ -20,7 +20,7 @@ OURS = ("quantize8", "filelock", "platformdirs")
 
 
 def make_bare() -> None:
-    """Take away what only POSIX has; asyncio and the like, which look at sys.platform, keep their modules."""
+    """Remove what only POSIX has; asyncio and others that look at sys.platform keep their modules."""
     real_import, library = builtins.__import__, ctypes.CDLL
 
     def without(name, globals=None, locals=None, fromlist=(), level=0):
@@ -41,7 +41,7 @@ def make_bare() -> None:
 
 
 def make_windows(folder: Path) -> None:
-    """Refuse what Windows refuses of the files in a folder."""
+    """Refuse operations on the files in a folder that Windows refuses."""
     from quantize8 import files
 
     files.WINDOWS = True

@@ -1,4 +1,4 @@
-"""Checkpoints of single quantized modules: written from integers, read in every way."""
+"""Checkpoints of single quantized modules: written from integers, and read in every way."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from quantize8.checkpoint.safetensors import SINGLE_NAME, SafetensorsCheckpoint
 
 
 def opened(folder: Path, state: dict[str, torch.Tensor]) -> SafetensorsCheckpoint:
-    """A checkpoint of just these tensors, written and opened."""
+    """A checkpoint with exactly these tensors, written and opened."""
     folder.mkdir(parents=True, exist_ok=True)
     apart = {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}
     save_file(apart, folder / SINGLE_NAME)
@@ -18,14 +18,14 @@ def opened(folder: Path, state: dict[str, torch.Tensor]) -> SafetensorsCheckpoin
 
 
 def in_words(values: np.ndarray, bits: int) -> torch.Tensor:
-    """Numbers [R, C] of so many bits one after another, lowest bits first, as int32 words: one number at a time."""
+    """Pack numbers [R, C] of so many bits into int32 words, lowest bits first, one number at a time."""
     words = -(-values.shape[1] * bits // 32)
     rows = [sum(int(value) << bits * i for i, value in enumerate(row)) for row in values]
     return torch.from_numpy(np.stack([np.frombuffer(row.to_bytes(4 * words, "little"), np.int32) for row in rows]))
 
 
 def rows_equal_the_whole(encoding) -> np.ndarray:
-    """All rows of an encoding, asked for at once and in other ways with equal results."""
+    """All rows of an encoding, after checking that reading them in other ways gives the same result."""
     rows = encoding.shape[0]
     whole = encoding.rows(0, rows)
     assert whole.dtype == np.float32 and whole.shape == encoding.shape and whole.flags["C_CONTIGUOUS"]

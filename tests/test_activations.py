@@ -1,4 +1,4 @@
-"""Activations: planted outliers are found where they were planted, and expected errors are near the measured ones."""
+"""Activation statistics: planted outliers are found where they are, and predicted errors are near measured ones."""
 
 import json
 
@@ -38,9 +38,9 @@ LOUD = {  # features -> in how many layer inputs their gain is large, and the po
 
 
 def planted(folder):
-    """A Llama whose layers add nothing to the embedding: only gains of norms decide what a layer input holds.
+    """A Llama whose layers add nothing to the embedding, so that only the gains of norms determine each layer's input.
 
-    A token stands for the features that are loud at it; the others of LOUD are quiet there. Returns its token ids.
+    A token stands for the features that are loud at it; the others in LOUD are quiet there. Returns the token ids.
     """
     kinds = [frozenset(k for k, (_, where) in LOUD.items() if position in where) for position in range(TOKENS)]
     tokens = {kind: token for token, kind in enumerate(dict.fromkeys(kinds))}
@@ -81,7 +81,7 @@ def test_exactly_the_planted_features_are_emergent(planted_report):
 
 
 def test_layers_and_positions_affected_are_those_of_the_paper(planted_report):
-    """23 and 11 at 56 positions of all 20 layer inputs, 3 at 24 more of 5."""
+    """Features 23 and 11 at 56 positions of all 20 layer inputs, feature 3 at 24 more positions of 5 inputs."""
     assert planted_report.layers_affected == 1.0
     assert planted_report.positions_affected == (20 * 56 + 5 * 24) / 2000
 
@@ -168,7 +168,7 @@ def test_errors_of_inputs_are_those_of_their_codes():
 
 
 def test_expected_errors_are_near_the_measured_ones():
-    """On random layers; on those of a real model they are nearer, as the module says."""
+    """On random layers. On layers of a real model they are closer, as the module says."""
     generator = torch.Generator().manual_seed(1)
     x, weight = hostile_inputs(), torch.randn(80, 96, generator=generator) * 0.1
     weight[:, 7] *= 4
@@ -303,7 +303,7 @@ def test_stored_columns_are_advised_where_no_threshold_keeps_the_budget():
 
 
 def test_the_expected_error_with_stored_columns_is_near_the_measured_one():
-    """Of the reference's mode static, which has them exactly in the activation, and some in the weight."""
+    """Against the reference's mode static, with these columns exact in the activation, and some also in the weight."""
     random = np.random.default_rng(0)
     x = random.normal(size=(200, 96)).astype(np.float32)
     x[:, [5, 40]] *= [30, 12]

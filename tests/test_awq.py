@@ -1,4 +1,4 @@
-"""Reading AutoAWQ's checkpoints: the values of compressed-tensors' converter, bit for bit."""
+"""Reading AutoAWQ checkpoints: the same values as compressed-tensors' converter, bit for bit."""
 
 import json
 

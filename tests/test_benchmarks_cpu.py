@@ -1,4 +1,4 @@
-"""The CPU benchmarks run, on shapes small enough for a test, and the documentation shows what they measured."""
+"""The CPU benchmarks run on small shapes, and the documentation shows what they measured."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The GPU script, rehearsed on the emulator with tiny shapes, so that it does not fail on the rare machine."""
+"""The GPU script, rehearsed on the emulator with tiny shapes, so that it works when a GPU is available."""
 
 import json
 import sys

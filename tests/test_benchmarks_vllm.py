@@ -1,4 +1,4 @@
-"""The server around vLLM starts, says why it failed, and leaves no process behind; a stand-in takes vLLM's place."""
+"""The wrapper around vLLM's server starts it, reports failures, and leaves no process behind; a stub replaces vLLM."""
 
 import json
 import sys
@@ -39,13 +39,13 @@ def stand_in(folder, source):
 
 
 def start(*of_server):
-    """Serve, and end at once."""
+    """Start serving, and stop at once."""
     with vllm_server.server(*of_server):
         pass
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that ended and was not waited for does not."""
+    """Whether a process is running; a zombie is not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

@@ -1,4 +1,4 @@
-"""Artifacts open in transformers + bitsandbytes, and equal what those two make of the same source themselves."""
+"""Artifacts open in transformers + bitsandbytes, and equal what these two make of the same source."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_gguf_gives_the_same_artifact_as_the_float16_folder(smollm2_gguf, smollm
 
 
 def test_searched_scales_are_read_as_what_they_stand_for(tmp_path):
-    """A layer of bitsandbytes' own, on the identity: its weight is SCB * code / 127, up to the float16 that it uses."""
+    """A bitsandbytes layer applied to the identity: its weight is SCB * code / 127, up to float16 rounding."""
     source = llama(tmp_path / "source", hidden=160)
     convert(str(source), tmp_path / "out", scale="mse")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map="cpu", dtype=torch.float16)

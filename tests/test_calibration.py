@@ -1,4 +1,4 @@
-"""Calibration: the planted columns are chosen and no others; statistics are those of the model run plainly."""
+"""Calibration: exactly the planted columns are chosen, and statistics equal those of a plain run of the model."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ TEXT = " ".join(f"w{i * i * 7 % 63}" for i in range(100))
 
 
 def case(columns: int = 256, positions: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs [T, K] and a weight [N, K] with nothing special in them."""
+    """Inputs [T, K] and a weight [N, K] without outliers."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(positions, columns, generator=generator), torch.randn(60, columns, generator=generator)
 
@@ -33,7 +33,7 @@ def test_a_large_column_is_stored_and_comes_first():
 
 
 def test_order_is_by_what_a_column_costs_the_output():
-    """The weight's rounding error counts: a large input that meets weights without any is not worth storing."""
+    """The rounding error of the weight counts: a large input that meets exact weights is not worth storing."""
     x, weight = case()
     x[:, 17] *= 40
     weight[:, 17] = 0
@@ -45,7 +45,7 @@ def test_order_is_by_what_a_column_costs_the_output():
 
 
 def test_frequent_peaks_are_kept_in_the_activation_alone():
-    """A column that is the largest of many tokens, and 0 at most others, costs little by its weight."""
+    """A column that is the largest of many tokens, and 0 at most others, adds little error through its weight."""
     x, weight = case()
     weight[:, 33] *= 1e-3
     x[::4, 33] = 12
@@ -54,7 +54,7 @@ def test_frequent_peaks_are_kept_in_the_activation_alone():
 
 
 def test_one_massive_token_is_not_everything():
-    """It takes its columns, and leaves those that are large at other tokens their places."""
+    """It gets its columns, and leaves room for those that are large at other tokens."""
     x, weight = case()
     x[0] = 0
     x[0, 5] = 3000
@@ -105,7 +105,7 @@ def calibrated(source, text: str = TEXT, **options):
 
 
 def plainly(source, ids: list[int]):
-    """Inputs of all Linear layers of the model as transformers runs it, by name."""
+    """Inputs of all Linear layers by name, as transformers computes them."""
     model, _ = load(source, "cpu", dtype=torch.float32)
     seen, hooks = {}, []
     for name, module in model.named_modules():
@@ -177,7 +177,7 @@ def test_modules_that_the_checkpoint_names_otherwise(minilm, tmp_path):
 
 
 def test_names_are_mapped_back_to_the_checkpoint(tmp_path):
-    """transformers renames modules on loading; what is found is named as the tensors on disk are."""
+    """transformers renames modules on loading; results use the names of the tensors on disk."""
     source = word_tokenizer(mixtral(tmp_path / "mixtral"))
     checkpoint = open_checkpoint(str(source))
     structure = read_structure(checkpoint.config, checkpoint.tensors)

@@ -145,7 +145,7 @@ def whole(tmp_path_factory):
 
 
 def spoiled(artifact, folder, changes):
-    """A copy of an artifact with other tensors, otherwise whole."""
+    """A copy of an artifact with some tensors replaced, otherwise complete."""
     folder.mkdir()
     for path in artifact.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())

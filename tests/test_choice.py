@@ -1,4 +1,4 @@
-"""The device that computes: asked for, there, and right. Without a GPU, what one would say is put in its place."""
+"""Choosing the device: requested, available, and correct. Without a GPU, a stub answers in its place."""
 
 import sys
 import types
@@ -26,7 +26,7 @@ def fresh():
 
 @pytest.fixture
 def a_gpu(monkeypatch):
-    """What torch says where there is a GPU."""
+    """Make torch report a GPU."""
 
     def pretend(capability=(9, 0), version="13.0", available=True) -> None:
         monkeypatch.setattr(torch.version, "cuda", version)
@@ -118,7 +118,7 @@ def test_a_kernel_that_does_nothing_is_named(monkeypatch, a_gpu, entry, outputs,
 
 
 class FakeDriver(types.SimpleNamespace):
-    """Notes what the driver is asked to do."""
+    """Records what the driver is asked to do."""
 
     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 
@@ -144,7 +144,7 @@ class FakeDriver(types.SimpleNamespace):
 
 @pytest.fixture
 def fake_gpu(monkeypatch) -> tuple[Gpu, FakeDriver]:
-    """A Gpu on a driver that only takes notes: how launches are made, not what they do."""
+    """A Gpu on a driver that only records calls: tests how launches are made, not what they do."""
     driver = FakeDriver()
     runtime = types.SimpleNamespace(free=lambda _: setattr(driver, "context", 5))
     cupy_cuda = types.SimpleNamespace(driver=driver, runtime=runtime)

@@ -183,7 +183,7 @@ def test_version_help_and_usage_errors(quantize8):
 
 
 def test_defaults_are_the_operations_own():
-    """Written again in cli, so that --help need not import what they come from."""
+    """cli repeats the defaults, so that --help need not import the operations."""
     from quantize8.operations import convert, evaluate, inspect, run
 
     pairs = (
@@ -206,7 +206,7 @@ def test_errors_are_one_line_on_stderr_and_exit_code_1(quantize8, tmp_path):
 
 
 def test_help_starts_fast_and_imports_neither_torch_nor_numpy():
-    """Under 0.3 s; the median of several starts, for other work may share the machine."""
+    """Under 0.3 s: the median of several starts, because other programs may share the machine."""
     script = """
 import sys
 sys.argv = ["quantize8", "--help"]

@@ -1,4 +1,4 @@
-"""Conversions on a Ray cluster of three nodes, here all on this machine: the bytes of one process, whatever is lost."""
+"""Conversions on a Ray cluster of three nodes on this machine: the bytes of one process, whatever fails."""
 
 import json
 import logging
@@ -85,7 +85,7 @@ def test_calibrated(nodes, source, tmp_path):
 
 
 def test_to_a_store(nodes, source, tmp_path, monkeypatch):
-    """In a folder that all nodes see, as a store, where one file is there already; and one that has an error."""
+    """A folder that all nodes see, used as a store: with one file already there, and after an error."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # of this process; the nodes have theirs
     (tmp_path / "text").write_text("w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 " * 8)
     out = f"local://{tmp_path}/out"
@@ -110,7 +110,7 @@ def test_to_a_store(nodes, source, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_a_worker_plans_once_for_all_its_tasks(calibrated, source, tmp_path, monkeypatch):
-    """Unless a text decides; and anew when the source is another."""
+    """Unless a text is involved; and again when the source changes."""
     (tmp_path / "text").write_text("w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 " * 8)
     given = {"calibrate": str(tmp_path / "text")} if calibrated else {}
     options, calls = ConvertOptions(source, **SIZE, **given), []
@@ -142,7 +142,7 @@ def command_of(nodes, source: str, out: Path) -> list[str]:
 
 
 def test_a_node_that_is_killed(nodes, source, tmp_path):
-    """When the first weight file is whole and each node waits for a file that this process holds: another takes it."""
+    """When the first weight file is whole and each node waits for a file held by this process: another continues."""
     import ray
 
     files = [shard.file for shard in convert(source, tmp_path / "whole", **SIZE).plan.shards]

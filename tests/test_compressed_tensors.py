@@ -1,4 +1,4 @@
-"""compressed-tensors: written for its loaders, read as its own package decompresses it."""
+"""compressed-tensors: written for its loaders, and read as its own package decompresses it."""
 
 import json
 import math
@@ -88,7 +88,7 @@ def test_a_module_that_vllm_would_join_with_one_in_float_stays_in_float(tmp_path
 
 
 def test_what_vllm_joins_is_told_of_in_one_order(tmp_path):
-    """That of the source: the manifest of the same conversion has the same bytes."""
+    """In the order of the source: the manifest of the same conversion has the same bytes."""
     source = llama(tmp_path / "source", layers=8)
     recipe = tmp_path / "mine.toml"
     recipe.write_text("threshold = 6.0\nskip = ['*.k_proj']\n")
@@ -108,7 +108,7 @@ def test_multi_head_latent_attention_is_joined_too(tmp_path):
 
 
 def test_the_gate_of_a_shared_expert_stays_in_float(tmp_path):
-    """vLLM's Qwen2-MoE and Qwen3-Next have it as a plain layer, and would take codes for weights."""
+    """In vLLM's Qwen2-MoE and Qwen3-Next it is a plain layer, which would use codes as weights."""
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64, "num_experts": 2}

@@ -1,4 +1,4 @@
-"""Converting: the same bytes whatever the workers, bounded memory, a plan that keeps its word."""
+"""Converting: the same bytes for any number of workers, bounded memory, and a plan that is followed."""
 
 import hashlib
 import json
@@ -275,7 +275,7 @@ assert "torch" not in sys.modules and "transformers" not in sys.modules
 
 
 def peak_rss(source: Path, out: Path) -> int:
-    """Peak memory of a process of its own that converts."""
+    """Peak memory of a separate process that converts."""
     done = subprocess.run(
         [sys.executable, "-c", _PEAK, str(source), str(out)], capture_output=True, text=True, check=True
     )
@@ -283,7 +283,7 @@ def peak_rss(source: Path, out: Path) -> int:
 
 
 def sparse_llama(folder: Path, layers: int) -> Path:
-    """A checkpoint of zeros that takes no disk: 27 MB a layer, in files of four layers."""
+    """A checkpoint of zeros in sparse files: 27 MB per layer, four layers per file."""
     from quantize8.formats.base import OutTensor, index, plan_shards
 
     config = {

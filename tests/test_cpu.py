@@ -1,4 +1,4 @@
-"""The CPU kernels equal the reference: bit for bit where it defines integers and scales, else up to output rounding."""
+"""The CPU kernels equal the reference: bit for bit for integers and scales, otherwise up to output rounding."""
 
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -22,7 +22,7 @@ ROUNDING = 1.05  # a product may err by this much more than rounding the exact r
 
 @pytest.fixture(params=units.available(), autouse=True)
 def unit(request, monkeypatch):
-    """Everything here holds for each unit that this machine has."""
+    """Every test here runs for each unit that this machine has."""
     monkeypatch.setattr(units, "chosen", lambda: request.param)
 
 
@@ -132,7 +132,7 @@ def int8_weight(rows: int, columns: int, exact: list[int] | None = None):
 
 
 def assert_within_rounding(product: torch.Tensor, exact: np.ndarray, beside: float = 1e-6) -> None:
-    """Frobenius error against the exact result, at most ROUNDING times that of rounding it (float32 sums allowed)."""
+    """The Frobenius error is at most ROUNDING times that of rounding the exact result (float32 sums allowed)."""
     rounded = torch.from_numpy(exact).to(product.dtype).double().numpy()
     least = np.linalg.norm(rounded - exact) + beside * np.linalg.norm(exact)
     assert np.linalg.norm(product.double().numpy() - exact) <= ROUNDING * least
@@ -169,7 +169,7 @@ def test_int8_products_are_exact(tokens, columns):
 
 @pytest.mark.parametrize("columns", [65_538, units.LARGEST_K])
 def test_sums_are_exact_at_the_largest_columns_and_values(columns):
-    """Every product at its limit, of either sign: what saturates or has too few bits shows here."""
+    """Every product at its limit, with either sign: saturation and overflow show here."""
     a, b = torch.full((7, columns), 127, dtype=torch.int8), torch.full((33, columns), 127, dtype=torch.int8)
     a[1], b[1::2] = -127, -127
     sums = cpu.int8_matmul(a, b)

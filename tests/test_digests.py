@@ -1,7 +1,7 @@
-"""Artifacts keep every byte: those of models that NumPy makes on any machine, against digests that are written down.
+"""Artifacts stay the same byte for byte: models that NumPy makes identically on any machine, against stored digests.
 
-A change of the format is meant to change them: `python tests/test_digests.py` writes them anew, and the changelog says
-why. The manifest counts without the version that wrote it.
+A change of the format is expected to change them: `python tests/test_digests.py` rewrites them, and the changelog says
+why. The manifest is hashed without the version that wrote it.
 """
 
 import json
@@ -80,7 +80,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
 
 
 def matrix(name: str, *shape: int) -> np.ndarray:
-    """Values that follow from the name alone: with outliers, exact ties and, in a matrix, a row of zeros."""
+    """Values that depend only on the name: with outliers, exact ties and, in a matrix, a row of zeros."""
     rng = np.random.default_rng(list(name.encode()))
     values = rng.integers(-254, 255, shape).astype(np.float32) / 512
     if len(shape) == 2:
@@ -136,7 +136,7 @@ def written(folder: Path, config: dict[str, object], shapes: dict[str, tuple[int
 
 
 def sources(root: Path, minilm: Path) -> dict[str, Path]:
-    """The sources by the name that CASES have for them."""
+    """The sources by their names in CASES."""
     from gguf_files import write_tokenizer
 
     from quantize8 import convert
@@ -153,7 +153,7 @@ def sources(root: Path, minilm: Path) -> dict[str, Path]:
 
 
 def digest(folder: Path) -> str:
-    """Of all files of an artifact and their names."""
+    """Digest of all files of an artifact and their names."""
     content = blake3()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         data = path.read_bytes()

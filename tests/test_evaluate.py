@@ -194,7 +194,7 @@ def series(generator, count, correlation):
 
 @pytest.mark.parametrize(("correlation", "at_least"), [(0.0, 0.92), (0.5, 0.90), (0.8, 0.88)])
 def test_intervals_hold_the_mean_as_often_as_they_say(correlation, at_least):
-    """Of 200 simulated texts of 2046 tokens; the plain standard error's intervals hold it far less often."""
+    """For 200 simulated texts of 2046 tokens; the plain standard error's intervals contain the mean far less often."""
     generator, true = np.random.default_rng(0), math.exp(0.5)
     held, held_plain = 0, 0
     for _ in range(200):
@@ -207,7 +207,7 @@ def test_intervals_hold_the_mean_as_often_as_they_say(correlation, at_least):
 
 
 def test_the_paired_interval_is_narrower(tiny):
-    """What both models find hard cancels out: differences have a hundredth of the spread."""
+    """What both models find hard cancels out: the differences have a hundredth of the spread."""
     generator = np.random.default_rng(1)
     reference = series(generator, 2046, 0.5)
     nll = reference + 0.03 + 0.01 * generator.standard_normal(2046)
@@ -234,7 +234,7 @@ def test_a_perplexity_beyond_all_numbers():
 
 
 def test_smollm2_loses_what_llm_int8_loses(smollm2_int8, smollm2_gguf):
-    """Known beforehand, without this code: perplexity 22.113, and KL 0.0140 of bitsandbytes on these tokens."""
+    """Values measured without this code: perplexity 22.113, and KL 0.0140 of bitsandbytes on these tokens."""
     found = quantize8.evaluate(str(smollm2_int8), reference=str(smollm2_gguf), tokens=2048, layers=True)
     agreement = found.agreement
     assert (found.tokens, found.scored, found.context) == (2048, 2046, 1024) and TEXT.is_file()

@@ -1,4 +1,4 @@
-"""What a plan says of time, memory and disk: sums of what was measured, from a sample that leaves nothing behind."""
+"""Predicted time, memory and disk: sums of what was measured, from a sample that leaves nothing behind."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def test_nothing_is_left_and_nothing_is_missing(format, source, tmp_path):
 
 
 def test_times_are_sums_of_what_was_measured(source, tmp_path, monkeypatch):
-    """Of each share: its bytes by kind over the rates, or those written over the disk's, and planning."""
+    """For each share: its bytes of each kind over the rates, or bytes written over the disk's rate, plus planning."""
     plan = make_plan(ConvertOptions(source, max_shard_size="6KB"))
     rates = {"F16 to I8, matrices": 7.0, "F16 to F16, matrices": 11.0, "F16 to F16, vectors": 3.0}
     monkeypatch.setattr(module, "_rate", lambda plan, names, *_: rates[module._kind(plan, names[0])])
@@ -94,7 +94,7 @@ def test_planning_counts_once_on_one_machine_and_twice_on_several(source, tmp_pa
 
 
 def test_rates_are_bytes_a_second_of_all_threads(source, tmp_path, monkeypatch):
-    """A writer that takes 20 ms a tensor, whatever its size, and two threads."""
+    """A writer that takes 20 ms per tensor, whatever its size, and two threads."""
     plan = make_plan(ConvertOptions(source))
     names = [name for name in plan.quantized if "gate_proj" in name]
     monkeypatch.setattr(Writer, "write", lambda *_: time.sleep(0.02))
@@ -120,7 +120,7 @@ def test_the_sample_is_from_everywhere_and_of_bounded_size(tmp_path, monkeypatch
 
 
 def test_a_kind_of_large_tensors_alone_is_not_tried(source, tmp_path, monkeypatch):
-    """It is taken to be as fast as the fastest, unless all are large."""
+    """It is assumed to be as fast as the fastest kind, unless all kinds are large."""
     monkeypatch.setattr(module, "_TENSOR_BYTES", 32 * 32 * 2)  # not the embedding, and not what is 48 wide
     monkeypatch.setattr(module, "_disk_rate", lambda _: 1e12)
     plan = make_plan(ConvertOptions(source))

@@ -1,4 +1,4 @@
-"""Reading float8 checkpoints: the values of the ecosystem's own dequantizers, bit for bit."""
+"""Reading float8 checkpoints: the same values as the ecosystem's own dequantizers, bit for bit."""
 
 import ml_dtypes
 import numpy as np

@@ -1,4 +1,4 @@
-"""Hostile files through every reader: what was found before, a short seeded run, and sound files that stay readable."""
+"""Hostile files through every reader: earlier findings, a short seeded run, and valid files that stay readable."""
 
 import json
 import random
@@ -25,7 +25,7 @@ quick = settings(
 
 @pytest.mark.parametrize("name", READERS)
 def test_sound_files_are_read(name, tmp_path):
-    """Else a reader that refused everything would keep the rule."""
+    """Otherwise a reader that refused everything would pass."""
     assert any(attempt(name, seed, tmp_path) is None for seed in READERS[name].seeds())
 
 

@@ -1,4 +1,4 @@
-"""llama.cpp's blocks to floating point: equal to its package, bit for bit, on every unit."""
+"""Dequantizing llama.cpp's blocks: equal to its own package, bit for bit, on every unit."""
 
 import ml_dtypes
 import numpy as np

@@ -1,4 +1,4 @@
-"""Reading GGUF: names and values as transformers has them, llama.cpp's interleaving undone."""
+"""Reading GGUF: the same names and values as in transformers, with llama.cpp's interleaving undone."""
 
 import os
 
@@ -163,7 +163,7 @@ def test_the_header_of_a_real_file_equals_that_of_llama_cpps_reader(smollm2_gguf
 
 
 def test_biases_of_a_llama_are_computed_with(tmp_path):
-    """transformers' own reader leaves them out."""
+    """transformers' own reader drops them."""
     from transformers import AutoModelForCausalLM
 
     tiny = TinyGguf(biased=(*ALL, "ffn_gate", "ffn_up", "ffn_down"))

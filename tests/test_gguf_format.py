@@ -1,4 +1,4 @@
-"""convert --format gguf: the whole way from a checkpoint to one verified file, and codes that pass untouched."""
+"""convert --format gguf: from a checkpoint to one verified file, with codes copied unchanged."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from quantize8.formats import gguf
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_convert_writes_what_the_parts_give(family, tmp_path):
-    """The whole way: float source to one file, equal to the parts put together by hand, and verified."""
+    """From a float source to one file, equal to the parts assembled by hand, and verified."""
     source = folder_of(tmp_path / "source", config_of(family), tokenizer=False)
     write_tokenizer(tmp_path / "tokenizer")
     for name in ("tokenizer.json", "tokenizer_config.json"):

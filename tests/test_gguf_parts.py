@@ -1,4 +1,4 @@
-"""GGUF in parts and in folders: all parts are one checkpoint, whichever is named; what is meant is never guessed."""
+"""GGUF in parts and in folders: all parts form one checkpoint, whichever is named; ambiguity is an error."""
 
 import shutil
 
@@ -57,7 +57,7 @@ def test_a_split_model_converts_as_the_whole_one_does(tmp_path):
 
 
 def test_a_split_model_becomes_one_gguf_file(tmp_path):
-    """That says nothing of parts: llama.cpp would look for them."""
+    """The file does not mention parts: llama.cpp would look for them."""
     parts = split(tmp_path / "parts")
     TinyGguf().write(tmp_path / "tiny.gguf")
     for source, out in ((tmp_path / "tiny.gguf", "whole"), (parts[2], "out")):

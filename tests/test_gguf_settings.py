@@ -56,7 +56,7 @@ def test_equal_for_a_real_file(smollm2_gguf):
 
 
 def config_with(folder, architecture="llama", **fields):
-    """The config.json of a tiny model with these fields; a value of None takes one away."""
+    """The config.json of a tiny model with these fields; a value of None removes one."""
     model = tiny(architecture)
     for key, field in fields.items():
         key = f"{architecture}.{key.replace('__', '.')}"

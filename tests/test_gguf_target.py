@@ -1,4 +1,4 @@
-"""Writing GGUF: what transformers, gguf's reader and our own reader find in the file is what the checkpoint holds."""
+"""Writing GGUF: transformers, gguf's reader and our own reader find in the file what the checkpoint holds."""
 
 import contextlib
 import json

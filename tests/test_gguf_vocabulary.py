@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file: the files that transformers itself would save."""
+"""The tokenizer of a GGUF file: the same files that transformers itself would save."""
 
 import json
 

@@ -1,6 +1,6 @@
 """Bad input through the command line: one line on stderr, exit code 1, no output folder, the source untouched.
 
-What an interrupted conversion leaves behind, for the next run to go on from, is in test_resume.py.
+What an interrupted conversion leaves behind for the next run is tested in test_resume.py.
 """
 
 import errno
@@ -47,7 +47,7 @@ def _own_arguments(monkeypatch) -> None:
 def refused(tmp_path, capsys):
     """Convert, expect one line and exit code 1; returns the line.
 
-    Nothing new is on the disk, or at most, where a tensor was finished, the hidden folder that the next run goes on in.
+    Nothing new is on the disk except, if a tensor was finished, the hidden folder from which the next run resumes.
     """
 
     def call(source, *options: object, out=None) -> str:
@@ -254,7 +254,7 @@ def test_a_disk_that_fills_while_writing(refused, tmp_path, monkeypatch, call):
 
 
 def test_another_writer_that_was_faster(refused, tmp_path, monkeypatch):
-    """The folder appears between the check and the last step: the other's result stays, ours goes."""
+    """The folder appears between the check and the last step: the other result stays, ours is removed."""
     source, out = llama(tmp_path / "source"), tmp_path / "late"
     publish = Staging.publish
 
@@ -283,7 +283,7 @@ def test_damaged_folders_do_not_run(tmp_path, capsys):
 
 
 def test_code_that_a_model_brings_is_never_run(tmp_path, monkeypatch, capsys):
-    """Its own config class: transformers would ask, and run it on a yes."""
+    """The model has its own config class: transformers would ask, and run it if allowed."""
     source = llama(tmp_path / "source")
     (source / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     config = json.loads((source / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Promises of the project's own shape: public names, folders, and a wheel that works on its own."""
+"""Rules for the project itself: public names, folders, and a wheel that works on its own."""
 
 import ast
 import platform

@@ -1,4 +1,4 @@
-"""The hub, as a small server on this machine: what is asked of it, what is downloaded, and how failures read."""
+"""The hub, as a small server on this machine: which requests are made, what is downloaded, and error messages."""
 
 import hashlib
 import time
@@ -149,7 +149,7 @@ WEIGHT = "model-00001-of-00002.safetensors"
 
 
 def test_an_interrupted_download_goes_on_where_it_was(hub, monkeypatch):
-    """The second run asks for the rest alone, and what it has then is whole."""
+    """The second run requests only the rest, and the resulting file is complete."""
     monkeypatch.setattr(ordered, "CHUNK", 5003)
     monkeypatch.setattr(ordered, "AHEAD", 2)
     size = (hub.models["org/tiny"] / WEIGHT).stat().st_size
@@ -172,7 +172,7 @@ def test_an_interrupted_download_goes_on_where_it_was(hub, monkeypatch):
 
 
 def test_who_downloads_the_same_waits_and_fetches_nothing(hub, tmp_path):
-    """Its lock is huggingface_hub's own, so that other tools wait, too."""
+    """The lock is huggingface_hub's own, so that other tools wait, too."""
     sizes = sum(path.stat().st_size for path in hub.models["org/tiny"].glob("model-*"))
     with ThreadPoolExecutor(3) as pool:
         folders = set(pool.map(lambda _: open_checkpoint("org/tiny").folder, range(3)))
@@ -232,7 +232,7 @@ def test_a_small_weight_file_in_git_is_compared_too(hub, monkeypatch):
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("place", ["argument", "environment", "saved"])
 def test_a_token_that_cannot_be_sent_is_not_shown(place, stream, hub, tmp_path, monkeypatch, capfd):
-    """An HTTP library quotes a header with a line break in it; huggingface_hub strips those of its own places."""
+    """HTTP libraries quote a header with a line break; huggingface_hub strips line breaks only from tokens it finds."""
     secret = "hf_secret\nwith a line"
     if place == "environment":
         monkeypatch.setenv("HF_TOKEN", secret)

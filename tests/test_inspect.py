@@ -1,4 +1,4 @@
-"""Inspecting: figures on a real model and text agree with those known beforehand, of weights with the reference's."""
+"""Inspecting: activation figures of a real model agree with known ones, weight figures with the reference."""
 
 import json
 from fnmatch import fnmatchcase

@@ -1,4 +1,4 @@
-"""Places of tensors in the weight files."""
+"""Where tensors are placed in the weight files."""
 
 import json
 

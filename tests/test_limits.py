@@ -1,4 +1,4 @@
-"""Limits, and what no message or file may show: files that claim too much, lead elsewhere, or hold a secret."""
+"""Limits, and what no message or file may show: files that claim too much, point elsewhere, or hold a secret."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def artifact(tmp_path, model) -> Path:
 
 @pytest.fixture
 def little_memory():
-    """At most 2 GiB more than now: what allocates a claimed terabyte fails."""
+    """Allow at most 2 GiB more than now, so that allocating a claimed terabyte fails."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + 2**31, before[1]))
@@ -124,7 +124,7 @@ def test_a_gguf_header_that_claims_too_much(changes, tmp_path, little_memory):
 
 
 def test_a_gguf_header_without_end(tmp_path, monkeypatch):
-    """Strings that the file does hold, and that would fill the memory."""
+    """Strings that are really in the file, and would fill the memory."""
     monkeypatch.setattr(limits, "GGUF_HEADER_BYTES", 5000)
     for length in (2000, 6000):
         fields = [["general.architecture", 8, "llama"], ["x", 9, [8, ["y" * length]]], ["z", 9, [4, [1] * 100]]]

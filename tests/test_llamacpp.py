@@ -1,7 +1,7 @@
-"""llama.cpp itself, where the package xllamacpp is installed, on files of ours: the same tokens, the same logits.
+"""llama.cpp itself, if the package xllamacpp is installed, on our files: the same tokens, the same logits.
 
-llama.cpp rounds activations to int8 and keeps keys and values in float16, so that logits are some percent apart.
-Rows in a wrong order, lost biases and wrong rotary frequencies make them as far apart as logits of other models.
+llama.cpp rounds activations to int8 and stores keys and values in float16, so logits differ by a few percent. Rows in
+the wrong order, lost biases or wrong rotary frequencies make them differ as much as those of unrelated models.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""Memory that a process has held, let go or not."""
+"""Peak memory of a process, released or not."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Every kernel compiles for every architecture without spilling registers; compiled code is kept and found again."""
+"""Every kernel compiles for every architecture without spilling registers; compiled code is cached and found again."""
 
 import json
 import re
@@ -64,7 +64,7 @@ def test_every_kernel_compiles_for_every_architecture_without_spills(compiled):
 
 @HAS_CUPY
 def test_registers_and_shared_memory_are_the_recorded_ones(compiled):
-    """A change here is a change in speed: look at it, then delete the record and run this test to write it anew."""
+    """A change here is a change in speed: review it, then delete the record and run this test to rewrite it."""
     if nvrtc.load_nvrtc().getVersion() != (13, 0):
         pytest.skip("the record is of NVRTC 13.0")
     if not RECORD.exists():

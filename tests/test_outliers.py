@@ -1,4 +1,4 @@
-"""Artifacts with outlier columns: what is stored, what other loaders see of it, and files that lie."""
+"""Artifacts with outlier columns: what is stored, what other loaders see of it, and malformed files."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ IDS = torch.arange(2, 42)[None]
 
 
 def in_mode(model, mode: str):
-    """The same model; of mode static there is no other way to get it."""
+    """The same model in another mode; mode static can only be set this way."""
     for module in model.modules():
         if isinstance(module, Int8Linear):
             module.mode = mode
@@ -168,7 +168,7 @@ def test_a_calibrated_artifact_is_a_source_like_any_other(sound, artifact, tmp_p
 
 
 def test_names_of_a_checkpoint_without_its_models_prefix(tmp_path):
-    """The hub's gpt2 stores h.0... where the model has transformer.h.0...; its Conv1D weights are turned over."""
+    """The hub's gpt2 stores h.0... where the model has transformer.h.0...; its Conv1D weights are transposed."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -399,9 +399,9 @@ LENGTHS = (1, 5, 16, 17, 40)
 
 @pytest.mark.parametrize("mode", ["static", "hybrid"])
 def test_a_sequence_has_the_same_logits_alone_and_in_a_batch(mode, tmp_path, monkeypatch):
-    """To the last bit, with the output head in int8 too, and an inner width that is a multiple of 32.
+    """To the last bit, with an int8 output head, too, and an inner width that is a multiple of 32.
 
-    torch computes SiLU in vectors of 32 numbers, and in another way what is left of a tensor.
+    torch computes SiLU in vectors of 32 numbers, and treats the rest of a tensor differently.
     """
     monkeypatch.setattr("making.INNER", 64)
     model = in_mode(load(made(tmp_path, recipe="int8-all")[1], "cpu")[0], mode)
@@ -439,7 +439,7 @@ def calibrated(smollm2, tmp_path_factory):
 
 @pytest.mark.parametrize("mode", ["static", "hybrid"])
 def test_the_real_model_has_the_same_states_alone_and_in_a_batch(mode, calibrated):
-    """Up to the output head, which is the embedding, in floating point: BLAS adds otherwise for few rows."""
+    """Up to the output head: that is the embedding, in floating point, and BLAS adds in another order for few rows."""
     model, text = calibrated
     in_mode(model, mode)
     for length in LENGTHS:

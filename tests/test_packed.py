@@ -102,7 +102,7 @@ def test_codes_scales_and_marks_equal_the_reference_in_every_bit(dtype, unit):
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
 def test_each_prefill_result_is_that_of_the_references_codes(threshold, unit):
-    """Element by element, so that one code off by a step shows; inputs of few bits fall on ties often."""
+    """Element by element, so that a single code off by a step shows; inputs with few bits cause many ties."""
     ours, theirs = weight_of(45, 131, unit)
     for seed in range(10):
         x = tokens_of(40, 131, torch.bfloat16, seed=seed).float()
@@ -116,7 +116,7 @@ def test_each_prefill_result_is_that_of_the_references_codes(threshold, unit):
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
 def test_decode_keeps_small_features_beside_massive_ones(scale):
-    """A feature of 2000 beside ones of 1, as in real models, whose weights are nothing: digits reach that far down."""
+    """A feature of 2000 with zero weights beside ones of 1, as in real models: the digits resolve the small ones."""
     values = np.random.default_rng(1).normal(size=(30, 400)).astype(np.float32)
     values[:, 7] = 0
     codes, absmax = reference.quantize_rowwise(values)
@@ -169,7 +169,7 @@ def test_parts_threads_and_outlier_columns_of_any_number_change_nothing(unit, mo
 
 
 def test_our_own_pool_of_threads_computes_the_same(tmp_path):
-    """Where torch brings no OpenMP runtime, as on macOS and Windows; also after a fork, and from several threads."""
+    """For systems where torch has no OpenMP runtime (macOS, Windows); also after a fork, and from several threads."""
     script = """
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -203,14 +203,14 @@ def test_units_share_one_layout_so_that_a_saved_graph_may_move(unit):
 
 
 def test_prefill_has_the_same_bits_on_every_unit():
-    """Sums are exact, and what follows is one definition, for processors that can round a product and a sum at once."""
+    """Sums are exact, and the rest has one definition on processors with fused multiply-add."""
     x, bias = tokens_of(40, 300, torch.bfloat16, outliers=5), torch.linspace(-2, 2, 70)
     found = [weight_of(70, 300, unit)[1].linear(x, bias, 6.0, "dynamic") for unit in UNITS if unit != "generic"]
     assert all(torch.equal(each, found[0]) for each in found)
 
 
 def test_torch_finds_its_own_tiles_as_it_left_them():
-    """torch's bfloat16 products may use AMX too, on the same threads."""
+    """torch's bfloat16 products may use AMX, too, on the same threads."""
     _, ours = weight_of(64, 128)
     x, weight = torch.randn(70, 256).bfloat16(), torch.randn(96, 256).bfloat16()
     expected = nn.functional.linear(x, weight)

@@ -1,4 +1,4 @@
-"""Pages: whole, without script or request, every name escaped, the same bytes each time, and the results in them."""
+"""HTML pages: complete, without scripts or requests, every name escaped, deterministic, and with all results."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Conversions in parts: the bytes that one process writes, whoever wrote which file, and however often."""
+"""Conversions in parts: the same bytes as one process, whichever process wrote each file, and however often."""
 
 import json
 import os

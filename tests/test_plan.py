@@ -1,4 +1,4 @@
-"""What becomes int8 and why not: the plan keeps the loader's view of the folder consistent."""
+"""What becomes int8 and why not: the plan matches what the loader makes of the folder."""
 
 import json
 import math
@@ -28,7 +28,7 @@ def test_headers_of_deepseek_v3_are_those_that_were_published():
 
 
 def test_deepseek_v3_is_planned_from_headers_alone(tmp_path):
-    """Three dense layers, one with experts, and the one for a second token, which transformers does not have."""
+    """Three dense layers, one with experts, and the MTP layer, which transformers does not have."""
     source = tmp_path / "source"
     deepseek.make(source, layers=4, experts=6)
     plan = convert(str(source), tmp_path / "out", format="compressed-tensors", dry_run=True).plan
@@ -66,7 +66,7 @@ def test_counts_of_weights_and_bytes(tmp_path):
 
 
 def test_no_int8_module_is_matched_by_the_skip_list(tmp_path):
-    """A suffix rule: leaving module 'proj' in float would make a loader leave every '...proj' in float as well."""
+    """Suffixes match: leaving module 'proj' in float would make a loader leave every '...proj' in float as well."""
     state = {f"{name}.weight": torch.ones(4, 4) for name in ("proj", "a.proj", "a.fc")}
     save_file(state, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "unknown"}))

@@ -1,4 +1,4 @@
-"""Int8Config in from_pretrained: bitsandbytes' logits bit for bit, folders that reload, offloading, dequantizing."""
+"""Int8Config in from_pretrained: bitsandbytes' logits bit for bit, saved folders reload, offloading, dequantizing."""
 
 import pytest
 import torch
@@ -287,7 +287,7 @@ def test_compressed_tensors_with_experts_run_here(make, options, tmp_path):
 
 @pytest.mark.parametrize("converted", [False, True], ids=["source", "artifact"])
 def test_a_weight_that_the_checkpoint_lacks_is_named(converted, tmp_path):
-    """transformers only warns: the layer would hold noise, which was taken for NaN."""
+    """transformers only warns: the layer would hold noise, which used to be mistaken for NaN."""
     folder = llama(tmp_path / "source")
     if converted:
         quantize8.convert(str(folder), tmp_path / "int8")

@@ -1,4 +1,4 @@
-"""Recipes: shipped ones load, wrong ones are refused with the file and the key."""
+"""Recipes: the shipped ones load, and errors name the file and the key."""
 
 import pytest
 

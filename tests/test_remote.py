@@ -1,4 +1,4 @@
-"""Streams: an artifact from a remote source equals that of a local copy, nothing is stored, and failures are told."""
+"""Streams: an artifact from a remote source equals one from a local copy, nothing is stored, failures are reported."""
 
 import json
 import shutil
@@ -130,7 +130,7 @@ def test_content_that_is_not_what_the_hub_lists(shards, hub, tmp_path):
 
 
 def test_a_stream_goes_on_from_the_files_that_were_confirmed(hub, tmp_path):
-    """What came of a file whose content was wrong is not kept, though its bytes are as they were written."""
+    """Tensors from a file with wrong content are discarded, even though their bytes are as they were written."""
     names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     data = bytearray((hub.models["org/tiny"] / names[1]).read_bytes())
     data[-1] ^= 1
@@ -329,7 +329,7 @@ def test_stores_give_the_bytes_of_a_local_source(store, tmp_path):
 
 
 def test_a_driver_that_keeps_listings(store, tmp_path, monkeypatch):
-    """As that of S3: what it has listed it describes in other words than what it asks for by itself."""
+    """Like S3's driver: its entries in a listing differ from those for a single file."""
     system, source, (address, _) = store
     kept, ls, info = {}, type(system).ls, type(system).info
 

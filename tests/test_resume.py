@@ -1,4 +1,4 @@
-"""Conversions that stop, by any error or by kill -9: the same command goes on, and the artifact is the same."""
+"""Conversions that stop, through any error or kill -9: the same command resumes, and the artifact is the same."""
 
 import contextlib
 import errno
@@ -29,12 +29,12 @@ TEXT = "w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 " * 8
 
 
 class Killed(Exception):
-    """What a worker thread dies of."""
+    """The error that kills a worker thread."""
 
 
 @pytest.fixture
 def stop_after(monkeypatch):
-    """Let conversions write so many source tensors, and then fail; None: as many as there are."""
+    """Let conversions write so many source tensors and then fail; None: all of them."""
 
     def set_to(count: int | None, error: BaseException | None = None) -> None:
         done = iter(range(10**6 if count is None else count))
@@ -96,7 +96,7 @@ def test_gguf_goes_on_too(tmp_path, stop_after):
 
 
 def test_kill_at_any_moment(tmp_path):
-    """Four moments here; benchmarks/faults.py tries as many as it is asked for."""
+    """Four moments here; benchmarks/faults.py tries as many as requested."""
     make_llama(tmp_path / "source", hidden=512, inner=1408, layers=8, vocabulary=512, shards=2)
     convert(str(tmp_path / "source"), tmp_path / "whole", max_shard_size=SHARD_SIZE)
     found = kill_and_resume(tmp_path / "source", tmp_path / "whole", tmp_path / "out", [0.02, 0.06, 0.1])
@@ -115,7 +115,7 @@ def test_a_partial_folder_is_no_model(tmp_path, stop_after):
 
 @pytest.fixture
 def stopped(tmp_path, stop_after):
-    """A source, the folder for a conversion of it that was killed after 12 tensors, and the digests of a whole one."""
+    """A source, the output of a conversion killed after 12 tensors, and the digests of a complete conversion."""
     source, out = llama(tmp_path / "source"), tmp_path / "out"
     convert(str(source), tmp_path / "whole")
     stop_after(12)
@@ -126,7 +126,7 @@ def stopped(tmp_path, stop_after):
 
 
 def test_bytes_that_are_not_those_of_the_journal_are_written_again(stopped):
-    """As after a power failure: the journal is on the disk, and a block of the weights is not."""
+    """As after a power failure: the journal is on disk, and a block of the weights is not."""
     source, out, whole = stopped
     unfinished = partial_of(out) / "files" / "model.safetensors.unfinished"
     data = bytearray(unfinished.read_bytes().rstrip(b"\0"))
@@ -235,7 +235,7 @@ def test_overwrite_goes_on_where_the_decisions_are_the_same(tmp_path, stop_after
 
 
 def spoil(source: Path, value: float) -> None:
-    """Another number in the last file of a checkpoint, at the same place."""
+    """Change a number in the last file of a checkpoint in place."""
     path = sorted(source.glob("*.safetensors"))[-1]
     state = load_file(path)
     state["model.norm.weight"][3] = value
@@ -367,7 +367,7 @@ FULL = ["posix_fallocate", "pwrite", "write", "fsync", "ftruncate", "open"]
 
 @pytest.mark.parametrize("call", FULL)
 def test_disks_that_fill_at_any_call(call, tmp_path, monkeypatch):
-    """The same conversion, again and again, each of which stops at a later call; every one goes on from the last."""
+    """The same conversion again and again, each stopping at a later call and resuming from the one before."""
     source, out = llama(tmp_path / "source"), tmp_path / "out"
     options = {"max_shard_size": "10KB", "workers": 1}
     convert(str(source), tmp_path / "whole", **options)
@@ -449,7 +449,7 @@ def test_an_output_folder_that_cannot_be_written_to(tmp_path):
 
 @contextlib.contextmanager
 def immutable(folder: Path):
-    """A folder that not even root writes to, where the file system knows such."""
+    """A folder that not even root can write to, where the file system supports that."""
     root = os.geteuid() == 0
     kept = not root or subprocess.run(["chattr", "+i", folder], capture_output=True).returncode == 0
     yield kept
@@ -458,7 +458,7 @@ def immutable(folder: Path):
 
 
 def test_sigterm(tmp_path):
-    """The process ends at once, and the same command goes on."""
+    """The process ends at once, and the same command resumes."""
     make_llama(tmp_path / "source", hidden=512, inner=1408, layers=8, vocabulary=512, shards=2)
     process = begin(tmp_path / "source", tmp_path / "out")
     while not any(path.stat().st_size > 10_000 for path in partial_of(tmp_path / "out").glob("*.journal")):

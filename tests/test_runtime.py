@@ -1,4 +1,4 @@
-"""Our runtime computes LLM.int8(): its logits differ from a float64 emulation by what 16-bit rounding explains."""
+"""Our runtime computes LLM.int8(): its logits differ from a float64 emulation only by 16-bit rounding."""
 
 import copy
 from pathlib import Path
@@ -75,7 +75,7 @@ def test_logits_differ_from_float64_emulation_by_no_more_than_16_bit_rounding(sm
 
 
 def test_each_layer_alone_is_within_rounding_of_the_emulation(smollm2_int8, ids):
-    """Same inputs, so that no difference of earlier layers is carried along: the ratio is tight."""
+    """All layers get the same inputs, so that differences of earlier layers do not accumulate: the bound is tight."""
     model, _ = load(smollm2_int8, dtype=torch.bfloat16)
     state = load_file(smollm2_int8 / "model.safetensors")
     ratios = {}
@@ -98,7 +98,7 @@ def test_each_layer_alone_is_within_rounding_of_the_emulation(smollm2_int8, ids)
 
 
 def test_decoding_token_by_token_agrees_with_the_exact_weight_only_model(smollm2_int8, ids):
-    """Up to 16 tokens activations stay in 16-bit: only the weights are quantized."""
+    """Up to 16 tokens, activations stay in 16 bits: only the weights are quantized."""
     model, _ = load(smollm2_int8, dtype=torch.float32)
     plain = copy.deepcopy(model)
     for name, module in list(plain.named_modules()):

@@ -1,4 +1,4 @@
-"""Reading safetensors: values equal the library's own, and a file or index that lies is refused by name."""
+"""Reading safetensors: values equal the library's own, and malformed files or indexes are refused by name."""
 
 import errno
 import json
@@ -63,7 +63,7 @@ def test_many_files_with_and_without_an_index(tmp_path):
 
 
 def write(path, header, data: bytes, length: int | None = None) -> None:
-    """A safetensors file by hand, with whatever lies."""
+    """A safetensors file written by hand, with any errors."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
 

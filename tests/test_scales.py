@@ -1,4 +1,4 @@
-"""Searched scales: the definition against brute force in float64, its promises, and the compiled pass bit for bit."""
+"""Searched scales: the definition against brute force in float64, its guarantees, and the compiled pass bit for bit."""
 
 import ml_dtypes
 import numpy as np
@@ -27,7 +27,7 @@ def searches(columns: int) -> dict[str, ScaleSearch]:
 
 
 def error(row, absmax, weights) -> float:
-    """Of a row float16 [K] with an absmax, in float64; codes by their own rounding, which is not in question here."""
+    """Error of a row float16 [K] with an absmax, in float64, with independently rounded codes."""
     row = row.astype(np.float32)
     inverse = np.float32(1) / np.float32(absmax) * np.float32(127)
     codes = np.clip(np.rint(row * inverse), -127, 127).astype(np.float64)
@@ -107,7 +107,7 @@ def test_rows_that_cannot_be_quantized_are_told(unit, bad, dtype, monkeypatch):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_no_reader_is_worse_off_than_with_plain_absmax(seed):
-    """One that knows the exact columns, by their error over the others; one that knows codes alone, over all."""
+    """A reader with the exact columns, judged by the error of the others; one with only codes, by the error of all."""
     rng = np.random.default_rng(seed)
     columns = int(rng.integers(2, 300))
     weight = (rng.standard_t(2, (50, columns)) * np.exp(rng.normal(size=columns))).clip(-6e4, 6e4).astype(np.float16)

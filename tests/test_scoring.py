@@ -1,4 +1,4 @@
-"""Scoring: likelihoods, KL divergence and layer errors against float64 NumPy, on tiny models and on planted logits."""
+"""Scoring: likelihoods, KL divergence and layer errors against float64 NumPy, on tiny models and planted logits."""
 
 import types
 
@@ -118,7 +118,7 @@ def test_a_continuation_computes_the_logits_of_its_tokens_only(pair, monkeypatch
 
 
 class Planted(torch.nn.Module):
-    """A model that gives the logits it was told, [T, V]."""
+    """A model that returns given logits [T, V]."""
 
     device = torch.device("cpu")
 

@@ -1,6 +1,6 @@
-"""Checkpoints as people have them: what other tools saved, left, forgot or named otherwise, and what becomes of it.
+"""Checkpoints as people have them: files that other tools saved, left behind, forgot or named differently.
 
-Each was reported of some converter. An artifact either opens and computes what its source does, or is not made.
+Each case was reported for some converter. An artifact either opens and computes what its source does, or is not made.
 """
 
 import json
@@ -28,7 +28,7 @@ def edit(folder, **settings):
 
 
 def drop(folder, *endings):
-    """Remove the tensors whose names end so; returns them."""
+    """Remove and return the tensors whose names end with one of these."""
     path = folder / "model.safetensors"
     state = load_file(path)
     taken = {name: state.pop(name) for name in list(state) if name.endswith(endings)}
@@ -44,7 +44,7 @@ def outputs(model, inputs):
 
 
 def error(artifact, source, kind, inputs=None):
-    """Relative error of what transformers makes of the artifact, against what it makes of the source."""
+    """Relative error of the artifact's outputs in transformers, against the source's."""
     inputs = inputs or {"input_ids": TOKENS}
     expected = outputs(kind.from_pretrained(source, dtype=torch.float32), inputs)
     found = outputs(load(artifact, "cpu", dtype="float32")[0], inputs)
@@ -101,7 +101,7 @@ def test_code_that_config_json_names_is_not_asked_where_transformers_has_the_mod
 
 @pytest.mark.parametrize("format", ["bitsandbytes", "compressed-tensors"])
 def test_layers_of_a_class_of_their_own_stay_in_float(format, tmp_path):
-    """Falcon's multiply by the weight themselves, and no loader replaces them: w8a8 of it opened as noise."""
+    """Falcon's layers multiply by the weight themselves, and no loader replaces them: w8a8 of it produced noise."""
     source = saved(tmp_path / "source", transformers.FalconForCausalLM, **FALCON)
     edit(source, auto_map={"AutoModelForCausalLM": "modeling_falcon.RWForCausalLM"}, architectures=["RWForCausalLM"])
     with pytest.raises(SourceError, match=r"\.weight does not \(a FalconLinear, which 8-bit loaders do not replace\)"):
@@ -117,7 +117,7 @@ def test_a_model_that_transformers_does_not_know_is_guessed_and_said_so(tmp_path
 
 
 def test_code_of_another_model_under_a_known_name_is_guessed(tmp_path):
-    """A model_type that the code in the folder gives another meaning: transformers' class is not what was trained."""
+    """The code in the folder uses a known model_type for another model: transformers' class is not what was trained."""
     source = llama(tmp_path / "source")
     state = {
         name.replace("self_attn", "mixer"): value for name, value in load_file(source / "model.safetensors").items()
@@ -180,7 +180,7 @@ def test_a_config_json_of_another_size_is_refused(tmp_path):
 
 
 def test_a_tied_head_that_is_stored_all_the_same(tmp_path):
-    """transformers ties where both are equal, and takes both where they are not."""
+    """transformers ties the two if they are equal, and uses both if they differ."""
     source = llama(tmp_path / "source", tied=True)
     state = load_file(source / "model.safetensors")
     state["lm_head.weight"] = state["model.embed_tokens.weight"].flip(0).contiguous()
@@ -330,7 +330,7 @@ def test_a_layer_counted_from_the_end(tmp_path):
 
 
 def test_float8_that_was_only_cast(tmp_path):
-    """As ComfyUI's: no scale, and the numbers are what they are."""
+    """As from ComfyUI: no scale, and the values are the numbers themselves."""
     source = llama(tmp_path / "source", dtype=torch.bfloat16)
     state = load_file(source / "model.safetensors")
     cast = {name: value.to(torch.float8_e4m3fn) for name, value in state.items() if name.endswith("_proj.weight")}
@@ -355,7 +355,7 @@ def test_float8_with_scales_that_nothing_explains(tmp_path):
 
 
 def test_mambas_dt_proj_stays_in_float(tmp_path):
-    """Its forward reads the weight; int8 codes would be multiplied as they are."""
+    """Its forward reads the weight directly, and would multiply by int8 codes."""
     settings = {"vocab_size": 64, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "time_step_rank": 8}
     source = saved(tmp_path / "source", transformers.MambaForCausalLM, **settings, pad_token_id=0)
     result = convert(str(source), tmp_path / "int8")
@@ -379,7 +379,7 @@ SMALL_MAMBA = {"vocab_size": 64, "hidden_size": 32, "state_size": 8, "num_hidden
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_packed_codes_do_not_meet_what_transformers_reads_on_loading(kind, settings, kept, tmp_path):
-    """Its initialization of a block reads the weights of layers in it, which packed ones do not have."""
+    """While initializing a block, transformers reads the weights of its layers, which packed layers do not have."""
     source = saved(tmp_path / "source", kind, **settings)
     result = convert(str(source), tmp_path / "w8a16", format="compressed-tensors", scheme="w8a16")
     reasons = {why for name, why in result.plan.kept.items() if name.endswith(kept)}

@@ -1,4 +1,4 @@
-"""Smoothing changes no result: powers of two go into weights and come out of what feeds them, or stay out of both."""
+"""Smoothing changes no result: powers of two go into weights and out of what feeds them, or are not applied."""
 
 import json
 from pathlib import Path
@@ -128,7 +128,7 @@ def test_factors_are_the_papers_rounded_to_a_power_of_two(alpha, tmp_path):
 
 
 def hostile(state: dict[str, torch.Tensor]) -> None:
-    """Rows and columns of float16 that bear no factor, each where a group would give it one."""
+    """Rows and columns of float16 that cannot take a factor, each where a group would apply one."""
     for name, value in state.items():
         if "norm" in name:
             value[:] = 1.5
@@ -354,7 +354,7 @@ def test_an_artifact_of_smoothed_weights(options, tmp_path):
 
 
 def test_a_gguf_file_is_smoothed_too(tmp_path):
-    """Its settings and tokenizer are its own, also when it is read through the factors."""
+    """Its settings and tokenizer are still found when it is read through the factors."""
     source = folder_of(tmp_path / "source", config_of("llama"))
     assemble(source, tmp_path / "tiny.gguf")
     (tmp_path / "text").write_text("the an and and the, an the and. the the an, and an the")

@@ -1,4 +1,4 @@
-"""Conversions to a store: the bytes of a local artifact, whatever stops them, with room for one file here."""
+"""Conversions to a store: the bytes of a local artifact, however they are stopped, with local room for one file."""
 
 import json
 import os
@@ -32,14 +32,14 @@ ENDING = f"{PARTIAL}/{MANIFEST_NAME}"
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """Where weight files are written on this machine; empty after each test that is not about what is left there."""
+    """Where weight files are written locally; must be empty after each test, except those about leftovers."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "quantize8" / "out"
 
 
 @pytest.fixture(params=["memory", "local"])
 def address(request, tmp_path):
-    """An address in fsspec's memory, and one in a folder, which is a store like any other to us."""
+    """An address in fsspec's memory, and one in a folder, which is a store like any other."""
     if request.param == "local":
         yield f"local://{tmp_path}/store/model"
         return
@@ -56,7 +56,7 @@ def source(tmp_path):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What is put and removed, in order; `fail` is asked before each."""
+    """What is uploaded and removed, in order; `fail` is called before each."""
     found, put, write, remove = [], Store.put, Store.write, Store.remove
 
     class Calls(list):
@@ -135,7 +135,7 @@ def test_a_stream_to_a_store(hub, tmp_path, cache):
 
 @pytest.mark.parametrize("stop", [*range(0, 24, 3), *range(23, 28)])
 def test_whatever_is_stopped_goes_on(stop, address, source, tmp_path, calls):
-    """An error at each put or removal; what was put is not put again, and nothing is a model before the end."""
+    """An error at each upload or removal: no file is uploaded twice, and nothing looks like a model before the end."""
     whole = convert(source, tmp_path / "whole", **SIZE)
     weights = [shard.file for shard in whole.plan.shards]
 
@@ -201,7 +201,7 @@ def test_what_fails_before_a_tensor_is_finished_leaves_nothing(address, source, 
 
 
 def test_kill_at_any_moment(tmp_path):
-    """Three moments here; benchmarks/faults.py tries as many as it is asked for."""
+    """Three moments here; benchmarks/faults.py tries as many as requested."""
     make_llama(tmp_path / "source", hidden=512, inner=1408, layers=8, vocabulary=512, shards=2)
     convert(str(tmp_path / "source"), tmp_path / "whole", max_shard_size=SHARD_SIZE)
     found = kill_and_resume_to_a_store(tmp_path / "source", tmp_path / "whole", tmp_path / "out", [0.04, 0.1, 0.2])
@@ -209,7 +209,7 @@ def test_kill_at_any_moment(tmp_path):
 
 
 def test_a_manifest_that_was_put_in_part(source, tmp_path, calls):
-    """By a driver that does not put files whole."""
+    """By a driver whose uploads are not atomic."""
     calls.fail = lambda kind, name: Path("/nowhere").stat() if (kind, name) == ("put", MANIFEST_NAME) else None
     with pytest.raises(OutputError):
         convert(source, f"local://{tmp_path}/out")
@@ -449,7 +449,7 @@ SECRETS = "memory://someone:pass%21word@bucket/model?key=secret"
 
 
 def test_no_secret_is_stored_or_shown(source, tmp_path):
-    """Neither of the output's address, nor of the source's, which journals keep for who ends the conversion."""
+    """Neither of the output's address nor of the source's, which journals record for finishing the conversion."""
     system = fsspec.filesystem("memory")
     for path in Path(source).iterdir():
         system.pipe_file(f"/someone:pass%21word@bucket/source/{path.name}", path.read_bytes())
@@ -578,7 +578,7 @@ def test_only_convert_and_finalize_take_addresses(address, monkeypatch, capsys):
 
 
 def test_the_command_line(source, tmp_path):
-    """From a process of its own; with a page, and as JSON."""
+    """In a separate process; with an HTML page, and as JSON."""
     out = f"local://{tmp_path}/out"
     command = [sys.executable, "-m", "quantize8", "convert", source, "--out", out, "--max-shard-size", "6KB"]
     planned = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=True)

@@ -18,7 +18,7 @@ from quantize8.ops.stream import GpuQuantizer
 
 @pytest.fixture
 def emulated(monkeypatch) -> EmulatedGpu:
-    """A GPU to every part of the converter: tensors of "cuda:0" lie in main memory."""
+    """An emulated GPU for every part of the converter: tensors of "cuda:0" are in main memory."""
     found = EmulatedGpu(order=2)
     monkeypatch.setattr(gpu, "gpu_of", lambda index: found)
     monkeypatch.setattr("quantize8.conversion.driver.resolve", lambda device: device)

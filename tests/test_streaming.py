@@ -1,6 +1,6 @@
-"""A streamed model computes what the same model computes when it is loaded whole, in less memory.
+"""A streamed model computes the same as the model loaded whole, in less memory.
 
-Float products of MKL differ in their last bits by the addresses of the operands where it has no AVX-512.
+Without AVX-512, the last bits of MKL's float products depend on the addresses of the operands.
 """
 
 import json
@@ -102,7 +102,7 @@ def test_mamba_reads_weights_of_modules_that_it_does_not_call(tmp_path):
 
 
 def test_a_model_with_missing_weights_is_refused(tmp_path):
-    """transformers would start them at random."""
+    """transformers would initialize them at random."""
     source = llama(tmp_path / "source", edit=lambda state: state.pop("model.layers.1.mlp.up_proj.weight"))
     with (
         pytest.raises(SourceError, match=r"needs model\.layers\.1\.mlp\.up_proj\.weight"),
@@ -123,7 +123,7 @@ def test_a_weight_of_another_shape_is_refused(tmp_path):
 
 
 def test_inputs_without_values_are_refused(tmp_path):
-    """torch would look rows of an embedding up by the noise at no address."""
+    """torch would look up embedding rows with garbage indices."""
     with streamed(open_checkpoint(str(llama(tmp_path / "source")))) as model:
         with pytest.raises(ValueError, match="inputs on the CPU"):
             model(IDS.to(model.device))

@@ -1,4 +1,4 @@
-"""Which tensors are Linear weights: names alone must agree with transformers wherever they are trusted."""
+"""Which tensors are Linear weights: where names alone decide, the result must agree with transformers."""
 
 import pytest
 import torch
@@ -115,7 +115,7 @@ FURTHER = {  # architecture: config, its last layer, the one for a further token
 
 @pytest.mark.parametrize("architecture", FURTHER)
 def test_a_layer_that_predicts_a_further_token_is_what_its_like_is(architecture):
-    """transformers has no such layer. Embeddings, projections and heads of it are in no other layer, and told of."""
+    """transformers has no MTP layers. Embeddings, projections and heads that only they have are reported."""
     config, last, further, besides = FURTHER[architecture]
     config = TINY | config | {"architectures": [architecture]}
     _, tensors = meta(config)

@@ -1,4 +1,4 @@
-"""Layers that are trained: gradients against float64, when a weight is quantized, adapters' gradients, copies."""
+"""Trainable layers: gradients against float64, when a weight is quantized, gradients of adapters, copies."""
 
 import copy
 import io
@@ -39,7 +39,7 @@ def layer_of(dtype=torch.float32, bias=True, mode="dynamic", threshold=THRESHOLD
 
 
 def quantized(layer) -> torch.Tensor:
-    """float64 [N, K]: what the reference's codes of the weight stand for."""
+    """The weight that the reference's codes represent, float64 [N, K]."""
     codes, absmax = reference.quantize_rowwise(layer.weight.detach().float().numpy())
     return torch.from_numpy(codes.astype(np.float64) * absmax.astype(np.float64)[:, None] / 127)
 
@@ -149,7 +149,7 @@ def test_a_weight_that_is_nan_gives_nan():
 
 @pytest.fixture
 def calls(monkeypatch) -> list:
-    """A list that grows by one for each weight that is quantized."""
+    """A list that grows by one each time a weight is quantized."""
     found = []
 
     def counted(weight):
@@ -214,7 +214,7 @@ def test_without_gradients_a_weight_is_quantized_when_it_has_changed_and_only_th
 @pytest.mark.filterwarnings("ignore:Paged optimizers")
 @pytest.mark.parametrize("name", ["AdamW", "AdamW8bit"])
 def test_training_sees_what_optimizers_change_without_a_trace(name, calls):
-    """bitsandbytes' write to the weight's memory and leave its version as it was."""
+    """bitsandbytes' optimizers write to the weight's memory without changing its version."""
     import bitsandbytes.optim
 
     layer, x = layer_of(), torch.randn(20, K)
@@ -275,7 +275,7 @@ def test_a_layer_for_a_conv1d_has_the_weight_of_one_in_its_state():
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("tokens", [3, 40])
 def test_autocast_changes_nothing(mode, tokens):
-    """An int8 product in 16-bit would lose the low bits of the sums; nor may autocast change the output's type."""
+    """An int8 product in 16 bits would lose the low bits of the sums; nor may autocast change the output's dtype."""
     layer, x = layer_of(mode=mode), hostile(tokens, K, 2).requires_grad_()
     expected = layer(x)
     with torch.autocast("cpu", torch.bfloat16):

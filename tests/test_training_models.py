@@ -1,4 +1,4 @@
-"""Models that are trained: llm_int8_has_fp16_weight, Trainer, LoRA over int8 layers, and adapters merged into them."""
+"""Training models: llm_int8_has_fp16_weight, Trainer, LoRA over int8 layers, and merging adapters into them."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def logits(model, ids=IDS):
 
 
 def with_adapters(model, seed=0, **options):
-    """LoRA over all layers, whose second factors are not 0, as after training."""
+    """LoRA over all layers, with second factors that are not 0, as after training."""
     torch.manual_seed(seed)
     adapted = get_peft_model(model, LoraConfig(**{"r": 4, **ALL, **options}))
     for name, parameter in adapted.named_parameters():
@@ -104,7 +104,7 @@ def test_trainer_trains_all_weights_with_checkpointing_and_without(name, request
 
 
 def test_trainer_resumes_where_it_stopped(mgm, tmp_path):
-    """Conv1D weights, of which square ones would load turned over without an error."""
+    """With Conv1D weights, of which square ones could be loaded transposed without an error."""
     options = {"lr_scheduler_type": "constant", "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2}
     whole = train(load(mgm, llm_int8_has_fp16_weight=True), tmp_path / "out", 3, **options)
     options["resume_from_checkpoint"] = str(tmp_path / "out" / "checkpoint-2")
@@ -209,7 +209,7 @@ def test_adapters_train_over_a_calibrated_model_and_merge_into_its_columns(tmp_p
 
 
 def test_merging_sees_the_adapters_of_a_model_that_keeps_its_weights(tmp_path):
-    """PEFT's own merging writes to `.data` of the kept weights."""
+    """PEFT's own merging writes to `.data` of the float weights."""
     model = with_adapters(load(llama(tmp_path / "source"), llm_int8_has_fp16_weight=True))
     adapted = logits(model)
     with model.disable_adapter():

@@ -1,4 +1,4 @@
-"""Which int8 units are offered and chosen. test_cpu.py and test_packed.py hold what they compute to the reference."""
+"""Which int8 units are offered and chosen. test_cpu.py and test_packed.py compare their results with the reference."""
 
 import os
 import re
@@ -15,7 +15,7 @@ SOURCES = Path(__file__).parent.parent / "cpu"
 
 
 def chosen(**environment: str) -> subprocess.CompletedProcess[str]:
-    """What a new process chooses."""
+    """The unit that a new process chooses."""
     script = "from quantize8.ops import units; print(units.chosen(), *units.available())"
     rest = {name: value for name, value in os.environ.items() if name != units.VARIABLE}
     command = [sys.executable, "-c", script]
@@ -69,7 +69,7 @@ def test_kernels_that_are_not_compiled_are_told_of_in_one_line(monkeypatch, tmp_
 
 
 def test_constants_of_c_are_those_of_python():
-    """C cannot import them: what one side changes, the other has to."""
+    """C cannot import them, so both sides have to be changed together."""
     text = "".join(path.read_text() for path in sorted(SOURCES.glob("*.[ch]")))
     found = {
         name: value.split("/*")[0].strip() for name, value in re.findall(r"^#define (\w+) (.+)$", text, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Verifying: a sound artifact passes; any changed byte, missing or foreign file is found and named."""
+"""Verifying: a sound artifact passes; any changed byte and any missing or foreign file is found and named."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""The weight of an int8 layer in others' hands: looked at, moved, copied and saved, but never taken for floats."""
+"""The weight object of an int8 layer: can be inspected, moved, copied and saved, but never mistaken for floats."""
 
 import copy
 import io
@@ -133,7 +133,7 @@ def test_a_weight_that_was_moved_in_inference_mode_can_be_trained_over(layer):
 
 @pytest.fixture
 def compiling():
-    """What is compiled for one test counts towards no limit of another."""
+    """Reset torch.compile, so that compilations of one test do not count towards limits in another."""
     yield
     torch.compiler.reset()
 

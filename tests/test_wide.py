@@ -1,4 +1,4 @@
-"""Modes static and hybrid in int8 tiles: digits and sums by their definition in NumPy, how near to exact."""
+"""Modes static and hybrid in int8 tiles: digits and sums as defined in NumPy, and how close to exact."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def weight_of(rows: int, columns: int, count: int, stored: int, unit: units.Unit
 
 
 def inputs_of(tokens: int, weight: Int8Weight, dtype: torch.dtype) -> torch.Tensor:
-    """Outliers that come and go in the outlier columns, and tokens that are unlike others."""
+    """Outliers in the outlier columns of some tokens only, and tokens that differ from the others."""
     columns = weight.outlier_columns
     x = tokens_of(tokens, weight.codes.shape[1], torch.float32, outliers=0, seed=tokens).numpy()
     x[:, columns] *= np.random.default_rng(1).choice([0.1, 1, 40], (tokens, len(columns)))
@@ -75,7 +75,7 @@ def digits_of(x: np.ndarray, columns: np.ndarray, mode: str) -> tuple[np.ndarray
 
 
 def second_of(weight: Int8Weight) -> np.ndarray:
-    """What the stored columns have beyond their codes, in 254ths of a step."""
+    """What the stored columns have beyond their codes, in units of 1/254 step."""
     stored = weight.outlier_weight.astype(np.float32)
     inverse = np.where(weight.absmax > 0, np.float32(1) / np.where(weight.absmax > 0, weight.absmax, 1) * MOST, 0)
     codes = weight.codes[:, weight.outlier_columns[: stored.shape[1]]]
@@ -161,7 +161,7 @@ def test_prefill_differs_from_exact_columns_by_what_their_digits_leave_out(shape
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_decode_takes_stored_columns_to_a_254th_of_a_step(shape, dtype, unit):
-    """Activations are exact there; the last of their digits is not multiplied with second digits."""
+    """Activations are exact there; only their last digit is not multiplied by second digits."""
     weight, ours = weight_of(*shape, unit)
     bias, stored = np.linspace(-2, 2, shape[0], dtype=np.float32), weight.outlier_weight.shape[1]
     scale = weight.absmax.astype(np.float64) / 127

@@ -1,7 +1,7 @@
-"""The Arm units under an emulator: the same integers, and prefill and decode to the bit as on this machine's unit.
+"""The Arm units under an emulator: the same integers, and the same bits at prefill and decode as this machine's unit.
 
-It takes qemu-user and a compiler for aarch64 (Debian: qemu-user-static and gcc-aarch64-linux-gnu, or PyPI: ziglang),
-and tells of bits, not of times.
+Needs qemu-user and a compiler for aarch64 (Debian: qemu-user-static and gcc-aarch64-linux-gnu, or PyPI: ziglang). It
+shows that results are right, and nothing about speed.
 """
 
 import importlib.util
@@ -36,7 +36,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module", params=UNITS)
 def driver(request, tmp_path_factory) -> tuple[str, list[str]]:
-    """A unit, and the command of a program that has it compiled in."""
+    """A unit, and the command that runs a program with this unit compiled in."""
     path = tmp_path_factory.mktemp("arm") / request.param
     compiler = [GCC] if GCC else [sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-musl"]
     define = f"-DUNIT_{request.param.upper().replace('-', '_')}"

@@ -1,4 +1,4 @@
-"""Builds kernels with g++ against the emulator, and launches them with the arguments a GPU would get."""
+"""Builds kernels with g++ against the emulator, and launches them with the arguments that a GPU would get."""
 
 import ctypes
 import hashlib
@@ -26,7 +26,7 @@ class LaunchError(Exception):
 
 
 class EmulatedGpu:
-    """Stands in for `device.Gpu`: tensors lie in main memory, and a launch has ended when it returns."""
+    """Replaces `device.Gpu`: tensors are in main memory, and a launch has ended when it returns."""
 
     index = 0
 
@@ -59,7 +59,7 @@ class EmulatedGpu:
 
 @cache
 def build(kernel: Kernel, sources: Path = SOURCES, extra: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """The kernel as a shared library; g++ must be there, as it is wherever Python packages are built."""
+    """The kernel as a shared library. Needs g++, which is available wherever Python packages are built."""
     content = hashlib.sha256(repr((kernel.options, kernel.file, extra)).encode())
     for path in (sources / kernel.file, *sorted(sources.glob("*.cuh")), HERE / "emulator.h"):
         content.update(path.read_bytes())

@@ -1,7 +1,7 @@
 """Every kernel under AddressSanitizer: no byte outside its tensors is read or written.
 
-The sanitizer has to come first in a process, so the checks run in one of their own, which this file is when started as
-a script. Tensors are allocated to the byte.
+The sanitizer has to be loaded first in a process, so the checks run in a separate one, as which this file is started as
+a script. Tensors are allocated to the exact byte.
 """
 
 import ctypes
@@ -45,7 +45,7 @@ def test_the_sanitizer_sees_one_missing_byte(planted):
 
 
 def exact(array):
-    """A copy in memory of just its size, which the sanitizer watches to the byte."""
+    """A copy in memory of exactly its size, which the sanitizer guards to the byte."""
     import numpy as np
     import torch
 

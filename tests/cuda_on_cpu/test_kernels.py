@@ -17,7 +17,7 @@ AMPERE, HOPPER, TURING = (8, 0), (9, 0), (7, 5)
 
 @pytest.fixture
 def on(monkeypatch):
-    """Makes the verbs of ops.gpu launch on an emulated GPU."""
+    """Make the functions of ops.gpu launch on an emulated GPU."""
 
     def choose(capability=AMPERE, order=0, processors=4) -> EmulatedGpu:
         emulated = EmulatedGpu(capability, order, processors)
@@ -174,7 +174,7 @@ def test_quantize_activations(on, dtype, tokens, columns, outliers, order):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_activations_that_are_not_numbers(on, dtype):
-    """NaN spoils its token, infinity is an outlier, or without a threshold spoils its token too; tiny tokens are 0."""
+    """NaN spoils its token; infinity is an outlier, or without a threshold spoils its token, too; tiny tokens are 0."""
     on()
     x = activations_of(6, 24, dtype, 2)
     x[2, 3], x[3, 4], x[4, 5] = float("nan"), float("inf"), -float("inf")

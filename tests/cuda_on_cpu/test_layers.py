@@ -1,4 +1,4 @@
-"""Whole layers and models on the (emulated) kernels: what the host does between launches, and what a model computes."""
+"""Whole layers and models on the (emulated) kernels: the host code between launches, and what a model computes."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ WAITS = {
 
 
 class Watch(TorchDispatchMode):
-    """Notes every operation of torch, and refuses those that a stream of launches would have to wait for."""
+    """Records every torch operation, and refuses those for which the host would have to wait."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Watch(TorchDispatchMode):
 @pytest.mark.parametrize("tokens", [1, 16, 17, 100])
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
 def test_a_layer_launches_and_waits_for_nothing(monkeypatch, capability, tokens):
-    """So a CUDA graph can hold it; and the launches are as few as promised."""
+    """So a CUDA graph can hold it. The number of launches is as promised."""
     emulated = EmulatedGpu(capability)
     monkeypatch.setattr(gpu, "gpu_of", lambda index: emulated)
     monkeypatch.setattr(gpu, "_int_mm", torch._int_mm)
@@ -65,7 +65,7 @@ def test_the_watch_sees_waiting():
 
 @pytest.fixture
 def kernels_for_layers(monkeypatch) -> EmulatedGpu:
-    """Every Int8Linear computes with the kernels, though its tensors say cpu."""
+    """Make every Int8Linear use the kernels, although its tensors are on the CPU."""
     emulated = EmulatedGpu(order=3)
     monkeypatch.setattr(gpu, "gpu_of", lambda index: emulated)
     monkeypatch.setattr(cpu, "linear", gpu.linear)

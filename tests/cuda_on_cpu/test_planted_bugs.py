@@ -1,4 +1,4 @@
-"""The emulator notices the usual mistakes in CUDA code: each is planted in a copy of a kernel, and must be caught."""
+"""The emulator notices the usual bugs in CUDA code: each is planted in a copy of a kernel and must be caught."""
 
 import faulthandler
 import os
@@ -14,7 +14,7 @@ from cuda_on_cpu.emulation import SOURCES, EmulatedGpu, LaunchError
 from quantize8.ops import gpu
 
 WAIT = "    wait_copies<STAGES - 2>();\n"
-PIPELINE_BARRIER = "    __syncthreads();  // this stage is there for all, and all are done with the one before it\n"
+PIPELINE_BARRIER = "    __syncthreads();  // all threads see this stage, and have finished with the previous one\n"
 FINISH = "finish<ROWS, COLUMNS>(sums, m0, n0, warp_m, warp_n, product, shared)"
 GATHERED = "      gathered[r * OUTLIER_STRIDE + i % OUTLIERS_AT_ONCE] = from_float<FLOAT>(value);\n    }\n"
 
@@ -38,7 +38,7 @@ ACTIVATIONS = [
     ("quantize_activations.cu", "peaks[warp] = peak;\n  __syncthreads();", "peaks[warp] = peak;", "absmax read early"),
     ("quantize_activations.cu", "peaks[warp] = up_to_here;\n    __syncthreads();", "peaks[warp] = up_to_here;",
      "counts of the list read early"),
-    ("quantize_activations.cu", "    __syncthreads();  // peaks are free again\n", "", "counts overwritten early"),
+    ("quantize_activations.cu", "    __syncthreads();  // peaks can be reused\n", "", "counts overwritten early"),
     ("quantize_activations.cu", "+ 1 == gridDim.x", "== 0", "the first block, not the last, makes the list"),
     ("quantize8.cuh", "magnitude(inverse) >= INFINITE ? 0.f : inverse", "inverse", "a token too small for an inverse"),
     ("quantize_activations.cu", ">= threshold;", "> threshold;", "an element at the threshold"),
@@ -59,7 +59,7 @@ PREFILL = [
     ("mixed_matmul.cu", "b[j + 1][0] = four[2], b[j + 1][1] = four[3]", "b[j + 1][1] = four[2], b[j + 1][0] = four[3]",
      "fragments in the wrong order"),
     ("outliers.cuh", GATHERED + "    __syncthreads();\n", GATHERED, "outlier columns read early"),
-    ("outliers.cuh", "    __syncthreads();  // nobody reads what lies in shared memory any more\n", "",
+    ("outliers.cuh", "    __syncthreads();  // no thread reads shared memory any more\n", "",
      "shared memory overwritten early"),
 ]  # fmt: skip
 HOPPER = [
@@ -103,7 +103,7 @@ def check_hopper(on) -> None:
 
 
 def passes_in_a_child(check: Callable[[], None]) -> bool:
-    """A bug may write anywhere, so it does that in a process of its own; a crash or no end in a minute is no pass."""
+    """A bug may write anywhere, so it runs in a separate process. A crash, or no end within a minute, is a failure."""
     child = os.fork()
     if child == 0:
         code = 1
