@@ -1,4 +1,4 @@
-"""Score an artifact against the checkpoint that it was made of, on a text.
+"""Compare an artifact with the checkpoint that it was made from, on a text.
 
 python examples/compare.py ARTIFACT SOURCE [TEXT]
 """
@@ -9,13 +9,13 @@ import quantize8
 
 
 def main(artifact: str, source: str, text: str | None = None) -> None:
-    """Print both perplexities, the KL divergence, and how often both find the same token the likeliest."""
-    found = quantize8.evaluate(artifact, text=text, reference=source, tokens=512, context=128)
-    agreement = found.agreement
+    """Print both perplexities, the KL divergence, and the top-1 agreement."""
+    result = quantize8.evaluate(artifact, text=text, reference=source, tokens=512, context=128)
+    agreement = result.agreement
     assert agreement is not None  # a reference was given
-    print(f"perplexity     {agreement.perplexity.value:.3f} of the source, {found.perplexity.value:.3f} in int8")
-    print(f"KL divergence  {agreement.kl.mean:.5f} nats a token")
-    print(f"top-1          {agreement.top1:.1%} of {found.scored} tokens")
+    print(f"perplexity     {agreement.perplexity.value:.3f} (source), {result.perplexity.value:.3f} (int8)")
+    print(f"KL divergence  {agreement.kl.mean:.5f} nats per token")
+    print(f"top-1          {agreement.top1:.1%} of {result.scored} tokens")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Convert a checkpoint, check every byte of the artifact, and name the weights that int8 changes most.
+"""Convert a checkpoint, verify every byte of the artifact, and list the weights with the largest quantization error.
 
 python examples/convert.py SOURCE OUT
 """
@@ -9,11 +9,11 @@ import quantize8
 
 
 def main(source: str, out: str) -> None:
-    """Print sizes, what was verified, and the three largest relative errors."""
-    done = quantize8.convert(source, out)
-    print(f"{done.plan.source_bytes:,} bytes of weights became {done.plan.output_bytes:,}")
-    found = quantize8.verify(out)
-    print(f"verified {found.tensors} tensors in {found.files} files")
+    """Print the sizes, what was verified, and the three largest relative errors."""
+    conversion = quantize8.convert(source, out)
+    print(f"{conversion.plan.source_bytes:,} bytes of weights became {conversion.plan.output_bytes:,}")
+    verified = quantize8.verify(out)
+    print(f"verified {verified.tensors} tensors in {verified.files} files")
     reports = quantize8.inspect(out)
     for report in sorted(reports, key=lambda report: report.relative_error or 0.0, reverse=True)[:3]:
         print(f"{report.relative_error:.4f}  {report.module}")

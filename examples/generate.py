@@ -1,4 +1,4 @@
-"""Load a floating-point checkpoint in int8 with transformers, and continue a prompt.
+"""Load a floating-point checkpoint in int8 with transformers, and continue a prompt with greedy decoding.
 
 python examples/generate.py SOURCE PROMPT
 """
@@ -11,7 +11,7 @@ from quantize8 import Int8Config, Int8Linear
 
 
 def main(source: str, prompt: str) -> None:
-    """Print how many layers are int8, what the model takes of memory, and 20 tokens of text."""
+    """Print the number of int8 layers, the memory that the model takes, and up to 20 new tokens."""
     config = Int8Config(load_in_8bit=True, mode="dynamic")
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, device_map="cpu").eval()
     tokenizer = AutoTokenizer.from_pretrained(source)

@@ -26,6 +26,7 @@ from quantize8.resources import resource_dir
 ROOT = Path(__file__).parent.parent
 CLI = typer.main.get_command(app)
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+REPOSITORY = "https://github.com/quantize8/quantize8/"
 USER_PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -187,12 +188,35 @@ def test_every_format_and_source_is_documented():
     assert set(quantized._FORMATS) <= set(re.findall(r"`([\w-]+)`", section(text, "What convert reads")))
 
 
+def links(page: Path) -> list[str]:
+    """Targets of a page's links, written inline or as reference definitions."""
+    text = page.read_text(encoding="utf-8")
+    return re.findall(r"\]\(([^)]+)\)", text) + re.findall(r"^\[[^\]]+\]: (\S+)$", text, re.MULTILINE)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_relative_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+    for target in links(page):
         if not re.match(r"https?://|mailto:", target):
             path, _, anchor = target.partition("#")
             assert (page.parent / path).exists() and not anchor, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_absolute_links_into_the_repository_lead_somewhere(page):
+    for target in links(page):
+        if target.startswith(REPOSITORY):
+            kind, path = re.fullmatch(r"(blob|tree)/main/([^#]+)", target.removeprefix(REPOSITORY)).groups()
+            assert (ROOT / path).is_file() if kind == "blob" else (ROOT / path).is_dir(), target
+
+
+def test_the_readme_has_absolute_links_alone():
+    """PyPI shows the README too, and there a relative link leads nowhere."""
+    text, targets = read("README.md"), links(ROOT / "README.md")
+    assert any(target.startswith(REPOSITORY) for target in targets)
+    assert [target for target in targets if not target.startswith("https://")] == []
+    defined = set(re.findall(r"^\[([^\]]+)\]: ", text, re.MULTILINE))
+    assert set(re.findall(r"\]\[([^\]]+)\]", text)) == defined
 
 
 def test_version_has_a_section_in_the_changelog():
