@@ -292,7 +292,7 @@ def link_outside(folder):
     (folder / OUTLIERS_NAME).symlink_to(target)
 
 
-WRONG, OTHER, FIT = "lists columns that cannot be", "has other tensors than a calibration's", "fit no int8 layer"
+WRONG, OTHER, FIT = "lists invalid outlier columns", "does not have the tensors of a calibration", "fit no int8 layer"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from quantize8.ops.reference import OUTLIER_SIGMAS
 from quantize8.page import charts, markup, names, plots
 from quantize8.report import size
 
-_STANDS_OUT = 2  # a layer is an outlier from this multiple of the median error: 4 times the squared error
+_LARGE_ERROR = 2  # times the median error, from which a layer is named: 4 times the squared error of the others
 _SHOWN = 3  # names listed in a sentence
 _BARS = 12  # most columns in a figure
 _TABLE = 1000  # most rows of a table: an MoE model has tens of thousands of modules, and the page must open quickly
@@ -91,7 +91,7 @@ def weights(reports: list[WeightReport], name: str) -> bytes:
     lead = f"The Linear weights of {markup.code(name)}, stored as {markup.text(_dtypes(reports))}."
     command = markup.code(f"quantize8 inspect {shlex.quote(name)} --text FILE")
     tips = [
-        *_stand_out(found),
+        *_large_errors(found),
         f"Inspect the outliers in activations as well, which cost more than those in weights: {command}",
     ]
     parts = [markup.facts(items), markup.advice(tips), markup.figures([*_figures(found), *_columns(found)])]
@@ -126,7 +126,7 @@ def _next_steps(result: Conversion, found: list[_Weight]) -> list[str]:
         return ["Run the same command without --dry-run."]
     if result.manifest is None:
         return [f"When all parts are written, join them: {markup.code(f'quantize8 finalize {out}')}"]
-    tips = _stand_out(found)
+    tips = _large_errors(found)
     if plan.carries:
         tips = ["The int8 codes are those of the source, so this conversion added no error."]
     if not isinstance(result.out, Path):
@@ -139,20 +139,20 @@ def _next_steps(result: Conversion, found: list[_Weight]) -> list[str]:
     return [*tips, f"After copying it, check every byte: {markup.code(f'quantize8 verify {out}')}"]
 
 
-def _stand_out(found: list[_Weight]) -> list[str]:
+def _large_errors(found: list[_Weight]) -> list[str]:
     """Layers with an unusually large error, and how to leave them in float."""
     errors = {entry.module: entry.error for entry in found if entry.error is not None}
     if not errors:
         return []
     middle = float(np.median(list(errors.values())))
-    worst = sorted((name for name in errors if errors[name] > _STANDS_OUT * middle), key=lambda name: -errors[name])
+    worst = sorted((name for name in errors if errors[name] > _LARGE_ERROR * middle), key=lambda name: -errors[name])
     if not worst:
-        return [f"No layer is an outlier: all errors are at most {_STANDS_OUT} times the median, {middle:.4f}."]
+        return [f"No layer is an outlier: all errors are at most {_LARGE_ERROR} times the median, {middle:.4f}."]
     more = f" and {len(worst) - _SHOWN:,} more" if len(worst) > _SHOWN else ""
     shown = ", ".join(f"{markup.code(name)} ({errors[name]:.4f})" for name in worst[:_SHOWN])
     skip = markup.code(f"skip = {json.dumps(worst[:_SHOWN], ensure_ascii=False)}")
     return [
-        f"More than {_STANDS_OUT} times the median error, {middle:.4f}: {shown}{more}. "
+        f"More than {_LARGE_ERROR} times the median error, {middle:.4f}: {shown}{more}. "
         f"To leave such layers in floating point, convert with a recipe that contains {skip}."
     ]
 
