@@ -1,4 +1,4 @@
-"""Checkpoints made on the spot; and whether the CPU and the GPU make the same bytes of one."""
+"""Checkpoints that are generated for benchmarks, and a comparison of the artifacts that CPU and GPU make of one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from quantize8.demo import find_model
 from quantize8.operations.convert import convert
 
-TOKENIZER_SIZE = 49152  # tokens of SmolLM2
+TOKENIZER_SIZE = 49152  # vocabulary size of SmolLM2
 
 
 def converts_alike() -> str | None:
-    """What differs between the artifacts of the CPU and of the GPU; None where nothing does."""
+    """The difference between the artifacts of CPU and GPU; None if they are equal."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_llama(folder / "source")
@@ -32,7 +32,7 @@ def converts_alike() -> str | None:
 def make_llama(
     folder: Path, hidden: int = 2048, inner: int = 5504, layers: int = 4, vocabulary: int = 512, shards: int = 1
 ) -> None:
-    """A Llama in bfloat16 with outliers in its weights, by default of some 200 million; `shards` files."""
+    """Write a Llama in bfloat16 with outlier weights, by default about 200 million weights, in `shards` files."""
     folder.mkdir()
     random = torch.Generator().manual_seed(0)
 
@@ -73,7 +73,7 @@ def make_llama(
 
 
 def add_tokenizer(folder: Path) -> None:
-    """Give a checkpoint of vocabulary TOKENIZER_SIZE the tokenizer of SmolLM2: other tools do not convert without."""
+    """Add the tokenizer of SmolLM2 to a checkpoint of vocabulary size TOKENIZER_SIZE; other tools need one."""
     from transformers import AutoTokenizer
 
     model = Path(find_model())

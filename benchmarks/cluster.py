@@ -1,8 +1,9 @@
-"""A Ray cluster of several nodes on this machine against one process: time, and the same bytes when a node is killed.
+"""A Ray cluster of several nodes on this machine against a single process: time, and equal bytes when a node is killed.
 
-Every node has one processor, as many processes as this machine has processors can work at a time. Rounds go through
-one process with one thread, with one thread a processor, the cluster, and the cluster with a node killed when a third
-of the weight files are whole (and put back after). Workers are started anew for each conversion.
+Each node has one CPU; at most as many processes work at a time as this machine has CPUs. The rounds alternate between
+one process with one thread, one process with one thread per CPU, the cluster, and the cluster with a node that is
+killed when a third of the weight files are complete, and is then replaced. Workers are started anew for each
+conversion.
 
 Run: python -m benchmarks.cluster CHECKPOINT [--nodes 3] [--rounds 3] [--max-shard-size 100MB] [--folder FOLDER]
 """
@@ -28,7 +29,7 @@ NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": F
 
 
 class Nodes:
-    """Some nodes on this machine, each with processes of its own, and a connection to the first."""
+    """Ray nodes on this machine, each with its own processes, and a connection to the first."""
 
     def __init__(self, count: int) -> None:
         import ray
@@ -42,21 +43,21 @@ class Nodes:
         ray.init(self.cluster.address, log_to_driver=False, logging_level=logging.ERROR)
 
     def kill(self) -> None:
-        """End one of them, with all of its processes, at once."""
+        """Kill one node with all of its processes."""
         self.cluster.remove_node(next(iter(self.cluster.worker_nodes)), allow_graceful=False)
 
     def fix(self) -> None:
-        """Put another in its place."""
+        """Start a node in its place."""
         self.cluster.add_node(**NODE)
 
     def close(self) -> None:
-        """End all."""
+        """Stop all nodes."""
         self.ray.shutdown()
         self.cluster.shutdown()
 
 
 def killing(nodes: Nodes, after: int) -> Callable[[int, int], None]:
-    """What hears of each weight file that is whole, and after so many kills a node."""
+    """A progress callback that counts complete weight files, and kills a node after a given number."""
     heard: list[int] = []
 
     def hear(done: int, _: int) -> None:
@@ -68,7 +69,7 @@ def killing(nodes: Nodes, after: int) -> Callable[[int, int], None]:
 
 
 def main() -> None:
-    """Print the median time of each way, and whether the bytes are those of one process."""
+    """Print the median time of each variant, and whether the bytes equal those of a single process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
     parser.add_argument("--nodes", type=int, default=3)

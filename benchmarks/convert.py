@@ -1,8 +1,10 @@
-"""Converting, as whole processes: `quantize8 convert` beside `cp -r` and other tools' int8 converters.
+"""Conversions as whole processes: `quantize8 convert`, `cp -r`, and the int8 converters of other tools.
 
-Each is followed by `sync`, so that what it wrote is on the disk. Warm: the source lies in the system's cache. Cold: the
-cache is dropped before, which takes root. bitsandbytes and CTranslate2 come with the extra `bench`; llama.cpp's
-converter is no package, and is timed where --llama-cpp names its repository. What is missing is left out, by name.
+Each is followed by `sync`, so that its output is on the disk. Warm: the source is in the page cache. Cold: the cache is
+dropped first, which needs root. bitsandbytes and CTranslate2 are in the extra `bench`; the converter of llama.cpp is
+not a package, and is timed if --llama-cpp names a clone of its repository. Tools that are missing are skipped, and
+named.
+
 Run: python -m benchmarks.convert [--folder FOLDER] [--layers N] [--llama-cpp FOLDER]
 """
 
@@ -38,7 +40,7 @@ TransformersConverter(sys.argv[1]).convert(sys.argv[2], quantization="int8")
 
 
 def main() -> None:
-    """Make the checkpoint, run the variants in turn, write the results."""
+    """Generate the checkpoint, run the variants in turn, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=None, help="where to work (default: a temporary folder)")
     parser.add_argument("--layers", type=int, default=20, help="of 2048 x 5504; 20 make 2.4 GB")
@@ -59,7 +61,7 @@ def main() -> None:
 
 
 def measure(source: Path, target: Path, rounds: int, llama_cpp: Path | None) -> list[dict[str, Any]]:
-    """Seconds and peak memory of each variant, warm and, where the cache can be dropped, cold."""
+    """Seconds and peak memory of each variant, warm, and cold if the cache can be dropped."""
     commands: dict[str, list[str]] = {
         "cp -r": ["cp", "-r", str(source), str(target)],
         "quantize8 convert": [sys.executable, "-m", "quantize8", "convert", str(source), "--out", str(target)],
@@ -74,7 +76,7 @@ def measure(source: Path, target: Path, rounds: int, llama_cpp: Path | None) -> 
             for name, command in commands.items():
                 prepare()
                 found[name].append(_run(command, target))
-        if cache == "warm":  # once each: they take long
+        if cache == "warm":  # once each, because they take long
             for name, command in _peers(source, target, llama_cpp).items():
                 found[name] = [_run(command, target)]
         for name, runs in found.items():
@@ -84,7 +86,7 @@ def measure(source: Path, target: Path, rounds: int, llama_cpp: Path | None) -> 
 
 
 def _peers(source: Path, target: Path, llama_cpp: Path | None) -> dict[str, list[str]]:
-    """Commands of the other tools that are here."""
+    """The commands of the other tools that are installed."""
     python, folders = sys.executable, [str(source), str(target)]
     scripts = {
         "transformers + bitsandbytes": ("bitsandbytes", BITSANDBYTES),
@@ -103,7 +105,7 @@ def _peers(source: Path, target: Path, llama_cpp: Path | None) -> dict[str, list
 
 
 def _run(command: list[str], target: Path) -> tuple[float, int]:
-    """Seconds of a process and of the sync after it; its peak resident memory."""
+    """Seconds of a process including the sync after it, and its peak resident memory."""
     subprocess.run(["sync"], check=True)
     start = time.perf_counter()
     peak = 0
@@ -122,7 +124,7 @@ def _run(command: list[str], target: Path) -> tuple[float, int]:
 
 
 def _peak_of(process: int) -> int:
-    """Peak resident memory so far, as the system counts it (getrusage would add this process's own)."""
+    """Peak resident memory so far, from /proc (getrusage would include this process)."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except OSError:

@@ -27,12 +27,12 @@ AVX2_ONLY = {  # for torch, oneDNN, MKL and CTranslate2
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     "CT2_FORCE_CPU_ISA": "AVX2",
 }
-SLOW = 4.0  # seconds that a variant may take in all rounds together,
-MEDIAN_OF = 3  # but for so many calls
+SLOW = 4.0  # a variant may take this many seconds in all rounds together,
+MEDIAN_OF = 3  # but has at least this many calls
 
 
 def about_machine() -> dict[str, Any]:
-    """The processor, the versions and the commit that figures belong to."""
+    """The processor, the versions and the commit that were measured."""
     versions: dict[str, str] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -51,13 +51,13 @@ def about_machine() -> dict[str, Any]:
 
 
 def hold_torch_to_unit(module: str) -> None:
-    """Where a unit without AVX-512 is forced, run the module again with torch held to AVX2, as on such a processor."""
+    """If a unit without AVX-512 is forced, run the module again with torch limited to AVX2, as on such a processor."""
     if units.chosen() in ("avx2", "avxvnni") and not AVX2_ONLY.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], os.environ | AVX2_ONLY)
 
 
 def has(package: str) -> bool:
-    """Whether a peer is installed; says so where it is not."""
+    """Whether another tool is installed; prints a line if it is not."""
     found = importlib.util.find_spec(package) is not None
     if not found:
         print(f"{package}: not installed, left out")
@@ -65,9 +65,9 @@ def has(package: str) -> bool:
 
 
 def interleaved(variants: dict[str, Callable[[int], Any]], rounds: int, warm: int = 2) -> dict[str, dict[str, float]]:
-    """Seconds of each variant, called in turn with the number of the round: median, and the middle half's range.
+    """Seconds of each variant, called in turn with the number of the round: median and interquartile range.
 
-    One that takes longer than SLOW in all is called less often.
+    A variant that takes longer than SLOW in total is called less often.
     """
     for call in variants.values():
         start = time.perf_counter()

@@ -1,9 +1,9 @@
-"""Conversion at scale: DeepSeek-V3 as published, 671 billion float8 weights and a layer more; only its headers exist.
+"""Conversion at scale: DeepSeek-V3 as published, 671 billion float8 weights and one more layer; only headers exist.
 
-Names, shapes and dtypes are those of deepseek-ai/DeepSeek-V3 (config.json, and its inference code); the values are
-holes in sparse files. It is planned, and then converted by 1, 8 and 64 processes that do all but the arithmetic: each
-opens the source, locks and makes its weight files (of holes again) and their journals; `finalize` writes index,
-config and manifest. Time and peak memory of each process are measured. Room for 2 GB is enough.
+Names, shapes and dtypes are those of deepseek-ai/DeepSeek-V3 (config.json and its inference code); the values are holes
+in sparse files. The conversion is planned, and then done by 1, 8 and 64 processes, except for the arithmetic: each
+process opens the source, locks and creates its weight files (sparse as well) and their journals; `finalize` writes
+index, config and manifest. Time and peak memory of each process are measured. 2 GB of disk space is enough.
 
 Run: python -m benchmarks.deepseek [--layers 61] [--format compressed-tensors] [--workers 1,8,64] [--json FILE]
 """
@@ -38,7 +38,7 @@ from quantize8.operations.finalize import finalize
 from quantize8.ops.reference import ColumnStats
 
 Header = dict[str, tuple[str, tuple[int, ...]]]  # tensor -> dtype, shape
-BLOCK = 128  # rows and columns of a weight that share a scale
+BLOCK = 128  # rows and columns of a weight block with one scale
 SHARD_BYTES = 4.3e9  # 163 files
 SIZES = {"BF16": 2, "F32": 4, "F8_E4M3": 1}
 CONFIG = {
@@ -69,7 +69,7 @@ CONFIG = {
 
 
 def make(folder: Path, layers: int = 61, experts: int = 256) -> None:
-    """The checkpoint with its first so many layers, and one more for predicting two tokens; experts of each."""
+    """Write the checkpoint with its first `layers` layers and the layer for multi-token prediction (MTP)."""
     config = CONFIG | {"num_hidden_layers": layers, "n_routed_experts": experts}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
@@ -135,9 +135,11 @@ def _float8(name: str, rows: int, columns: int) -> Iterator[tuple[str, str, tupl
 
 
 def write_sparse(path: Path, header: Header) -> None:
-    """A safetensors file with this header, and holes for values."""
+    """Write a safetensors file with this header, sparse in place of values."""
     entries, position = {}, 0
-    for name, (dtype, shape) in sorted(header.items(), key=lambda item: -SIZES[item[1][0]]):  # aligned, wide ones first
+    for name, (dtype, shape) in sorted(
+        header.items(), key=lambda item: -SIZES[item[1][0]]
+    ):  # wide dtypes first: aligned
         end = position + math.prod(shape) * SIZES[dtype]
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
         position = end
@@ -148,7 +150,7 @@ def write_sparse(path: Path, header: Header) -> None:
 
 
 class SparseWriter(Writer):
-    """Leaves holes where the others write, and says what a weight of zeros would have become."""
+    """A writer that leaves sparse files, and reports what a weight of zeros would have become."""
 
     def write(self, info: Any, quantizer: Any) -> Any:
         """See `Writer.write`."""
@@ -166,12 +168,12 @@ def _of_zeros(shape: tuple[int, int], dtype: str) -> Quantized:
 
 
 def work(source: str, out: str, part: str, format: str) -> None:
-    """One process: a part of the weight files, or with part 0 their end."""
+    """Run one process: it writes a part of the weight files, or with part 0 finalizes them."""
     start = time.perf_counter()
     if part == "0":
         finalize(out)
     else:
-        os.posix_fallocate = lambda *_: None  # or the disk would have to be as large as the model
+        os.posix_fallocate = lambda *_: None  # otherwise the disk would have to be as large as the model
         shutil.disk_usage = lambda _: SimpleNamespace(free=2**60)  # type: ignore[assignment,return-value]
         write.Writer = SparseWriter  # type: ignore[misc]
         convert(source, out, part=part, format=format)
@@ -179,7 +181,7 @@ def work(source: str, out: str, part: str, format: str) -> None:
 
 
 def convert_by(workers: int, source: Path, out: Path, format: str, at_once: int) -> dict[str, Any]:
-    """Parts by so many processes, some at once, and the end: seconds and MiB of the slowest and the largest."""
+    """Convert in parts, several at a time, and finalize: seconds of the slowest process and MiB of the largest."""
 
     def run(part: str) -> tuple[float, float]:
         command = [sys.executable, "-m", "benchmarks.deepseek", "--do", str(source), str(out), part, "--format", format]
@@ -210,7 +212,7 @@ def convert_by(workers: int, source: Path, out: Path, format: str, at_once: int)
 
 
 def simulate(folder: Path, layers: int, experts: int, format: str, workers: list[int], at_once: int) -> dict[str, Any]:
-    """Make the headers, plan, convert without arithmetic, and say what it took."""
+    """Write the headers, plan, convert without arithmetic, and return time and memory."""
     source = folder / "DeepSeek-V3"
     make(source, layers, experts)
     start = time.perf_counter()
@@ -232,7 +234,7 @@ def simulate(folder: Path, layers: int, experts: int, format: str, workers: list
 
 
 def main() -> None:
-    """Measure, and print what it took."""
+    """Measure, and print time and memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=61)
     parser.add_argument("--experts", type=int, default=256)

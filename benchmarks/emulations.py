@@ -1,4 +1,4 @@
-"""Int8 layers that compute otherwise while a block runs: more of a token exact, or by the decode path at any length."""
+"""Emulations of other int8 layers during a block: more exact elements per token, or the decode path at any length."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from quantize8.ops.reference import DECODE_TOKENS
 
 @contextlib.contextmanager
 def exact(model: Any, top: int) -> Iterator[None]:
-    """The `top` largest elements of each token, beside the stored columns, exactly: emulated."""
+    """Emulate computing the `top` largest elements of each token exactly, in addition to the stored columns."""
 
     def wrapped(layer: Int8Linear, x: Tensor) -> Tensor:
         known = torch.zeros(layer.in_features, dtype=torch.bool)
@@ -33,7 +33,7 @@ def exact(model: Any, top: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def decode(model: Any, only: str = "") -> Iterator[None]:
-    """The decode path for any number of tokens, in layers whose names hold `only`."""
+    """Use the decode path for any number of tokens, in layers whose names contain `only`."""
 
     def wrapped(layer: Int8Linear, x: Tensor) -> Tensor:
         few = x.reshape(-1, layer.in_features).split(DECODE_TOKENS)
@@ -44,7 +44,7 @@ def decode(model: Any, only: str = "") -> Iterator[None]:
 
 
 def int8_layers(model: Any) -> dict[str, nn.Module]:
-    """Ours and those of bitsandbytes, by name."""
+    """The int8 layers of quantize8 and of bitsandbytes, by name."""
     return {
         name: module
         for name, module in model.named_modules()

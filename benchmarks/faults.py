@@ -1,9 +1,11 @@
-"""Conversions that are killed, and disks that fill, at random moments: what is left, and whether the next run goes on.
+"""Conversions that are killed, and disks that fill up, at random moments: what is left, and whether runs resume.
 
-Each kill is of a process of its own, by SIGKILL, at a moment between its first step and its last; some are killed
-several times. After each, no loader may open anything but a whole artifact; the same command then has to bring out
-the bytes of a run that nobody disturbed. Each full disk is a tmpfs of another size (mounting takes root), on which a
-conversion has to stop in one line; on the same one, grown, it goes on. One line a failure; exit code 1 if there is one.
+Each conversion is a process that is killed with SIGKILL at a moment between its first step and its last; some are
+killed several times. After each kill, no loader may open anything but a complete artifact, and the same command must
+then produce the bytes of an undisturbed run. Each full disk is a tmpfs of a different size (mounting needs root), on
+which a conversion must stop with a one-line error; when the tmpfs has grown, it must resume. Each failure is printed on
+one line, and the exit code is 1 if there is any.
+
 Run: python -m benchmarks.faults [--kills 100] [--stores 20] [--disks 20] [--seed 0] [--folder FOLDER]
 """
 
@@ -48,7 +50,7 @@ print("done", flush=True)
 
 
 def main() -> None:
-    """Make a model, do both series, print what came of them."""
+    """Generate a model, run all series, and print their results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--stores", type=int, default=20, help="conversions to a store that are killed")
@@ -92,7 +94,7 @@ def main() -> None:
 
 
 def length_of(source: Path, out: Path) -> float:
-    """Seconds of a conversion by a process as they are killed."""
+    """Seconds of an undisturbed conversion in a process like those that are killed."""
     process, start = begin(source, out), time.perf_counter()
     assert process.stdout and process.stdout.readline() == b"done\n"
     seconds = time.perf_counter() - start
@@ -102,9 +104,10 @@ def length_of(source: Path, out: Path) -> float:
 
 
 def kill_and_resume(source: Path, whole: Path, out: Path, moments: list[float]) -> Counter[str]:
-    """Kill a conversion after each of so many seconds, one after the other, then convert; how each kill left it.
+    """Kill a conversion at each of these moments (in seconds), one after the other, then convert without a kill.
 
-    AssertionError where a loader opens what is not whole, or the artifact is not that of `whole`.
+    Returns the number of each state that the kills left. Raises AssertionError if a loader opens an incomplete
+    artifact, or the artifact differs from `whole`.
     """
     found = Counter[str]()
     before = digests(source)
@@ -125,7 +128,7 @@ def kill_and_resume(source: Path, whole: Path, out: Path, moments: list[float]) 
 
 
 def kill_and_resume_to_a_store(source: Path, whole: Path, out: Path, moments: list[float]) -> Counter[str]:
-    """The same for a conversion to a folder as a store; files are copied there, so a kill also leaves torn ones."""
+    """The same for a folder used as a store; files are copied there, so a kill can also leave partial ones."""
     found, address, expected = Counter[str](), f"local://{out}", digests(whole)
     for seconds in moments:
         begin_and_kill(source, address, seconds)
@@ -140,14 +143,14 @@ def kill_and_resume_to_a_store(source: Path, whole: Path, out: Path, moments: li
             assert lacks <= {MANIFEST_NAME}, f"config.json is there before {lacks}"
         else:
             assert not opens(out), "a loader opens it"
-    with suppress(OutputError):  # it exists; what was kept until the end goes now
+    with suppress(OutputError):  # the artifact exists; this removes the leftovers
         found["tensors kept"] += convert(str(source), address, max_shard_size=SHARD_SIZE).kept
     assert digests(out) == expected, "the artifact differs"
     return found
 
 
 def begin_and_kill(source: Path, out: Path | str, seconds: float) -> None:
-    """A conversion that is killed after so many seconds."""
+    """Start a conversion and kill it after `seconds`."""
     process = begin(source, out)
     time.sleep(seconds)
     process.send_signal(signal.SIGKILL)
@@ -155,7 +158,7 @@ def begin_and_kill(source: Path, out: Path | str, seconds: float) -> None:
 
 
 def state_of(out: Path) -> str:
-    """What a killed conversion has left: absent, resumable or complete; AssertionError where it can be mistaken."""
+    """What a killed conversion left: absent, resumable or complete. AssertionError if a loader accepts the rest."""
     if out.exists():
         verify(out)
         return "complete"
@@ -166,7 +169,7 @@ def state_of(out: Path) -> str:
 
 
 def opens(folder: Path) -> bool:
-    """Whether a loader takes a folder for a model: transformers', verify, run, or the one of checkpoints."""
+    """Whether any loader accepts a folder as a model: transformers, verify, run, or the checkpoint reader."""
     from transformers import AutoModelForCausalLM
 
     calls = (
@@ -185,10 +188,10 @@ def opens(folder: Path) -> bool:
 
 
 def fill_disks(source: Path, whole: Path, disk: Path, count: int, failures: list[str]) -> Counter[str]:
-    """Convert onto file systems of `count` sizes that are too small, and again when they have grown."""
+    """Convert onto `count` file systems of sizes that are too small, and again after they have grown."""
     found = Counter[str]()
     output = sum(path.stat().st_size for path in whole.iterdir())
-    few = count // 2  # stop where space is reserved; the others at the journals and the small files
+    few = count // 2  # these stop when space is reserved; the others at the journals and the small files
     sizes = [output * (i + 1) // (few + 1) for i in range(few)]
     sizes += [output - 60_000 + 100_000 * i // (count - few) for i in range(count - few)]
     disk.mkdir()
@@ -230,7 +233,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def begin(source: Path, out: Path | str) -> subprocess.Popen[bytes]:
-    """A process that has loaded all it needs and now begins to convert."""
+    """Start a process that has imported everything it needs and now begins to convert."""
     command = [sys.executable, "-c", WARMED, str(source), str(out), SHARD_SIZE]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin and process.stdout

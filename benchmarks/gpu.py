@@ -1,7 +1,7 @@
-"""On a machine with an NVIDIA GPU: are the kernels right, and how fast are they? `make gpu`. Needs no network.
+"""For a machine with an NVIDIA GPU (`make gpu`): are the kernels correct, and how fast are they? Needs no network.
 
-Parts run in order of what matters and each is written to the results file as it ends, so a run that is cut short keeps
-what it has. The tables come last.
+The parts run in order of importance. Each is written to the results file when it ends, so that an interrupted run keeps
+its results. The tables come last.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _GPUS = {"H200": "h200", "H100": "h100", "A100": "a100"}
 
 
 def main() -> int:
-    """Run all parts, or with --small only the checks on tiny shapes; 0 where every check holds."""
+    """Run all parts, or with --small only the checks on tiny shapes. Returns 0 if every check passes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="only the checks, on tiny shapes (for compute-sanitizer)")
     parser.add_argument("--out", type=Path, default=None, help="results file")
@@ -50,7 +50,7 @@ def main() -> int:
 
 
 def run(device: torch.device, results: Results, left: Any, sizes: dict[str, Any] | None = None) -> None:
-    """All parts, while there is time `left()` in seconds. sizes: other shapes, for a rehearsal."""
+    """Run all parts while `left()` seconds remain. `sizes` replaces the shapes, for a test without a GPU."""
     sizes = sizes or {}
     for part, rows in (
         ("checks", lambda: gpu_checks.run(device, small=bool(sizes))),
@@ -69,14 +69,14 @@ def run(device: torch.device, results: Results, left: Any, sizes: dict[str, Any]
                 if left() <= 0:
                     results.add("cut_short_in", part)
                     return
-        except Exception as error:  # the other parts are still worth having
+        except Exception as error:  # the other parts are still useful
             results.add(f"{part}_failed", f"{type(error).__name__}: {error}".splitlines()[0])
             print(part, "failed:", error, flush=True)
     results.add("finished", True)
 
 
 def tables(values: dict[str, Any]) -> list[str]:
-    """The results as text: checks, ceilings, and each time with what it is compared to."""
+    """The results as text: checks, limits of the GPU, and each time beside what it is compared to."""
     marks = {True: "ok ", None: "-- ", False: "BAD"}
     lines = [f"{marks[check['ok']]} {check['check']}: {check['wrong'] or ''}" for check in values["checks"]]
     lines += [f"sanitizer {row['tool']}: {row['result']}" for row in values.get("sanitizer", [])]
@@ -108,9 +108,9 @@ def _small(device: torch.device) -> int:
 
 
 def _sanitize(left: Any) -> Any:
-    """The checks once more under each of compute-sanitizer's tools, in processes of their own."""
+    """Run the checks again under each tool of compute-sanitizer, in separate processes."""
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or bounds would be those of torch's pool
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # otherwise bounds are those of torch's pool
     for tool in SANITIZERS if program else ():
         command = [
             str(program),
@@ -139,7 +139,7 @@ def _copy_rate(results: Results) -> float:
 
 
 def _layers(device: torch.device) -> int:
-    """All 32 where the bfloat16 stack and its head fit with room to spare, else 8."""
+    """All 32 layers if the bfloat16 stack and its head fit with room to spare, otherwise 8."""
     return 32 if torch.cuda.mem_get_info(device)[0] > 40 * 2**30 else 8
 
 

@@ -1,7 +1,7 @@
-"""The kernels on a real GPU against the reference: integers, scales and statistics bit for bit, products to rounding.
+"""The kernels on a real GPU against the reference: integers, scales, statistics bit for bit, products up to rounding.
 
-Every shape that a kernel treats differently is here, each path of the dispatch is forced, and outputs start as NaN or
-as the largest integer. Each check returns what is wrong, or nothing.
+Every shape that a kernel treats differently is included, each dispatch path is forced, and outputs are initialized to
+NaN or to the largest integer. Each check returns what is wrong, or None.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ ROUNDING = 1.05
 ROW_SHAPES = ((1, 1), (5, 8), (200, 129), (70, 4096), (9, 4104), (130, 14336), (3, 32768), (2, 53248))
 PRODUCT_SHAPES = ((20, 72, 64, 3), (130, 137, 208, 21), (33, 131, 16, 16), (257, 4096, 1040, 40), (2048, 1024, 4096, 6))
 DECODE_SHAPES = ((1, 4096, 4096), (3, 17, 2064), (8, 1000, 16), (16, 14336, 4096), (9, 21, 4112))
-ODD_SHAPES = ((20, 33, 101, 9), (300, 40, 100, 4))  # that the fallback takes on every GPU
+ODD_SHAPES = ((20, 33, 101, 9), (300, 40, 100, 4))  # shapes for the fallback kernel on every GPU
 
 
 def run(device: torch.device, small: bool = False) -> Iterator[dict[str, Any]]:
-    """Each check's name, whether it holds, what is wrong, and how long it took. small: tiny shapes only."""
+    """Run the checks: name, whether it passes, what is wrong, and seconds of each. `small`: tiny shapes only."""
     checks: list[tuple[str, Callable[[torch.device, bool], str | None]]] = [
         ("quantize_rowwise and column_stats", check_rowwise),
         ("dequantize", check_dequantize),
@@ -58,7 +58,7 @@ def run(device: torch.device, small: bool = False) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """torch.empty gives NaN and the largest integers, so an output that nobody wrote is seen."""
+    """Make torch.empty return NaN and the largest integers, so that unwritten outputs are detected."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -78,7 +78,7 @@ def numpy(tensor: torch.Tensor) -> Any:
 
 
 def weight_of(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """Outlier columns, a zero row, values at half the row's absmax (where the order of rounding decides)."""
+    """A weight with outlier columns, a zero row, and values at half the absmax of a row, where rounding order matters."""
     random = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=random) * 0.02
     weight[:, :: max(1, columns // 3)] *= 30
@@ -99,14 +99,14 @@ def tokens_of(tokens: int, columns: int, dtype: torch.dtype, outliers: int, seed
 
 
 def layer_of(out_features: int, in_features: int, device: torch.device) -> tuple[Int8Weight, Int8Weight]:
-    """The same layer on the GPU and for the reference."""
+    """The same layer for the GPU and for the reference."""
     codes, absmax = reference.quantize_rowwise(numpy(weight_of(out_features, in_features, torch.float16)))
     there = Int8Weight(torch.from_numpy(codes).to(device), torch.from_numpy(absmax).to(device))
     return there, Int8Weight(codes, absmax)
 
 
 def error_over_rounding(y: torch.Tensor, exact: np.ndarray[Any, Any]) -> float:
-    """Distance from the exact product over that of the exact product rounded to y's dtype, and of float32 sums."""
+    """Error of y relative to the error of rounding the exact product to the dtype of y and of float32 sums."""
     rounded = torch.from_numpy(exact).to(y.dtype).double().numpy()
     floor = np.linalg.norm(rounded - exact) + 2e-7 * np.linalg.norm(exact)
     return float(np.linalg.norm(y.double().cpu().numpy() - exact) / floor)
@@ -204,7 +204,7 @@ def product_is_wrong(
 
 @contextlib.contextmanager
 def forced_tile(tile: kernels.Tile) -> Iterator[None]:
-    """Products in one tile, whatever their size asks for."""
+    """Force one tile shape for products of any size."""
     chosen = kernels.choose_tile
     kernels.choose_tile = lambda *_: tile
     try:

@@ -1,9 +1,9 @@
-"""How fast the kernels are: quantizing against a device copy; linear layers and a Llama-3-8B-shaped stack against
+"""Speed of the kernels: quantizing against a device copy; linear layers and a stack shaped like Llama-3-8B against
 cuBLAS in float16 and bfloat16, and against bitsandbytes.
 
-Ours and cuBLAS are timed as CUDA graphs. bitsandbytes reads results back on the host in the middle of a layer, so it
-cannot be captured, and is timed as programs call it. All on random data, with weights in rotation so that they come
-from memory, and NaN never.
+quantize8 and cuBLAS are timed as CUDA graphs. bitsandbytes reads results back on the host in the middle of a layer, so
+it cannot be captured, and is timed launch by launch. All data is random and free of NaN; weights rotate so that they
+are read from memory.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ LINEAR_SHAPES = ((4096, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096
 TOKENS = (1, 4, 16, 64, 256, 2048, 8192)
 OUTLIERS = (0, 6, 64)
 DTYPES = (torch.float16, torch.bfloat16)
-_LEAST, _MOST = 4, 16  # weights in turn
+_LEAST, _MOST = 4, 16  # number of weights in rotation
 
 
 def ceilings(device: torch.device, size: int = 8192, copy_bytes: int = 2**30) -> dict[str, Any]:
-    """What the card can do, measured: bytes of a copy (read and written) and operations of a product, a second."""
+    """Measured limits of the GPU: bytes per second of a copy (read and written), operations per second of a product."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     p, q = (torch.randint(-127, 128, (size, size), device=device, dtype=torch.int8) for _ in range(2))
     source = torch.empty(copy_bytes, dtype=torch.int8, device=device).random_(-127, 127)
@@ -44,7 +44,7 @@ def ceilings(device: torch.device, size: int = 8192, copy_bytes: int = 2**30) ->
 def quantizing(
     device: torch.device, copy_rate: float, shapes: tuple[tuple[int, int], ...] = QUANTIZE_SHAPES
 ) -> Iterator[dict[str, Any]]:
-    """Bytes that must move (read the weight, write codes) over the time, as a share of a copy's rate."""
+    """Bytes that must move (read the weight, write codes) per second, as a share of the rate of a copy."""
     for rows, columns in shapes:
         for dtype in (*DTYPES, torch.float32):
             weights = _weights(rows, columns, dtype, device)
@@ -64,7 +64,7 @@ def quantizing(
 def linears(
     device: torch.device, shapes: tuple[tuple[int, int], ...] = LINEAR_SHAPES, tokens: tuple[int, ...] = TOKENS
 ) -> Iterator[dict[str, Any]]:
-    """Microseconds of a layer [N, K] on M tokens, activations quantized on the way, and by outlier columns."""
+    """Microseconds of a layer [N, K] on M tokens, including the quantization of activations, by outlier columns."""
     for out_features, in_features in shapes:
         for dtype in DTYPES:
             floats = _weights(out_features, in_features, dtype, device)
@@ -85,7 +85,7 @@ def linears(
 
 
 def stack(device: torch.device, layers: int, hidden: int = 4096, inner: int = 14336) -> Iterator[dict[str, Any]]:
-    """A Llama-3-8B-shaped stack: decode tokens/s at batch 1 and 16 with 512 tokens behind, and prefill of 2048."""
+    """A stack shaped like Llama-3-8B: decode tokens/s at batch 1 and 16 after 512 tokens, and prefill of 2048."""
     for kind in ("bfloat16", "float16", "quantize8 bfloat16", "quantize8 float16", "bitsandbytes float16"):
         dtype = torch.bfloat16 if "bfloat16" in kind else torch.float16
         peer = _bitsandbytes()
@@ -106,7 +106,7 @@ def stack(device: torch.device, layers: int, hidden: int = 4096, inner: int = 14
 
 
 def _linear_of(kind: str, device: torch.device) -> Callable[[torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
-    """From a float weight to the function of a layer."""
+    """A function that makes a layer of this kind from a float weight."""
 
     def ours(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         layer = Int8Weight(*gpu.quantize_rowwise(weight))
@@ -141,7 +141,7 @@ def _call(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
 
 
 def _weights(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
-    """Weights to take in turn: more of them than the caches hold."""
+    """Weights in rotation: more of them than the caches can hold."""
     count = max(_LEAST, -(-CACHE_BYTES // (rows * columns * dtype.itemsize)))
     return [torch.randn(rows, columns, device=device, dtype=dtype) * 0.02 for _ in range(min(count, _MOST))]
 

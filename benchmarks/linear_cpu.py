@@ -1,8 +1,8 @@
-"""Linear layers on a CPU: ours, and bitsandbytes' Linear8bitLt, against F.linear, from one process in turn.
+"""Linear layers on a CPU: quantize8 and bitsandbytes' Linear8bitLt against F.linear, interleaved in one process.
 
-Against float32 with float32 activations, and against bfloat16 with bfloat16 ones. Weights rotate over more memory than
-the caches hold, as in a model. 0.5% of the input columns are outliers. Where QUANTIZE8_UNIT forces a unit without
-AVX-512, torch is held to AVX2, too. Run: [QUANTIZE8_UNIT=avx2] python -m benchmarks.linear_cpu
+They are compared with float32 on float32 activations, and with bfloat16 on bfloat16 activations. Weights rotate over
+more memory than the caches hold, as in a model. 0.5% of the input columns are outliers. If QUANTIZE8_UNIT forces a unit
+without AVX-512, torch is limited to AVX2 as well. Run: [QUANTIZE8_UNIT=avx2] python -m benchmarks.linear_cpu
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ def measure(out_features: int, in_features: int, tokens: tuple[int, ...], rounds
             }
             if peers:
                 variants["bitsandbytes"] = lambda i, x=half: peers[i % len(peers)](x)
-            # each layer once before: it then keeps the outlier columns, which stay the same in a model
+            # each layer runs once before: it caches the outlier columns, which stay the same in a model
             times = interleaved(variants, rounds or max(7, min(50, 2000 // (m + 20))), warm=min(count, 12))
             rows.append({"N": out_features, "K": in_features, "M": m, "seconds": times})
     return rows
 
 
 def ratios(row: dict[str, Any]) -> list[float]:
-    """How many times as fast as float32, bfloat16 and bitsandbytes; the last where it is installed."""
+    """Speedup over float32, bfloat16 and, if it is installed, bitsandbytes."""
     seconds = {name: each["median"] for name, each in row["seconds"].items()}
     found = [seconds[base] / seconds[f"quantize8, {base}"] for base in BASES]
     if "bitsandbytes" in seconds:
@@ -78,12 +78,12 @@ def ratios(row: dict[str, Any]) -> list[float]:
 
 
 def cell(row: dict[str, Any]) -> str:
-    """The ratios of a row as a cell of a table, with as many digits as mean something."""
+    """The speedups of a row as a table cell, with the digits that are significant."""
     return "/".join(f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}" for ratio in ratios(row))
 
 
 def line(row: dict[str, Any]) -> str:
-    """One row as text: milliseconds, and the ratios."""
+    """One row as text: milliseconds and speedups."""
     cells = [f"{name} {s['median'] * 1e3:.2f} ms" for name, s in row["seconds"].items()]
     return f"{row['N']} x {row['K']}, M {row['M']}: {', '.join(cells)}: {cell(row)}"
 
@@ -96,7 +96,7 @@ def _packed(out_features: int, in_features: int) -> PackedWeight:
 def _bitsandbytes(weight: torch.Tensor) -> Any:
     import bitsandbytes as bnb
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every call that it casts to float16
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs at every call that it casts to float16
     layer = bnb.nn.Linear8bitLt(
         weight.shape[1], weight.shape[0], bias=False, has_fp16_weights=False, threshold=THRESHOLD
     )

@@ -1,4 +1,4 @@
-"""A GGUF file in llama.cpp itself, through the package xllamacpp, asked over its local server."""
+"""A GGUF file in llama.cpp itself, through the package xllamacpp and its local server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 class Server:
-    """A model in llama.cpp, which answers while this object lives."""
+    """A model in llama.cpp, which answers as long as this object exists."""
 
     def __init__(self, path: Path, context: int = 256, threads: int = 2) -> None:
         import xllamacpp
@@ -26,14 +26,14 @@ class Server:
         self.server = xllamacpp.Server(params)
 
     def ask(self, route: str, **body: Any) -> Any:
-        """The JSON that a route of the server answers."""
+        """The JSON response of a route of the server."""
         data, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
         request = urllib.request.Request(self.server.listening_address + route, data, kind)
         with urllib.request.urlopen(request) as answer:
             return json.load(answer)
 
     def tokens(self, text: str, **options: Any) -> list[int]:
-        """How llama.cpp cuts a text."""
+        """Token ids of a text, as llama.cpp tokenizes it."""
         found: list[int] = self.ask("/tokenize", content=text, **options)["tokens"]
         return found
 
@@ -50,14 +50,14 @@ class Server:
         return torch.tensor([found[number] for number in range(size)])
 
     def speed(self, ids: list[int], steps: int) -> tuple[float, float]:
-        """Tokens a second of the prompt, and of the greedy steps after it, by llama.cpp's own clock."""
+        """Tokens per second of the prompt and of the greedy steps after it, as llama.cpp measures them."""
         told = self.ask("/completion", prompt=ids, n_predict=steps, temperature=0, ignore_eos=True, cache_prompt=False)
         return told["timings"]["prompt_per_second"], told["timings"]["predicted_per_second"]
 
 
 @contextlib.contextmanager
 def served(path: Path, context: int = 256, threads: int = 2) -> Iterator[Server]:
-    """A server for a block of code."""
+    """A server during a block of code."""
     server = Server(path, context, threads)
     try:
         yield server

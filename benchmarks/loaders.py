@@ -1,7 +1,7 @@
-"""Every source format to every target format, opened by the target's own loader and by `quantize8.load`.
+"""Every source format to every target format, opened by the loader of the target and by `quantize8.load`.
 
 Each is compared with the weights of the artifact in float32, as quantize8 decodes them, in plain transformers. Models
-compute in float32, so that what is left is the loader's doing. Artifacts that are equal byte for byte are opened once.
+compute in float32, so that remaining differences come from the loader. Artifacts with equal bytes are opened once.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from quantize8.model.quantizer import Int8Quantizer
 from quantize8.resources import TEXT
 
 TOKENS = 48
-STEP = 8  # llama.cpp tells the logits after every so many tokens, as each takes a request
+STEP = 8  # llama.cpp is asked for logits after every this many tokens, because each takes a request
 TARGETS: dict[str, dict[str, str]] = {
     "bitsandbytes": {"format": "bitsandbytes"},
     "w8a8": {"format": "compressed-tensors"},
@@ -45,20 +45,20 @@ TARGETS: dict[str, dict[str, str]] = {
     "bfloat16": {"format": "bfloat16"},
     "float32": {"format": "float32"},
 }
-MOE_ALONE = "w8a8, moe transformers"  # is w8a8 where a model has no experts
+MOE_ALONE = "w8a8, moe transformers"  # equals w8a8 for a model without experts
 SOURCES = ("original", "bitsandbytes", "w8a8", "w8a16", "gguf", "bfloat16")
 KEYS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 CANNOT = "transformers joins experts into one tensor, and can only join packed ones: for it there is --moe transformers"
 
 EXACT = 1e-5  # float32 rounding, summed over the layers in another order
 SAME_WEIGHT = 1e-6  # a code times its scale: two roundings of float32, 6e-8 each
-INT8_INPUTS = 0.2  # they multiply int8 by int8: each input of a layer is rounded to 1/254 of its row's largest
-LEAST_TOP1, MOST_KL = 0.75, 0.2  # then also; the weights, where they can be asked, hold the line
+INT8_INPUTS = 0.2  # for int8 activations: each layer input is rounded to 1/254 of the largest of its row
+LEAST_TOP1, MOST_KL = 0.75, 0.2  # also for int8 activations; weights are compared exactly where the loader exposes them
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to convert: where it lies, what to feed it, and whether it has experts."""
+    """A model to convert: its location, its input, and whether it has experts."""
 
     name: str
     source: Path
@@ -67,19 +67,19 @@ class Subject:
     experts: bool = False
 
     def open(self, folder: Path, **options: Any) -> Any:
-        """The model of a folder in plain transformers."""
+        """Open a folder in plain transformers."""
         where = {"dtype": torch.float32, "device_map": "cpu", **options}
         return getattr(transformers, self.auto).from_pretrained(folder, **where)
 
     def original(self) -> Any:
-        """The source as transformers alone opens it."""
+        """The source as transformers itself opens it."""
         if self.source.is_file():
             settings = transformers.GgufConfig(dequantize=True)
             return self.open(self.source.parent, gguf_file=self.source.name, quantization_config=settings)
         return self.open(self.source)
 
     def outputs(self, model: Any) -> Tensor:
-        """What a model makes of the tokens, float32 [TOKENS, n]: logits, or the last hidden state."""
+        """Outputs of a model for the tokens, float32 [TOKENS, n]: logits, or the last hidden state."""
         with torch.inference_mode():
             found = model.eval()(self.ids)
         return found.last_hidden_state[0].float() if self.auto == "AutoModel" else found.logits[0].float()
@@ -105,7 +105,7 @@ def main() -> None:
 
 
 def subjects(folder: Path) -> list[Subject]:
-    """Models from PyPI packages, and random ones with experts made in a folder."""
+    """Models from PyPI packages, and random MoE models that are written to a folder."""
     from tests.making import mixtral, qwen3_moe
 
     smollm2 = Path(find_model())
@@ -127,8 +127,8 @@ def subjects(folder: Path) -> list[Subject]:
 
 
 def measure(subject: Subject, work: Path) -> list[dict[str, Any]]:
-    """A row for every source and target; works in a new folder, and removes it."""
-    truth = subject.outputs(subject.original())  # by transformers alone
+    """A row for every source and target. Works in a new folder, which is removed."""
+    truth = subject.outputs(subject.original())  # by transformers itself
     sources: dict[str, Path | None] = {"original": subject.source}
     known: dict[tuple[str, ...], dict[str, Any]] = {}
     rows = []
@@ -158,7 +158,7 @@ def measure(subject: Subject, work: Path) -> list[dict[str, Any]]:
 
 
 def judge(subject: Subject, target: str, out: Path, truth: Tensor, plain: Path | None = None) -> dict[str, Any]:
-    """Open an artifact both ways and compare with `plain`, its float32; `truth` is what the original gives."""
+    """Open an artifact both ways and compare with `plain`, its float32 version; `truth` is the output of the source."""
     if made := plain is None:
         plain = out.with_name("float32-of-it")
         convert(str(out), plain, workers=2, format="float32")
@@ -180,7 +180,7 @@ def judge(subject: Subject, target: str, out: Path, truth: Tensor, plain: Path |
             cell[name] = found
             if complaint := _complaint(found, name, target):
                 cell |= {"status": "fails", "reason": f"{name}: {complaint}"}
-        except Exception as error:  # whatever a loader raises is a result
+        except Exception as error:  # any error of a loader is a result
             cell[name] = {"error": _reason(error)}
             by_design = (target, name, subject.experts) == ("w8a8", "loader", True) and "conversion" in str(error)
             reason = CANNOT if by_design else f"{name}: {_reason(error)}"
@@ -191,7 +191,7 @@ def judge(subject: Subject, target: str, out: Path, truth: Tensor, plain: Path |
 
 
 def _complaint(found: dict[str, Any], name: str, target: str) -> str | None:
-    """What is wrong with a comparison; None where it is inside its bounds."""
+    """What is wrong with a comparison; None if it is within its bounds."""
     if found.get("keys"):
         return f"keys {found['keys']}"
     if "weights" in found and not found["weights"] <= SAME_WEIGHT:
@@ -205,15 +205,15 @@ def _complaint(found: dict[str, Any], name: str, target: str) -> str | None:
 
 
 def _theirs(subject: Subject, target: str, out: Path) -> dict[str, Any]:
-    """In transformers, with the package that it takes for the target."""
-    # asked for another dtype than the stored one, transformers 5.23 mixes the two where bitsandbytes is the quantizer
+    """Open in transformers, with the package that it uses for the target."""
+    # if a dtype other than the stored one is requested, transformers 5.23 with bitsandbytes mixes the two
     dtype = "auto" if target == "bitsandbytes" else torch.float32
     model, notes = subject.open(out, output_loading_info=True, dtype=dtype)
     return {"model": model, "keys": sorted(str(key) for kind in KEYS for key in notes[kind])}
 
 
 def _llama_cpp(subject: Subject, out: Path, expected: Tensor) -> dict[str, Any]:
-    """Of the logits after every STEP tokens; llama.cpp has no way to tell its weights."""
+    """Compare the logits after every STEP tokens; llama.cpp does not expose its weights."""
     (path,) = out.glob("*.gguf")
     lengths = range(STEP, TOKENS + 1, STEP)
     with served(path) as server:
@@ -223,7 +223,7 @@ def _llama_cpp(subject: Subject, out: Path, expected: Tensor) -> dict[str, Any]:
 
 
 def _compare(subject: Subject, expected: Tensor, reference: Any, model: Any) -> dict[str, Any]:
-    """How far a model's outputs are from those expected, and its weights from the reference's."""
+    """How far the outputs of a model are from those expected, and its weights from those of the reference."""
     got = subject.outputs(model)
     found = _outputs_apart(subject, got, expected)
     state = _weights(model, reference)
@@ -232,9 +232,9 @@ def _compare(subject: Subject, expected: Tensor, reference: Any, model: Any) -> 
 
 
 def _weights(model: Any, reference: Any) -> dict[str, Tensor]:
-    """The state of a model with its int8 weights as the numbers that they stand for, float32."""
+    """The state dict of a model in float32, with int8 weights dequantized."""
     if isinstance(getattr(model, "hf_quantizer", None), Int8Quantizer):
-        model = model.dequantize()  # compressed-tensors has done so on the first forward pass
+        model = model.dequantize()  # compressed-tensors does so in the first forward pass
     state: dict[str, Tensor] = model.state_dict()
     for module in [name.removesuffix(".SCB") for name in state if name.endswith(".SCB")]:  # of bitsandbytes
         values = state[f"{module}.weight"].float() * (state[f"{module}.SCB"][:, None] / 127)
@@ -244,7 +244,7 @@ def _weights(model: Any, reference: Any) -> dict[str, Tensor]:
 
 
 def _outputs_apart(subject: Subject, got: Tensor, expected: Tensor) -> dict[str, float]:
-    """Of logits [n, vocabulary], which mean the same with a number added to a row: each is taken less its mean."""
+    """Center logits [n, vocabulary]: a constant added to a row changes nothing, so the mean is subtracted."""
     if subject.auto == "AutoModel":
         return {"apart": _apart(got, expected)}
     ours, theirs = (functional.log_softmax(logits, -1) for logits in (expected, got))
@@ -256,25 +256,25 @@ def _outputs_apart(subject: Subject, got: Tensor, expected: Tensor) -> dict[str,
 
 
 def _apart(got: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over that of what was expected."""
+    """Norm of the difference divided by the norm of the expected values."""
     return float((got - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
 def _fingerprint(out: Path, target: str, conversion: Any) -> tuple[str, ...]:
-    """The same for artifacts that a loader cannot tell apart."""
+    """A digest that is equal for artifacts that a loader cannot distinguish."""
     manifest, config = conversion.manifest, out / "config.json"
     tensors = (f"{name} {record.dtype} {record.blake3}" for name, record in sorted(manifest.tensors.items()))
     return target, config.read_text() if config.exists() else "", *sorted(manifest.headers.values()), *tensors
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error, without the file that it begins with."""
+    """The first line of an error, without the file name at its start."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return line.partition(": ")[2] if isinstance(error, Quantize8Error) else f"{type(error).__name__}: {line}"
 
 
 def _package(name: str) -> Path:
-    found = importlib.util.find_spec(name)  # finds the package without running it
+    found = importlib.util.find_spec(name)  # finds the package without importing it
     assert found is not None and found.submodule_search_locations, f"{name} is not installed: make test installs it"
     return Path(found.submodule_search_locations[0])
 

@@ -1,4 +1,4 @@
-"""The results of `loaders` as lines of Markdown, for the terminal and for docs/loaders.md."""
+"""The results of `loaders` as Markdown, for the terminal and for docs/loaders.md."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Rows = list[dict[str, Any]]
 
 
 def table(rows: Rows) -> list[str]:
-    """A line for each model and target, a column for each source; targets with the same figures share a line."""
+    """A row for each model and target, a column for each source; targets with equal figures share a row."""
     sources = list(dict.fromkeys(row["source"] for row in rows))
     lines = [f"| model | target | {' | '.join(sources)} |", "|---" * (2 + len(sources)) + "|"]
     for model in dict.fromkeys(row["model"] for row in rows):
@@ -25,7 +25,7 @@ def table(rows: Rows) -> list[str]:
 
 
 def worst(rows: Rows) -> list[str]:
-    """Of each target, over all models and sources, the figures furthest from equality in either loader."""
+    """For each target, the figures furthest from equality over all models, sources and both loaders."""
     names = ("outputs", "top-1", "KL", "weights")
     lines = [f"| target | {' | '.join(names)} | {' | '.join(f'load: {name}' for name in names)} |", "|---" * 9 + "|"]
     cells = []
@@ -40,7 +40,7 @@ def worst(rows: Rows) -> list[str]:
 
 
 def reasons(rows: Rows) -> list[str]:
-    """Why cells are refused, or a loader cannot open them."""
+    """The reasons why conversions are refused or loaders fail."""
     found: dict[str, dict[str, dict[str, None]]] = {}
     for row in rows:
         if row["status"] in ("refused", "cannot"):
@@ -54,7 +54,7 @@ def reasons(rows: Rows) -> list[str]:
 
 
 def cell(row: dict[str, Any]) -> str:
-    """How far the outputs are apart, in percent, in the target's own loader / in quantize8.load."""
+    """Difference of the outputs in percent: in the loader of the target / in quantize8.load."""
     if "load" not in row:
         return "-" if row["status"] == "no source" else str(row["status"])
     figures = (_percent(row[name]["apart"]) if "apart" in row[name] else "cannot" for name in ("loader", "load"))
@@ -62,7 +62,7 @@ def cell(row: dict[str, Any]) -> str:
 
 
 def _joined(cells: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """(names, text) for (name, text), where several names have the same text."""
+    """Merge (name, text) pairs with equal text into (names, text)."""
     found: dict[str, list[str]] = {}
     for name, text in cells:
         found.setdefault(text, []).append(name)

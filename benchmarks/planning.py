@@ -1,4 +1,4 @@
-"""How near plans are: `quantize8 plan` and then `quantize8 convert`, in turn, each in a process of its own.
+"""The accuracy of plans: `quantize8 plan` and then `quantize8 convert`, in turn, each in a separate process.
 
 Run: python -m benchmarks.planning CHECKPOINT ... [--rounds 5] [--options "--scale mse"]
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 
 def call(command: str, source: str, out: Path, options: list[str]) -> tuple[dict[str, Any], float]:
-    """What a command says as JSON, and its peak memory in MiB."""
+    """The JSON output of a command, and its peak memory in MiB."""
     words = [sys.executable, "-m", "quantize8", command, source, "--out", str(out), "--json", *options]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -29,7 +29,7 @@ def call(command: str, source: str, out: Path, options: list[str]) -> tuple[dict
 
 
 def main() -> None:
-    """Print medians of what was predicted, and of what it took."""
+    """Print the medians of predicted and measured values."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="+")
     parser.add_argument("--rounds", type=int, default=5)

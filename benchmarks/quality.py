@@ -1,10 +1,11 @@
-"""What int8 costs a model in quality, and what wins it back at what cost: every mode, and bitsandbytes itself.
+"""What int8 costs a model in quality, and what each remedy gains and costs: every mode, and bitsandbytes itself.
 
-A text's first tokens are scored against the float32 model; columns, scales and smoothing are chosen on other text. All
-models compute in float32, so that what is left is int8's doing. The cost of a variant is the time of the linear layers
-of three blocks at prefill, over that of plain int8, which corrects no outlier; least of interleaved rounds.
+The first tokens of a text are scored against the float32 model; columns, scales and smoothing are chosen on other text.
+All models compute in float32, so that remaining differences come from int8. The cost of a variant is the time of the
+linear layers of three blocks at prefill, divided by that of plain int8, which corrects no outliers; the minimum of
+interleaved rounds is used.
 
-Run: python -m benchmarks.quality [--model GGUF_OR_FOLDER --name NAME], some 10 minutes for SmolLM2
+Run: python -m benchmarks.quality [--model GGUF_OR_FOLDER --name NAME], about 10 minutes for SmolLM2
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from quantize8.model.loading import find_tokenizer, quiet
 from quantize8.model.scoring import Pairs, compare
 from quantize8.resources import TEXT
 
-TOKENS, CONTEXT = 2048, 1024  # scored in two windows; what follows in the text is for calibration
+TOKENS, CONTEXT = 2048, 1024  # scored in two windows; the text after them is for calibration
 ROUNDS, TIMED_TOKENS = 15, 512
-ALPHA = 0.5  # of smoothing, SmoothQuant's own
+ALPHA = 0.5  # of smoothing, the value of SmoothQuant
 Wrap = Callable[[Any], contextlib.AbstractContextManager[None]]
 
 
@@ -52,11 +53,11 @@ class Variant:
     made: dict[str, Any]
     mode: str | None = "dynamic"
     threshold: float | None = None
-    wrap: Wrap | None = None  # changes the layers while it is scored; then it has no cost of its own to measure
+    wrap: Wrap | None = None  # changes the layers during scoring; such a variant has no cost of its own to measure
 
 
 def variants() -> list[Variant]:
-    """Bitsandbytes first, to which all others are compared."""
+    """All variants; the first is bitsandbytes, which the others are compared with."""
     plain: dict[str, Any] = {}
     auto, mse = {"calibrate": True}, {"calibrate": True, "scale": "mse"}
     rows = [
@@ -108,7 +109,7 @@ def main() -> None:
 
 def measure(source: str, folder: Path, chosen: list[Variant]) -> dict[str, Any]:
     """The figures of each variant, by name."""
-    if source.endswith(".gguf"):  # the same numbers, read faster so many times
+    if source.endswith(".gguf"):  # the same values, but faster to read many times
         source = str(convert(source, folder / "source", format="float16").out)
     ids, calibration = texts(source, folder)
     reference, _ = load(source, "cpu", dtype="float32")
@@ -137,7 +138,7 @@ def measure(source: str, folder: Path, chosen: list[Variant]) -> dict[str, Any]:
 
 
 def texts(source: str, folder: Path) -> tuple[Tensor, Path]:
-    """Token ids to score, and a file with the text that follows them."""
+    """Token ids to score, and a file with the text after them."""
     with quiet():
         tokenizer = find_tokenizer(open_checkpoint(source))
         encoded = tokenizer(TEXT.read_text(), return_offsets_mapping=True, return_tensors="pt")
@@ -148,7 +149,7 @@ def texts(source: str, folder: Path) -> tuple[Tensor, Path]:
 
 
 class Artifacts:
-    """Artifacts by the options they were made with, each made once."""
+    """Artifacts by the options that they were converted with, each converted once."""
 
     def __init__(self, source: str, folder: Path, calibration: Path) -> None:
         self._source, self._folder, self._calibration = source, folder, calibration
@@ -177,7 +178,7 @@ class Artifacts:
 
 
 def figures(pairs: Pairs) -> dict[str, Any]:
-    """KL in nats a token, top-1 agreement and perplexities."""
+    """KL divergence in nats per token, top-1 agreement, and perplexities."""
     return {
         "kl": round(float(pairs.kl.mean()), 6),
         "median": round(float(np.median(pairs.kl)), 8),
@@ -190,7 +191,7 @@ def figures(pairs: Pairs) -> dict[str, Any]:
 
 
 def costs(layers: dict[str, dict[str, nn.Module]], inputs: dict[str, Tensor]) -> dict[str, float]:
-    """Time of each variant's layers over plain int8's."""
+    """Time of the layers of each variant divided by that of plain int8."""
     base = "plain int8, no outliers"
     if base not in layers:
         return {}
@@ -198,8 +199,8 @@ def costs(layers: dict[str, dict[str, nn.Module]], inputs: dict[str, Tensor]) ->
     with torch.inference_mode():
         for module, x in inputs.items():
             times: dict[str, list[float]] = {name: [] for name in layers}
-            for _ in range(ROUNDS + 1):  # the first packs and compiles
-                names = random.sample(list(layers), len(layers))  # each follows any other: caches are left alike
+            for _ in range(ROUNDS + 1):  # the first round packs and compiles
+                names = random.sample(list(layers), len(layers))  # random order: caches favor no variant
                 for name, own in ((name, layers[name]) for name in names):
                     start = time.perf_counter()
                     own[module](x)
@@ -210,7 +211,7 @@ def costs(layers: dict[str, dict[str, nn.Module]], inputs: dict[str, Tensor]) ->
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """The rows in Markdown."""
+    """The rows as Markdown."""
     smallest = min(row["bytes"] for row in rows.values())
     lines = [
         "| | KL | of bitsandbytes' | 99% | top-1 | perplexity | time | bytes |",

@@ -1,9 +1,10 @@
-"""An int8 artifact in the compressed-tensors format, served by vLLM on a CPU and asked through the `openai` client.
+"""An int8 artifact in the format compressed-tensors, served by vLLM on a CPU and queried through the `openai` client.
 
-Converts SmolLM2-135M-Instruct (from its PyPI package), starts vLLM's OpenAI-compatible server, which lives in a virtual
-environment of its own, asks a few questions greedily, and asks `quantize8.run` the same where it opens the artifact.
-Answers part at the first near tie, so a text is scored, too: its perplexity from vLLM beside that from the source.
-Results go to results/serve-vllm.json. Exit code 1 where a server does not start; the end of its log is shown then.
+Converts SmolLM2-135M-Instruct (from its PyPI package), starts the OpenAI-compatible server of vLLM in a separate
+virtual environment, asks a few questions greedily, and asks `quantize8.run` the same if it can open the artifact.
+Answers diverge at the first near tie, so a text is scored as well: its perplexity from vLLM and from the source.
+Results go to results/serve-vllm.json. If a server does not start, the end of its log is shown and the exit code is 1.
+
 Run: python -m benchmarks.serve_vllm [--venv FOLDER] [--scheme SCHEME ...] [--artifact FOLDER ...]
 """
 
@@ -40,9 +41,9 @@ QUESTIONS = (
     ("completion", "To make a cup of tea, first"),
     ("chat", "Name three planets of the solar system."),
 )
-CHARACTERS = 1800  # of the text to score: some 400 tokens
+CHARACTERS = 1800  # length of the text to score: about 400 tokens
 CLIENT = Path(__file__).with_name("openai_questions.py")
-CHOICE = re.compile(r"CompressedTensors\w+|\w*Kernel\b")  # names of vLLM's schemes and kernels
+CHOICE = re.compile(r"CompressedTensors\w+|\w*Kernel\b")  # names of schemes and kernels in vLLM
 
 
 def main() -> None:
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--scheme", nargs="+", choices=SCHEMES, default=["w8a8"], help="to convert to, one or both")
     parser.add_argument("--artifact", nargs="+", type=Path, help="serve these folders instead; nothing is converted")
     asked = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # an exception, so that the server is ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # an exception, so that the server is stopped as well
     python = vllm_server.install(asked.venv)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -73,7 +74,7 @@ def _converted(schemes: list[str], work: Path) -> Iterator[Path]:
 
 
 def measure(python: Path, model: Path, work: Path) -> dict[str, Any]:
-    """What one artifact's server answered, or the end of its log."""
+    """The answers of the server of one artifact, or the end of its log."""
     log = work / "server.log"
     format_ = json.loads((model / "config.json").read_text())["quantization_config"]["format"]
     row: dict[str, Any] = {"model": model.name, "format": format_, "served": False}
@@ -104,14 +105,14 @@ def questions(python: Path, url: str) -> dict[str, Any]:
         text=True,
         env=vllm_server.environment(NO_PROXY="127.0.0.1", no_proxy="127.0.0.1"),
     )
-    if process.returncode:  # its own error stands above, on stderr
+    if process.returncode:  # its own error is above, on stderr
         raise vllm_server.ServerError([f"the client ended with exit code {process.returncode}"])
     answered: dict[str, Any] = json.loads(process.stdout)
     return answered
 
 
 def choices(log: str) -> list[str]:
-    """Messages of the log that name a scheme or a kernel for the weights, each once, without time and process."""
+    """Distinct log messages that name a scheme or kernel for the weights, without time and process."""
     messages = [vllm_server.message(line) for line in log.splitlines() if CHOICE.search(line)]
     return list(dict.fromkeys(messages))
 
@@ -123,7 +124,7 @@ def score(model: str) -> dict[str, Any]:
 
 
 def beside(model: Path, row: dict[str, Any]) -> str:
-    """Add what quantize8 answers, and its score of the text; says how many are the same, or why none were asked."""
+    """Add the answers and the text score of quantize8; reports how many are equal, or why it was not asked."""
     answers = row["answers"]
     try:
         for answer in answers:

@@ -1,4 +1,4 @@
-"""A stack of Llama-3-8B's shapes on random weights, with any linear layer put in: for timing, not for text."""
+"""A stack with the shapes of Llama-3-8B on random weights, with any kind of linear layer: for timing, not for text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VOCABULARY = 128256
 
 
 class Stack:
-    """Layers of attention and gated MLP, and an output head that stays in float."""
+    """Layers of attention and gated MLP, and an output head in float."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class Stack:
         self.dtype, self.device = dtype, device
 
     def decode(self, batch: int, past: int) -> Callable[[], Tensor]:
-        """One step of generation: a token a sequence, over `past` tokens of keys and values already there."""
+        """One decode step: one token per sequence, with `past` tokens in the key-value cache."""
         x = torch.randn(batch, 1, self.hidden, device=self.device, dtype=self.dtype)
         shape = (2, batch, self.keys, past, HEAD)
         caches = [torch.randn(shape, device=self.device, dtype=self.dtype) for _ in self.layers]

