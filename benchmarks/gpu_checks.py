@@ -78,7 +78,7 @@ def numpy(tensor: torch.Tensor) -> Any:
 
 
 def weight_of(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """A weight with outlier columns, a zero row, and values at half the absmax of a row, where rounding order matters."""
+    """A weight with outlier columns, a zero row, and values at half the absmax of a row (rounding order matters)."""
     random = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=random) * 0.02
     weight[:, :: max(1, columns // 3)] *= 30

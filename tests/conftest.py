@@ -1,4 +1,4 @@
-"""Real models for the tests, out of PyPI packages: opened once, never changed. See the Makefile for their set-up."""
+"""Real models for the tests, from PyPI packages: opened once, never changed. The Makefile installs them."""
 
 import importlib.util
 import os

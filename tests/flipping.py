@@ -1,4 +1,4 @@
-"""Single flipped bits in artifacts of three formats, each of which `verify` must find."""
+"""Single flipped bits in artifacts of three formats; `verify` must find each of them."""
 
 import random
 import shutil

@@ -3,7 +3,8 @@
     python -m tests.fuzz READER --runs 1000000 --corpus corpus
     python -m tests.fuzz flips --runs 1000
 
-An input that is a finding is left in the folder `findings`. The executions are added to tests/corpus/executions.json.
+An input that triggers a finding is written to the folder `findings`. The number of executions is added to
+tests/corpus/executions.json.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Every reader of foreign bytes as a target for fuzzers, and the rule that all keep: a result, or one line.
+"""Every reader of untrusted bytes as a fuzzing target, and the rule for all of them: a result, or an error of one line.
 
-`attempt` runs one input through one reader. tests/test_fuzz.py replays the kept inputs and a short seeded run through
-it, tests/fuzz.py runs longer ones.
+`attempt` runs one input through one reader. tests/test_fuzz.py replays the stored inputs and a short seeded run through
+it; tests/fuzz.py does longer runs.
 
-An input begins with a byte that says how it is meant: 0, the rest is the file as it is; else the rest describes a file
-whose lengths, checksums and digests come out right, as most random bytes do not.
+The first byte of an input says how to interpret the rest. 0: the rest is the file itself. Otherwise, the rest describes
+a file with correct lengths, checksums and digests, which most random bytes do not have.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Tiny models of the families that GGUF is written for, and whole GGUF files: by our writer's parts, or by llama.cpp's.
+"""Tiny models of the architectures that can be written as GGUF, and complete GGUF files from our writer or llama.cpp.
 
-`TinyGguf` is a model as llama.cpp's own package writes it, to be changed before it is written, and split if need be.
+`TinyGguf` is a model as the package of llama.cpp writes it; it can be changed before it is written, and split.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""A Hugging Face hub on this machine: models in folders, large files from a content server, uploads, and all failures.
+"""A local Hugging Face hub: models in folders, large files from a content server, uploads, and all kinds of failures.
 
-What it answers follows the real hub's API as huggingface_hub asks for it. `Hub` holds the models and how the server
-misbehaves; every request is in its log. The content server is the same one under another host name.
+Its responses follow the API of the real hub as huggingface_hub uses it. `Hub` has the models and how the server
+misbehaves; every request is in its log. The content server is the same server under another host name.
 """
 
 import base64

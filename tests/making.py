@@ -1,4 +1,4 @@
-"""Tiny checkpoints on disk, with the values that quantizers get wrong in them."""
+"""Tiny checkpoints on disk, with the values that quantizers often get wrong."""
 
 import json
 from collections.abc import Callable

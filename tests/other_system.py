@@ -1,7 +1,7 @@
-"""A conversion in parts, after one that stopped, on an imitation of another system: FEATURES SOURCE OUT.
+"""Resume a stopped conversion in parts, on an imitation of another operating system: FEATURES SOURCE OUT.
 
-`posix` is Linux as it is. `bare` has no fcntl, no resource, no functions of `os` that only some systems have, and no C
-library to ask. `windows` also moves and removes no file that is open, and opens no folder.
+`posix` is Linux, unchanged. `bare` has no fcntl, no resource, none of the functions of `os` that only some systems
+have, and no C library to call. `windows` additionally cannot move or remove open files, and cannot open folders.
 """
 
 import builtins

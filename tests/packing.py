@@ -1,4 +1,4 @@
-"""Checkpoints of single quantized modules: written from integers, read in every way."""
+"""Checkpoints of single quantized modules, written from integers and read in every way."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Activations: planted outliers are found where they were planted, and expected errors are near the measured ones."""
+"""Activations: planted outliers are found where they were planted, and expected errors are close to measured ones."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Reading AutoAWQ's checkpoints: the values of compressed-tensors' converter, bit for bit."""
+"""Reading AutoAWQ checkpoints: the values equal those of the converter of compressed-tensors, bit for bit."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The GPU script, rehearsed on the emulator with tiny shapes, so that it does not fail on the rare machine."""
+"""The GPU benchmarks, run on the emulator with tiny shapes, so that they do not fail when a GPU is available."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The server around vLLM starts, says why it failed, and leaves no process behind; a stand-in takes vLLM's place."""
+"""The vLLM server starts, reports why it failed, and leaves no process behind; a stand-in replaces vLLM."""
 
 import json
 import sys

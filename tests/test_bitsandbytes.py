@@ -1,4 +1,4 @@
-"""Artifacts open in transformers + bitsandbytes, and equal what those two make of the same source themselves."""
+"""Artifacts open in transformers + bitsandbytes, and equal what these two produce from the same source."""
 
 import json
 from pathlib import Path

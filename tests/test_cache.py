@@ -1,4 +1,4 @@
-"""The preallocated cache: the same keys, values and tokens as transformers' own, whatever is done to it."""
+"""The preallocated cache: the same keys, values and tokens as the cache of transformers, whatever is done to it."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Calibration: the planted columns are chosen and no others; statistics are those of the model run plainly."""
+"""Calibration: exactly the planted columns are chosen; statistics equal those of the model run normally."""
 
 import numpy as np
 import pytest

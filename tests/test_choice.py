@@ -1,4 +1,4 @@
-"""The device that computes: asked for, there, and right. Without a GPU, what one would say is put in its place."""
+"""The choice of device: requested, available, and correct. Tests without a GPU imitate what one would report."""
 
 import sys
 import types

@@ -1,4 +1,4 @@
-"""The command line: every command end to end, JSON, exit codes, and a quick start without torch."""
+"""The command line: every command end to end, JSON, exit codes, and a fast start without torch."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Conversions on a Ray cluster of three nodes, here all on this machine: the bytes of one process, whatever is lost."""
+"""Conversions on a Ray cluster of three nodes, all on this machine: the bytes of one process, whatever is lost."""
 
 import json
 import logging

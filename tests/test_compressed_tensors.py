@@ -1,4 +1,4 @@
-"""compressed-tensors: written for its loaders, read as its own package decompresses it."""
+"""compressed-tensors: artifacts for its loaders, and checkpoints as its own package decompresses them."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Converting: the same bytes whatever the workers, bounded memory, a plan that keeps its word."""
+"""Converting: the same bytes for any number of workers, bounded memory, and a plan that matches the result."""
 
 import hashlib
 import json

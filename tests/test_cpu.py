@@ -1,4 +1,4 @@
-"""The CPU kernels equal the reference: bit for bit where it defines integers and scales, else up to output rounding."""
+"""The CPU kernels equal the reference: integers and scales bit for bit, everything else up to output rounding."""
 
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product

@@ -1,7 +1,7 @@
-"""Artifacts keep every byte: those of models that NumPy makes on any machine, against digests that are written down.
+"""The bytes of artifacts never change: digests of artifacts of models that NumPy generates equally on every machine.
 
-A change of the format is meant to change them: `python tests/test_digests.py` writes them anew, and the changelog says
-why. The manifest counts without the version that wrote it.
+A change of the format changes them on purpose: `python tests/test_digests.py` records them again, and the changelog
+says why. The manifest is compared without the version that wrote it.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The documentation is true to the code: commands, options, numbers, names, links and versions."""
+"""The documentation agrees with the code: commands, options, numbers, names, links and versions."""
 
 import ast
 import json

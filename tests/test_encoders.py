@@ -1,4 +1,4 @@
-"""Models with an encoder, converted and opened both by the target's own loader and by `load`: the outputs agree."""
+"""Models with an encoder, converted and opened by the loader of the target and by `load`: the outputs agree."""
 
 import pytest
 import torch

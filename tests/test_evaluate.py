@@ -1,4 +1,4 @@
-"""Evaluating: figures against plain computations, intervals against simulation, errors, and a real model."""
+"""Evaluating: results against direct computations, intervals against simulation, errors, and a real model."""
 
 import dataclasses
 import math

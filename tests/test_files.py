@@ -1,4 +1,4 @@
-"""Files on systems that lack what Linux has: the same bytes, and locks; nothing of POSIX is needed at import."""
+"""Files on systems without the features of Linux: the same bytes, and locks; importing needs nothing of POSIX."""
 
 import ast
 import os

@@ -1,4 +1,4 @@
-"""What a plan says of time, memory and disk: sums of what was measured, from a sample that leaves nothing behind."""
+"""The time, memory and disk space of a plan: sums of measurements, from a sample that leaves nothing behind."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Any format to any other: codes pass untouched, floating point is what the codes stand for, options are checked."""
+"""Any format to any other: codes are copied unchanged, floats are the dequantized codes, options are checked."""
 
 import json
 

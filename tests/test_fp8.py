@@ -1,4 +1,4 @@
-"""Reading float8 checkpoints: the values of the ecosystem's own dequantizers, bit for bit."""
+"""Reading float8 checkpoints: the values equal those of the reference dequantizers, bit for bit."""
 
 import ml_dtypes
 import numpy as np

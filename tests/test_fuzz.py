@@ -1,4 +1,4 @@
-"""Hostile files through every reader: what was found before, a short seeded run, and sound files that stay readable."""
+"""Hostile files through every reader: previous findings, a short seeded run, and valid files that stay readable."""
 
 import json
 import random

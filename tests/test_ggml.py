@@ -1,4 +1,4 @@
-"""llama.cpp's blocks to floating point: equal to its package, bit for bit, on every unit."""
+"""Blocks of llama.cpp to floating point: equal to its package, bit for bit, on every unit."""
 
 import ml_dtypes
 import numpy as np

@@ -1,4 +1,4 @@
-"""Reading GGUF: names and values as transformers has them, llama.cpp's interleaving undone."""
+"""Reading GGUF: names and values as transformers has them, with the interleaving of llama.cpp undone."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""convert --format gguf: the whole way from a checkpoint to one verified file, and codes that pass untouched."""
+"""convert --format gguf: from a checkpoint to one verified file, and codes that are copied unchanged."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""GGUF in parts and in folders: all parts are one checkpoint, whichever is named; what is meant is never guessed."""
+"""GGUF in parts and in folders: all parts form one checkpoint, whichever is named; ambiguity is an error."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""Writing GGUF: what transformers, gguf's reader and our own reader find in the file is what the checkpoint holds."""
+"""Writing GGUF: transformers, the reader of gguf and our own reader find the contents of the checkpoint."""
 
 import contextlib
 import json

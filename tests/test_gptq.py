@@ -1,8 +1,8 @@
-"""Reading GPTQ checkpoints: the values of GPTQModel, and of compressed-tensors after packing anew, bit for bit.
+"""Reading GPTQ checkpoints: the values of GPTQModel, and of compressed-tensors after repacking, bit for bit.
 
-gptqmodel.safetensors was written by GPTQModel 7.7.0 (torch 2.13): modules of random weights packed by its `pack_block`
-and `pack_original`, zero points of 0 among them, saved as its `checkpoint_format` says, read back, and dequantized by
-its `TorchLinear.dequantize_weight`, transposed. The metadata has each module's quantization_config.
+gptqmodel.safetensors was written by GPTQModel 7.7.0 (torch 2.13): modules of random weights, some with zero points of
+0, packed by its `pack_block` and `pack_original`, saved as its `checkpoint_format` says, read back, and dequantized by
+its `TorchLinear.dequantize_weight`, transposed. The metadata has the quantization_config of each module.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""Bad input through the command line: one line on stderr, exit code 1, no output folder, the source untouched.
+"""Invalid input through the command line: one line on stderr, exit code 1, no output folder, the source unchanged.
 
-What an interrupted conversion leaves behind, for the next run to go on from, is in test_resume.py.
+What an interrupted conversion leaves for the next run to resume is in test_resume.py.
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""The hub, as a small server on this machine: what is asked of it, what is downloaded, and how failures read."""
+"""The hub, as a small local server: which requests are made, what is downloaded, and how failures are reported."""
 
 import hashlib
 import time

@@ -1,4 +1,4 @@
-"""Inspecting: figures on a real model and text agree with those known beforehand, of weights with the reference's."""
+"""Inspecting: results on a real model and text equal known ones; those of weights equal the reference."""
 
 import json
 from fnmatch import fnmatchcase

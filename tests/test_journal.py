@@ -1,4 +1,4 @@
-"""The journal of a weight file: what it keeps, what it drops, and whom it lets in."""
+"""The journal of a weight file: what it keeps, what it discards, and who may open it."""
 
 import errno
 import os

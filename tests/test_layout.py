@@ -1,4 +1,4 @@
-"""Places of tensors in the weight files."""
+"""The positions of tensors in the weight files."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Limits, and what no message or file may show: files that claim too much, lead elsewhere, or hold a secret."""
+"""Limits and secrets: files that claim too much, point elsewhere, or contain what no message or file may show."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Int8Linear in modes static and hybrid: its layout for each mode, what copying and casting do to its columns."""
+"""Int8Linear in modes static and hybrid: its layout in each mode, and its columns after copies and casts."""
 
 import copy
 import pickle

@@ -1,7 +1,7 @@
-"""llama.cpp itself, where the package xllamacpp is installed, on files of ours: the same tokens, the same logits.
+"""llama.cpp itself, if the package xllamacpp is installed, on files that we wrote: the same tokens, the same logits.
 
-llama.cpp rounds activations to int8 and keeps keys and values in float16, so that logits are some percent apart.
-Rows in a wrong order, lost biases and wrong rotary frequencies make them as far apart as logits of other models.
+llama.cpp rounds activations to int8 and stores keys and values in float16, so that logits differ by some percent.
+Wrong row orders, missing biases and wrong rotary frequencies make them differ as much as those of other models.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""Memory that a process has held, let go or not."""
+"""The memory that a process uses, and its peak after memory was released."""
 
 from pathlib import Path
 from types import SimpleNamespace

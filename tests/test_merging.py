@@ -1,4 +1,4 @@
-"""Codes of merged weights: what an adapter adds is kept on average, and what it leaves alone is left alone."""
+"""Codes of merged weights: the update of an adapter is preserved on average, and all else is unchanged."""
 
 import pytest
 import torch

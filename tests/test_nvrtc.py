@@ -1,4 +1,4 @@
-"""Every kernel compiles for every architecture without spilling registers; compiled code is kept and found again."""
+"""Every kernel compiles for every architecture without spilling registers; compiled code is cached and reused."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The linear layer as an operator of torch: shapes, gradients, and nothing that torch.compile cannot see through."""
+"""The linear layer as an operator of torch: shapes, gradients, and full support for torch.compile."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Artifacts with outlier columns: what is stored, what other loaders see of it, and files that lie."""
+"""Artifacts with outlier columns: what is stored, what other loaders see of it, and files with false claims."""
 
 import hashlib
 import json

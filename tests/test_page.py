@@ -1,4 +1,4 @@
-"""Pages: whole, without script or request, every name escaped, the same bytes each time, and the results in them."""
+"""Pages: complete, without scripts or requests, all names escaped, reproducible bytes, and the results in them."""
 
 import json
 import re

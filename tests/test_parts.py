@@ -1,4 +1,4 @@
-"""Conversions in parts: the bytes that one process writes, whoever wrote which file, and however often."""
+"""Conversions in parts: the bytes of a single process, whoever writes which file, and however often."""
 
 import json
 import os

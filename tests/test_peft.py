@@ -1,4 +1,4 @@
-"""Every method of PEFT's over int8 layers: right, held against the float model of the same codes, or refused."""
+"""Every method of PEFT on int8 layers: correct, compared with the float model of the same codes, or refused."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What becomes int8 and why not: the plan keeps the loader's view of the folder consistent."""
+"""What becomes int8 and why not: the plan matches what loaders expect of the folder."""
 
 import json
 import math

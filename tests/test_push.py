@@ -1,4 +1,4 @@
-"""Artifacts on the hub: what is uploaded, what the card says, and that a download of it verifies and runs."""
+"""Artifacts on the hub: what is uploaded, what the model card says, and that a download verifies and runs."""
 
 import json
 import shutil

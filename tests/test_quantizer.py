@@ -1,4 +1,4 @@
-"""Int8Config in from_pretrained: bitsandbytes' logits bit for bit, folders that reload, offloading, dequantizing."""
+"""Int8Config in from_pretrained: the logits of bitsandbytes, bit for bit; reloading, offloading, dequantizing."""
 
 import pytest
 import torch

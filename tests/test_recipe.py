@@ -1,4 +1,4 @@
-"""Recipes: shipped ones load, wrong ones are refused with the file and the key."""
+"""Recipes: built-in ones load; invalid ones are refused with the file and the key."""
 
 import pytest
 

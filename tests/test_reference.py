@@ -1,4 +1,4 @@
-"""The definition against numbers worked by hand, and against the formulas of the paper."""
+"""The reference against numbers worked out by hand, and against the formulas of the paper."""
 
 import ml_dtypes
 import numpy as np

@@ -1,4 +1,4 @@
-"""Streams: an artifact from a remote source equals that of a local copy, nothing is stored, and failures are told."""
+"""Streamed sources: the artifact equals that of a local copy, nothing is stored, and failures are reported."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Conversions that stop, by any error or by kill -9: the same command goes on, and the artifact is the same."""
+"""Conversions that stop, by any error or by kill -9: the same command resumes, and the artifact is the same."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""Generating: real text from a real artifact, the figures that go with it, and comparison with the source."""
+"""Generating: real text from a real artifact, the speed and memory, and the comparison with the source."""
 
 import pytest
 import torch

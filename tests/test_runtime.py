@@ -1,4 +1,4 @@
-"""Our runtime computes LLM.int8(): its logits differ from a float64 emulation by what 16-bit rounding explains."""
+"""The runtime computes LLM.int8(): logits differ from a float64 emulation by no more than 16-bit rounding."""
 
 import copy
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Reading safetensors: values equal the library's own, and a file or index that lies is refused by name."""
+"""Reading safetensors: values equal those of the library, and files or indexes with false claims are refused."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Searched scales: the definition against brute force in float64, its promises, and the compiled pass bit for bit."""
+"""Scale search: the reference against brute force in float64, its guarantees, and the compiled code bit for bit."""
 
 import ml_dtypes
 import numpy as np

@@ -1,4 +1,4 @@
-"""Scoring: likelihoods, KL divergence and layer errors against float64 NumPy, on tiny models and on planted logits."""
+"""Scoring: likelihoods, KL divergence and layer errors against float64 NumPy, on tiny models and planted logits."""
 
 import types
 

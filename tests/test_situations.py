@@ -1,6 +1,6 @@
-"""Checkpoints as people have them: what other tools saved, left, forgot or named otherwise, and what becomes of it.
+"""Checkpoints as they occur in practice: what other tools saved, left behind, omitted or named differently.
 
-Each was reported of some converter. An artifact either opens and computes what its source does, or is not made.
+Each case was reported for some converter. An artifact either opens and computes what its source does, or is refused.
 """
 
 import json

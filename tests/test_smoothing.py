@@ -1,4 +1,4 @@
-"""Smoothing changes no result: powers of two go into weights and come out of what feeds them, or stay out of both."""
+"""Smoothing changes no result: powers of two move from inputs into weights, or neither side changes."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Conversions to a store: the bytes of a local artifact, whatever stops them, with room for one file here."""
+"""Conversions to an object store: the bytes of a local artifact, despite interruptions, with disk for one file."""
 
 import json
 import os

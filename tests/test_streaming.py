@@ -1,6 +1,6 @@
-"""A streamed model computes what the same model computes when it is loaded whole, in less memory.
+"""A streamed model computes the same as the model that is loaded completely, in less memory.
 
-Float products of MKL differ in their last bits by the addresses of the operands where it has no AVX-512.
+Without AVX-512, float products of MKL differ in their last bits depending on the addresses of the operands.
 """
 
 import json

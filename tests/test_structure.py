@@ -1,4 +1,4 @@
-"""Which tensors are Linear weights: names alone must agree with transformers wherever they are trusted."""
+"""Which tensors are Linear weights: where names alone are used, they agree with transformers."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Reading .bin files: values equal torch's, tied weights once, and nothing but tensors is ever unpickled."""
+"""Reading .bin files: values equal those of torch, tied weights appear once, and only tensors are unpickled."""
 
 import json
 import os

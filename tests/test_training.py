@@ -1,4 +1,4 @@
-"""Layers that are trained: gradients against float64, when a weight is quantized, adapters' gradients, copies."""
+"""Trained layers: gradients against float64, when a weight is quantized, gradients of adapters, copies."""
 
 import copy
 import io

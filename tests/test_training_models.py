@@ -1,4 +1,4 @@
-"""Models that are trained: llm_int8_has_fp16_weight, Trainer, LoRA over int8 layers, and adapters merged into them."""
+"""Trained models: llm_int8_has_fp16_weight, Trainer, LoRA on int8 layers, and adapters merged into them."""
 
 import pytest
 import torch

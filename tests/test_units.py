@@ -1,4 +1,4 @@
-"""Which int8 units are offered and chosen. test_cpu.py and test_packed.py hold what they compute to the reference."""
+"""Which int8 units are available and chosen. test_cpu.py and test_packed.py compare them with the reference."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Verifying: a sound artifact passes; any changed byte, missing or foreign file is found and named."""
+"""Verifying: a valid artifact passes; any changed byte, missing or foreign file is found and named."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""The weight of an int8 layer in others' hands: looked at, moved, copied and saved, but never taken for floats."""
+"""The weight of an int8 layer in other code: inspected, moved, copied and saved, but never mistaken for floats."""
 
 import copy
 import io

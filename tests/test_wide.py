@@ -1,4 +1,4 @@
-"""Modes static and hybrid in int8 tiles: digits and sums by their definition in NumPy, how near to exact."""
+"""Modes static and hybrid in int8 tiles: digits and sums against their definition in NumPy, and their accuracy."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A wrapped checkpoint says of itself what the inner one does, until a subclass says otherwise."""
+"""A wrapped checkpoint behaves like the inner one, except where a subclass overrides it."""
 
 from unittest.mock import create_autospec
 

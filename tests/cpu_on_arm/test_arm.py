@@ -1,7 +1,7 @@
-"""The Arm units under an emulator: the same integers, and prefill and decode to the bit as on this machine's unit.
+"""The Arm units under an emulator: integers, prefill and decode equal those of this machine's unit, bit for bit.
 
-It takes qemu-user and a compiler for aarch64 (Debian: qemu-user-static and gcc-aarch64-linux-gnu, or PyPI: ziglang),
-and tells of bits, not of times.
+This needs qemu-user and a compiler for aarch64 (Debian: qemu-user-static and gcc-aarch64-linux-gnu, or PyPI: ziglang),
+and tests results, not speed.
 """
 
 import importlib.util

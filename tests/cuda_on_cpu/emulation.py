@@ -1,4 +1,4 @@
-"""Builds kernels with g++ against the emulator, and launches them with the arguments a GPU would get."""
+"""Compile kernels with g++ against the emulator, and launch them with the arguments that a GPU would get."""
 
 import ctypes
 import hashlib

@@ -1,7 +1,7 @@
 """Every kernel under AddressSanitizer: no byte outside its tensors is read or written.
 
-The sanitizer has to come first in a process, so the checks run in one of their own, which this file is when started as
-a script. Tensors are allocated to the byte.
+The sanitizer must be loaded first in a process, so the checks run in a separate one: this file, started as a script.
+Tensors are allocated to the exact byte.
 """
 
 import ctypes

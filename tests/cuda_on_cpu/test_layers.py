@@ -1,4 +1,4 @@
-"""Whole layers and models on the (emulated) kernels: what the host does between launches, and what a model computes."""
+"""Complete layers and models on the (emulated) kernels: the host code between launches, and what a model computes."""
 
 import numpy as np
 import pytest

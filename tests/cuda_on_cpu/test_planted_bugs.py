@@ -1,4 +1,4 @@
-"""The emulator notices the usual mistakes in CUDA code: each is planted in a copy of a kernel, and must be caught."""
+"""The emulator detects common mistakes in CUDA code: each is planted in a copy of a kernel, and must be caught."""
 
 import faulthandler
 import os
