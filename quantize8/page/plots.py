@@ -39,9 +39,9 @@ _MARGIN = 1.2  # factor at both ends of a logarithmic axis
 ROWS = 40  # most rows of a heatmap, so that their names do not overlap
 _STEPS = 24  # steps of the color scale of a heatmap
 _INK, _MUTED, _GRID = "#010203", "#010204", "#010205"  # placeholders: no figure uses these colors
-_COLOURS = [f"#0{i}0206" for i in range(1, SERIES + 1)]
+_COLORS = [f"#0{i}0206" for i in range(1, SERIES + 1)]
 _CSS = {_INK: "currentColor", _MUTED: "var(--muted)", _GRID: "var(--grid)"}
-_CSS |= {colour: f"var(--s{i})" for i, colour in enumerate(_COLOURS, 1)}
+_CSS |= {color: f"var(--s{i})" for i, color in enumerate(_COLORS, 1)}
 _HEAT = (0xD9, 0x59, 0x26)  # color of the largest value of a heatmap, visible on white and black; others: lower alpha
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -147,7 +147,7 @@ def bars(
         places = np.arange(len(labels))
         for i, (name, values) in enumerate(groups.items()):
             drawn = axes.barh(
-                places + (i - (len(groups) - 1) / 2) * thick, values, thick * 0.9, color=_COLOURS[i], label=_short(name)
+                places + (i - (len(groups) - 1) / 2) * thick, values, thick * 0.9, color=_COLORS[i], label=_short(name)
             )
             for j, patch in enumerate(drawn):
                 patch.set_gid(f"bar-{i}-{j}")
@@ -217,14 +217,14 @@ def _scale(axes: Axes, low: float, high: float, log: bool) -> None:
 
 def _line(axes: Axes, index: int, entry: Series) -> None:
     """Draw one series, with ids by which its points can be found."""
-    colour, dashed = _COLOURS[index % SERIES], index >= SERIES
+    color, dashed = _COLORS[index % SERIES], index >= SERIES
     xs = sorted(entry.points)
     if banded([entry]):
         low, high = ([float(pick(entry.points[x])) for x in xs] for pick in (min, max))
-        axes.fill_between(xs, low, high, color=colour, alpha=0.18, linewidth=0).set_gid(f"band-{index}")
+        axes.fill_between(xs, low, high, color=color, alpha=0.18, linewidth=0).set_gid(f"band-{index}")
     middle = [float(np.median(entry.points[x])) for x in xs]
     (drawn,) = axes.plot(
-        xs, middle, color=colour, label=_short(entry.label), linewidth=1.6, linestyle="--" if dashed else "-",
+        xs, middle, color=color, label=_short(entry.label), linewidth=1.6, linestyle="--" if dashed else "-",
         marker="o", markersize=3.2,
     )  # fmt: skip
     drawn.set_gid(f"series-{index}")
