@@ -104,7 +104,7 @@ def _forecast(found: Forecast, to_calibrate: bool) -> list[RenderableType]:
         needs.add_row("measured", f"{kind}: {size(rate)}/s")
     needs.add_row("", f"disk: {size(found.disk_rate)}/s")
     if to_calibrate:
-        needs.add_row("not included", "time and memory of --calibrate")
+        needs.add_row("not included", "the time and memory of --calibrate")
     return [shares, Text(), needs]
 
 
