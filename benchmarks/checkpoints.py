@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from quantize8.demo import find_model
 from quantize8.operations.convert import convert
 
-TOKENIZER_SIZE = 49152  # tokens of SmolLM2
+TOKENIZER_SIZE = 49152  # vocabulary size of SmolLM2
 
 
 def converts_alike() -> str | None:

@@ -40,7 +40,7 @@ TransformersConverter(sys.argv[1]).convert(sys.argv[2], quantization="int8")
 
 
 def main() -> None:
-    """Make the checkpoint, run the variants in turn, write the results."""
+    """Generate the checkpoint, run the variants in turn, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=None, help="where to work (default: a temporary folder)")
     parser.add_argument("--layers", type=int, default=20, help="of 2048 x 5504; 20 make 2.4 GB")

@@ -38,7 +38,7 @@ from quantize8.operations.finalize import finalize
 from quantize8.ops.reference import ColumnStats
 
 Header = dict[str, tuple[str, tuple[int, ...]]]  # tensor -> dtype, shape
-BLOCK = 128  # rows and columns of a weight that share a scale
+BLOCK = 128  # rows and columns of a weight block with one scale
 SHARD_BYTES = 4.3e9  # 163 files
 SIZES = {"BF16": 2, "F32": 4, "F8_E4M3": 1}
 CONFIG = {
@@ -137,7 +137,9 @@ def _float8(name: str, rows: int, columns: int) -> Iterator[tuple[str, str, tupl
 def write_sparse(path: Path, header: Header) -> None:
     """Write a safetensors file with this header, as a sparse file without values."""
     entries, position = {}, 0
-    for name, (dtype, shape) in sorted(header.items(), key=lambda item: -SIZES[item[1][0]]):  # aligned, wide ones first
+    for name, (dtype, shape) in sorted(
+        header.items(), key=lambda item: -SIZES[item[1][0]]
+    ):  # wide dtypes first: aligned
         end = position + math.prod(shape) * SIZES[dtype]
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
         position = end
@@ -173,7 +175,7 @@ def work(source: str, out: str, part: str, format: str) -> None:
     if part == "0":
         finalize(out)
     else:
-        os.posix_fallocate = lambda *_: None  # or the disk would have to be as large as the model
+        os.posix_fallocate = lambda *_: None  # otherwise the disk would have to be as large as the model
         shutil.disk_usage = lambda _: SimpleNamespace(free=2**60)  # type: ignore[assignment,return-value]
         driver.Writer = SparseWriter  # type: ignore[misc]
         convert(source, out, part=part, format=format)
@@ -234,7 +236,7 @@ def simulate(folder: Path, layers: int, experts: int, format: str, workers: list
 
 
 def main() -> None:
-    """Measure, and print what it took."""
+    """Measure, and print time and memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=61)
     parser.add_argument("--experts", type=int, default=256)

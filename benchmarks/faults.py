@@ -190,7 +190,7 @@ def fill_disks(source: Path, whole: Path, disk: Path, count: int, failures: list
     """Convert onto `count` file systems of different sizes that are too small, and again after enlarging them."""
     found = Counter[str]()
     output = sum(path.stat().st_size for path in whole.iterdir())
-    few = count // 2  # stop where space is reserved; the others at the journals and the small files
+    few = count // 2  # these stop when space is reserved; the others at the journals and the small files
     sizes = [output * (i + 1) // (few + 1) for i in range(few)]
     sizes += [output - 60_000 + 100_000 * i // (count - few) for i in range(count - few)]
     disk.mkdir()

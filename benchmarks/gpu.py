@@ -110,7 +110,7 @@ def _small(device: torch.device) -> int:
 def _sanitize(left: Any) -> Any:
     """Repeat the checks under each of compute-sanitizer's tools, in separate processes."""
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or bounds would be those of torch's pool
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # otherwise bounds are those of torch's pool
     for tool in SANITIZERS if program else ():
         command = [
             str(program),

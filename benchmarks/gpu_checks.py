@@ -1,4 +1,4 @@
-"""The kernels on a real GPU against the reference: integers, scales and statistics bit for bit, products to rounding.
+"""The kernels on a real GPU against the reference: integers, scales, statistics bit for bit, products up to rounding.
 
 Every shape that a kernel treats differently is covered, each path of the dispatch is forced, and outputs start as NaN
 or as the largest integer. Each check returns what is wrong, or None.
@@ -23,7 +23,7 @@ ROUNDING = 1.05
 ROW_SHAPES = ((1, 1), (5, 8), (200, 129), (70, 4096), (9, 4104), (130, 14336), (3, 32768), (2, 53248))
 PRODUCT_SHAPES = ((20, 72, 64, 3), (130, 137, 208, 21), (33, 131, 16, 16), (257, 4096, 1040, 40), (2048, 1024, 4096, 6))
 DECODE_SHAPES = ((1, 4096, 4096), (3, 17, 2064), (8, 1000, 16), (16, 14336, 4096), (9, 21, 4112))
-ODD_SHAPES = ((20, 33, 101, 9), (300, 40, 100, 4))  # that the fallback takes on every GPU
+ODD_SHAPES = ((20, 33, 101, 9), (300, 40, 100, 4))  # shapes for the fallback kernel on every GPU
 
 
 def run(device: torch.device, small: bool = False) -> Iterator[dict[str, Any]]:
@@ -99,7 +99,7 @@ def tokens_of(tokens: int, columns: int, dtype: torch.dtype, outliers: int, seed
 
 
 def layer_of(out_features: int, in_features: int, device: torch.device) -> tuple[Int8Weight, Int8Weight]:
-    """The same layer on the GPU and for the reference."""
+    """The same layer for the GPU and for the reference."""
     codes, absmax = reference.quantize_rowwise(numpy(weight_of(out_features, in_features, torch.float16)))
     there = Int8Weight(torch.from_numpy(codes).to(device), torch.from_numpy(absmax).to(device))
     return there, Int8Weight(codes, absmax)

@@ -1,4 +1,4 @@
-"""How fast the kernels are: quantizing against a device copy; linear layers and a Llama-3-8B-shaped stack against
+"""Speed of the kernels: quantizing against a device copy; linear layers and a stack shaped like Llama-3-8B against
 cuBLAS in float16 and bfloat16, and against bitsandbytes.
 
 Our kernels and cuBLAS are timed as CUDA graphs. bitsandbytes reads results back to the host in the middle of a layer,
@@ -24,7 +24,7 @@ LINEAR_SHAPES = ((4096, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096
 TOKENS = (1, 4, 16, 64, 256, 2048, 8192)
 OUTLIERS = (0, 6, 64)
 DTYPES = (torch.float16, torch.bfloat16)
-_LEAST, _MOST = 4, 16  # weights in turn
+_LEAST, _MOST = 4, 16  # number of weights in rotation
 
 
 def ceilings(device: torch.device, size: int = 8192, copy_bytes: int = 2**30) -> dict[str, Any]:

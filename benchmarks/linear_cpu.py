@@ -64,7 +64,7 @@ def measure(out_features: int, in_features: int, tokens: tuple[int, ...], rounds
             }
             if peers:
                 variants["bitsandbytes"] = lambda i, x=half: peers[i % len(peers)](x)
-            # each layer once before: it then keeps the outlier columns, which stay the same in a model
+            # each layer runs once before: it caches the outlier columns, which stay the same in a model
             times = interleaved(variants, rounds or max(7, min(50, 2000 // (m + 20))), warm=min(count, 12))
             rows.append({"N": out_features, "K": in_features, "M": m, "seconds": times})
     return rows
@@ -98,7 +98,7 @@ def _packed(out_features: int, in_features: int) -> PackedWeight:
 def _bitsandbytes(weight: torch.Tensor) -> Any:
     import bitsandbytes as bnb
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every call that it casts to float16
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs at every call that it casts to float16
     layer = bnb.nn.Linear8bitLt(
         weight.shape[1], weight.shape[0], bias=False, has_fp16_weights=False, threshold=THRESHOLD
     )

@@ -1,4 +1,4 @@
-"""Every source format to every target format, opened by the target's own loader and by `quantize8.load`.
+"""Every source format to every target format, opened by the loader of the target and by `quantize8.load`.
 
 Both are compared with a reference: the weights of the artifact, decoded to float32 by quantize8, in plain transformers.
 Models compute in float32, so that any remaining difference is due to the loader. Artifacts that are equal byte for byte
@@ -68,12 +68,12 @@ class Subject:
     experts: bool = False
 
     def open(self, folder: Path, **options: Any) -> Any:
-        """The model of a folder in plain transformers."""
+        """Open a folder in plain transformers."""
         where = {"dtype": torch.float32, "device_map": "cpu", **options}
         return getattr(transformers, self.auto).from_pretrained(folder, **where)
 
     def original(self) -> Any:
-        """The source as transformers alone opens it."""
+        """The source as transformers itself opens it."""
         if self.source.is_file():
             settings = transformers.GgufConfig(dequantize=True)
             return self.open(self.source.parent, gguf_file=self.source.name, quantization_config=settings)
@@ -181,7 +181,7 @@ def judge(subject: Subject, target: str, out: Path, truth: Tensor, plain: Path |
             cell[name] = found
             if complaint := _complaint(found, name, target):
                 cell |= {"status": "fails", "reason": f"{name}: {complaint}"}
-        except Exception as error:  # whatever a loader raises is a result
+        except Exception as error:  # any error of a loader is a result
             cell[name] = {"error": _reason(error)}
             by_design = (target, name, subject.experts) == ("w8a8", "loader", True) and "conversion" in str(error)
             reason = CANNOT if by_design else f"{name}: {_reason(error)}"
@@ -269,13 +269,13 @@ def _fingerprint(out: Path, target: str, conversion: Any) -> tuple[str, ...]:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error, without the file that it begins with."""
+    """The first line of an error, without the file name at its start."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return line.partition(": ")[2] if isinstance(error, Quantize8Error) else f"{type(error).__name__}: {line}"
 
 
 def _package(name: str) -> Path:
-    found = importlib.util.find_spec(name)  # finds the package without running it
+    found = importlib.util.find_spec(name)  # finds the package without importing it
     assert found is not None and found.submodule_search_locations, f"{name} is not installed: make test installs it"
     return Path(found.submodule_search_locations[0])
 

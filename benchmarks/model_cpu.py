@@ -48,7 +48,7 @@ for _ in range(2):  # the first is to warm up
     stream = model.generate_tokens(tokens, max_length=steps + 1, sampling_topk=1, end_token=[])
     times = [time.perf_counter() for _ in stream]
 print(prompt / (times[0] - start), (len(times) - 1) / (times[-1] - times[0]), flush=True)
-os._exit(0)  # at its end, CTranslate2 sometimes aborts over a thread that still runs
+os._exit(0)  # at exit, CTranslate2 sometimes aborts because a thread still runs
 """
 LLAMA_CPP = """
 import sys
@@ -61,7 +61,13 @@ with served(Path(sys.argv[1]), prompt + steps + 8, threads) as server:
 print(*speeds)
 """
 HEAD = "quantize8, int8 head"
-VARIANTS = ("float", "quantize8", HEAD, "CTranslate2", "llama.cpp")  # in the table; compiled ones in the results alone
+VARIANTS = (
+    "float",
+    "quantize8",
+    HEAD,
+    "CTranslate2",
+    "llama.cpp",
+)  # in the table; compiled ones only in the results
 
 
 def main() -> None:
@@ -116,7 +122,7 @@ def measure(source: Path, folder: Path, rounds: int, compiled: bool = False) -> 
     for round_ in range(rounds + 1):
         for name, run in runs.items():
             prefill, decode = run()
-            if round_:  # the first is to warm up, to pack the weights, and to compile
+            if round_:  # the first warms up, packs the weights and compiles
                 found[name]["prefill"].append(prefill)
                 found[name]["decode"].append(decode)
     speeds = {name: {phase: spread(values) for phase, values in phases.items()} for name, phases in found.items()}
@@ -167,7 +173,7 @@ def _ctranslate2(source: Path, folder: Path) -> Callable[[], tuple[float, float]
 
 
 def _llama_cpp(source: Path, folder: Path, vocabulary: int) -> Callable[[], tuple[float, float]]:
-    """The same for llama.cpp's Q8_0."""
+    """The same for llama.cpp in Q8_0."""
     convert(str(source), folder / "gguf", format="gguf", device="cpu")
     (path,) = (folder / "gguf").glob("*.gguf")
     return _process(LLAMA_CPP, path, torch.get_num_threads(), PROMPT, STEPS, vocabulary)

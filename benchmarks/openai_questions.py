@@ -1,4 +1,4 @@
-"""Ask an OpenAI-compatible server through the `openai` client; run by the Python of the server's virtual environment.
+"""Query an OpenAI-compatible server through the `openai` client; runs in the virtual environment of the server.
 
 Input (JSON): {"url", "model", "max_tokens", "questions": [[kind, prompt], ...], "text"}; kind: "completion" or "chat".
 Output (JSON): {"answers": [...], "text": {...}, "versions": {...}}. Questions are asked one at a time, greedily.

@@ -138,7 +138,7 @@ def measure(source: str, folder: Path, chosen: list[Variant]) -> dict[str, Any]:
 
 
 def texts(source: str, folder: Path) -> tuple[Tensor, Path]:
-    """Token ids to score, and a file with the text that follows them."""
+    """Token ids to score, and a file with the text after them."""
     with quiet():
         tokenizer = find_tokenizer(open_checkpoint(source))
         encoded = tokenizer(TEXT.read_text(), return_offsets_mapping=True, return_tensors="pt")

@@ -43,7 +43,7 @@ QUESTIONS = (
 )
 CHARACTERS = 1800  # of the text to score: about 400 tokens
 CLIENT = Path(__file__).with_name("openai_questions.py")
-CHOICE = re.compile(r"CompressedTensors\w+|\w*Kernel\b")  # names of vLLM's schemes and kernels
+CHOICE = re.compile(r"CompressedTensors\w+|\w*Kernel\b")  # names of schemes and kernels in vLLM
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-REPEATS = 15  # at most, of
-REPEAT_SECONDS = 0.15  # in all, and no fewer than
+REPEATS = 15  # at most this many repetitions,
+REPEAT_SECONDS = 0.15  # within this total, but at least the number below
 LEAST_REPEATS = 3
 CACHE_BYTES = (
     256 * 2**20
@@ -86,7 +86,7 @@ def about_machine() -> dict[str, Any]:
     for name in ("cupy", "bitsandbytes", "triton"):
         try:
             versions[name] = __import__(name).__version__
-        except Exception as error:  # a peer that does not import is left out, and the file says why
+        except Exception as error:  # a package that cannot be imported is skipped, and the file says why
             versions[name] = f"not used: {type(error).__name__}: {error}".splitlines()[0]
     command = ["git", "describe", "--always", "--dirty"]
     try:

@@ -1,4 +1,4 @@
-"""Training on a CPU: what int8 products cost in loss, on SmolLM2-135M-Instruct and a text that every Python has.
+"""Training on a CPU: the cost of int8 products in loss, on SmolLM2-135M-Instruct and a text that comes with Python.
 
 Trains pairs that differ only in int8, from the same seed, on the same batches, with AdamW and a linear schedule: all
 weights, plain against llm_int8_has_fp16_weight; LoRA over the plain and over the int8 model; and that int8 model after
@@ -31,7 +31,7 @@ STEPS, LAST = 100, 10  # the mean loss of the last 10 steps is compared
 BATCH, TOKENS, HELD_OUT = 2, 128, 16  # sequences per step, their length, and how many are held out
 SHAPES = {"full": (BATCH, TOKENS), "lora": (1, 64)}  # per step: the first sequences of a batch, and their first tokens
 RATES = {"full": 2e-5, "lora": 5e-4}
-ALLOWED = 0.02  # of the plain model's loss
+ALLOWED = 0.02  # of the loss of the plain model
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def windows(tokenizer: Any, count: int) -> Tensor:
-    """The first `count` windows [count, TOKENS] of Python's own reference manual, shuffled by a fixed seed."""
+    """The first `count` windows [count, TOKENS] of the reference manual of Python, shuffled with a fixed seed."""
     text = "\n".join(pydoc_data.topics.topics.values())
     ids = tokenizer(text, return_tensors="pt")["input_ids"][0][: count * TOKENS].view(count, TOKENS)
     return ids[torch.randperm(count, generator=torch.Generator().manual_seed(0))]

@@ -73,7 +73,7 @@ def requirements(python: Path) -> list[str]:
 
 
 def chosen(lines: list[str]) -> list[str]:
-    """Requirements without those left out and those of extras."""
+    """The requirements without those that are left out and those of extras."""
     names = [re.split(r"[^\w.-]", line, maxsplit=1)[0].lower() for line in lines]
     return [line for line, name in zip(lines, names, strict=True) if name not in LEFT_OUT and "extra ==" not in line]
 
@@ -111,7 +111,7 @@ def _wait(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     limit = time.monotonic() + START_SECONDS
     while time.monotonic() < limit and process.poll() is None:
-        with contextlib.suppress(OSError), direct.open(address, timeout=5):  # an error status is an OSError, too
+        with contextlib.suppress(OSError), direct.open(address, timeout=5):  # an error status is an OSError as well
             return
         time.sleep(0.5)
     why = f"no answer in {START_SECONDS} s" if process.poll() is None else f"exit code {process.returncode}"
@@ -129,7 +129,7 @@ def cause(log: list[str]) -> list[str]:
 
 
 def message(line: str) -> str:
-    """A line of the log without process, time and place."""
+    """A log line without process, time and location."""
     return re.sub(r"^.*?\[[\w.]+:\d+\] ", "", line)
 
 

@@ -1,4 +1,4 @@
-"""quantize8: an int8 quantizer and converter for LLM checkpoints, built on LLM.int8()."""
+"""quantize8: an int8 quantizer and converter for LLM checkpoints, based on LLM.int8()."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used, so that `import quantize8` does not load torch."""
+    """Import a public name on first use, so that `import quantize8` does not import torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)

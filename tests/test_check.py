@@ -1,4 +1,4 @@
-"""convert --check: sound artifacts of every kind pass, and each planted fault is found, named, and marked."""
+"""convert --check: valid artifacts of every kind pass, and each planted fault is found, named, and marked."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The command line: every command end to end, JSON, exit codes, and a quick start without torch."""
+"""The command line: every command end to end, JSON, exit codes, and a fast start without torch."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def test_convert_verify_and_inspect(quantize8, tmp_path):
 def test_scale_of_least_squared_error(quantize8, tmp_path):
     source = llama(tmp_path / "source")
     code, text, err = quantize8("convert", source, "--out", tmp_path / "out", "--scale", "mse")
-    assert (code, err) == (0, "") and "scales of the least error" in text
+    assert (code, err) == (0, "") and "scales with the least squared error" in text
     planned = json.loads(quantize8("convert", source, "--out", tmp_path / "new", "--dry-run", "--json")[1])
     assert planned["scale"] == "absmax"
     code, _, err = quantize8("convert", source, "--out", tmp_path / "new", "--scale", "least")
@@ -97,7 +97,7 @@ def test_run_streams_the_text_and_then_the_speed(quantize8, smollm2_int8, smollm
     assert code == 0 and text.startswith(" Paris") and "decode 4 at" in text
     code, text, _ = quantize8("run", smollm2_int8, "--max-new-tokens", 4, "--compare", smollm2)
     assert code == 0 and str(smollm2) in text and "of 4" in text
-    assert "over the 4 tokens of the source's text: KL(source || model) 0.0" in text
+    assert "on the 4 tokens of the source's text: KL(source || model) 0.0" in text
     value = json.loads(quantize8("run", smollm2_int8, "--max-new-tokens", 2, "--mode", "hybrid", "--json")[1])
     assert len(value["tokens"]) == 2
 
@@ -106,7 +106,7 @@ def test_inspect_text_names_the_emergent_feature(quantize8, smollm2, tmp_path):
     from quantize8.resources import TEXT
 
     code, text, _ = quantize8("inspect", smollm2, "--text", TEXT, "--layer", "*12.self_attn.q_proj")
-    assert code == 0 and "1 of 576" in text and "247 (layers 25%" in text and "any of them: in 25%" in text
+    assert code == 0 and "1 of 576" in text and "247 (layers 25%" in text and "at least one of them: in 25%" in text
     assert "advice: threshold" in text and "mean error" in text
     (tmp_path / "short.txt").write_text("Hello there.")
     assert "no emergent outlier feature" in quantize8("inspect", smollm2, "--text", tmp_path / "short.txt")[1]
@@ -131,9 +131,9 @@ def test_evaluate_shows_perplexity_and_distance_from_the_reference(quantize8, sc
     assert code == 0 and both.count("(95%: ") == 3 and "model.layers.1" in both
     for row in (
         "perplexity",
-        "reference's",
-        "ratio",
-        "nats a token, standard error",
+        "reference perplexity",
+        "perplexity ratio",
+        "nats per token, standard error",
         "99th percentile",
         "top-1 agreement",
     ):
@@ -170,7 +170,7 @@ def test_env_says_what_a_gpu_needs(quantize8, monkeypatch):
     monkeypatch.setattr("quantize8.operations.environment._version", lambda name: None if "cupy" in name else "1.0")
     assert "cupy: not installed, needed to compute on a GPU: pip install 'quantize8[cuda1" in quantize8("env")[1]
     monkeypatch.setattr("quantize8.ops.choice.problem", lambda: None)
-    assert "right results on GPU 0" in quantize8("env")[1]
+    assert "correct results on GPU 0" in quantize8("env")[1]
 
 
 def test_version_help_and_usage_errors(quantize8):

@@ -1,4 +1,4 @@
-"""Evaluating: figures against plain computations, intervals against simulation, errors, and a real model."""
+"""Evaluating: results against direct computations, intervals against simulation, errors, and a real model."""
 
 import dataclasses
 import math
@@ -157,7 +157,7 @@ def test_models_that_do_not_continue_a_text(mgm, minilm, tmp_path):
 def test_references_of_another_tokenizer_or_vocabulary(tiny, tmp_path):
     source, _, text = tiny
     fewer = word_tokenizer(llama(tmp_path / "fewer", dtype=torch.float32), 40)
-    with pytest.raises(SourceError, match="fewer: its tokenizer splits the text otherwise"):
+    with pytest.raises(SourceError, match="fewer: its tokenizer splits the text differently"):
         evaluate(source, text=text, reference=str(fewer))
 
     def widen(state):

@@ -1,4 +1,4 @@
-"""The Python examples of docs/transformers.md, and the scripts in examples/, run as they are written."""
+"""The Python examples of docs/transformers.md and the scripts in examples/, run as they are."""
 
 import os
 import re

@@ -248,7 +248,7 @@ def test_the_command_and_a_dry_run_say_it(source, tmp_path, monkeypatch, capsys)
 
     out = ("--out", tmp_path / "out")
     text = said("plan", source, *out, "--machines", "1,3", "--max-shard-size", "6KB", "--workers", "1")
-    for fact in ("machines  files each", "with 1 thread(s)", "F16 to I8, matrices: ", "are free", "would write"):
+    for fact in ("machines  files per machine", "with 1 thread(s)", "F16 to I8, matrices: ", "are free", "would write"):
         assert fact in text, fact
     shares = json.loads(said("plan", source, *out, "--machines", "1,3", "--json"))["forecast"]["shares"]
     assert [share["machines"] for share in shares] == [1, 3]

@@ -1,4 +1,4 @@
-"""config.json from GGUF: what transformers derives, and what it leaves out."""
+"""config.json from GGUF: what transformers derives, and what it omits."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Bad input through the command line: one line on stderr, exit code 1, no output folder, the source untouched.
+"""Invalid input through the command line: one line on stderr, exit code 1, no output folder, the source unchanged.
 
 What an interrupted conversion leaves behind for the next run is tested in test_resume.py.
 """

@@ -2,11 +2,13 @@
 
 import ast
 import platform
+import re
 import runpy
 import subprocess
 import sys
 import sysconfig
 import zipfile
+from inspect import getdoc, isfunction, signature
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,10 @@ from quantize8 import errors
 from quantize8.resources import resource_dir
 
 ROOT = Path(quantize8.__file__).parent.parent
+FUNCTIONS = [name for name in quantize8.__all__ if isfunction(getattr(quantize8, name))]
+# The longest body has 46 lines and no function takes more than 8 parameters: about as much as fits on a screen, and as
+# a caller can keep apart. The public operations, and the commands of their names, have a parameter for each option.
+MOST_LINES, MOST_PARAMETERS = 50, 8
 
 
 def test_public_names_are_sorted_importable_and_documented():
@@ -26,6 +32,29 @@ def test_public_names_are_sorted_importable_and_documented():
     assert set(quantize8.__all__) <= set(dir(quantize8))
     with pytest.raises(AttributeError, match="nonsense"):
         _ = quantize8.nonsense
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in ("convert", "plan")])
+def test_public_functions_document_each_parameter(name):
+    function = getattr(quantize8, name)
+    head, _, rest = getdoc(function).partition("\nArgs:\n")
+    described = re.findall(r"^    (\w+): \S", re.split(r"^\w", rest, maxsplit=1, flags=re.MULTILINE)[0], re.MULTILINE)
+    assert head.strip() and described == list(signature(function).parameters)
+
+
+def test_functions_are_short_and_take_few_parameters():
+    for path in (ROOT / "quantize8").rglob("*.py"):
+        options = path.parent.name in ("operations", "cli")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            lines = node.end_lineno - body[0].lineno + 1 if body else 0
+            names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            count = len(names) - (names[:1] in (["self"], ["cls"]))
+            assert lines <= MOST_LINES, f"{path}: {node.name} has {lines} lines"
+            if not (options and node.name in FUNCTIONS):
+                assert count <= MOST_PARAMETERS, f"{path}: {node.name} takes {count} parameters"
 
 
 def test_public_names_stay_functions_when_their_modules_are_imported():

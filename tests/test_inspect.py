@@ -137,7 +137,7 @@ def test_gpt2_weights_are_reported_as_linear_ones(mgm):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layer": "nothing*"}, "no Linear layer is called"),
+        ({"layer": "nothing*"}, "no Linear layer matches"),
         ({"text": "missing.txt"}, "cannot be read as text"),
         ({"text": TEXT, "threshold": 0.0}, "must be positive"),
         ({"text": TEXT, "budget": 0.0}, "budget 0: must be positive"),

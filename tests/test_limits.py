@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import resource
 import socket
 import struct
 import sys
@@ -253,6 +252,7 @@ def test_recipes_that_stop_the_parser(text, tmp_path):
 # --- places ---
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 def test_pipes_are_not_waited_for(model):
     for name in ("config.json", "model.safetensors"):
         (model / name).rename(model / "kept")
@@ -322,7 +322,7 @@ def test_a_manifest_cannot_name_a_file_elsewhere(name, field, artifact, tmp_path
     else:
         getattr(manifest, field)[name] = digest(b"secret")
     (artifact / "quantize8.json").write_bytes(manifest.to_bytes())
-    with pytest.raises(ArtifactError, match="another kind than a manifest's"):
+    with pytest.raises(ArtifactError, match="has fields of the wrong type"):
         verify(artifact)
 
 
@@ -338,7 +338,7 @@ def test_an_artifacts_links_out_of_it_are_refused(name, artifact, tmp_path):
     else:
         (tmp_path / name).write_text("x")
     path.symlink_to(tmp_path / name)
-    with pytest.raises(ArtifactError, match="leads out of the artifact"):
+    with pytest.raises(ArtifactError, match="is a link to outside the artifact"):
         verify(artifact)
 
 

@@ -1,4 +1,4 @@
-"""Every source to every target on tiny models, in each loader; and the documentation shows what was measured."""
+"""Every source to every target on tiny models, in each loader; the documentation shows what was measured."""
 
 import json
 from pathlib import Path

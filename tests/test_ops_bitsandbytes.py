@@ -1,4 +1,4 @@
-"""bitsandbytes' arithmetic: equal to its own functions on hostile activations, packed or not."""
+"""The arithmetic of bitsandbytes: equal to its own functions on hostile activations, packed or not."""
 
 import bitsandbytes as bnb
 import pytest

@@ -243,7 +243,7 @@ def test_a_dry_run_does_not_calibrate_and_says_so(sound, tmp_path, monkeypatch):
     console = Console(width=160)
     with console.capture() as shown:
         console.print(report.conversion(result))
-    assert "columns are chosen by the text only when converting" in shown.get()
+    assert "columns are chosen from the text when the conversion runs, not in this plan" in shown.get()
 
 
 def test_the_plan_knows_the_size_of_both_files(sound, tmp_path):
@@ -292,7 +292,7 @@ def link_outside(folder):
     (folder / OUTLIERS_NAME).symlink_to(target)
 
 
-WRONG, OTHER, FIT = "lists columns that cannot be", "has other tensors than a calibration's", "fit no int8 layer"
+WRONG, OTHER, FIT = "lists invalid outlier columns", "does not have the tensors of a calibration", "fit no int8 layer"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The fast CPU path against the reference, and the layer that keeps its weight in that layout."""
+"""The fast CPU path against the reference, and the layer that stores its weight in that layout."""
 
 import copy
 import subprocess

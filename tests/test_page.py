@@ -191,7 +191,7 @@ def test_a_layer_that_stands_out_is_named_with_a_recipe():
     reports = [report(f"model.layers.{i}.q_proj", 0.05 if i == 4 else 0.01) for i in range(9)]
     reader = read(page(reports, "model"))
     assert 'skip = ["model.layers.4.q_proj"]' in reader.text
-    assert "No layer stands out" in read(page(reports[:4], "model")).text
+    assert "No layer is an outlier" in read(page(reports[:4], "model")).text
 
 
 def test_a_page_of_very_many_modules_stays_small():
@@ -326,7 +326,7 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_work(quantize8, tmp
 
 
 def test_a_page_is_not_put_into_an_artifact(converted):
-    with pytest.raises(OutputError, match="lies in an artifact"):
+    with pytest.raises(OutputError, match="is inside an artifact"):
         check(converted.out / "page.html")
 
 

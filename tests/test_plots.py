@@ -1,4 +1,4 @@
-"""Figures: every number of a series is in the SVG, the same numbers give the same bytes, and names stay text."""
+"""Figures: every number of a series is in the SVG, equal numbers give equal bytes, and names stay text."""
 
 import re
 import sys

@@ -52,7 +52,7 @@ def test_the_card_states_the_facts(hub, tmp_path):
         "llm-int8, threshold 5",
         "| calibration | none |",
         f"{done.manifest.source_bytes / 1e6:.1f} MB -> {size / 1e6:.1f} MB",
-        f"{sum(errors) / len(errors):.4f} mean, {max(errors):.4f} at worst",
+        f"{sum(errors) / len(errors):.4f} mean, {max(errors):.4f} maximum",
         "pip install transformers accelerate bitsandbytes",
         'AutoModelForCausalLM.from_pretrained("me/tiny-int8")',
         "quantize8 run me/tiny-int8",
@@ -138,9 +138,9 @@ def test_what_is_no_whole_artifact_is_not_uploaded(hub, tmp_path):
     [
         (True, "me/x", TOKEN, "refused by the hub"),
         ("unknown", "me/x", TOKEN, "refused by the hub"),
-        (False, "me/x/y", TOKEN, "is no name of a model"),
-        (False, "a b", TOKEN, "is no name of a model"),
-        (False, "me/x", None, "takes a token"),
+        (False, "me/x/y", TOKEN, "is not a valid model name"),
+        (False, "a b", TOKEN, "is not a valid model name"),
+        (False, "me/x", None, "uploading needs a token"),
         (False, "me/x", "hf_bad\ntoken", "upload failed"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Q8_0: equal to llama.cpp's own package on hostile data, with the kernels of every unit."""
+"""Q8_0: equal to the package of llama.cpp on hostile data, with the kernels of every unit."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Weights streamed through an (emulated) GPU: the artifact is the one that the CPU writes, byte for byte."""
+"""Weights streamed through an (emulated) GPU: the artifact equals that of the CPU, byte for byte."""
 
 import hashlib
 from pathlib import Path

@@ -104,12 +104,12 @@ def test_codes_and_scales_that_quantizing_never_gives_are_found_under_a_fitting_
     module = "model.layers.0.self_attn.q_proj"
     row = 32  # the second; the first is a zero row
     patch(artifact, f"{module}.weight", np.array([-128], np.int8), row)
-    with pytest.raises(ArtifactError, match="codes that quantizing never gives"):
+    with pytest.raises(ArtifactError, match="codes that quantization never produces"):
         verify(artifact)
     patch(artifact, f"{module}.weight", np.array([1], np.int8), row)
     verify(artifact)
     patch(artifact, f"{module}.weight", np.array([1], np.int8))
-    with pytest.raises(ArtifactError, match="codes that quantizing never gives"):
+    with pytest.raises(ArtifactError, match="codes that quantization never produces"):
         verify(artifact)
     for bad in (np.nan, -1.0, np.inf):
         patch(artifact, f"{module}.SCB", np.array([bad], np.float32))
@@ -122,7 +122,7 @@ def test_records_and_config_must_agree_with_the_files(artifact):
         manifest.tensors["other"] = manifest.tensors.pop("model.norm.weight")
 
     forge(artifact, rename)
-    with pytest.raises(ArtifactError, match="do not hold the tensors"):
+    with pytest.raises(ArtifactError, match="do not contain the tensors"):
         verify(artifact)
 
 
@@ -132,7 +132,7 @@ def test_a_record_with_another_dtype_is_found(artifact):
         manifest.tensors["model.norm.weight"] = TensorRecord(record.file, "BF16", record.shape, record.blake3)
 
     forge(artifact, retype)
-    with pytest.raises(ArtifactError, match="another place, dtype or shape"):
+    with pytest.raises(ArtifactError, match="its file, dtype or shape differs from its record"):
         verify(artifact)
 
 
@@ -149,7 +149,7 @@ def test_a_record_that_calls_another_tensor_quantized_is_found(artifact):
 
 def test_a_threshold_unlike_the_recipes_is_found(artifact):
     forge(artifact, lambda manifest: manifest.recipe.update(threshold=3.0))
-    with pytest.raises(ArtifactError, match="not what the format and recipe"):
+    with pytest.raises(ArtifactError, match="does not match the format and recipe"):
         verify(artifact)
 
 

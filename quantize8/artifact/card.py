@@ -1,6 +1,6 @@
-"""The model card of an artifact on the hub: what it was made of, how, what that cost, and how to open it.
+"""The model card of an artifact on the hub: its source, how it was converted, the error, and how to open it.
 
-Every value comes from the manifest or the files. The card itself is no part of the artifact: `verify` passes it by.
+Every value comes from the manifest or the files. The card itself is not part of the artifact, and `verify` ignores it.
 """
 
 from __future__ import annotations
@@ -55,16 +55,23 @@ _CARD = """# {title}
 {error_note}## How to open it
 
 {loaders}
-`quantize8 verify FOLDER` compares a downloaded copy with `quantize8.json`, byte by byte.
+`quantize8 verify FOLDER` checks every byte of a downloaded copy against `quantize8.json`.
 """
-_ERROR_NOTE = """The relative error of a weight w is the Frobenius norm of (w - dequantized) over that of w. It says
-how near the weights are, and not how good the model's answers are.
+_ERROR_NOTE = """The relative error of a weight w is the Frobenius norm of (w - dequantized) divided by that of w. It
+measures how close the weights are, not how good the answers of the model are.
 
 """
 
 
 def card(folder: Path, manifest: Manifest, repo_id: str, license: str | None) -> str:
-    """The text of README.md for an artifact in `folder`; `license` of its source, None where it is not known."""
+    """Write the text of README.md for an artifact.
+
+    Args:
+        folder: The folder of the artifact.
+        manifest: Its manifest.
+        repo_id: The model repository that it is uploaded to.
+        license: License of the source. None if it is not known.
+    """
     from huggingface_hub import ModelCardData
 
     causal = _architecture(folder).endswith("ForCausalLM") or manifest.format == GGUF
@@ -91,7 +98,7 @@ def card(folder: Path, manifest: Manifest, repo_id: str, license: str | None) ->
 
 
 def _rows(folder: Path, manifest: Manifest) -> dict[str, str]:
-    """The facts, by name."""
+    """The rows of the table, by name."""
     errors = {name: record.quantized.relative_error for name, record in manifest.tensors.items() if record.quantized}
     size = sum((folder / name).stat().st_size for name in manifest.headers)
     rows = {"source": _source(manifest), "format": manifest.format}
@@ -100,12 +107,12 @@ def _rows(folder: Path, manifest: Manifest) -> dict[str, str]:
     if errors:
         rows["recipe"] = f"{manifest.recipe['name']}, threshold {manifest.recipe['threshold']:g}"
         rows["calibration"] = _calibration(manifest.calibration)
-        rows["int8"] = f"{len(errors)} weights; {len(manifest.kept)} Linear weights kept in floating point"
+        rows["int8"] = f"{len(errors)} weights; {len(manifest.kept)} Linear weights left in floating point"
     rows["weights on disk"] = f"{manifest.source_bytes / _MB:,.1f} MB -> {size / _MB:,.1f} MB"
     if errors:
         worst = max(errors, key=lambda name: errors[name])
         mean = sum(errors.values()) / len(errors)
-        rows["relative error"] = f"{mean:.4f} mean, {errors[worst]:.4f} at worst, in {worst}"
+        rows["relative error"] = f"{mean:.4f} mean, {errors[worst]:.4f} maximum, in {worst}"
     return rows
 
 
@@ -125,7 +132,7 @@ def _calibration(asked: dict[str, Any]) -> str:
 
 
 def _loaders(manifest: Manifest, repo_id: str, causal: bool) -> list[str]:
-    """How each loader that the format is for opens it."""
+    """How to open the artifact in each loader of its format."""
     if manifest.format == GGUF:
         (file,) = manifest.headers
         return [_LLAMA_CPP.format(repo=repo_id, file=file), _QUANTIZE8.format(repo=repo_id)]
@@ -147,11 +154,11 @@ def _architecture(folder: Path) -> str:
 
 
 def _scheme(folder: Path) -> str:
-    """Of compressed-tensors, as its loaders call it."""
+    """The scheme of compressed-tensors, as its loaders name it; empty for other formats."""
     entry = _config(folder).get("quantization_config") or {}
     return str(entry.get("format", "")) if entry.get("quant_method") == compressed_tensors.METHOD else ""
 
 
 def _cell(text: str) -> str:
-    """A text that stays in its cell of a table."""
+    """A text that can be put into a cell of a Markdown table."""
     return " ".join(text.replace("|", "\\|").split())

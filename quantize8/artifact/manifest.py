@@ -1,8 +1,8 @@
-"""quantize8.json: what an artifact holds, where it came from, and a digest of every byte. Written last.
+"""quantize8.json, the manifest: contents of an artifact, its source, and a digest of every byte. It is written last.
 
-The manifest depends on the source and its name, the recipe, the file size asked for and the version of quantize8 alone
-(a GGUF's tokenizer also on transformers, which makes it), so that two conversions of the same source give the same
-bytes, whatever the machine, the worker count or the order of work. Digests are BLAKE3.
+The manifest depends only on the source and its name, the recipe, the requested file size and the version of quantize8
+(the tokenizer of a GGUF file also on transformers, which writes it). Two conversions of the same source therefore give
+the same bytes, whatever the machine, the number of workers or the order of work. Digests are BLAKE3.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from quantize8.ops import ABSMAX
 from quantize8.ops.reference import ColumnStats
 
 MANIFEST_NAME = "quantize8.json"
-CHECK_FAILED = "check-failed.txt"  # beside it, of an artifact that its check found broken: what was wrong
+CHECK_FAILED = "check-failed.txt"  # beside the manifest of an artifact that failed `convert --check`: the reason
 FORMAT_VERSION = 1
-_WORST_COLUMNS = 8  # as many as fit a line of a report
+_WORST_COLUMNS = 8  # as many as fit in a line of a report
 _DIGEST = "manifest_blake3"
-_LARGEST = 2**63  # of an integer in it: JSON's have any number of digits
+_LARGEST = 2**63  # limit on integers, which in JSON can have any number of digits
 
 
 @dataclass
 class Quantized:
-    """What quantizing did to one weight [N, K]."""
+    """The result of quantizing one weight [N, K]."""
 
     source_dtype: str
-    source_blake3: str  # of the values as read, row-major
+    source_blake3: str  # digest of the values as read, row-major
     relative_error: float  # ||w - dequantized||_F / ||w||_F
-    absmax_range: tuple[float, float]  # over rows
+    absmax_range: tuple[float, float]  # smallest and largest absmax of a row
     outliers: int  # weights beyond 6 standard deviations of their row
-    worst_columns: list[tuple[int, int, float]]  # input column, its outliers, its largest |w|; most outliers first
+    worst_columns: list[tuple[int, int, float]]  # (input column, its outliers, its largest |w|), most outliers first
     transposed: bool = False  # stored [in, out] in the source (GPT-2's Conv1D)
-    scale: str = ABSMAX  # or mse, where scales were searched
+    scale: str = ABSMAX  # or mse, if scales were searched
 
 
 @dataclass
@@ -58,21 +58,21 @@ class TensorRecord:
 
 @dataclass
 class Manifest:
-    """The whole content of quantize8.json."""
+    """The content of quantize8.json."""
 
     version: str  # of quantize8
     format: str
     source: dict[str, str]
     recipe: dict[str, Any]
-    source_bytes: int  # of its weights
+    source_bytes: int  # size of the source weights
     tensors: dict[str, TensorRecord] = field(default_factory=dict)
-    kept: dict[str, str] = field(default_factory=dict)  # Linear weights that are not int8 -> why
+    kept: dict[str, str] = field(default_factory=dict)  # Linear weights left in float -> reason
     headers: dict[str, str] = field(default_factory=dict)  # weight file -> digest of its header
     files: dict[str, str] = field(default_factory=dict)  # every other file -> digest
-    calibration: dict[str, Any] = field(default_factory=dict)  # text and columns asked for, where it was calibrated
+    calibration: dict[str, Any] = field(default_factory=dict)  # text and options of the calibration; empty without
 
     def to_bytes(self) -> bytes:
-        """The file's content, which ends with a digest of the rest."""
+        """The content of the file, which ends with a digest of everything before it."""
         value: dict[str, Any] = {"format_version": FORMAT_VERSION, **asdict(self)}
         if not self.calibration:
             del value["calibration"]
@@ -94,7 +94,19 @@ def digest(data: bytes | memoryview) -> str:
 def summarize(
     stats: ColumnStats, absmax: Any, source_dtype: str, source_blake3: str, transposed: bool, scale: str = ABSMAX
 ) -> Quantized:
-    """What the manifest says of a weight whose statistics are complete; figures rounded to what they mean."""
+    """Summarize the statistics of a quantized weight.
+
+    Args:
+        stats: Complete statistics by input column.
+        absmax: float32 [N], the scale of each row.
+        source_dtype: Dtype in the source.
+        source_blake3: Digest of the values as read.
+        transposed: Whether the source stores the weight as [in, out].
+        scale: How scales were chosen, absmax or mse.
+
+    Returns:
+        The record for the manifest, with the error rounded to its significant digits.
+    """
     square, error = float(stats.sum_square.sum()), float(stats.sum_error.sum())
     order = np.lexsort((np.arange(len(stats.absmax)), -stats.absmax, -stats.outliers))[:_WORST_COLUMNS]
     return Quantized(
@@ -110,10 +122,11 @@ def summarize(
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of an artifact, checked against its own digest; no byte of the file may be another.
+    """Read the manifest of an artifact and check it against its own digest, which covers every byte.
 
-    Raises ArtifactError, also where `convert --check` found the artifact broken, where a field is of another type, or
-    names a file outside the artifact.
+    Raises:
+        ArtifactError: There is no manifest, it was changed, a field has the wrong type or names a file outside the
+            artifact, or `convert --check` found the artifact broken.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
@@ -137,7 +150,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"{path}: not readable as a manifest ({error}); convert the source again") from None
     files = {*manifest.files, *manifest.headers} if fits(manifest, Manifest) else {""}
     if not all(map(is_inside, files)) or not {record.file for record in manifest.tensors.values()} <= files:
-        raise ArtifactError(f"{path}: has fields of another kind than a manifest's; convert the source again")
+        raise ArtifactError(f"{path}: has fields of the wrong type, or names files elsewhere; convert the source again")
     return manifest
 
 
@@ -151,26 +164,26 @@ def files_of(data: bytes) -> list[str]:
 
 
 def check_inside(path: Path, folder: Path) -> None:
-    """Raise ArtifactError where a file of an artifact is a link that leads out of it."""
+    """Raise ArtifactError if a file of an artifact is a link to outside of it."""
     try:
         contained(path, folder)
     except SourceError:
-        raise ArtifactError(f"{path}: leads out of the artifact, and is not read; copy the artifact again") from None
+        raise ArtifactError(f"{path}: is a link to outside the artifact; copy the artifact again") from None
 
 
 def is_inside(name: str) -> bool:
-    """Whether a name is that of a file in the artifact's folder, or in one below, as the writer gives it."""
+    """Whether a name is a normalized relative path of a file inside the artifact."""
     path = PurePosixPath(name)
     return name.isprintable() and str(path) == name and not path.is_absolute() and not {"..", "."} & set(path.parts)
 
 
-@cache  # of some records there are a hundred thousand
+@cache  # a manifest can have a hundred thousand records
 def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value read from JSON is of an annotated type; a float may be written as an integer."""
+    """Whether a value that was read from JSON has an annotated type; an integer is accepted as a float."""
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any:
         return True
@@ -192,7 +205,7 @@ def fits(value: Any, kind: Any) -> bool:
 
 
 def record_of(entry: dict[str, Any]) -> TensorRecord:
-    """A record from what JSON makes of it."""
+    """A record from its JSON object."""
     quantized = entry.pop("quantized", None)
     if quantized is not None:
         quantized = Quantized(
@@ -206,7 +219,7 @@ def record_of(entry: dict[str, Any]) -> TensorRecord:
 
 
 def _laid_out(value: dict[str, Any]) -> bytes:
-    """The one way in which the manifest is written: of each object a line, without NaN."""
+    """The canonical layout of the manifest: one member per line, without NaN."""
     return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 

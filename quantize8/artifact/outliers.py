@@ -1,7 +1,7 @@
-"""outliers.safetensors: the columns of each int8 weight that a calibration text makes outliers, and why these.
+"""outliers.safetensors: the outlier columns of each int8 weight, chosen on a calibration text, and their statistics.
 
-It lies beside the weight files, outside of their index, so that other loaders do not read it: to them the artifact is
-the one that is written without calibration, byte for byte.
+The file is beside the weight files but not in their index, so that other loaders do not read it: for them the artifact
+is the one that is written without calibration, byte for byte.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ _KINDS = {_COLUMNS: ("I32", 1), _MEAN_SQUARE: ("F32", 1), _ABSMAX: ("F32", 1), _
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What calibration says of one weight [N, K]."""
+    """The result of calibration for one weight [N, K]."""
 
     columns: Array  # int32 [J], outlier columns, the most important first
-    exact: int  # E <= J: the first so many are stored exactly too
-    mean_square: Array  # float32 [K], of the layer's input over the text
-    absmax: Array  # float32 [K], largest magnitude of the same
+    exact: int  # E <= J: this many of the first columns are also stored exactly
+    mean_square: Array  # float32 [K], mean square of the layer input over the text
+    absmax: Array  # float32 [K], largest magnitude of the layer input over the text
 
     @property
     def search(self) -> ScaleSearch:
-        """What scales that fit the text are searched for."""
+        """What the scale search needs to fit scales to the text."""
         return ScaleSearch(self.mean_square, self.columns[: self.exact])
 
     def tensors(self, module: str, rows: int) -> list[OutTensor]:
-        """What is stored of it, the exact columns last."""
+        """The tensors that are stored for a module with `rows` rows; the exact columns are last."""
         wide = (len(self.mean_square),)
         return [
             OutTensor(f"{module}.{_COLUMNS}", "I32", (len(self.columns),)),
@@ -50,18 +50,18 @@ class Calibrated:
         ]
 
     def values(self) -> list[Array]:
-        """Values of `tensors` but the last."""
+        """The values of `tensors`, except the last."""
         return [self.columns.astype(np.int32), self.mean_square, self.absmax]
 
     def exact_rows(self, block: Array) -> Array:
-        """Of rows [n, K] of the weight the exact columns, float16 [n, E]."""
+        """The exact columns of weight rows [n, K], as float16 [n, E]."""
         chosen = block[:, self.columns[: self.exact]].astype(np.float32)
         return np.ascontiguousarray(chosen.astype(np.float16))
 
 
 @dataclass(frozen=True)
 class StoredOutliers:
-    """Outlier columns of one weight [N, K] in an artifact: int32 [J], and float16 [N, E] of the first E of them."""
+    """Stored outlier columns of one weight [N, K]: indices int32 [J], and values float16 [N, E] of the first E."""
 
     columns: Array
     weight: Array
@@ -73,13 +73,13 @@ def has_outliers(folder: Path) -> bool:
 
 
 def open_outliers(folder: Path) -> SafetensorsCheckpoint:
-    """The file's tensors."""
+    """Open outliers.safetensors of an artifact."""
     contained(folder / OUTLIERS_NAME, folder)
     return SafetensorsCheckpoint(folder, [OUTLIERS_NAME], {"id": folder.name}, folder.name)
 
 
 def read_outliers(folder: Path) -> dict[str, StoredOutliers]:
-    """The outlier columns of each module; raises ArtifactError where they are not what this module writes."""
+    """Read the outlier columns of each module; raises ArtifactError if they are not what this module writes."""
     stored = open_outliers(folder)
     modules: dict[str, dict[str, TensorInfo]] = {}
     for name, info in stored.tensors.items():
@@ -91,10 +91,10 @@ def read_outliers(folder: Path) -> dict[str, StoredOutliers]:
 def _module(stored: SafetensorsCheckpoint, module: str, found: dict[str, TensorInfo]) -> StoredOutliers:
     where = f"{stored.folder / OUTLIERS_NAME}: {module}"
     if {last: (info.dtype, len(info.shape)) for last, info in found.items()} != _KINDS:
-        raise ArtifactError(f"{where} has other tensors than a calibration's; convert the source again")
+        raise ArtifactError(f"{where} does not have the tensors of a calibration; convert the source again")
     columns, weight = (stored.rows(found[last].name, 0, found[last].shape[0]) for last in (_COLUMNS, _WEIGHT))
     width, count = found[_MEAN_SQUARE].shape[0], len(columns)
     inside = bool(((columns >= 0) & (columns < width)).all()) and len(np.unique(columns)) == count
     if not inside or weight.shape[1] > count or found[_ABSMAX].shape != (width,) or not np.isfinite(weight).all():
-        raise ArtifactError(f"{where} lists columns that cannot be; convert the source again")
+        raise ArtifactError(f"{where} lists invalid outlier columns; convert the source again")
     return StoredOutliers(columns, weight)

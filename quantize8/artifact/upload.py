@@ -1,4 +1,4 @@
-"""An artifact to the Hugging Face hub, in one commit: its files, and a model card."""
+"""Upload an artifact to the Hugging Face hub in one commit: its files and a model card."""
 
 from __future__ import annotations
 
@@ -15,13 +15,19 @@ from quantize8.errors import ArtifactError, OutputError, Quantize8Error
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-_ALWAYS_THERE = (".gitattributes", CARD_NAME)  # what the hub itself puts into a new model, and what is written anew
+_ALWAYS_THERE = (".gitattributes", CARD_NAME)  # created by the hub in a new repository, and written by every upload
 
 
 def prepare(repo_id: str, *, revision: str | None = None, token: str | None = None) -> None:
-    """Refuse, before there is an artifact, a token that the hub does not know, and a model that must not be replaced.
+    """Check, before the conversion, that the hub knows the token and that the repository may be replaced.
 
-    Raises OutputError.
+    Args:
+        repo_id: Model repository on the hub; it need not exist.
+        revision: Branch to upload to; it need not exist. None is the main branch.
+        token: Hub token. None uses the one that `hf auth login` stored.
+
+    Raises:
+        OutputError: The hub refuses the token, or the repository contains files that are not an artifact.
     """
     from huggingface_hub import HfApi
 
@@ -35,10 +41,23 @@ def prepare(repo_id: str, *, revision: str | None = None, token: str | None = No
 def upload(
     folder: Path, repo_id: str, *, private: bool = False, revision: str | None = None, token: str | None = None
 ) -> str:
-    """Upload an artifact with its card to a model, which is made where there is none; the address of the commit.
+    """Upload an artifact with its model card.
 
-    Files of an artifact that was there before are removed; a model that holds anything else is refused.
-    Raises ArtifactError where `folder` is no whole artifact, OutputError where the hub refuses.
+    The files of a previous artifact are removed. A repository with any other files is refused.
+
+    Args:
+        folder: The folder of the artifact.
+        repo_id: Model repository on the hub. It is created if it does not exist.
+        private: Create the repository as private.
+        revision: Branch to upload to. It is created if it does not exist. None is the main branch.
+        token: Hub token with write access. None uses the one that `hf auth login` stored.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ArtifactError: `folder` is not a complete artifact.
+        OutputError: The hub refuses the upload, or the repository contains other files.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -46,7 +65,7 @@ def upload(
     files = artifact_files(folder, manifest)
     with _sending(repo_id, token):
         api = HfApi(token=token)
-        # the hub's own spelling of the id: with the user's name where none was given
+        # the id as the hub spells it: with the name of the user if none was given
         name = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(name, branch=revision, exist_ok=True)
@@ -66,7 +85,7 @@ def upload(
 
 
 def artifact_files(folder: Path, manifest: Manifest) -> list[str]:
-    """Names of all files of an artifact; raises ArtifactError where one is missing."""
+    """Names of all files of an artifact; raises ArtifactError if one is missing."""
     names = [*manifest.headers, *manifest.files, MANIFEST_NAME]
     for name in names:
         if not (folder / name).is_file():
@@ -75,24 +94,24 @@ def artifact_files(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def _replaced(api: HfApi, repo_id: str, revision: str | None) -> set[str]:
-    """Files of the artifact that is there already; a model that holds something else is refused."""
-    there = {*api.list_repo_files(repo_id, revision=revision)}
-    if there <= {*_ALWAYS_THERE}:
+    """Files of the artifact that the repository contains; raises OutputError if it contains anything else."""
+    existing = {*api.list_repo_files(repo_id, revision=revision)}
+    if existing <= {*_ALWAYS_THERE}:
         return set()
-    if MANIFEST_NAME in there:
+    if MANIFEST_NAME in existing:
         path = api.hf_hub_download(repo_id, MANIFEST_NAME, revision=revision)
         manifest = read_manifest(Path(path).parent)
-        return there & {*manifest.headers, *manifest.files}
-    raise OutputError(f"{repo_id}: holds files that are no artifact of quantize8, and is not overwritten; name another")
+        return existing & {*manifest.headers, *manifest.files}
+    raise OutputError(f"{repo_id}: contains files that are not an artifact of quantize8; use another repository")
 
 
 def _license(api: HfApi, manifest: Manifest) -> str | None:
-    """The source's license, where its card on the hub tells it."""
+    """The license of the source from its model card on the hub; None if it has none."""
     if "revision" not in manifest.source:
         return None
     try:
         data = api.model_info(manifest.source["id"], revision=manifest.source["revision"]).card_data
-    except Exception:  # gone, gated or renamed since: then the card says nothing of a license
+    except Exception:  # deleted, gated or renamed since: then the card names no license
         return None
     found = data.get("license") if data is not None else None
     return found if isinstance(found, str) else None
@@ -100,7 +119,7 @@ def _license(api: HfApi, manifest: Manifest) -> str | None:
 
 @contextmanager
 def _sending(repo_id: str, token: str | None) -> Iterator[None]:
-    """What the hub refuses, in one line of ours that holds no token."""
+    """Turn errors of the hub into an OutputError of one line, without the token."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     try:
@@ -108,16 +127,16 @@ def _sending(repo_id: str, token: str | None) -> Iterator[None]:
     except Quantize8Error:
         raise
     except HFValidationError:
-        raise OutputError(f"{repo_id}: is no name of a model on the hub; name one like me/model") from None
+        raise OutputError(f"{repo_id}: is not a valid model name on the hub; use one like me/model") from None
     except LocalTokenNotFoundError:
-        raise OutputError(f"{repo_id}: uploading takes a token; run `hf auth login`, or set HF_TOKEN") from None
+        raise OutputError(f"{repo_id}: uploading needs a token; run `hf auth login`, or set HF_TOKEN") from None
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403, 404):
-            why = "the token is missing, unknown, or has no right to write there"
+            why = "the token is missing, unknown, or has no write access"
             raise OutputError(f"{repo_id}: refused by the hub ({why}); run `hf auth login`") from None
-        raise OutputError(f"{repo_id}: upload failed (answer {status}); run `quantize8 push` again") from None
-    except Exception as error:  # of the HTTP library, which share no base class with the hub's
+        raise OutputError(f"{repo_id}: upload failed (HTTP status {status}); run `quantize8 push` again") from None
+    except Exception as error:  # of the HTTP library, whose errors share no base class with those of the hub
         raise OutputError(
             f"{repo_id}: upload failed ({clean(error.__cause__ or error, token)}); run `quantize8 push` again"
         ) from None

@@ -1,4 +1,4 @@
-"""The command line. Each command is one call of the library; nothing outside of this package prints or exits."""
+"""The command line. Each command is one call of the library; nothing outside this package prints or exits."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from quantize8.cli.terminal import progress_bar, show
 from quantize8.errors import Quantize8Error
 
 app = typer.Typer(
-    help="Quantize LLM checkpoints to int8 with LLM.int8(), see their outliers, and run them.",
+    help="Quantize LLM checkpoints to int8 with LLM.int8(), inspect their outliers, and run them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain help starts faster, and reads well in a log
+    rich_markup_mode=None,  # plain help starts faster and is readable in a log
 )
 for _command in (convert, plan, finalize, inspect, run, evaluate, verify, push):
     app.command()(_command)
@@ -28,7 +28,7 @@ for _command in (convert, plan, finalize, inspect, run, evaluate, verify, push):
 
 @app.command()
 def env(as_json: Json = False) -> None:
-    """Show versions and devices, and what is missing with the command that mends it."""
+    """Show versions and devices, and how to install what is missing."""
     from quantize8 import report
     from quantize8.operations.environment import environment
 
@@ -38,10 +38,10 @@ def env(as_json: Json = False) -> None:
 
 @app.command()
 def demo(
-    out: Annotated[str | None, typer.Option(help="Artifact folder.  [default: SmolLM2-135M-Instruct-int8]")] = None,
+    out: Annotated[str | None, typer.Option(help="Output folder.  [default: SmolLM2-135M-Instruct-int8]")] = None,
     as_json: Json = False,
 ) -> None:
-    """Convert, inspect and run SmolLM2-135M, and show what int8 cost."""
+    """Convert, inspect and run SmolLM2-135M-Instruct, and compare int8 with its source."""
     from quantize8 import report
     from quantize8.demo import demo as operation
 
@@ -66,7 +66,7 @@ def _root(
 
 
 def main() -> None:
-    """Entry point: run a command; an error that a user can fix becomes one line and exit code 1."""
+    """Entry point: run a command. An error that the user can fix becomes one line on stderr and exit code 1."""
     warnings.showwarning = _show_warning
     try:
         app()

@@ -1,4 +1,4 @@
-"""Commands that read a model: its outliers, what it says, how well it predicts."""
+"""Commands that read a model: inspect, run and evaluate."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from quantize8.cli.terminal import show, stream
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="Checkpoint or artifact.")],
+    model: Annotated[str, typer.Argument(help="Checkpoint or artifact: folder, file or hub id.")],
     text: Annotated[
-        str | None, typer.Option(help="Text file: show the outliers it brings about in activations.")
+        str | None, typer.Option(help="Text file: report outliers in the activations on this text.")
     ] = None,
-    threshold: Annotated[float, typer.Option(help="An outlier has |x| >= this.")] = 6.0,
-    layer: Annotated[str, typer.Option(help="Only modules with such names; * for any characters.")] = "*",
-    tokens: Annotated[int, typer.Option(min=1, help="Use so many tokens of the text.")] = 1024,
+    threshold: Annotated[float, typer.Option(help="Outlier threshold: |x| >= this (with --text).")] = 6.0,
+    layer: Annotated[str, typer.Option(help="Glob pattern of module names to report.")] = "*",
+    tokens: Annotated[int, typer.Option(min=1, help="Number of tokens of the text to use.")] = 1024,
     budget: Annotated[
-        float, typer.Option(help="Mean relative error of int8 outputs that the advised threshold keeps to.")
+        float, typer.Option(help="Largest mean relative error of int8 outputs for the recommended threshold.")
     ] = 0.025,
     page: Page = None,
     revision: Revision = None,
     token: Token = None,
     as_json: Json = False,
 ) -> None:
-    """Show outlier statistics of weights, or with --text of activations."""
+    """Show outlier statistics of the weights, or with --text of the activations."""
     from quantize8 import report
     from quantize8.model.outliers import ActivationReport
     from quantize8.operations.inspect import inspect as operation
@@ -43,18 +43,18 @@ def inspect(
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="Artifact or checkpoint.")],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The capital of France is",
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 64,
-    compare: Annotated[str | None, typer.Option(help="Source checkpoint to run beside.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    model: Annotated[str, typer.Argument(help="Artifact or checkpoint: folder, file or hub id.")],
+    prompt: Annotated[str, typer.Option(help="Prompt to continue.")] = "The capital of France is",
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 64,
+    compare: Annotated[str | None, typer.Option(help="Source checkpoint to run and compare with.")] = None,
+    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
     mode: Mode = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template to the prompt.")] = False,
     revision: Revision = None,
     token: Token = None,
     as_json: Json = False,
 ) -> None:
-    """Continue a text greedily, as a quick check; then say how fast."""
+    """Generate text greedily as a quick check, and show the speed."""
     from quantize8 import report
     from quantize8.operations.run import Comparison
     from quantize8.operations.run import run as operation
@@ -78,21 +78,23 @@ def run(
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Artifact or checkpoint.")],
-    text: Annotated[str | None, typer.Option(help="Text file.  [default: an address that is shipped]")] = None,
+    model: Annotated[str, typer.Argument(help="Artifact or checkpoint: folder, file or hub id.")],
+    text: Annotated[str | None, typer.Option(help="Text file to score.  [default: a bundled text]")] = None,
     reference: Annotated[str | None, typer.Option(help="Checkpoint to compare with, such as the source.")] = None,
-    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
-    tokens: Annotated[int, typer.Option(help="Use so many tokens of the text.")] = 4096,
-    layers: Annotated[bool, typer.Option("--layers", help="Compare hidden states after each layer, too.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    context: Annotated[int, typer.Option(help="Context length in tokens.")] = 1024,
+    tokens: Annotated[int, typer.Option(help="Number of tokens of the text to use.")] = 4096,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Compare the hidden states after each layer (with --reference).")
+    ] = False,
+    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
     mode: Mode = None,
-    threshold: Annotated[float | None, typer.Option(help="Outlier threshold.  [default: the artifact's]")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Outlier threshold, 0 for none.  [default: stored]")] = None,
     page: Page = None,
     revision: Revision = None,
     token: Token = None,
     as_json: Json = False,
 ) -> None:
-    """Score a text: perplexity, and with --reference how far the predictions are from its own."""
+    """Measure perplexity on a text, and with --reference the KL divergence from that model."""
     from quantize8 import report
     from quantize8.operations.evaluate import evaluate as operation
     from quantize8.page import build

@@ -1,4 +1,4 @@
-"""What commands print: results in tables or as JSON, progress, and text as it comes."""
+"""What commands print: results as tables or JSON, a progress bar, and generated text as it arrives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def show(result: Any, rendered: RenderableType, as_json: bool) -> None:
-    """Print a result, rendered or as JSON."""
+    """Print a result as it is rendered, or as JSON."""
     from quantize8 import report
 
     if as_json:
@@ -28,19 +28,19 @@ def show(result: Any, rendered: RenderableType, as_json: bool) -> None:
 
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
-        console = Console(highlight=False, markup=False, width=160)  # a log has no width of its own
+        console = Console(highlight=False, markup=False, width=160)  # a log file has no width of its own
     console.print(rendered)
 
 
 def stream(text: str) -> None:
-    """Print a piece of text at once."""
+    """Print a piece of text immediately."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Progress]:
-    """A progress bar on the terminal's error stream; nothing elsewhere."""
+    """A progress bar on stderr; it shows nothing where stderr is not a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 

@@ -1,4 +1,4 @@
-"""What this machine offers quantize8: versions, devices, and what is missing with the command that mends it."""
+"""Versions, devices, and missing packages with the commands that install them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CUPY_PACKAGES = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
 
 @dataclass(frozen=True)
 class Environment:
-    """Versions by package (None: not installed), the devices, and advice: what is missing -> how to fix it."""
+    """Package versions and devices of this machine, and advice on what is missing."""
 
     python: str
     system: str
@@ -30,13 +30,13 @@ class Environment:
     processors: int
     memory_bytes: int
     gpus: list[str]
-    kernels: str  # whether the CUDA kernels give right results here, or why they cannot be used
-    versions: dict[str, str | None] = field(default_factory=dict)
-    advice: dict[str, str] = field(default_factory=dict)
+    kernels: str  # whether the CUDA kernels give correct results here, or why they cannot be used
+    versions: dict[str, str | None] = field(default_factory=dict)  # by package; None: not installed
+    advice: dict[str, str] = field(default_factory=dict)  # what is missing -> the command that installs it
 
 
 def environment() -> Environment:
-    """Look at the installed packages and devices; reads no credential, and of the environment QUANTIZE8_UNIT alone."""
+    """Inspect packages and devices. Reads no credentials, and no environment variable other than QUANTIZE8_UNIT."""
     versions: dict[str, str | None] = {"quantize8": __version__}
     versions |= {name: _version(name) for name in (*_PACKAGES, *_OPTIONAL)}
     versions["cupy"] = next((found for name in _CUPY_PACKAGES if (found := _version(name))), None)
@@ -71,11 +71,11 @@ def _version(package: str) -> str | None:
 
 def _kernels() -> str:
     reason = choice.problem()
-    return "right results on GPU 0" if reason is None else reason.removeprefix("device cuda: ")
+    return "correct results on GPU 0" if reason is None else reason.removeprefix("device cuda: ")
 
 
 def _devices() -> tuple[str, list[str]]:
-    """The CPU's vector extensions as torch uses them, its int8 unit, and the GPUs that torch sees."""
+    """The int8 unit of the CPU and the vector extensions that torch uses on it, and the GPUs that torch finds."""
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

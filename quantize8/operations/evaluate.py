@@ -1,15 +1,17 @@
-"""How well a model predicts a text, and how near its predictions are to those of the model it was made from.
+"""Score how well a model predicts a text, and how close its predictions are to those of a reference model.
 
-Perplexity is exp of the mean negative log-likelihood (natural log) of the scored tokens; KL divergence is from the
-reference to the model, over the whole vocabulary, in nats a token. `quantize8.model.scoring` says what is scored.
+Perplexity is exp of the mean negative log-likelihood (natural log) of the scored tokens. KL divergence is
+KL(reference || model) over the whole vocabulary, in nats per token. `quantize8.model.scoring` defines which tokens are
+scored.
 
-Intervals are of 95%, by batch means. Neighbouring tokens are alike in how hard they are, so the plain standard error,
-which takes them as independent, is too small. The S scored tokens, in the order of the text, are cut into blocks of
-sqrt(S) tokens; long blocks are nearly independent of each other. The standard error of the mean is the standard
-deviation of the B block means / sqrt(B) (Flegal and Jones 2010, doi:10.1214/09-AOS735, for batches of sqrt(S)), and the
-interval is mean +- t * error, with Student's t for B - 1 degrees of freedom. Windows would be the natural blocks, but
-a text has too few of them. Perplexities and their ratio take exp of both ends; the ratio's interval is that of the
-differences token by token, so what both models find hard cancels out. An interval speaks of text like this one.
+Confidence intervals are 95% and use the method of batch means. Neighboring tokens are similarly hard to predict, so
+the plain standard error, which assumes that they are independent, is too small. The S scored tokens, in the order of
+the text, are split into blocks of sqrt(S) tokens; long blocks are nearly independent of each other. The standard error
+of the mean is the standard deviation of the B block means / sqrt(B) (Flegal and Jones 2010, doi:10.1214/09-AOS735, for
+batches of sqrt(S)), and the interval is mean +- t * error, with Student's t for B - 1 degrees of freedom. Windows
+would be the natural blocks, but a text has too few of them. The intervals of perplexities and of their ratio are exp
+of both ends. The interval of the ratio is computed from per-token differences, so that tokens which both models find
+hard cancel out. An interval holds for text like the one that was scored.
 """
 
 from __future__ import annotations
@@ -32,11 +34,11 @@ from quantize8.resources import TEXT
 if TYPE_CHECKING:
     from torch import Tensor
 
-DEFAULT_CONTEXT = 1024  # tokens; long enough that the first tokens of a window do not dominate
-DEFAULT_TOKENS = 4096  # four such windows, and less than the shipped text has
-_BUCKETS = 64  # of positions in a window: enough for a plot
+DEFAULT_CONTEXT = 1024  # tokens; long enough that the start of a window, with little context, does not dominate
+DEFAULT_TOKENS = 4096  # four windows of the default length; the bundled text is longer
+_BUCKETS = 64  # ranges of positions in a window: enough for a plot
 _CONFIDENCE = 0.95
-_FEWEST = 100  # scored tokens for an interval: 10 blocks of 10
+_FEWEST = 100  # scored tokens that an interval needs: 10 blocks of 10
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Perplexity:
     """exp of the mean negative log-likelihood (natural log) of the scored tokens."""
 
     perplexity: float
-    scored: int  # tokens; the first of each window has nothing before it, and is not scored
+    scored: int  # number of tokens; the first of each window has no context and is not scored
 
 
 @dataclass(frozen=True)
@@ -58,16 +60,16 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Positions:
-    """Mean KL divergence over neighbouring positions in the window."""
+    """Mean KL divergence over a range of positions in the window."""
 
-    first: int  # tokens of the window before the first of them
-    tokens: int  # scored there, over all windows
-    kl: float  # nats a token
+    first: int  # first position of the range, which is the number of tokens before it in the window
+    tokens: int  # number of scored tokens in the range, over all windows
+    kl: float  # nats per token
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """KL(reference || model) a token, in nats."""
+    """KL(reference || model) in nats per token."""
 
     mean: float
     standard_error: float | None  # of the mean; None where fewer than 100 tokens were scored
@@ -79,13 +81,13 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How near a model's predictions are to its reference's, on the same tokens."""
+    """How close the predictions of a model are to those of its reference, on the same tokens."""
 
     reference: str
-    perplexity: Estimate  # the reference's
-    ratio: Estimate  # the model's perplexity / the reference's, from differences token by token
+    perplexity: Estimate  # of the reference
+    ratio: Estimate  # perplexity of the model / perplexity of the reference, from per-token differences
     kl: Divergence
-    top1: float  # share of tokens at which both find the same token the likeliest
+    top1: float  # share of tokens for which both models rank the same token first
     layers: dict[str, float]  # decoder layer -> ||h - h_ref||_F / ||h_ref||_F of the hidden states after it
 
 
@@ -94,11 +96,11 @@ class Evaluation:
     """How well a model predicts a text."""
 
     model: str
-    tokens: int  # of the text
-    scored: int  # all but the first of each window
-    context: int  # tokens of a window
+    tokens: int  # number of tokens of the text
+    scored: int  # number of scored tokens: all but the first of each window
+    context: int  # window length in tokens
     perplexity: Estimate
-    agreement: Agreement | None = field(default=None)  # with a reference
+    agreement: Agreement | None = field(default=None)  # None without a reference
 
 
 def evaluate(
@@ -115,16 +117,29 @@ def evaluate(
     revision: str | None = None,
     token: str | None = None,
 ) -> Evaluation:
-    """Perplexity of a model on a text; with `reference` also KL divergence and top-1 agreement.
+    """Compute the perplexity of a model on a text, and with `reference` also KL divergence and top-1 agreement.
 
-    Both models are in memory at once, and of their logits those of one window.
+    Both models are in memory at the same time; of their logits, only those of one window are.
 
-    Args: model and reference, folders, GGUF files or hub ids; text, a file in UTF-8 (default: the beginning of an
-    address that ships with the package); context, tokens of a window, at most what both models take
-    (max_position_embeddings); tokens, the first so many are used; layers, compare hidden states, too; device, auto, cpu
-    or cuda; mode, threshold and revision, of `model` only: the reference runs as it is.
-    Raises: SourceError where a model or the text cannot be read, the text has fewer than two tokens, the models do not
-    share tokenizer and vocabulary, or logits are not finite.
+    Args:
+        model: A checkpoint or artifact: a folder, a GGUF file or a hub id.
+        text: A text file in UTF-8. None uses a bundled text (the beginning of a message to the US Congress).
+        reference: The model to compare with, such as the source that `model` was converted from.
+        context: Window length in tokens. It is lowered to what both models support (max_position_embeddings).
+        tokens: Number of tokens to use, from the start of the text; at least 2.
+        layers: Compare the hidden states after each decoder layer as well. Needs `reference`.
+        device: "auto", "cpu" or "cuda".
+        mode: Outlier handling of `model`, as in `quantize8.load`. The reference runs as it is.
+        threshold: Outlier threshold of `model`, 0 for none. None uses the stored one.
+        revision: Branch, tag or commit of `model` on the hub.
+        token: Hub token. None uses the one that `hf auth login` stored.
+
+    Returns:
+        An `Evaluation`; its `agreement` is None without a reference.
+
+    Raises:
+        SourceError: A model or the text cannot be read, the text has fewer than two tokens, the models do not share
+            tokenizer and vocabulary, or logits are not finite.
     """
     _check(context, tokens, threshold, layers and reference is None)
     content = read_text(TEXT if text is None else Path(text))
@@ -136,7 +151,7 @@ def evaluate(
         return Evaluation(model, len(ids), len(nll), context, _perplexity(nll), None)
     other, its_tokenizer = _open(reference, device, token=token)
     if not _encode(its_tokenizer, content, tokens).equal(ids):
-        raise SourceError(f"{reference}: its tokenizer splits the text otherwise; take a reference with the same one")
+        raise SourceError(f"{reference}: its tokenizer splits the text differently; use a reference with the same one")
     context = _limit(context, loaded, other)
     pairs = compare(loaded, other, ids, context, layers)
     agreement = _agreement(reference, pairs)
@@ -144,18 +159,28 @@ def evaluate(
 
 
 def perplexity(model: Any, ids: Tensor, context: int = DEFAULT_CONTEXT) -> Perplexity:
-    """Perplexity of a loaded causal model on token ids [T], in windows of `context` tokens that do not overlap.
+    """Compute the perplexity of a loaded causal model.
 
-    Raises SourceError where there are fewer than two tokens, or logits are not finite.
+    Args:
+        model: A transformers model.
+        ids: Token ids [T].
+        context: Window length in tokens; windows do not overlap.
+
+    Raises:
+        SourceError: There are fewer than two tokens, or logits are not finite.
     """
     nll = likelihoods(model, ids, context)
     return Perplexity(_exp(float(nll.mean())), len(nll))
 
 
 def standard_error(values: Array) -> tuple[float, int] | None:
-    """Standard error of the mean of correlated values [S] in their order, by batch means, and its degrees of freedom.
+    """Return the standard error of the mean of correlated values, and its degrees of freedom, by batch means.
 
-    None for fewer than 100 values.
+    Args:
+        values: One value per token [S], in the order of the text.
+
+    Returns:
+        (standard error, degrees of freedom), or None for fewer than 100 values.
     """
     if len(values) < _FEWEST:
         return None
@@ -165,7 +190,7 @@ def standard_error(values: Array) -> tuple[float, int] | None:
 
 
 def interval(values: Array) -> Estimate:
-    """The mean of correlated values [S] in their order, with its 95% interval."""
+    """The mean of correlated values [S], which are in the order of the text, with its 95% confidence interval."""
     mean, found = float(values.mean()), standard_error(values)
     if found is None:
         return Estimate(mean, None, None)
@@ -177,29 +202,29 @@ def interval(values: Array) -> Estimate:
 def _check(context: int, tokens: int, threshold: float | None, layers_alone: bool) -> None:
     check_context(context)
     if tokens < 2:
-        raise SourceError(f"tokens {tokens}: must be 2 or more, for the first token is not scored")
+        raise SourceError(f"tokens {tokens}: must be 2 or more, because the first token is not scored")
     if threshold is not None and not 0 <= threshold < math.inf:
         raise SourceError(f"threshold {threshold:g}: must be 0 (off) or a positive number")
     if layers_alone:
-        raise SourceError("layers: hidden states are compared with a reference's; add --reference")
+        raise SourceError("layers: compares hidden states with those of a reference; add --reference")
 
 
 def _open(model: str, device: str, *options: Any, **more: Any) -> tuple[Any, Any]:
     loaded, tokenizer = open_for_text(model, device, *options, **more)
     if loaded.config.is_encoder_decoder:
-        raise SourceError(f"{model}: is an encoder-decoder, which does not continue a text; give a decoder")
+        raise SourceError(f"{model}: is an encoder-decoder, which cannot be scored on a text; use a decoder-only model")
     return loaded, tokenizer
 
 
 def _encode(tokenizer: Any, content: str, tokens: int) -> Tensor:
-    """The first `tokens` token ids of a text, with the special tokens that the tokenizer puts before it."""
-    with quiet():  # of texts longer than the model takes, which windows are for
+    """The first `tokens` token ids of a text, with the special tokens that the tokenizer adds before it."""
+    with quiet():  # transformers warns of a text longer than the context, which is split into windows here
         ids: Tensor = tokenizer(content, return_tensors="pt")["input_ids"][0][:tokens]
     return ids
 
 
 def _limit(context: int, *models: Any) -> int:
-    """`context`, or fewer tokens where a model takes no more: beyond, its predictions mean nothing."""
+    """`context`, limited to what the models support: beyond that, predictions are meaningless."""
     limits: list[int] = [getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0 for model in models]
     return min([context, *(limit for limit in limits if limit > 0)])
 
@@ -216,7 +241,7 @@ def _agreement(reference: str, pairs: Pairs) -> Agreement:
 
 
 def _by_position(pairs: Pairs) -> list[Positions]:
-    """At most 64 buckets of as many positions each, the last one perhaps fewer."""
+    """At most 64 buckets of equal width; the last one may have fewer positions."""
     width = -(-int(pairs.positions.max()) // _BUCKETS)
     buckets = (pairs.positions - 1) // width
     counts, sums = np.bincount(buckets), np.bincount(buckets, pairs.kl)
@@ -241,9 +266,9 @@ def _exp(value: float) -> float:
 
 
 def _student(freedom: int) -> float:
-    """Student's t that leaves 5% outside, for 9 degrees of freedom or more: within 0.0005.
+    """The two-sided 95% quantile of Student's t, accurate to 0.0005 from 9 degrees of freedom.
 
-    Abramowitz and Stegun 26.7.5, an expansion about the normal distribution's quantile.
+    Abramowitz and Stegun 26.7.5, an expansion around the quantile of the normal distribution.
     """
     z = statistics.NormalDist().inv_cdf((1 + _CONFIDENCE) / 2)
     first = (z**3 + z) / 4

@@ -1,6 +1,6 @@
-"""Outlier statistics: of the weights of a checkpoint or artifact, or of the activations that a text brings about.
+"""Outlier statistics of the weights of a checkpoint or artifact, or of its activations on a text.
 
-With a text the model is streamed: memory holds the weights of one decoder layer, and the activations of the text.
+With a text, the model is streamed: memory holds the weights of one decoder layer and the activations of the text.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class WeightReport:
     absmax: float
     rms: float
     outliers: int  # weights beyond 6 standard deviations of their row
-    relative_error: float | None  # of int8: made now for a checkpoint, from the manifest for an artifact
-    worst_columns: list[tuple[int, int, float]]  # input column, its outliers, its largest |w|
+    relative_error: float | None  # of int8: computed now for a checkpoint, from the manifest for an artifact
+    worst_columns: list[tuple[int, int, float]]  # (input column, number of its outliers, its largest |w|)
 
 
 def inspect(
@@ -52,17 +52,28 @@ def inspect(
     revision: str | None = None,
     token: str | None = None,
 ) -> list[WeightReport] | ActivationReport:
-    """Statistics of weights, or with `text` of the activations over its first `tokens` tokens.
+    """Report outlier statistics of the weights of a model, or of its activations on a text.
 
-    Args: model, a checkpoint or artifact; text, a file in UTF-8; threshold, an outlier has |x| >= it; layer, a glob of
-    module names to report; tokens, at most those that the model has positions for; budget, the mean relative error of
-    the layers' outputs in int8 that the advice on a threshold keeps to.
-    Raises: SourceError where the model or the text cannot be read, or no module has such a name.
+    Args:
+        model: A checkpoint or artifact: a folder, a file or a hub id.
+        text: A text file in UTF-8, whose activations are reported. None reports the weights.
+        threshold: Magnitude from which an activation is an outlier: |x| >= threshold. Used with `text`.
+        layer: Glob pattern of the module names to report.
+        tokens: Number of tokens to use, from the start of the text; limited to the positions that the model has.
+        budget: Largest mean relative error of the int8 layer outputs that the recommended threshold may have.
+        revision: Branch, tag or commit of a hub model.
+        token: Hub token. None uses the one that `hf auth login` stored.
+
+    Returns:
+        A `WeightReport` for each Linear layer, or with `text` one `ActivationReport`.
+
+    Raises:
+        SourceError: The model or the text cannot be read, no module matches `layer`, or a number is out of range.
     """
     if not threshold > 0:
-        raise SourceError(f"threshold {threshold:g}: must be positive, for an outlier is what reaches it")
+        raise SourceError(f"threshold {threshold:g}: must be positive, because an outlier is a value that reaches it")
     if not budget > 0:
-        raise SourceError(f"budget {budget:g}: must be positive, for int8 is never exact")
+        raise SourceError(f"budget {budget:g}: must be positive, because int8 always has an error")
     content = None if text is None else read_text(Path(text))
     checkpoint = open_checkpoint(model, revision=revision, token=token)
     if content is not None:
@@ -88,7 +99,7 @@ def _inspect_text(
 
 
 def _linear_modules(checkpoint: Checkpoint) -> dict[str, bool]:
-    """Linear weights, of a quantized checkpoint the quantized ones -> whether they are stored [in, out]."""
+    """Linear modules (of a quantized checkpoint, the quantized ones) -> whether the weight is stored as [in, out]."""
     if checkpoint.decoded:
         return {name.removesuffix(".weight"): False for name in checkpoint.tensors if name in checkpoint.decoded}
     structure = structure_of(checkpoint)
@@ -111,7 +122,7 @@ def _known_errors(folder: Path) -> dict[str, float]:
 def _matching(names: list[str], pattern: str, model: str) -> list[str]:
     chosen = [name for name in names if fnmatchcase(name, pattern)]
     if not chosen:
-        raise SourceError(f"{model}: no Linear layer is called {pattern!r}; leave --layer out to see all names")
+        raise SourceError(f"{model}: no Linear layer matches {pattern!r}; leave out --layer to list all names")
     return chosen
 
 

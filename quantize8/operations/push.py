@@ -1,4 +1,4 @@
-"""An artifact that is on this machine, to the Hugging Face hub."""
+"""Upload a local artifact to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from quantize8.destinations.base import path_of
 
 @dataclass(frozen=True)
 class Pushed:
-    """What was uploaded, and where it is now."""
+    """What was uploaded, and its address on the hub."""
 
     artifact: Path
     repo_id: str
     url: str  # of the commit
-    files: int
-    nbytes: int
+    files: int  # number of files, without the model card
+    nbytes: int  # size of these files
 
 
 def push(
@@ -31,9 +31,21 @@ def push(
 ) -> Pushed:
     """Upload an artifact with a model card, in one commit.
 
-    Args: repo_id, a model id like me/model, made (`private` or not) where there is none; revision, a branch, made where
-    there is none. An artifact that is there already is replaced; a model that holds anything else is refused.
-    Raises ArtifactError where the folder is no whole artifact, OutputError where the hub refuses.
+    An artifact that the repository already contains is replaced. A repository with any other files is refused.
+
+    Args:
+        artifact: The folder of the artifact.
+        repo_id: Model repository on the hub, such as me/model. It is created if it does not exist.
+        private: Create the repository as private.
+        revision: Branch to upload to. It is created if it does not exist. None is the main branch.
+        token: Hub token with write access. None uses the one that `hf auth login` stored.
+
+    Returns:
+        What was uploaded, and the address of the commit.
+
+    Raises:
+        ArtifactError: The folder is not a complete artifact.
+        OutputError: The hub refuses the upload, or the repository contains other files.
     """
     folder = path_of(artifact)
     files = artifact_files(folder, read_manifest(folder))

@@ -1,4 +1,4 @@
-"""Generate text as a quick check of a model, and compare it with the checkpoint it was made from. Greedy."""
+"""Generate text greedily as a quick check of a model, and compare it with the checkpoint that it was made from."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ DEFAULT_NEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class Generation:
-    """One greedy continuation and how fast it came."""
+    """One greedy continuation and its speed."""
 
     model: str
     text: str  # the continuation, without the prompt
     tokens: list[int]
     prompt_tokens: int
     prefill_tokens_per_s: float
-    decode_tokens_per_s: float  # 0 where a single token was generated
+    decode_tokens_per_s: float  # 0 if a single token was generated
     weight_bytes: int  # parameters and buffers
     peak_rss_bytes: int  # of this process so far
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How near the model's predictions are to the source's at each token of the source's continuation."""
+    """How close the model's predictions are to the source's, at each token of the source's continuation."""
 
-    tokens: int
-    kl: float  # KL(source || model), nats a token, mean
-    top1: float  # share of tokens at which both find the same token the likeliest
+    tokens: int  # number of tokens compared
+    kl: float  # mean KL(source || model) in nats per token
+    top1: float  # share of tokens for which both models rank the same token first
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A generation beside its source's for the same prompt."""
+    """The continuations of a model and of its source for the same prompt."""
 
     generation: Generation
     source: Generation
-    first_difference: int | None  # index of the first token where they part; None where they agree
-    agreement: Agreement | None = None  # None for two tokenizers or vocabularies, and encoder-decoders
+    first_difference: int | None  # index of the first token that differs; None if all are equal
+    agreement: Agreement | None = None  # None if tokenizers or vocabularies differ, and for encoder-decoder models
 
 
 def run(
@@ -64,15 +64,28 @@ def run(
     token: str | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation | Comparison:
-    """Continue a prompt greedily with an artifact or a plain checkpoint.
+    """Continue a prompt greedily with an artifact or any other checkpoint.
 
-    With `compare` the source continues it, too, and both then predict the source's continuation token by token; both
-    models are in memory at once.
+    With `compare`, the source continues the prompt as well, and then both models are scored on the source's
+    continuation, token by token. Both models are in memory at the same time.
 
-    Args: model and compare, folders, GGUF files or hub ids; device, auto, cpu or cuda; mode, as in `load`;
-    chat, put the prompt through the model's chat template; revision, of `model` on the hub; on_text, called with pieces
-    of the continuation.
-    Raises: SourceError where a model cannot be opened or does not generate text.
+    Args:
+        model: A checkpoint or artifact: a folder, a GGUF file or a hub id.
+        prompt: Text to continue.
+        max_new_tokens: Maximum number of tokens to generate.
+        compare: The source to run and compare with: a folder, a GGUF file or a hub id.
+        device: "auto", "cpu" or "cuda".
+        mode: Outlier handling, as in `quantize8.load`.
+        chat: Apply the model's chat template to the prompt.
+        revision: Branch, tag or commit of `model` on the hub.
+        token: Hub token. None uses the one that `hf auth login` stored.
+        on_text: Called with each piece of the continuation of `model` as it is generated.
+
+    Returns:
+        A `Generation`, or with `compare` a `Comparison`.
+
+    Raises:
+        SourceError: A model cannot be opened or does not generate text.
     """
     loaded, tokenizer = open_for_text(model, device, mode, revision, token)
     first = generate(model, loaded, tokenizer, prompt, max_new_tokens, chat, on_text)
@@ -93,14 +106,27 @@ def generate(
     chat: bool = False,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
-    """One greedy continuation by a loaded model, timed."""
+    """Continue a prompt greedily with a loaded model, and measure its speed.
+
+    Args:
+        name: What the result calls the model.
+        model: A transformers model.
+        tokenizer: Its tokenizer.
+        prompt: Text to continue.
+        max_new_tokens: Maximum number of tokens to generate.
+        chat: Apply the model's chat template to the prompt.
+        on_text: Called with each piece of the continuation as it is generated.
+
+    Raises:
+        SourceError: The prompt is empty, `max_new_tokens` is below 1, or the model has no chat template for `chat`.
+    """
     import torch
     from transformers import TextStreamer
 
     from quantize8.model.cache import preallocated_cache
 
     class Timed(TextStreamer):  # type: ignore[misc]
-        """Notes when each token came, the prompt first."""
+        """Records the time of each token; the first entry is the prompt."""
 
         def put(self, value: Any) -> None:
             times.append(time.perf_counter())
@@ -143,16 +169,16 @@ def generate(
 
 
 def compared(generation: Generation, source: Generation) -> Comparison:
-    """Where two continuations of the same prompt part."""
+    """Compare two continuations of the same prompt: the first token that differs."""
     pairs = zip(generation.tokens, source.tokens, strict=False)
-    part = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
-    if part is None and len(generation.tokens) != len(source.tokens):
-        part = min(len(generation.tokens), len(source.tokens))
-    return Comparison(generation, source, part)
+    first_difference = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
+    if first_difference is None and len(generation.tokens) != len(source.tokens):
+        first_difference = min(len(generation.tokens), len(source.tokens))
+    return Comparison(generation, source, first_difference)
 
 
 def _agreement(model: Any, source: Any, prompts: list[Any], tokens: list[int]) -> Agreement | None:
-    """Both models on their prompts [P] and the source's continuation, in one pass each; None where not comparable."""
+    """Score both models on the source's continuation of the prompt [P], in one pass each; None if not comparable."""
     import torch
 
     sizes = {each.config.get_text_config().vocab_size for each in (model, source)}
@@ -167,10 +193,10 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
     if not chat:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     elif tokenizer.chat_template is None:
-        raise SourceError("chat: the model has no chat template; leave --chat out")
+        raise SourceError("chat: the model has no chat template; leave out --chat")
     else:
         message = [{"role": "user", "content": prompt}]
         ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt")["input_ids"]
     if not ids.numel():
-        raise SourceError("prompt: is empty; give some text")
+        raise SourceError("prompt: is empty; give a text to continue")
     return ids

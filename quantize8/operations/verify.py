@@ -1,4 +1,4 @@
-"""Check an artifact: every byte against its manifest, and what the format promises of the values and of config.json."""
+"""Verify an artifact: every byte against its manifest, and values and config.json against the rules of its format."""
 
 from __future__ import annotations
 
@@ -30,18 +30,26 @@ from quantize8.ops.reference import INT8_MAX, as_bytes
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked, all of it found good."""
+    """What was checked; everything was valid."""
 
     artifact: Path
-    tensors: int
-    files: int
-    nbytes: int
+    tensors: int  # number of tensors
+    files: int  # number of files, without the manifest
+    nbytes: int  # bytes read and compared
 
 
 def verify(artifact: str | Path) -> Verification:
-    """Read an artifact whole and compare it with its manifest.
+    """Read every byte of an artifact and compare it with the manifest.
 
-    Raises ArtifactError at the first file or tensor that is missing, foreign, changed, or not what its format allows.
+    Args:
+        artifact: The folder of the artifact.
+
+    Returns:
+        What was checked.
+
+    Raises:
+        ArtifactError: At the first file or tensor that is missing, not listed in the manifest, changed, or not allowed
+            by the format.
     """
     folder = path_of(artifact)
     manifest = read_manifest(folder)
@@ -60,7 +68,7 @@ def _check_folder(folder: Path, manifest: Manifest) -> int:
     beside = open_outliers(folder) if manifest.calibration else None
     apart = {} if beside is None else beside.tensors
     if stored is None or {*stored.tensors, *apart} != set(manifest.tensors):
-        raise ArtifactError(f"{folder}: its weight files do not hold the tensors that {MANIFEST_NAME} lists")
+        raise ArtifactError(f"{folder}: its weight files do not contain the tensors that {MANIFEST_NAME} lists")
     decoded = decode(stored)
     _check_config(stored, manifest)
     encodings = decoded.encodings if isinstance(decoded, QuantizedCheckpoint) else {}
@@ -81,13 +89,13 @@ def _check_folder(folder: Path, manifest: Manifest) -> int:
 
 
 def _check_gguf(folder: Path, manifest: Manifest) -> int:
-    """Compare the tensors of a GGUF file with their records; what lies between them must be zeros."""
+    """Compare the tensors of a GGUF file with their records; the padding between tensors must be zero."""
     if len(manifest.headers) != 1:
-        raise ArtifactError(f"{folder / MANIFEST_NAME}: lists no one GGUF file; convert the source again")
+        raise ArtifactError(f"{folder / MANIFEST_NAME}: must list exactly one GGUF file; convert the source again")
     (file,) = manifest.headers
     header = read_header(folder / file, ARCHITECTURES)
     if set(header.tensors) != set(manifest.tensors):
-        raise ArtifactError(f"{folder / file}: does not hold the tensors that {MANIFEST_NAME} lists")
+        raise ArtifactError(f"{folder / file}: does not contain the tensors that {MANIFEST_NAME} lists")
     end = header.data_offset
     with (folder / file).open("rb") as content:
         if _digest(content, 0, end) != manifest.headers[file]:
@@ -95,18 +103,18 @@ def _check_gguf(folder: Path, manifest: Manifest) -> int:
         for name, tensor in sorted(header.tensors.items(), key=lambda item: item[1].offset):
             record = manifest.tensors[name]
             if not _is_zero(content, end, tensor.offset):
-                where = f"{folder / file}: has bytes between tensors before {name}"
+                where = f"{folder / file}: has nonzero padding before {name}"
                 raise ArtifactError(f"{where}; convert the source again")
             end = tensor.offset + tensor.nbytes
             if tensor.kind != record.dtype or _digest(content, tensor.offset, end) != record.blake3:
                 raise ArtifactError(f"{folder / file}: {name} changed since it was written; copy the artifact again")
         if not _is_zero(content, end, header.nbytes):
-            raise ArtifactError(f"{folder / file}: has bytes after its tensors; convert the source again")
+            raise ArtifactError(f"{folder / file}: has nonzero padding after its last tensor; convert the source again")
     return header.nbytes
 
 
 def _digest(file: BinaryIO, start: int, stop: int) -> str:
-    """The digest of the bytes from start to stop."""
+    """BLAKE3 of the bytes from start to stop, in hexadecimal."""
     content = blake3()
     for piece in _pieces(file, start, stop):
         content.update(piece)
@@ -125,7 +133,7 @@ def _pieces(file: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
 
 
 def _check_config(stored: Checkpoint, manifest: Manifest) -> None:
-    """Compare config.json with what the format and the recipe ask for."""
+    """Compare config.json with what the format and the recipe require."""
     entry = stored.config.get("quantization_config")
     if manifest.format == bitsandbytes.METHOD:
         threshold = entry.get("llm_int8_threshold") if isinstance(entry, dict) else None
@@ -136,16 +144,16 @@ def _check_config(stored: Checkpoint, manifest: Manifest) -> None:
         good = entry is None
     if not good:
         where = stored.folder / CONFIG_NAME
-        raise ArtifactError(f"{where}: its quantization_config is not what the format and recipe in the manifest ask")
+        raise ArtifactError(f"{where}: its quantization_config does not match the format and recipe in the manifest")
 
 
 def _check_files(folder: Path, manifest: Manifest) -> int:
-    """Compare small files and headers with their digests, and refuse files the manifest does not list.
+    """Compare small files and headers with their digests, and refuse files that the manifest does not list.
 
-    But for a model card: it is written for the hub, after the artifact, and no loader reads it.
+    A model card is accepted: it is written for the hub, after the artifact, and no loader reads it.
     """
     nbytes = 0
-    headers = {} if manifest.format == GGUF else manifest.headers  # that file's is checked with its tensors
+    headers = {} if manifest.format == GGUF else manifest.headers  # that of a GGUF file is checked with its tensors
     for name, expected in [*manifest.files.items(), *headers.items()]:
         path = folder / name
         if not is_file(path):
@@ -165,7 +173,7 @@ def _check_files(folder: Path, manifest: Manifest) -> int:
 
 
 def _digest_header(path: Path) -> tuple[int, str]:
-    """Bytes and digest of a safetensors file's length field and header."""
+    """Size and BLAKE3 of the length field and the header of a safetensors file."""
     with path.open("rb") as file:
         length = file.read(8)
         data = length + file.read(min(int.from_bytes(length, "little"), HEADER_BYTES))
@@ -173,7 +181,7 @@ def _digest_header(path: Path) -> tuple[int, str]:
 
 
 def _digest_file(path: Path) -> tuple[int, str]:
-    """Bytes and digest of a file of any size."""
+    """Size and BLAKE3 of a file of any size."""
     content, size = blake3(), 0
     with path.open("rb") as file:
         while block := file.read(BLOCK_BYTES):
@@ -183,11 +191,11 @@ def _digest_file(path: Path) -> tuple[int, str]:
 
 
 def _check_tensor(stored: Checkpoint, name: str, record: TensorRecord, encoding: Encoding | None) -> int:
-    """Compare one tensor with its record; int8 codes and their scales also with what LLM.int8() can produce."""
+    """Compare one tensor with its record, and check that LLM.int8() can produce its int8 codes and scales."""
     info = stored.tensors[name]
     where = f"{stored.folder / info.file}: {name}"
     if (info.file, info.dtype, info.shape) != (record.file, record.dtype, record.shape):
-        raise ArtifactError(f"{where} has another place, dtype or shape than its record")
+        raise ArtifactError(f"{where}: its file, dtype or shape differs from its record")
     content, row = blake3(), 0
     for block in stored.blocks(name):
         content.update(as_bytes(block))
@@ -201,9 +209,9 @@ def _check_tensor(stored: Checkpoint, name: str, record: TensorRecord, encoding:
 
 def _check_codes(encoding: Encoding, start: int, stop: int, where: str) -> None:
     if not isinstance(encoding, RowwiseInt8):
-        raise ArtifactError(f"{where}: has no symmetric int8 codes with a scale per row; convert the source again")
+        raise ArtifactError(f"{where}: is not symmetric int8 with one scale per row; convert the source again")
     codes, absmax = encoding.codes(start, stop), encoding.absmax(start, stop)
     if not (np.isfinite(absmax).all() and (absmax >= 0).all()):
         raise ArtifactError(f"{where}: a scale is negative, NaN or infinite; convert the source again")
     if codes.size and (codes.min() < -INT8_MAX or codes[absmax == 0].any()):
-        raise ArtifactError(f"{where}: holds codes that quantizing never gives; convert the source again")
+        raise ArtifactError(f"{where}: contains codes that quantization never produces; convert the source again")

@@ -1,4 +1,4 @@
-"""Figures of a value that every module has: over the layers of a model."""
+"""Figures of a value per module, over the layers of a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quantize8.page import markup, names, plots
 
 _Points = Mapping[float, list[float]]
 
-_BAND = " Lines are medians of the modules of a kind in a layer, such as experts, and bands their range."
+_BAND = " With several modules of a type per layer, such as experts, lines are medians and bands are ranges."
 
 
 def lines(
@@ -22,9 +22,18 @@ def lines(
     log: bool = False,
     ends: tuple[float, float] | None = None,
 ) -> list[str]:
-    """A figure for each part of the model, with a line for each kind of module; all have the same axis.
+    """Draw a figure for each part of the model, with a line for each module type; all share the same y axis.
 
-    Its ends are those of the values in layers, or `ends`.
+    Args:
+        values: Module name -> value. Modules outside of layers are not drawn.
+        title: Title of the figures; the part of the model is appended.
+        caption: Caption of the figures.
+        y: Label of the y axis.
+        log: Use a logarithmic y axis.
+        ends: Smallest and largest value of the y axis. None takes them from `values`.
+
+    Returns:
+        HTML of the figures.
     """
     drawn, found = [], names.by_layer(values)
     if ends is None:
@@ -39,19 +48,29 @@ def lines(
 
 
 def heatmap(values: Mapping[str, float], title: str, caption: str, scale: str) -> list[str]:
-    """One figure, of means by kind of module and layer on a logarithmic scale; none where all values are 0."""
+    """Draw one figure of mean values by module type and layer, on a logarithmic scale.
+
+    Args:
+        values: Module name -> value. Modules outside of layers are not drawn.
+        title: Title of the figure.
+        caption: Caption of the figure.
+        scale: What the color stands for.
+
+    Returns:
+        HTML of the figure; an empty list if all values are 0.
+    """
     kinds = {kind: points for part in names.by_layer(values).values() for kind, points in _joined(part).items()}
     if not any(any(found) for points in kinds.values() for found in points.values()):
         return []
     layers = int(max(max(points) for points in kinds.values())) + 1
     cells = [[float(np.mean(points[i])) if i in points else np.nan for i in range(layers)] for points in kinds.values()]
-    alt = f"Heatmap: {scale}, by kind of module and layer"
+    alt = f"Heatmap: {scale}, by module type and layer"
     svg = plots.heatmap(np.array(cells), list(kinds), "layer", scale, alt=alt, log=True)
     return [markup.figure(title, caption, svg)]
 
 
 def _joined(kinds: Mapping[str, _Points]) -> dict[str, _Points]:
-    """Kinds with the same values everywhere as one, such as q, k and v, which read the same input."""
+    """Merge module types with equal values in all layers, such as q, k and v, which have the same input."""
     found: dict[str, _Points] = {}
     for kind, points in kinds.items():
         same = next((label for label in found if found[label] == points), None)

@@ -1,4 +1,4 @@
-"""A page about how well a model predicts a text, and how near it is to the model it was made from."""
+"""The page about how well a model predicts a text, and how close it is to a reference model."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from quantize8.page import markup, plots
 
 
 def evaluation(result: Evaluation) -> bytes:
-    """Perplexity, and with a reference the divergence from it."""
+    """The page about perplexity, and with a reference the KL divergence from it; HTML in UTF-8."""
     found = result.agreement
     lead = (
         f"{markup.code(result.model)} on {result.tokens:,} tokens of a text, in windows of {result.context:,}: "
-        f"{result.scored:,} are scored. Ranges are intervals of 95%, for texts like this one."
+        f"{result.scored:,} are scored. Ranges are 95% confidence intervals, for texts like this one."
     )
     if found:
         lead += f" The reference is {markup.code(found.reference)}, on the same tokens."
@@ -29,11 +29,11 @@ def evaluation(result: Evaluation) -> bytes:
 def _agreement_facts(found: Agreement) -> list[tuple[str, str]]:
     error = found.kl.standard_error
     spread = "" if error is None else f", standard error {error:.5f}"
-    reference = f"times the reference's perplexity of {found.perplexity.value:.3f}{_range(found.ratio, 4)}"
+    reference = f"times the perplexity of the reference, {found.perplexity.value:.3f}{_range(found.ratio, 4)}"
     return [
         (f"{found.ratio.value:.4f}", reference),
-        (f"{found.kl.mean:.5f}", f"nats a token, mean KL divergence from the reference{spread}"),
-        (f"{found.top1:.1%}", "of the tokens: both find the same one the likeliest"),
+        (f"{found.kl.mean:.5f}", f"nats per token: mean KL divergence from the reference{spread}"),
+        (f"{found.top1:.1%}", "top-1 agreement: tokens for which both models rank the same token first"),
     ]
 
 
@@ -46,39 +46,40 @@ def _range(estimate: Estimate, digits: int) -> str:
 def _advice(result: Evaluation) -> list[str]:
     found = result.agreement
     if found is None:
-        return [f"To see what int8 cost, compare with the source: {markup.code('--reference SOURCE')}"]
+        return [f"To measure the cost of int8, compare with the source: {markup.code('--reference SOURCE')}"]
     low, high = found.ratio.low, found.ratio.high
     change = f"{abs(found.ratio.value - 1):.2%} {'higher' if found.ratio.value > 1 else 'lower'}"
     if low is None or high is None:
         first = (
-            f"Too few tokens to tell a difference from chance: give a longer text, or more {markup.code('--tokens')}."
+            "Too few tokens to distinguish a difference from chance: use a longer text, or more "
+            f"{markup.code('--tokens')}."
         )
     elif low <= 1 <= high:
         first = (
-            f"The perplexity is {change} than the reference's, which may be chance. For a narrower interval score more "
-            f"tokens: {markup.code('--tokens')}, and a longer {markup.code('--text')}."
+            f"The perplexity is {change} than that of the reference, which may be chance. For a narrower interval, "
+            f"score more tokens: {markup.code('--tokens')}, and a longer {markup.code('--text')}."
         )
     else:
-        first = f"The perplexity is {change} than the reference's, and that is more than chance."
+        first = f"The perplexity is {change} than that of the reference, which is more than chance."
     tips = [first]
     if high is None or high > 1:
         lower = markup.code("--threshold 3")
-        tips.append(f"A lower outlier threshold keeps more in floating point. To see what that brings: {lower}")
+        tips.append(f"A lower outlier threshold computes more columns in floating point. To see the gain: {lower}")
     if not found.layers:
-        tips.append(f"To see which layers bring the error in: {markup.code('--layers')}")
+        tips.append(f"To see in which layers the error arises: {markup.code('--layers')}")
     return tips
 
 
 def _positions(found: Agreement, context: int) -> list[str]:
-    """KL divergence over the positions of a window."""
+    """KL divergence by position in the window."""
     points = {float(entry.first): [entry.kl] for entry in found.kl.by_position}
     caption = (
-        f"Mean over neighbouring positions in the window of {context:,} tokens. A rising curve would say that errors "
-        "grow with the length of the text."
+        f"Mean over ranges of positions in the window of {context:,} tokens. A rising curve means that errors grow "
+        "with the length of the context."
     )
     alt = f"Line: KL divergence over {len(points)} ranges of positions, mean {found.kl.mean:.5f}"
     series = [plots.Series("KL divergence", points)]
-    svg = plots.lines(series, "position in the window", "nats a token", alt=alt)
+    svg = plots.lines(series, "position in the window", "nats per token", alt=alt)
     return [markup.figure("KL divergence by position", caption, svg)]
 
 
@@ -88,8 +89,8 @@ def _layers(found: Agreement) -> list[str]:
         return []
     points = {float(i): [value] for i, value in enumerate(found.layers.values())}
     caption = (
-        "||h - h_ref|| / ||h_ref|| of the hidden state h after each decoder layer, against the reference's. It falls "
-        "where a layer adds a few huge numbers to the state, and so to its norm."
+        "||h - h_ref|| / ||h_ref|| of the hidden state h after each decoder layer, where h_ref is that of the "
+        "reference. It falls where a layer adds a few very large values to the state, and so to its norm."
     )
     alt = f"Line: relative error of the hidden state after {len(points)} layers"
     svg = plots.lines([plots.Series("hidden state", points)], "layer", "relative error", alt=alt)
@@ -109,4 +110,4 @@ def _details(found: Agreement) -> str:
         (f"positions from {entry.first:,}, {entry.tokens:,} tokens", f"{entry.kl:.5f}") for entry in kl.by_position
     ]
     rows += [(f"hidden state after {name}", f"{value:.4f}") for name, value in found.layers.items()]
-    return markup.table("All numbers", ["<of the text", "value"], rows)
+    return markup.table("All values", ["<metric", "value"], rows)

@@ -1,7 +1,7 @@
-"""One HTML file that needs nothing else: no script, no request, light and dark, from a phone to paper.
+"""The markup of a self-contained HTML page: no scripts, no requests, light and dark, for phones, screens and paper.
 
-Every name in it comes from a checkpoint or a path, and is escaped. The functions give pieces of HTML; whatever is
-passed to them as plain text is escaped there, and what they give is put together as it is.
+Names come from checkpoints and paths, so they are escaped. The functions return HTML. They escape what they receive as
+plain text; the HTML that they return is joined without further escaping.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from quantize8.artifact.manifest import MANIFEST_NAME
 from quantize8.errors import OutputError
 from quantize8.page.names import plain
 
-_SUFFIXES = (".html", ".htm")  # what may be replaced is a page, never by a slip a weight file
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # a browser then loads nothing else
+_SUFFIXES = (".html", ".htm")  # only a page may be replaced, so that a typo never overwrites a weight file
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # the browser then loads nothing else
 _STYLE = """
 :root { color-scheme: light dark; --page: #fcfcfb; --card: #ffffff; --ink: #1b1b19; --muted: #5f5e5a; --grid: #dddcd6;
   --s1: #2a78d6; --s2: #c8511b; --s3: #16876b; --s4: #a8479b; --s5: #96720a; --s6: #5b53c9; }
@@ -64,38 +64,44 @@ footer { margin-top: 22px; font-size: .84em; }
 
 
 def text(value: object) -> str:
-    """Plain text as HTML; signs that a page cannot hold are replaced."""
+    """Plain text as HTML; characters that HTML cannot contain are replaced."""
     return html.escape(plain(str(value)))
 
 
 def code(value: object) -> str:
-    """Plain text set as code."""
+    """Plain text as HTML in a code font."""
     return f"<code>{text(value)}</code>"
 
 
 def facts(items: Iterable[tuple[str, str]]) -> str:
-    """The few numbers that matter: (number, what it is)."""
+    """The key figures of the page, as pairs of (number, what it is)."""
     return "<dl>" + "".join(f"<div><dt>{text(what)}</dt><dd>{text(n)}</dd></div>" for n, what in items) + "</dl>\n"
 
 
 def advice(items: Sequence[str]) -> str:
-    """What to do next; items are HTML."""
+    """A list of next steps; the items are HTML."""
     return '<div class="advice"><h2>What to do</h2><ul>' + "".join(f"<li>{i}</li>" for i in items) + "</ul></div>\n"
 
 
 def figure(title: str, caption: str, svg: str) -> str:
-    """A plot under its title, with what it shows in a sentence or two."""
+    """A plot with its title and a caption of one or two sentences."""
     return f"<figure><figcaption><h2>{text(title)}</h2><p>{text(caption)}</p></figcaption>\n{svg}</figure>\n"
 
 
 def figures(items: Iterable[str]) -> str:
-    """Plots side by side where there is room."""
+    """Plots, in two columns where there is room."""
     inner = "".join(items)
     return f'<div class="figures">\n{inner}</div>\n' if inner else ""
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A closed section with a table; columns whose names begin with < stand to the left, the others to the right."""
+    """A collapsed section with a table.
+
+    Args:
+        title: Title of the section.
+        columns: Names of the columns. Those that begin with < are aligned left, the others right.
+        rows: The cells of each row, as plain text.
+    """
     sides = [' class="left"' if name.startswith("<") else "" for name in columns]
 
     def row(cells: Iterable[object], tag: str) -> str:
@@ -108,7 +114,13 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
 
 
 def document(title: str, lead: str, parts: Iterable[str]) -> bytes:
-    """The whole page: a title, a paragraph (HTML), the parts."""
+    """The complete page in UTF-8.
+
+    Args:
+        title: Title, as plain text.
+        lead: First paragraph, as HTML.
+        parts: The sections, as HTML.
+    """
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -123,25 +135,29 @@ def document(title: str, lead: str, parts: Iterable[str]) -> bytes:
 <header><h1>{text(title)}</h1><p>{lead}</p></header>
 <main>
 {"".join(parts)}</main>
-<footer class="muted">Made by quantize8 {text(__version__)}. The page is whole: it loads nothing.</footer>
+<footer class="muted">Made by quantize8 {text(__version__)}. This page is self-contained: it loads nothing.</footer>
 </body>
 </html>
 """.encode()
 
 
 def check(path: Path) -> None:
-    """Refuse, before the long work, a page that could not be written or would take the place of something else."""
+    """Check, before the long computation, that the page can be written and would not replace anything but a page.
+
+    Raises:
+        OutputError: The page cannot be written there.
+    """
     if path.suffix.lower() not in _SUFFIXES:
-        raise OutputError(f"{path}: a report is a web page; name a file that ends in .html with --report")
+        raise OutputError(f"{path}: a report is a web page; give --report a file name that ends in .html")
     if path.is_dir():
-        raise OutputError(f"{path}: is a folder; name a file with --report")
+        raise OutputError(f"{path}: is a folder; give --report a file name")
     if any((parent / MANIFEST_NAME).exists() for parent in path.absolute().parents):
-        raise OutputError(f"{path}: lies in an artifact, which holds only its own files; name another with --report")
+        raise OutputError(f"{path}: is inside an artifact, which has only its own files; give --report another folder")
     _write(path, b"", keep=False)
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a page, in one step: in place of the page that may be there, and never half of it."""
+    """Write a page atomically, replacing an existing one; raises OutputError."""
     _write(path, data)
 
 
@@ -153,7 +169,7 @@ def _write(path: Path, data: bytes, keep: bool = True) -> None:
         if keep:
             partial.replace(path)
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror}); name another file with --report") from None
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); give --report another file") from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()

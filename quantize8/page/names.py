@@ -1,4 +1,4 @@
-"""What the names of tensors and modules tell a page: their layer, their kind, and which part of the model they are."""
+"""What a page reads from the names of tensors and modules: layer, module type, and part of the model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 NORMS, ROUTERS, EXPERTS, ATTENTION = "norms", "routers", "experts", "attention"
 EMBEDDINGS, HEAD, FEED_FORWARD, OTHER = "embeddings", "output head", "feed-forward", "other"
-_PARTS = (  # the first pattern that a name holds tells its part
+_PARTS = (  # the first pattern that matches decides
     (NORMS, re.compile(r"norm|(^|\.)ln_")),
     (ROUTERS, re.compile(r"router|(moe|mlp)\.gate(\.|$)|shared_expert_gate")),
     (EXPERTS, re.compile(r"expert")),
@@ -21,8 +21,8 @@ _USUAL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 def plain(text: str) -> str:
-    """A text without signs that a page cannot hold, such as controls and broken UTF-8."""
-    return "".join(sign if sign.isprintable() else "\ufffd" for sign in text)
+    """Replace characters that HTML cannot contain, such as control characters and invalid UTF-8."""
+    return "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 
 def part(name: str) -> str:
@@ -31,26 +31,29 @@ def part(name: str) -> str:
 
 
 def shape(sizes: Iterable[int]) -> str:
-    """A shape as it is written: 576x1536."""
+    """A shape as text: 576x1536."""
     return "x".join(map(str, sizes))
 
 
 def layer(name: str) -> int | None:
-    """The number of a module's layer: the first number in its name."""
+    """The layer number of a module: the first number in its name. None if it has none."""
     found = re.search(r"(?:^|\.)(\d{1,9})(?:\.|$)", name)
     return int(found[1]) if found else None
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """A key that sorts layer 2 before layer 10."""
+    """A sort key that puts layer 2 before layer 10."""
     return [(int(word), "") if word.isdecimal() else (-1, word) for word in name.split(".")]
 
 
 def kinds(modules: Iterable[str]) -> dict[str, str]:
-    """Module -> its kind: the end of its name, as short as tells it from the others.
+    """The type of each module: the shortest end of its name that distinguishes it from the others.
 
-    Numbers of layers and experts are left out. Where a model has several stacks of layers (encoder and decoder), the
-    first word of the name goes before.
+    Layer and expert numbers are left out. If a model has several stacks of layers (encoder and decoder), the first
+    word of the name is put in front.
+
+    Returns:
+        Module name -> type.
     """
     words = {name: tuple(word for word in name.split(".") if not word.isdigit()) for name in modules}
     known = set(words.values())
@@ -61,9 +64,15 @@ def kinds(modules: Iterable[str]) -> dict[str, str]:
 
 
 def by_layer(values: Mapping[str, float]) -> dict[str, dict[str, dict[float, list[float]]]]:
-    """Part -> kind -> layer -> the values of such modules, given module -> value; in the order of computation.
+    """Group values of modules by part of the model, module type and layer, in the order of computation.
 
-    Several modules are of one kind in one layer where they are experts. Modules outside of layers are left out.
+    A layer has several modules of one type if they are experts. Modules outside of layers are left out.
+
+    Args:
+        values: Module name -> value.
+
+    Returns:
+        Part -> module type -> layer -> values.
     """
     numbers = {name: number for name in values if (number := layer(name)) is not None}
     labels = kinds(numbers)
@@ -75,11 +84,11 @@ def by_layer(values: Mapping[str, float]) -> dict[str, dict[str, dict[float, lis
 
 
 def _rank(kind: str) -> int:
-    """The place of a kind whose name is usual; others come after, by the alphabet."""
+    """The rank of a common module type; all others come after, in alphabetical order."""
     return next((i for i, usual in enumerate(_USUAL) if kind.endswith(usual)), len(_USUAL))
 
 
 def _end(words: tuple[str, ...], known: set[tuple[str, ...]]) -> tuple[str, ...]:
-    """The shortest end of a name that no other name has."""
+    """The shortest end of a name that no other name shares."""
     lengths = range(1, len(words))
     return next((words[-n:] for n in lengths if sum(other[-n:] == words[-n:] for other in known) == 1), words)

@@ -1,8 +1,8 @@
-"""Figures as SVG for a page of HTML: plain numbers in, one `<svg>` element out. Knows nothing of results.
+"""Figures as SVG for an HTML page: plain numbers in, one `<svg>` element out. Independent of the kinds of results.
 
-Matplotlib draws with stand-in colours, which become CSS variables of the page, so that one figure serves light and
-dark. Text stays text, in the page's font. The same numbers give the same bytes. A figure is as wide as a phone, in
-its own units; the page scales it up where there is room.
+Matplotlib draws with placeholder colors, which become CSS variables of the page, so that one figure works in light and
+dark mode. Text stays text, in the font of the page. The same numbers give the same bytes. A figure is as wide as a
+phone screen, in its own units; the page scales it up where there is room.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SERIES = 6  # colours that a reader can tell apart; more lines repeat them, dashed
+SERIES = 6  # colors that a reader can distinguish; further lines repeat them, dashed
 _WIDTH, _FONT = 380, 11.5  # px: on a phone 360 px wide the text is still 10 px high
-_PX = 1 / 72  # matplotlib's inch, of which SVG makes 72 units
-_LABEL = 26  # characters of a label: half of the width
-_ABREAST = 42  # characters of labels that stand side by side, their marks left out
-_MARGIN = 1.2  # at both ends of a logarithmic axis
-ROWS = 40  # of a heatmap whose rows have names, so that they do not touch
-_STEPS = 24  # of a heatmap's scale
-_INK, _MUTED, _GRID = "#010203", "#010204", "#010205"  # stand-ins: no figure has these colours
-_COLOURS = [f"#0{i}0206" for i in range(1, SERIES + 1)]
+_PX = 1 / 72  # inches per SVG unit, as matplotlib writes it
+_LABEL = 26  # most characters of a label: half of the width
+_ABREAST = 42  # most characters of labels in one row of a legend, without their markers
+_MARGIN = 1.2  # factor at both ends of a logarithmic axis
+ROWS = 40  # most rows of a heatmap, so that their names do not overlap
+_STEPS = 24  # steps of the color scale of a heatmap
+_INK, _MUTED, _GRID = "#010203", "#010204", "#010205"  # placeholders: no figure uses these colors
+_COLORS = [f"#0{i}0206" for i in range(1, SERIES + 1)]
 _CSS = {_INK: "currentColor", _MUTED: "var(--muted)", _GRID: "var(--grid)"}
-_CSS |= {colour: f"var(--s{i})" for i, colour in enumerate(_COLOURS, 1)}
-_HEAT = (0xD9, 0x59, 0x26)  # of a heatmap's fullest cell: seen on white and on black; emptier ones let the page through
+_CSS |= {color: f"var(--s{i})" for i, color in enumerate(_COLORS, 1)}
+_HEAT = (0xD9, 0x59, 0x26)  # color of the largest value of a heatmap, visible on white and black; others: lower alpha
 _STYLE: Any = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "quantize8",  # or ids would be random
+    "svg.hashsalt": "quantize8",  # without a salt, ids would be random
     "svg.image_inline": True,
-    "text.parse_math": False,  # a $ in a name is a $
-    "font.family": "DejaVu Sans",  # matplotlib's own, so that every machine lays a figure out alike
+    "text.parse_math": False,  # a $ in a name is a plain $
+    "font.family": "DejaVu Sans",  # bundled with matplotlib, so that the layout is the same on every machine
     "font.size": _FONT,
     "text.color": _INK,
     "axes.edgecolor": _GRID,
@@ -72,14 +72,14 @@ _STYLE: Any = {
 
 @dataclass(frozen=True)
 class Series:
-    """A named line: for each x its values, of which a line shows the median and a band the range."""
+    """A named line: the values at each x. The line shows their median and a band their range."""
 
     label: str
     points: Mapping[float, Sequence[float]]
 
 
 def require() -> None:
-    """Raise DependencyError where matplotlib is missing."""
+    """Raise DependencyError if matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -91,7 +91,19 @@ def require() -> None:
 def lines(
     series: Sequence[Series], x: str, y: str, *, alt: str, ends: tuple[float, float] | None = None, log: bool = False
 ) -> str:
-    """Lines with a dot for each point. `ends` are values that y shows at least; its axis begins at 0 or is `log`."""
+    """Draw lines with a dot for each point.
+
+    Args:
+        series: The lines.
+        x: Label of the x axis.
+        y: Label of the y axis.
+        alt: Description of the figure for screen readers.
+        ends: Values that the y axis includes in addition to those of the series.
+        log: Use a logarithmic y axis, if all values are positive. Otherwise it starts at 0.
+
+    Returns:
+        An `<svg>` element.
+    """
     from matplotlib.ticker import MaxNLocator
 
     abreast = min(4, max(2, _ABREAST // max((len(entry.label) for entry in series), default=1)))
@@ -118,14 +130,24 @@ def lines(
 def bars(
     labels: Sequence[str], groups: Mapping[str, Sequence[float]], write: Callable[[float], str], *, alt: str
 ) -> str:
-    """Horizontal bars, one of each group for a label, with its value at its end as `write` has it."""
+    """Draw horizontal bars, for each label one per group, with their values at the end.
+
+    Args:
+        labels: Names of the bars.
+        groups: Name of the group -> value for each label.
+        write: Formats a value as text.
+        alt: Description of the figure for screen readers.
+
+    Returns:
+        An `<svg>` element.
+    """
     thick = 0.8 / len(groups)
     rows = 1 if len(groups) > 1 else 0
     with _drawing(24 + 18 * rows + 18 * len(labels) * max(1.15, len(groups))) as (figure, axes):
         places = np.arange(len(labels))
         for i, (name, values) in enumerate(groups.items()):
             drawn = axes.barh(
-                places + (i - (len(groups) - 1) / 2) * thick, values, thick * 0.9, color=_COLOURS[i], label=_short(name)
+                places + (i - (len(groups) - 1) / 2) * thick, values, thick * 0.9, color=_COLORS[i], label=_short(name)
             )
             for j, patch in enumerate(drawn):
                 patch.set_gid(f"bar-{i}-{j}")
@@ -143,10 +165,18 @@ def bars(
 
 
 def heatmap(values: Array, rows: Sequence[str], x: str, scale: str, *, alt: str, log: bool = False) -> str:
-    """Cells [rows, columns] of one colour, the fuller the larger the value; NaN is left empty.
+    """Draw a heatmap of cells in one color, which is more opaque for larger values; NaN is left empty.
 
-    Args: rows, their names, of which 40 are shown; x, what the columns count; scale, what the colour means; log, its
-    steps are factors, and values of 0 and less stay empty.
+    Args:
+        values: The cells [rows, columns]. The first 40 rows are shown.
+        rows: Names of the rows.
+        x: Label of the x axis.
+        scale: What the color stands for.
+        alt: Description of the figure for screen readers.
+        log: Use a logarithmic color scale; values of 0 or less are left empty.
+
+    Returns:
+        An `<svg>` element.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -165,18 +195,19 @@ def heatmap(values: Array, rows: Sequence[str], x: str, scale: str, *, alt: str,
 
 
 def banded(series: Sequence[Series]) -> bool:
-    """Whether `lines` draws a band for one of these."""
+    """Whether `lines` draws a band for any of these series."""
     return any(len(values) > 1 for entry in series for values in entry.points.values())
 
 
 def _scale(axes: Axes, low: float, high: float, log: bool) -> None:
-    """The colours from the least to the largest value, above the cells on the right, in the line of the title."""
+    """Draw the color scale from the smallest to the largest value, above the cells on the right, beside the title."""
     from matplotlib.transforms import Affine2D, ScaledTranslation, blended_transform_factory
 
-    above = Affine2D().scale(axes.figure.dpi * _PX) + ScaledTranslation(0, 1, cast(Any, axes.transAxes))  # px over it
+    # pixels above the axes
+    above = Affine2D().scale(axes.figure.dpi * _PX) + ScaledTranslation(0, 1, cast(Any, axes.transAxes))
     place = blended_transform_factory(axes.transAxes, above)
     bar = axes.inset_axes((0.66, 8, 0.18, 9), transform=place)
-    bar.set_in_layout(False)  # the title has made the room
+    bar.set_in_layout(False)  # the title already reserves the space
     steps = np.geomspace(low, high, _STEPS) if log else np.linspace(low, high, _STEPS)
     bar.imshow(_shade(steps[None], low, high, log), aspect="auto", interpolation="none")
     bar.set_axis_off()
@@ -185,22 +216,22 @@ def _scale(axes: Axes, low: float, high: float, log: bool) -> None:
 
 
 def _line(axes: Axes, index: int, entry: Series) -> None:
-    """One series, with ids by which its points can be found."""
-    colour, dashed = _COLOURS[index % SERIES], index >= SERIES
+    """Draw one series, with ids by which its points can be found."""
+    color, dashed = _COLORS[index % SERIES], index >= SERIES
     xs = sorted(entry.points)
     if banded([entry]):
         low, high = ([float(pick(entry.points[x])) for x in xs] for pick in (min, max))
-        axes.fill_between(xs, low, high, color=colour, alpha=0.18, linewidth=0).set_gid(f"band-{index}")
+        axes.fill_between(xs, low, high, color=color, alpha=0.18, linewidth=0).set_gid(f"band-{index}")
     middle = [float(np.median(entry.points[x])) for x in xs]
     (drawn,) = axes.plot(
-        xs, middle, color=colour, label=_short(entry.label), linewidth=1.6, linestyle="--" if dashed else "-",
+        xs, middle, color=color, label=_short(entry.label), linewidth=1.6, linestyle="--" if dashed else "-",
         marker="o", markersize=3.2,
     )  # fmt: skip
     drawn.set_gid(f"series-{index}")
 
 
 def _limits(values: Array, log: bool) -> tuple[float, float]:
-    """The least and the largest value that the colours tell apart; a linear scale begins at 0."""
+    """The smallest and the largest value of the color scale; a linear scale starts at 0."""
     shown = values[np.isfinite(values) & (values > 0)]
     if not shown.size:
         return (1.0, 10.0) if log else (0.0, 1.0)
@@ -209,11 +240,11 @@ def _limits(values: Array, log: bool) -> tuple[float, float]:
 
 
 def _shade(values: Array, low: float, high: float, log: bool) -> Array:
-    """RGBA uint8 of values: the heat colour, the fuller the nearer to `high`."""
+    """RGBA uint8 of values: the heat color, more opaque toward `high`."""
     shown = np.isfinite(values) & (values > 0)
     safe = np.where(shown, values, high)
     part = np.log(safe / low) / math.log(high / low) if log else safe / high
-    least = 0.1 if log else 0.0  # the low end of a logarithmic scale is still more than an empty cell
+    least = 0.1 if log else 0.0  # so that the smallest value of a logarithmic scale differs from an empty cell
     pixels = np.empty((*values.shape, 4), np.uint8)
     pixels[..., :3] = _HEAT
     pixels[..., 3] = np.rint(255 * np.where(shown, least + (1 - least) * np.clip(part, 0, 1), 0))
@@ -222,7 +253,7 @@ def _shade(values: Array, low: float, high: float, log: bool) -> Array:
 
 @contextmanager
 def _drawing(height: float) -> Iterator[tuple[Figure, Axes]]:
-    """An empty figure, `height` px high, drawn in our style; a name may hold signs that the font does not have."""
+    """An empty figure, `height` px high, in our style. No warning if the font lacks characters of a name."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -233,7 +264,7 @@ def _drawing(height: float) -> Iterator[tuple[Figure, Axes]]:
 
 
 def _svg(figure: Figure, alt: str) -> str:
-    """The figure as an element of a page: no size, no namespace, no font of its own, ids told apart by content."""
+    """The figure as an element of the page: without size, namespace and font, and with ids derived from its content."""
     file = io.BytesIO()
     figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     content = file.getvalue()
@@ -244,13 +275,13 @@ def _svg(figure: Figure, alt: str) -> str:
         node.attrib = {key.rpartition("}")[2]: _value(key, value, prefix) for key, value in node.items()}
     for parent in list(root.iter()):
         for child in [child for child in parent if child.tag == "style"]:
-            parent.remove(child)  # its rules would hold for the whole page, which has them
+            parent.remove(child)  # its rules would apply to the whole page, which has its own
     root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": plain(alt)}
     return ElementTree.tostring(root, encoding="unicode")
 
 
 def _value(key: str, value: str, prefix: str) -> str:
-    """An attribute with the page's colours and font, and with ids of this figure alone."""
+    """An attribute with the colors and the font of the page, and with ids that are unique to this figure."""
     if key == "id":
         return prefix + value
     if key.endswith("href") and value.startswith("#"):
@@ -262,6 +293,6 @@ def _value(key: str, value: str, prefix: str) -> str:
 
 
 def _short(label: str) -> str:
-    """A label that leaves half of the figure to the data; its end tells modules apart."""
+    """A label shortened to half of the figure; its end is kept, which distinguishes modules."""
     label = plain(label)
     return label if len(label) <= _LABEL else f"…{label[1 - _LABEL :]}"

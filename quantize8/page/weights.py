@@ -1,4 +1,4 @@
-"""Pages about weights: a conversion, or the weights of a checkpoint or artifact."""
+"""The pages about a conversion, and about the weights of a checkpoint or artifact."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from quantize8.ops.reference import OUTLIER_SIGMAS
 from quantize8.page import charts, markup, names, plots
 from quantize8.report import size
 
-_STANDS_OUT = 2  # times the median error: such a layer adds 4 times the squared error of the others
-_SHOWN = 3  # names in a sentence
-_BARS = 12  # columns in a figure
-_TABLE = 1000  # rows of a table: a model of experts has tens of thousands of modules, and the page is to open at once
+_LARGE_ERROR = 2  # times the median error, from which a layer is named: 4 times the squared error of the others
+_SHOWN = 3  # names listed in a sentence
+_BARS = 12  # most columns in a figure
+_TABLE = 1000  # most rows of a table: an MoE model has tens of thousands of modules, and the page must open quickly
 _SCALES = "scales"
-_ERROR = "How far int8 weights are from the source's: ||w - int8(w)|| / ||w||. The axes are alike in all parts."
+_ERROR = "Relative error of the int8 weights: ||w - int8(w)|| / ||w||. All parts have the same y axis."
 _OUTLIERS = (
-    f"Weights beyond {OUTLIER_SIGMAS} times the root mean square of their row: one such weight makes the steps of its "
-    "whole row coarser."
+    f"Weights larger than {OUTLIER_SIGMAS} times the root mean square of their row. A single one makes the "
+    "quantization steps of its whole row coarser."
 )
 
 
 @dataclass(frozen=True)
 class _Weight:
-    """What a page says of one int8 weight [N, K]."""
+    """What a page shows of one int8 weight [N, K]."""
 
     module: str
     shape: tuple[int, ...]
@@ -45,19 +45,19 @@ class _Weight:
 
 
 def conversion(result: Conversion) -> bytes:
-    """What a conversion did, or a dry run found."""
+    """The page about what a conversion did, or what a dry run found; HTML in UTF-8."""
     plan, found = result.plan, _converted(result)
     share = plan.int8_weights / max(1, plan.weights)
     layers = f"; {share:.1%} of the weights are int8, in {len(plan.modules):,} layers" if plan.modules else ""
     items = [
-        (f"{size(plan.source_bytes)} → {size(plan.output_bytes)}", "weights on disk, source and artifact"),
-        (f"{8 * plan.output_bytes / max(1, plan.weights):.2f} bits", f"a weight in the artifact{layers}"),
+        (f"{size(plan.source_bytes)} → {size(plan.output_bytes)}", "weights on disk, of source and artifact"),
+        (f"{8 * plan.output_bytes / max(1, plan.weights):.2f} bits", f"per weight in the artifact{layers}"),
     ]
     items += _error_facts(found)
-    did = "A dry run, nothing is converted:" if result.dry_run else "Converted"
+    did = "Dry run, nothing is converted:" if result.dry_run else "Converted"
     how = f"in the format {plan.format.title}"
     if isinstance(plan.format, Int8Format):
-        how += f", by the recipe {plan.recipe.name}, threshold {plan.recipe.threshold:g}"
+        how += f", with the recipe {plan.recipe.name}, threshold {plan.recipe.threshold:g}"
     source = plan.checkpoint.identity.get("id", plan.checkpoint.name)
     lead = f"{did} {markup.code(source)} to {markup.code(result.out)}, {markup.text(how)}."
     parts = [markup.facts(items), markup.advice(_next_steps(result, found))]
@@ -71,7 +71,15 @@ def conversion(result: Conversion) -> bytes:
 
 
 def weights(reports: list[WeightReport], name: str) -> bytes:
-    """Statistics of the Linear weights of a model that the user calls `name`."""
+    """The page about the statistics of Linear weights.
+
+    Args:
+        reports: What `inspect` found.
+        name: The name of the model, as the user gave it.
+
+    Returns:
+        HTML in UTF-8.
+    """
     found = [
         _Weight(entry.module, entry.shape, entry.relative_error, entry.outliers, entry.absmax, entry.worst_columns)
         for entry in reports
@@ -79,19 +87,19 @@ def weights(reports: list[WeightReport], name: str) -> bytes:
     count, outliers = sum(math.prod(entry.shape) for entry in found), sum(entry.outliers for entry in found)
     items = [(f"{len(found):,}", f"Linear layers with {count:,} weights"), *_error_facts(found)]
     rate = 1e6 * outliers / max(1, count)
-    items.append((f"{rate:.3g}", f"outliers in a million weights, beyond {OUTLIER_SIGMAS} rms of their row"))
+    items.append((f"{rate:.3g}", f"outliers per million weights: larger than {OUTLIER_SIGMAS} times their row's RMS"))
     lead = f"The Linear weights of {markup.code(name)}, stored as {markup.text(_dtypes(reports))}."
     command = markup.code(f"quantize8 inspect {shlex.quote(name)} --text FILE")
     tips = [
-        *_stand_out(found),
-        f"See the outliers in activations too, which cost more than those in weights: {command}",
+        *_large_errors(found),
+        f"Inspect the outliers in activations as well, which cost more than those in weights: {command}",
     ]
     parts = [markup.facts(items), markup.advice(tips), markup.figures([*_figures(found), *_columns(found)])]
     return markup.document(f"Weights of {Path(name).name or name}", lead, [*parts, _table(found, "--json lists all")])
 
 
 def _converted(result: Conversion) -> list[_Weight]:
-    """The int8 weights of a conversion, in the order of its source; no errors where codes are the source's own."""
+    """The int8 weights of a conversion, in the order of its source; without errors if codes were copied."""
     plan, found = result.plan, []
     written = {tensor.name: source for source, group in plan.outputs.items() for tensor in group}
     sources = {written[name]: entry for name, entry in result.errors.items()}
@@ -117,51 +125,51 @@ def _next_steps(result: Conversion, found: list[_Weight]) -> list[str]:
     if result.dry_run:
         return ["Run the same command without --dry-run."]
     if result.manifest is None:
-        return [f"When all parts are there, join them: {markup.code(f'quantize8 finalize {out}')}"]
-    tips = _stand_out(found)
+        return [f"When all parts are written, join them: {markup.code(f'quantize8 finalize {out}')}"]
+    tips = _large_errors(found)
     if plan.carries:
-        tips = ["The int8 codes are those of the source: this conversion has added no error."]
+        tips = ["The int8 codes are those of the source, so this conversion added no error."]
     if not isinstance(result.out, Path):
         return [
             *tips,
-            f"Copy it to where it is used, and check every byte there: {markup.code('quantize8 verify COPY')}",
+            f"Copy it to where it will be used, and check every byte there: {markup.code('quantize8 verify COPY')}",
         ]
     if plan.format.is_folder:
-        tips.append(f"Measure what it costs: {markup.code(f'quantize8 evaluate {out} --reference SOURCE')}")
+        tips.append(f"Measure the cost of int8: {markup.code(f'quantize8 evaluate {out} --reference SOURCE')}")
     return [*tips, f"After copying it, check every byte: {markup.code(f'quantize8 verify {out}')}"]
 
 
-def _stand_out(found: list[_Weight]) -> list[str]:
-    """Layers whose error is far above the others', and what keeps them out of int8."""
+def _large_errors(found: list[_Weight]) -> list[str]:
+    """Layers with an unusually large error, and how to leave them in float."""
     errors = {entry.module: entry.error for entry in found if entry.error is not None}
     if not errors:
         return []
     middle = float(np.median(list(errors.values())))
-    worst = sorted((name for name in errors if errors[name] > _STANDS_OUT * middle), key=lambda name: -errors[name])
+    worst = sorted((name for name in errors if errors[name] > _LARGE_ERROR * middle), key=lambda name: -errors[name])
     if not worst:
-        return [f"No layer stands out: none has more than {_STANDS_OUT} times the median error, {middle:.4f}."]
+        return [f"No layer is an outlier: all errors are at most {_LARGE_ERROR} times the median, {middle:.4f}."]
     more = f" and {len(worst) - _SHOWN:,} more" if len(worst) > _SHOWN else ""
     shown = ", ".join(f"{markup.code(name)} ({errors[name]:.4f})" for name in worst[:_SHOWN])
     skip = markup.code(f"skip = {json.dumps(worst[:_SHOWN], ensure_ascii=False)}")
     return [
-        f"More than {_STANDS_OUT} times the median error, {middle:.4f}: {shown}{more}. "
-        f"To keep such layers in floating point, convert by a recipe with {skip}."
+        f"More than {_LARGE_ERROR} times the median error, {middle:.4f}: {shown}{more}. "
+        f"To leave such layers in floating point, convert with a recipe that contains {skip}."
     ]
 
 
 def _sizes(plan: Plan) -> str:
-    """Bytes of each part of the model, in the source and in the artifact."""
+    """Size of each part of the model, in the source and in the artifact."""
     before, after = _stored(plan), _written(plan)
     shown = [part for part in (*names.PARTS, _SCALES) if before.get(part) or after.get(part)]
     groups = {"source": [before.get(part, 0) for part in shown], "artifact": [after.get(part, 0) for part in shown]}
-    caption = "Bytes of tensors by part of the model."
+    caption = "Size of the tensors by part of the model."
     if _SCALES in shown:
-        caption += " Scales are those of int8, one number a row."
+        caption += " Scales are those of the int8 weights, one number per row."
     return markup.figure("Size by part", caption, plots.bars(shown, groups, size, alt=_alt_sizes(shown, groups)))
 
 
 def _stored(plan: Plan) -> dict[str, int]:
-    """Bytes by part of the source's tensors, as stored."""
+    """Bytes of the stored tensors of the source, by part of the model."""
     checkpoint = plan.checkpoint
     scales: set[str] = set()
     if isinstance(checkpoint, QuantizedCheckpoint):
@@ -172,7 +180,7 @@ def _stored(plan: Plan) -> dict[str, int]:
 
 
 def _written(plan: Plan) -> dict[str, int]:
-    """Bytes by part of the artifact's tensors; of a tensor that became several, the first holds the codes."""
+    """Bytes of the tensors of the artifact, by part; of a tensor that became several, the first holds the codes."""
     pairs = ((names.part(source), group) for source, group in plan.outputs.items())
     return _sums((_SCALES if i else part, tensor.nbytes) for part, group in pairs for i, tensor in enumerate(group))
 
@@ -191,17 +199,17 @@ def _alt_sizes(shown: Sequence[str], groups: Mapping[str, Sequence[int]]) -> str
 
 
 def _figures(found: list[_Weight]) -> list[str]:
-    """Error by layer of each part of the model, and outliers of each kind of module by layer."""
+    """Error by layer for each part of the model, and outliers by module type and layer."""
     errors = {entry.module: entry.error for entry in found if entry.error is not None}
     rates = {entry.module: 1e6 * entry.outliers / max(1, math.prod(entry.shape)) for entry in found}
     return [
-        *charts.lines(errors, "Error of int8", _ERROR, "relative error"),
-        *charts.heatmap(rates, "Outliers among the weights", _OUTLIERS, "outliers in a million weights"),
+        *charts.lines(errors, "Int8 error", _ERROR, "relative error"),
+        *charts.heatmap(rates, "Outlier weights", _OUTLIERS, "outliers per million weights"),
     ]
 
 
 def _columns(found: list[_Weight]) -> list[str]:
-    """The input columns with most outliers over all modules, as far as the modules' worst columns tell."""
+    """The input columns with the most outliers over all modules, counted in the worst columns of each module."""
     totals: dict[tuple[int, int], int] = {}
     for entry in found:
         for column, outliers, _ in entry.worst_columns:
@@ -211,13 +219,13 @@ def _columns(found: list[_Weight]) -> list[str]:
     if not worst:
         return []
     labels, values = [f"{column} of {width:,}" for column, width in worst], [totals[key] for key in worst]
-    caption = "Outlier weights by input column, summed over the worst columns of every module with as many columns."
+    caption = "Outlier weights by input column, summed over the worst columns of all modules of the same width."
     svg = plots.bars(labels, {"outliers": values}, "{:,.0f}".format, alt=f"Bars: {', '.join(labels)}")
-    return [markup.figure("Columns with most outliers", caption, svg)]
+    return [markup.figure("Columns with the most outliers", caption, svg)]
 
 
 def _table(found: list[_Weight], rest: str) -> str:
-    """One line for each module, the largest errors first where there are too many."""
+    """One row for each module; if there are too many, the modules with the largest errors."""
     shown = sorted(found, key=lambda entry: -(entry.error or 0))[:_TABLE]
     whole = len(shown) == len(found)
     title = f"All {len(found):,} modules" if whole else f"The worst {_TABLE:,} of {len(found):,} modules; {rest}"
@@ -228,14 +236,14 @@ def _table(found: list[_Weight], rest: str) -> str:
         rows.append(
             (entry.module, names.shape(entry.shape), error, f"{entry.absmax:.3g}", f"{entry.outliers:,}", worst)
         )
-    return markup.table(title, ["<module", "shape", "error", "max |w|", "outliers", "<in columns"], rows)
+    return markup.table(title, ["<module", "shape", "error", "max |w|", "outliers", "<worst columns"], rows)
 
 
 def _kept(plan: Plan) -> str:
-    """Linear weights in floating point, and why."""
+    """Linear weights that are left in floating point, with the reason."""
     shapes = {name: plan.checkpoint.tensors[f"{name}.weight"].shape for name in plan.kept}
     rows = [(name, names.shape(shapes[name]), why) for name, why in plan.kept.items()]
-    return markup.table(f"Kept in floating point: {len(rows):,}", ["<module", "shape", "<why"], rows[:_TABLE])
+    return markup.table(f"Left in floating point: {len(rows):,}", ["<module", "shape", "<reason"], rows[:_TABLE])
 
 
 def _dtypes(reports: list[WeightReport]) -> str:

@@ -1,4 +1,4 @@
-"""Results as people read them (rich) and as programs do (JSON). Nothing here prints."""
+"""Results for people (rich tables) and for programs (JSON). Nothing here prints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = [
 
 
 def as_json(value: Any) -> Any:
-    """Any result as plain JSON values; a conversion without its per-byte plan."""
+    """Any result as plain JSON values; a conversion without the byte ranges of its plan."""
     if isinstance(value, Conversion):
         return value.as_json()
     if isinstance(value, Path):

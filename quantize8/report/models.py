@@ -1,4 +1,4 @@
-"""What reading, running and scoring models has found, the machine, and the demo, as tables."""
+"""Tables of the results of inspect, run, evaluate, env and the demo."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from quantize8.operations.run import Comparison, Generation
 from quantize8.ops.reference import OUTLIER_SIGMAS
 from quantize8.report.tables import listed, size, table
 
-_SHOWN_RANGES = 4  # of positions in a window; the JSON has all buckets
-_SHOWN_COLUMNS = 3  # of the worst: a line of a table fits 80 characters for most models
+_SHOWN_RANGES = 4  # ranges of positions in a window; the JSON has all of them
+_SHOWN_COLUMNS = 3  # columns in a row: for most models, a line then fits in 80 characters
 
 
 def weights(reports: list[WeightReport]) -> RenderableType:
     """Statistics of each Linear weight."""
     rows = table(
         ("module", "left"), ("dtype", "left"), ("shape", "right"), ("max |w|", "right"), ("outliers", "right"),
-        ("error", "right"), (listed("in columns"), "left"), one_line=True,
+        ("error", "right"), (listed("worst columns"), "left"), one_line=True,
     )  # fmt: skip
     for report in reports:
         worst = ", ".join(f"{k} ({n})" for k, n, _ in report.worst_columns[:_SHOWN_COLUMNS] if n)
@@ -33,15 +33,18 @@ def weights(reports: list[WeightReport]) -> RenderableType:
         rows.add_row(
             report.module, report.dtype, shape, f"{report.absmax:.3g}", f"{report.outliers:,}", error, listed(worst)
         )
-    note = f"outliers: weights beyond {OUTLIER_SIGMAS} rms of their row, and the columns that hold most of them"
-    return Group(rows, Text(), Text(f"{note}; error: of int8, relative"))
+    notes = [
+        f"outliers: weights larger than {OUTLIER_SIGMAS} times the RMS of their row; error: relative error of int8",
+        "worst columns: input columns with the most outliers, and their number",
+    ]
+    return Group(rows, Text(), *map(Text, notes))
 
 
 def activations(report: ActivationReport) -> RenderableType:
-    """Outliers in each Linear's input, the emergent features, and what each threshold would do."""
+    """Outliers in the input of each Linear layer, the emergent features, and the effect of each threshold."""
     rows = table(
-        ("module", "left"), ("outliers", "right"), ("max |x|", "right"), ("column", "right"), ("after 1st", "right"),
-        ("positions", "right"), (listed("in columns"), "left"), one_line=True,
+        ("module", "left"), ("outliers", "right"), ("max |x|", "right"), ("column", "right"), ("excl. pos 0", "right"),
+        ("positions", "right"), (listed("outlier columns"), "left"), one_line=True,
     )  # fmt: skip
     for entry in report.linears:
         shown = ", ".join(map(str, entry.columns[:_SHOWN_COLUMNS])) + (
@@ -52,15 +55,15 @@ def activations(report: ActivationReport) -> RenderableType:
             entry.module, count, f"{entry.max:.1f}", str(entry.max_column), f"{entry.max_after_first:.1f}",
             f"{entry.positions:.1%}", listed(shown),
         )  # fmt: skip
-    notes = ["after 1st: max |x| without the first position", "", _emergent(report)]
+    notes = ["excl. pos 0: max |x| without the first position", "", _emergent(report)]
     if report.emergent:
         notes.append(
-            f"any of them: in {report.layers_affected:.0%} of the layer inputs, "
+            f"at least one of them: in {report.layers_affected:.0%} of the layer inputs, "
             f"at {report.positions_affected:.1%} of their positions"
         )
     parts: list[RenderableType] = [rows, Text(), *map(Text, notes)]
     if report.thresholds:
-        parts += [Text(), _thresholds(report), Text("error: of int8 outputs, relative, expected")]
+        parts += [Text(), _thresholds(report), Text("error: expected relative error of the int8 outputs")]
     if report.advice:
         what = "--calibrate" if report.advice.calibrate else f"threshold {report.advice.threshold:g}"
         parts += [Text(), Text(f"advice: {what}: {report.advice.reason}")]
@@ -68,20 +71,21 @@ def activations(report: ActivationReport) -> RenderableType:
 
 
 def generation(result: Generation) -> RenderableType:
-    """How fast a text came."""
+    """Speed of a generation, its weights and memory."""
     return Text(_speed(result))
 
 
 def comparison(result: Comparison) -> RenderableType:
-    """The source's text beside, and where the two part."""
-    same = result.first_difference is None
-    where = "the same tokens" if same else f"they part at token {(result.first_difference or 0) + 1}"
-    lines = [Text(f"{where} of {len(result.generation.tokens)}")]
+    """Speed of both models, the text of the source, and how far the two agree."""
+    count, difference = len(result.generation.tokens), result.first_difference
+    lines = [Text(f"identical: {count} of {count} tokens")]
+    if difference is not None:
+        lines = [Text(f"first difference at token {difference + 1} of {count}")]
     if result.agreement is not None:
-        found = result.agreement
+        agreement = result.agreement
         lines.append(Text(
-            f"over the {found.tokens} tokens of the source's text: KL(source || model) {found.kl:.5f} nats a token, "
-            f"top-1 agreement {found.top1:.1%}"
+            f"on the {agreement.tokens} tokens of the source's text: KL(source || model) {agreement.kl:.5f} nats per "
+            f"token, top-1 agreement {agreement.top1:.1%}"
         ))  # fmt: skip
     return Group(
         Text(_speed(result.generation)), Text(),
@@ -91,7 +95,7 @@ def comparison(result: Comparison) -> RenderableType:
 
 
 def evaluation(result: Evaluation) -> RenderableType:
-    """Perplexity, and how near the predictions are to the reference's."""
+    """Perplexity, and how close the predictions are to those of the reference."""
     rows = table(("", "left"), ("", "left"))
     rows.add_row("text", f"{result.tokens} tokens in windows of {result.context}, {result.scored} scored")
     rows.add_row("perplexity", _estimate(result.perplexity, 3))
@@ -99,11 +103,11 @@ def evaluation(result: Evaluation) -> RenderableType:
         return rows
     found, kl = result.agreement, result.agreement.kl
     error = "" if kl.standard_error is None else f", standard error {kl.standard_error:.5f}"
-    rows.add_row("reference's", _estimate(found.perplexity, 3))
-    rows.add_row("ratio", _estimate(found.ratio, 4))
-    rows.add_row("KL divergence", f"{kl.mean:.5f} nats a token{error}")
-    rows.add_row("", f"median {kl.median:.5f}, 99th percentile {kl.p99:.5f}, largest {kl.max:.5f}")
-    rows.add_row("by position", _by_position(kl))
+    rows.add_row("reference perplexity", _estimate(found.perplexity, 3))
+    rows.add_row("perplexity ratio", _estimate(found.ratio, 4))
+    rows.add_row("KL divergence", f"{kl.mean:.5f} nats per token{error}")
+    rows.add_row("", f"median {kl.median:.5f}, 99th percentile {kl.p99:.5f}, max {kl.max:.5f}")
+    rows.add_row("KL by position", _by_position(kl))
     rows.add_row("top-1 agreement", f"{found.top1:.1%}")
     if not found.layers:
         return rows
@@ -114,11 +118,11 @@ def evaluation(result: Evaluation) -> RenderableType:
 
 
 def environment(result: Environment) -> RenderableType:
-    """Versions, devices, advice."""
+    """Versions, devices, and advice on what is missing."""
     rows = table(("", "left"), ("", "left"))
     rows.add_row("python", f"{result.python} on {result.system}")
     rows.add_row("cpu", f"{result.processors} processors, {result.cpu}, {size(result.memory_bytes)} memory")
-    rows.add_row("gpu", ", ".join(result.gpus) or "none that torch sees")
+    rows.add_row("gpu", ", ".join(result.gpus) or "none found by torch")
     rows.add_row("kernels", result.kernels)
     for name, version in result.versions.items():
         rows.add_row(name, version or "not installed")
@@ -126,7 +130,7 @@ def environment(result: Environment) -> RenderableType:
 
 
 def demo(result: Demo) -> RenderableType:
-    """The demo's one table."""
+    """The table of the demo."""
     plan, (ours, theirs) = result.conversion.plan, result.perplexities
     int8, source = result.texts.generation, result.texts.source
     rows = table(("", "left"), ("source", "left"), ("int8", "left"))
@@ -145,7 +149,7 @@ def demo(result: Demo) -> RenderableType:
 def _thresholds(report: ActivationReport) -> Table:
     rows = table(
         ("threshold", "right"), ("columns in 16-bit", "right"), ("size", "right"), ("mean error", "right"),
-        ("worst", "right"), (listed("in"), "left"), one_line=True,
+        ("worst error", "right"), (listed("in layer"), "left"), one_line=True,
     )  # fmt: skip
     for entry in report.thresholds:
         errors = (f"{entry.error:.4f}", f"{entry.worst_error:.4f}", listed(entry.worst))
@@ -182,10 +186,10 @@ def _estimate(found: Estimate, digits: int) -> str:
 
 
 def _by_position(kl: Divergence) -> str:
-    """The buckets joined to at most four ranges of positions."""
+    """Mean KL divergence, with the buckets merged into at most four ranges of positions."""
     width, shown = -(-len(kl.by_position) // _SHOWN_RANGES), []
     for start in range(0, len(kl.by_position), width):
-        part = kl.by_position[start : start + width]
-        mean = sum(entry.kl * entry.tokens for entry in part) / sum(entry.tokens for entry in part)
-        shown.append(f"{mean:.5f} from {part[0].first}")
+        buckets = kl.by_position[start : start + width]
+        mean = sum(entry.kl * entry.tokens for entry in buckets) / sum(entry.tokens for entry in buckets)
+        shown.append(f"{mean:.5f} from {buckets[0].first}")
     return ", ".join(shown)
