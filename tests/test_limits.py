@@ -1,4 +1,4 @@
-"""Limits, and what no message or file may show: files that claim too much, point elsewhere, or hold a secret."""
+"""Limits and secrets: files that claim too much, point elsewhere, or contain what no message or file may show."""
 
 import json
 import os
@@ -41,7 +41,10 @@ def artifact(tmp_path, model) -> Path:
 
 @pytest.fixture
 def little_memory():
-    """Allow at most 2 GiB more than now, so that allocating a claimed terabyte fails."""
+    """Allow the process 2 GiB more than it has now, so that allocating a claimed terabyte fails."""
+    resource = pytest.importorskip("resource", reason="this system has no limit on the memory of a process")
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("this system does not say how much memory a process has")
     before = resource.getrlimit(resource.RLIMIT_AS)
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + 2**31, before[1]))
@@ -123,7 +126,7 @@ def test_a_gguf_header_that_claims_too_much(changes, tmp_path, little_memory):
 
 
 def test_a_gguf_header_without_end(tmp_path, monkeypatch):
-    """Strings that are really in the file, and would fill the memory."""
+    """Strings that the file does hold, and that would fill the memory."""
     monkeypatch.setattr(limits, "GGUF_HEADER_BYTES", 5000)
     for length in (2000, 6000):
         fields = [["general.architecture", 8, "llama"], ["x", 9, [8, ["y" * length]]], ["z", 9, [4, [1] * 100]]]
