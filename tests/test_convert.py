@@ -19,7 +19,7 @@ from quantize8.artifact.outliers import Calibrated
 from quantize8.artifact.units import units
 from quantize8.artifact.writer import CpuQuantizer, Writer, places
 from quantize8.checkpoint import open_checkpoint
-from quantize8.checkpoint.structure import _plain_tensors
+from quantize8.checkpoint.decoders import plain_tensors
 from quantize8.errors import OutputError
 from quantize8.ops import reference
 from quantize8.ops.scales import ScaleSearch, search_absmax
@@ -296,7 +296,7 @@ def sparse_llama(folder: Path, layers: int) -> Path:
         "vocab_size": 64,
         "tie_word_embeddings": True,
     }
-    names = _plain_tensors(config)
+    names = dict(plain_tensors("LlamaForCausalLM", config))
     del names["lm_head.weight"]
     shards = plan_shards(([OutTensor(name, "F16", shape)] for name, shape in names.items()), "110MB")
     folder.mkdir()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from quantize8 import limits
+from quantize8.checkpoint.decoders import EMBEDDING, FINAL_NORM, HEAD, LAYERS, OPTIONAL_BIASES, plain_tensors
 from quantize8.checkpoint.gguf_header import Header
 from quantize8.errors import SourceError
 from quantize8.ops.reference import Array
@@ -31,16 +32,24 @@ _ROPE_NEUTRAL |= {"yarn_beta_fast": 32, "yarn_beta_slow": 1}
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _CONTEXTS = tuple(2**power for power in range(6, 21))
 _NEUTRAL = {"attention.causal": True, "expert_count": 0}  # what llama.cpp can change in these -> what changes nothing
-_ATTENTION = {
-    f"attn_{name}": f"self_attn.{ours}_proj" for name, ours in zip(("q", "k", "v", "output"), "qkvo", strict=True)
+_STORED_MODULES = {  # transformers' name of a module of a layer -> llama.cpp's name
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
 }
-_MLP = {f"ffn_{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
-_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_BIASES = {  # by architecture: those that a model always has, and those that it has all or none of -> in config.json
-    "llama": ((), {"attention_bias": tuple(_ATTENTION), "mlp_bias": tuple(_MLP)}),
-    "qwen2": (("attn_q", "attn_k", "attn_v"), {}),
-    "qwen3": ((), {"attention_bias": tuple(_ATTENTION)}),
+_STORED_ENDS = {EMBEDDING: "token_embd", FINAL_NORM: "output_norm", HEAD: "output"}
+_BIAS_SETTINGS = {  # architecture -> the settings of config.json that give biases to a group of layers or to none
+    "llama": ("attention_bias", "mlp_bias"),
+    "qwen2": (),
+    "qwen3": ("attention_bias",),
 }
 
 
@@ -76,7 +85,7 @@ def read_config(header: Header, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
     for key, neutral in _NEUTRAL.items():
         if header.value(f"{arch}.{key}", neutral) != neutral:
             raise _unfit(header, key, f"not of {ARCHITECTURES[arch]}")
-    config |= {name: True for name, modules in _BIASES[arch][1].items() if _any_bias(shapes, modules)}
+    config |= {name: True for name in _BIAS_SETTINGS[arch] if _any_bias(shapes, OPTIONAL_BIASES[name])}
     for theirs, ours in _TOKEN_IDS.items():
         if isinstance(number := header.value(f"tokenizer.ggml.{theirs}_token_id"), int):
             config[f"{ours}_token_id"] = number
@@ -86,28 +95,15 @@ def read_config(header: Header, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
 
 
 def named_tensors(config: Mapping[str, Any]) -> Iterator[Named]:
-    """The tensors of a model with these settings, in llama.cpp's order: what a file must hold."""
-    arch, hidden, inner = config["model_type"], config["hidden_size"], config["intermediate_size"]
-    head = config.get("head_dim") or hidden // config["num_attention_heads"]
-    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
-    table = config["vocab_size"], hidden
-    shapes: dict[str, tuple[int, ...]] = {"attn_norm": (hidden,), "ffn_norm": (hidden,)}
-    shapes |= {"attn_q": (queries, hidden), "attn_k": (keys, hidden), "attn_v": (keys, hidden)}
-    shapes |= {"attn_output": (hidden, queries), "ffn_gate": (inner, hidden), "ffn_up": (inner, hidden)}
-    shapes |= {"ffn_down": (hidden, inner)} | (dict.fromkeys(_HEAD_NORMS, (head,)) if arch == "qwen3" else {})
-    always, options = _BIASES[arch]
-    biased = {*always, *(module for name, modules in options.items() if config.get(name) for module in modules)}
-    modules = _NORMS | _ATTENTION | _MLP | _HEAD_NORMS
-    yield Named("token_embd.weight", "model.embed_tokens.weight", table)
-    for layer in range(config["num_hidden_layers"]):
-        for kind, shape in shapes.items():
-            stored, name = f"blk.{layer}.{kind}", f"model.layers.{layer}.{modules[kind]}"
-            yield Named(f"{stored}.weight", f"{name}.weight", shape)
-            if kind in biased:
-                yield Named(f"{stored}.bias", f"{name}.bias", shape[:1])
-    yield Named("output_norm.weight", "model.norm.weight", (hidden,))
-    if not config["tie_word_embeddings"]:
-        yield Named("output.weight", "lm_head.weight", table)
+    """The tensors that a file must hold for a model with the settings of `read_config`, in llama.cpp's order."""
+    for name, shape in plain_tensors(ARCHITECTURES[config["model_type"]], config):
+        module, _, kind = name.rpartition(".")
+        if module in _STORED_ENDS:
+            if module != HEAD or not config["tie_word_embeddings"]:
+                yield Named(f"{_STORED_ENDS[module]}.{kind}", name, shape)
+        else:
+            layer, _, part = module.removeprefix(f"{LAYERS}.").partition(".")
+            yield Named(f"blk.{layer}.{_STORED_MODULES[part]}.{kind}", name, shape)
 
 
 def _count(header: Header, key: str, default: int | None = None) -> int:
@@ -188,7 +184,8 @@ def llama3_scaling(config: Mapping[str, Any], factors: Array) -> dict[str, Any] 
 
 
 def _any_bias(shapes: Mapping[str, tuple[int, ...]], modules: tuple[str, ...]) -> bool:
-    return any(name.endswith(tuple(f".{module}.bias" for module in modules)) for name in shapes)
+    biases = tuple(f".{_STORED_MODULES[module]}.bias" for module in modules)
+    return any(name.endswith(biases) for name in shapes)
 
 
 def _vocabulary(header: Header, shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -22,37 +22,19 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from quantize8.checkpoint.base import Checkpoint, TensorInfo
+from quantize8.checkpoint.decoders import EMBEDDING, HEAD, plain_tensors
 from quantize8.checkpoint.native import architecture_of, build_meta_model, is_known
 from quantize8.errors import SourceError
 
 LINEAR, CONV1D = "Linear", "Conv1D"  # Conv1D is GPT-2's Linear, with its weight stored [in, out]
 EXPERT = "expert"  # one matrix of an expert, which checkpoints store apart and transformers joins with the others
 
-# Decoder families of one layout -> the norms of a layer, and which of its Linear layers have a bias without a word
-_PLAIN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "LlamaForCausalLM": (("input_layernorm", "post_attention_layernorm"), ()),
-    "MistralForCausalLM": (("input_layernorm", "post_attention_layernorm"), ()),
-    "Qwen2ForCausalLM": (("input_layernorm", "post_attention_layernorm"), ("q_proj", "k_proj", "v_proj")),
-    "Qwen3ForCausalLM": (
-        ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"),
-        (),
-    ),
-    "Gemma2ForCausalLM": (
-        ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
-        (),
-    ),
-}
-_PLAIN_LINEAR = {
-    **{f"{name}_proj": f"self_attn.{name}_proj" for name in "qkvo"},
-    **{f"{name}_proj": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
-}
-_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 _WRAPPERS = ("module.", "_orig_mod.", "_forward_module.", "_fsdp_wrapped_module.", "base_model.model.")
 _OLD_BUFFER = ".rotary_emb.inv_freq"  # which earlier releases of transformers saved
 _IN_LAYER = re.compile(r"(.+?)\.\d+\.(.+)")  # a list of layers, and a module of one
 _FURTHER = re.compile(r"(^|\.)mtp")  # a list of layers for multi-token prediction
 # Mamba's forward multiplies by the weight itself instead of calling the layer, so that int8 codes would be taken for it
-_READ_DIRECTLY = ("dt_proj",)
+READ_DIRECTLY = ("dt_proj",)
 _FOREIGN = "no part of transformers' model"
 _NOT_LINEAR = re.compile(r"embed|wte|wpe|norm|ln_|position|token_type|shared|relative_attention|router|gate$|head$")
 
@@ -112,9 +94,9 @@ def read_structure(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo],
     """Tell the Linear weights among the tensors of a checkpoint with this config.json; encoder, see `native_class`."""
     weights = [name.removesuffix(".weight") for name, info in tensors.items() if _is_matrix(info)]
     if not encoder and _is_plain_decoder(config, tensors):
-        linears = {name: LINEAR for name in weights if name not in (_EMBEDDING, _HEAD)}
-        untied = _HEAD in weights and not config.get("tie_word_embeddings", False)
-        return Structure(linears, {_HEAD: "output head"}, _HEAD if untied else None)
+        linears = {name: LINEAR for name in weights if name not in (EMBEDDING, HEAD)}
+        untied = HEAD in weights and not config.get("tie_word_embeddings", False)
+        return Structure(linears, {HEAD: "output head"}, HEAD if untied else None)
     if not is_known(config):
         return _by_names(weights, f"transformers knows no model type {config.get('model_type')!r}")
     own_code = bool(config.get("auto_map"))
@@ -150,40 +132,13 @@ def _is_plain_decoder(config: Mapping[str, Any], tensors: Mapping[str, TensorInf
     """Whether a checkpoint of a family in `_PLAIN` holds exactly the tensors, by name and shape, that the model has."""
     found = {name: info.shape for name, info in tensors.items() if not name.endswith(_OLD_BUFFER)}
     try:
-        expected = _plain_tensors(config)
+        expected = dict(plain_tensors(architecture_of(config), config))
     except (KeyError, TypeError, ValueError, ArithmeticError):  # settings that are absent, or are not what they seem
         return False
-    head = f"{_HEAD}.weight"
+    head = f"{HEAD}.weight"
     if config.get("tie_word_embeddings", False) and head not in found:
         del expected[head]
     return found == expected
-
-
-def _plain_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a model of `_PLAIN`, an untied head among them; KeyError for another."""
-    norms, biased = _PLAIN[architecture_of(config) or ""]
-    hidden, inner, layers, vocabulary = (
-        int(config[key]) for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
-    )
-    heads = int(config["num_attention_heads"])
-    size = int(config.get("head_dim") or hidden // heads)
-    queries, keys = heads * size, int(config.get("num_key_value_heads") or heads) * size
-    outs = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "gate_proj": inner, "up_proj": inner}
-    ins = {"o_proj": queries, "down_proj": inner}
-    if config.get("attention_bias"):
-        biased = (*biased, "q_proj", "k_proj", "v_proj", "o_proj")
-    if config.get("mlp_bias"):
-        biased = (*biased, "gate_proj", "up_proj", "down_proj")
-    layer: dict[str, tuple[int, ...]] = {
-        f"{name}.weight": (size,) if name.startswith("self_attn") else (hidden,) for name in norms
-    }
-    for short, name in _PLAIN_LINEAR.items():
-        layer[f"{name}.weight"] = (outs.get(short, hidden), ins.get(short, hidden))
-        if short in biased:
-            layer[f"{name}.bias"] = (outs.get(short, hidden),)
-    matrix = (vocabulary, hidden)
-    tensors = {f"{_EMBEDDING}.weight": matrix, "model.norm.weight": (hidden,), f"{_HEAD}.weight": matrix}
-    return tensors | {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}
 
 
 def _is_matrix(info: TensorInfo) -> bool:
@@ -206,7 +161,7 @@ def _from_model(model: Any, tensors: Mapping[str, TensorInfo], weights: list[str
     to_model = {name: targets[f"{name}.weight"].name.removesuffix(".weight") for name in weights}
     likes = _likes(to_model.values(), [name.removesuffix(".weight") for name in state])
     joined = [name for name in weights if targets[f"{name}.weight"].pattern is not None]
-    fixed = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or []), *_READ_DIRECTLY]
+    fixed = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or []), *READ_DIRECTLY]
     head = model.get_output_embeddings()
     tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
     structure, fused = Structure({}, experts=joined), set(joined)
@@ -224,7 +179,7 @@ def _from_model(model: Any, tensors: Mapping[str, TensorInfo], weights: list[str
             continue
         is_head = head is not None and model.get_submodule(like) is head
         structure.kept[name] = "output head" if is_head else "kept in floating point by transformers"
-        if in_model.endswith(_READ_DIRECTLY):
+        if in_model.endswith(READ_DIRECTLY):
             structure.kept[name] = "its model reads the weight itself"
         if is_head and in_model not in tied:
             structure.output_head = name
