@@ -140,7 +140,7 @@ def test_gguf_tensors_over_each_other(tmp_path):
         tensors = [[f"blk.{i}.ffn_up.weight", [256], 0, place] for i, place in enumerate(places)]
         content = gguf({"fields": fields, "tensors": tensors}) + bytes(4096)
         (tmp_path / "x.gguf").write_bytes(content)
-        with pytest.raises(SourceError, match="over each other"):
+        with pytest.raises(SourceError, match="overlap each other"):
             GgufCheckpoint(tmp_path / "x.gguf", {}, "x")
 
 
