@@ -130,7 +130,7 @@ def test_biases_are_in_the_settings(tmp_path):
         ),
         (
             {"rope__scaling__attn_factor": (1.5, FLOAT32)},
-            "scaling.attn_factor is 1.5, which config.json cannot express",
+            "llama.rope.scaling.attn_factor is 1.5, which config.json cannot express",
         ),
         (
             {"rope__scaling__mystery": (1.0, FLOAT32)},

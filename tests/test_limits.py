@@ -227,7 +227,7 @@ def test_a_token_of_a_very_large_id(place, model):
     else:
         state["added_tokens"].append({**state["added_tokens"][0], "content": "<x>", "id": 2**31})
     path.write_text(json.dumps(state))
-    with pytest.raises(SourceError, match="a token of id 2147483648"):
+    with pytest.raises(SourceError, match="a token with id 2147483648"):
         load(model)
 
 

@@ -114,7 +114,7 @@ def test_a_server_that_stalls(hub, tmp_path, monkeypatch):
 
 def test_a_server_without_ranges(hub, tmp_path):
     hub.ignores_range = True
-    fails("gives no parts of files", tmp_path)
+    fails("does not support range requests", tmp_path)
 
 
 @pytest.mark.parametrize("shards", [1, 2])
