@@ -129,7 +129,7 @@ def test_a_layer_that_predicts_a_further_token_is_what_its_like_is(architecture)
     own = {name.removeprefix(last): kind for name, kind in found.linears.items() if name.startswith(last)}
     assert {name.removeprefix(further): kind for name, kind in found.linears.items() if name.startswith(further)} == own
     assert {"self_attn.o_proj", "mlp.gate"} - own.keys() == {"mlp.gate"}  # the router is no Linear layer
-    assert found.kept == {"lm_head": "output head"} | dict.fromkeys(besides, "no part of transformers' model")
+    assert found.kept == {"lm_head": "output head"} | dict.fromkeys(besides, "not part of transformers' model")
     assert sorted(found.experts) == sorted(experts)
     assert set(found.skip_list({*found.linears})) == {"lm_head", *besides}
 
@@ -139,7 +139,7 @@ def test_a_weight_that_no_module_of_the_model_has_is_told_of():
     _, tensors = meta(config)
     names = ("v_head.summary", "medusa_head.0.0.linear", "lm_head.0")
     tensors |= {f"{name}.weight": TensorInfo(f"{name}.weight", "F16", (4, 4), "f") for name in names}
-    expected = {"lm_head": "output head"} | dict.fromkeys(names, "no part of transformers' model")
+    expected = {"lm_head": "output head"} | dict.fromkeys(names, "not part of transformers' model")
     assert read_structure(config, tensors).kept == expected
     config |= {"architectures": ["LlamaForSequenceClassification"]}
     del expected["lm_head"], tensors["lm_head.weight"]

@@ -227,12 +227,12 @@ def _special(tokenizer: Any, config: Mapping[str, Any]) -> Iterator[Field]:
         number = config.get(f"{kind}_token_id") if number is None else number
         if isinstance(number, int):
             yield Field(key, number, GGUFValueType.UINT32)
-    around = tokenizer("a")["input_ids"]
-    for key, found, number in (
-        (Keys.Tokenizer.ADD_BOS, around[:1], tokenizer.bos_token_id),
-        (Keys.Tokenizer.ADD_EOS, around[-1:], tokenizer.eos_token_id),
+    ids = tokenizer("a")["input_ids"]
+    for key, end, number in (
+        (Keys.Tokenizer.ADD_BOS, ids[:1], tokenizer.bos_token_id),
+        (Keys.Tokenizer.ADD_EOS, ids[-1:], tokenizer.eos_token_id),
     ):
-        yield Field(key, found == [number], GGUFValueType.BOOL)
+        yield Field(key, end == [number], GGUFValueType.BOOL)
     templates = tokenizer.chat_template or {}
     if isinstance(templates, str):
         templates = {"default": templates}

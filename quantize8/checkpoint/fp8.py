@@ -74,11 +74,11 @@ def find(stored: Checkpoint, entry: dict[str, Any]) -> dict[str, Encoding]:
     """
     require(entry, {"fmt": (None, "e4m3", "float8_e4m3fn", "e5m2", "float8_e5m2")}, str(stored.folder))
     block = _block_size(stored, entry)
-    found: dict[str, Encoding] = {}
+    encodings: dict[str, Encoding] = {}
     for info in stored.tensors.values():
         module, _, part = info.name.rpartition(".")
         if info.dtype in _VALUES and part == WEIGHT:
-            found[module] = _module(stored, module, info, block)
+            encodings[module] = _module(stored, module, info, block)
         elif info.dtype in _VALUES:
             where = stored.folder / info.file
             raise SourceError(
@@ -89,7 +89,7 @@ def find(stored: Checkpoint, entry: dict[str, Any]) -> dict[str, Encoding]:
             raise SourceError(
                 f"{where}: {module} has {part} but no float8 weight, which is not read; use the original checkpoint"
             )
-    return found
+    return encodings
 
 
 def uncast(stored: Checkpoint) -> Checkpoint:

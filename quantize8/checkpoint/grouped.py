@@ -93,7 +93,7 @@ def modules(stored: Checkpoint) -> dict[str, tuple[str, ...]]:
         SourceError: A module has other parts but no qweight, such as the scales of activations that AWQ adds to some
             models; or a qweight is not int32 [R, C].
     """
-    found: dict[str, tuple[str, ...]] = {}
+    tensors: dict[str, tuple[str, ...]] = {}
     for info in stored.tensors.values():
         module, _, part = info.name.rpartition(".")
         where = f"{stored.folder / info.file}: {module}"
@@ -106,8 +106,8 @@ def modules(stored: Checkpoint) -> dict[str, tuple[str, ...]]:
                 f"{where} has {WEIGHT} {info.dtype} {list(info.shape)}, which is not read; use the original checkpoint"
             )
         names = (f"{module}.{part}" for part in PARTS)
-        found[module] = tuple(name for name in names if name in stored.tensors)
-    return found
+        tensors[module] = tuple(name for name in names if name in stored.tensors)
+    return tensors
 
 
 def group_size_of(entry: dict[str, Any], default: int, where: str) -> int:

@@ -83,16 +83,26 @@ def native_class(config: Mapping[str, Any], names: Collection[str] = (), encoder
             settings = CONFIG_MAPPING[config["model_type"]].from_dict(_decoded(config))
         kind = _class_of(settings, architecture_of(config), names, encoder)
     except Exception as error:  # a config.json may contain anything, so transformers may raise anything
-        raise SourceError(
-            f"config.json: transformers cannot read its settings ({first_line(error)}); correct it or fetch it again"
-        ) from None
+        raise SourceError(f"config.json: transformers cannot read its settings ({first_line(error)})") from None
     pools = "add_pooling_layer" in inspect.signature(kind.__init__).parameters
     has_pooler = any("pooler." in name for name in names) or not names
     return Native(kind, settings, {"add_pooling_layer": False} if pools and not has_pooler else {})
 
 
 def build_meta_model(config: Mapping[str, Any], names: Collection[str] = (), encoder: bool = False) -> Any:
-    """The transformers model of a config.json, without storage; None where transformers does not know it."""
+    """Build the transformers model of a config.json, without storage.
+
+    Args:
+        config: The contents of config.json.
+        names: See `native_class`.
+        encoder: See `native_class`.
+
+    Returns:
+        The model on the meta device, None if transformers does not know its `model_type`.
+
+    Raises:
+        SourceError: transformers cannot read the settings or build the model, or it has more modules than MODULES.
+    """
     import torch
 
     if not is_known(config):
@@ -103,8 +113,7 @@ def build_meta_model(config: Mapping[str, Any], names: Collection[str] = (), enc
             return native.build()
     except Exception as error:  # as above
         raise SourceError(
-            f"config.json: transformers cannot build {native.kind.__name__} from it ({first_line(error)}); "
-            "correct it or fetch it again"
+            f"config.json: transformers cannot build {native.kind.__name__} from it ({first_line(error)})"
         ) from None
 
 

@@ -36,7 +36,7 @@ _IN_LAYER = re.compile(r"(.+?)\.\d+\.(.+)")  # a list of layers, and a module of
 _FURTHER = re.compile(r"(^|\.)mtp")  # a list of layers for multi-token prediction
 # Mamba's forward multiplies by the layer's weight instead of calling the layer: it would take int8 codes for the weight
 READ_DIRECTLY = ("dt_proj",)
-_FOREIGN = "no part of transformers' model"
+_FOREIGN = "not part of transformers' model"
 _NOT_LINEAR = re.compile(r"embed|wte|wpe|norm|ln_|position|token_type|shared|relative_attention|router|gate$|head$")
 
 
@@ -152,7 +152,7 @@ def is_skipped(module: str, patterns: list[str]) -> bool:
 def _by_names(weights: list[str], why: str) -> Structure:
     doubtful = [name for name in weights if _NOT_LINEAR.search(name.rpartition(".")[2])]
     linears = {name: LINEAR for name in weights if name not in doubtful}
-    return Structure(linears, dict.fromkeys(doubtful, "by its name an embedding, a router or a head"), guessed=why)
+    return Structure(linears, dict.fromkeys(doubtful, "by name an embedding, a router or a head"), guessed=why)
 
 
 def _is_plain_decoder(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> bool:
@@ -207,7 +207,7 @@ def _from_model(model: Any, tensors: Mapping[str, TensorInfo], weights: list[str
         is_head = head is not None and model.get_submodule(like) is head
         structure.kept[name] = "output head" if is_head else "kept in floating point by transformers"
         if in_model.endswith(READ_DIRECTLY):
-            structure.kept[name] = "its model reads the weight itself"
+            structure.kept[name] = "the model reads its weight without calling the layer"
         if is_head and in_model not in tied:
             structure.output_head = name
     present = set(to_model.values())

@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 INDEX_NAME = "pytorch_model.bin.index.json"
 SINGLE_NAME = "pytorch_model.bin"
 _SHARDS = "pytorch_model-*.bin"
-# In the format before torch 1.6: a magic number, a version, the machine, the tensors; then the keys of the storages, and
-# their values
-_PICKLES_BEFORE = 4
+_PICKLES_BEFORE = 4  # before torch 1.6: a magic number, version, machine, tensors; then the storages' keys and values
 
 
 class TorchCheckpoint(Checkpoint):
