@@ -31,7 +31,7 @@ _ROPE_NEUTRAL = {"finetuned": None, "attn_factor": 1, "yarn_ext_factor": 1, "yar
 _ROPE_NEUTRAL |= {"yarn_beta_fast": 32, "yarn_beta_slow": 1}
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _CONTEXTS = tuple(2**power for power in range(6, 21))
-_NEUTRAL = {"attention.causal": True, "expert_count": 0}  # settings that only llama.cpp supports -> the value without effect
+_NEUTRAL = {"attention.causal": True, "expert_count": 0}  # settings of llama.cpp alone -> the value without effect
 _STORED_MODULES = {  # transformers' name of a module of a layer -> llama.cpp's name
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
