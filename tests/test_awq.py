@@ -110,7 +110,7 @@ REFUSED = {
     "zero_point": ({"zero_point": "no"}, other(), "zero_point"),
     "group": ({"group_size": 0}, other(), "group_size 0"),
     "group text": ({"group_size": "4"}, other(), "group_size '4'"),
-    "group lies": ({"group_size": 8}, other(), "has scales F16 [2, 16] where F16 or BF16 or F32 [1, 16]"),
+    "group lies": ({"group_size": 8}, other(), "has scales F16 [2, 16] instead of F16 or BF16 or F32 [1, 16]"),
     "group ragged": ({"group_size": 3}, other(), "has 8 in features, which group_size 3 does not divide"),
     "no scales": ({}, without("scales"), "layer.m has no scales"),
     "no zero points": ({}, without("qzeros"), "layer.m has no qzeros"),

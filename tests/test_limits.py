@@ -157,7 +157,7 @@ def a_tensor(count: bytes) -> bytes:
     ("content", "message"),
     [
         (a_tensor(b"\x8a\x08" + struct.pack("<q", 2**50)), "larger than the file"),
-        (a_tensor(b"J\xff\xff\xff\xff"), "a storage that cannot be"),
+        (a_tensor(b"J\xff\xff\xff\xff"), "a storage that is not valid"),
         (b"\x80\2cbuiltins\nbytearray\n\x8a\5\0\0\0\0\1\x85R.", "holds objects or code"),  # 4 GiB of zeros
         (b"\x80\2ctorch\nFloatStorage\n\x8a\5\0\0\0\0\1\x85R.", "holds objects or code"),
         (b"\x80\2}N" + b"q\0h\0\x86" * 60 + b"K\1s.", "holds objects or code"),  # a key whose hash takes 2^60 steps
