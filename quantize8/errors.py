@@ -1,14 +1,14 @@
-"""Errors a user can cause or meet. Each message says what is wrong, where, and what to do, in one line.
+"""Errors that a user can cause or encounter. Each message is one line: what is wrong, where, and what to do.
 
 Quantize8Error
 ├── SourceError      the checkpoint cannot be found, opened or trusted
-├── WeightError      a tensor holds values that int8 cannot stand for
+├── WeightError      a tensor holds values that int8 cannot represent
 ├── RecipeError      a recipe is unknown, or a key or value in it is wrong
 ├── OutputError      the output folder cannot be made, or must not be replaced
 ├── ArtifactError    an artifact is damaged, or breaks a promise of its format
 └── DependencyError  a package or device that this command needs is missing
 
-DeviceWarning        a GPU cannot be used, or not for an outlier mode; printed, and nothing stops
+DeviceWarning        a GPU cannot be used, or not for an outlier mode; printed, and the command continues
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 class Quantize8Error(Exception):
     """Base of all errors below; the command line prints it as one line and exits with code 1.
 
-    The message is shown as `one_line` makes it, whatever name from a file, or text of another library, is in it.
+    The message is passed through `one_line`, because it may contain names from files or text of other libraries.
     """
 
     def __str__(self) -> str:
@@ -44,7 +44,7 @@ class RecipeError(Quantize8Error):
 
 
 class OutputError(Quantize8Error):
-    """The output folder cannot be made, is too small a disk, or must not be replaced."""
+    """The output folder cannot be created or must not be replaced, or the disk is too small."""
 
 
 class ArtifactError(Quantize8Error):
@@ -56,11 +56,11 @@ class DependencyError(Quantize8Error):
 
 
 class DeviceWarning(UserWarning):
-    """A GPU is there but cannot be used, so the CPU is; or it has no kernel for a mode, so another mode is."""
+    """A GPU is present but cannot be used, so the CPU is; or it has no kernel for a mode, so another mode is used."""
 
 
 def one_line(text: str) -> str:
-    """Text as one line that a terminal can show: no control characters, no secrets, cut where it is very long."""
+    """Text as one line that is safe to print: without control characters and secrets, truncated if it is very long."""
     text = _SECRETS.sub("***", " ".join(text.split()))
     for token in filter(None, map(os.environ.get, _TOKENS)):
         text = text.replace(token, "***")
@@ -70,5 +70,5 @@ def one_line(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, cut to one line."""
+    """The first line of another library's error message, or the name of its class if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -110,12 +110,12 @@ REFUSED = {
     "zero_point": ({"zero_point": "no"}, other(), "zero_point"),
     "group": ({"group_size": 0}, other(), "group_size 0"),
     "group text": ({"group_size": "4"}, other(), "group_size '4'"),
-    "group lies": ({"group_size": 8}, other(), "has scales F16 [2, 16] where F16 or BF16 or F32 [1, 16] would fit"),
+    "group lies": ({"group_size": 8}, other(), "has scales F16 [2, 16] instead of F16 or BF16 or F32 [1, 16]"),
     "group ragged": ({"group_size": 3}, other(), "has 8 in features, which group_size 3 does not divide"),
     "no scales": ({}, without("scales"), "layer.m has no scales"),
     "no zero points": ({}, without("qzeros"), "layer.m has no qzeros"),
-    "no weight": ({}, without("qweight"), "has qzeros and no qweight"),
-    "activations": ({}, {"mlp.act.scales": torch.ones(8)}, "mlp.act has scales and no qweight"),
+    "no weight": ({}, without("qweight"), "has qzeros but no qweight"),
+    "activations": ({}, {"mlp.act.scales": torch.ones(8)}, "mlp.act has scales but no qweight"),
     "zero groups": ({}, other(scales=torch.ones(0, 16, dtype=F16)), "has scales F16"),
     "zero groups too": (
         {"group_size": -1},
@@ -129,7 +129,7 @@ REFUSED = {
     "empty": ({}, other(qweight=words(0, 2)), "has qweight I32 [0, 2]"),
     "GPTQ's shape": ({}, other(qweight=words(1, 16)), "in features"),
     "order": ({}, other(g_idx=words(8)), "has g_idx"),
-    "symmetric": ({"zero_point": False}, other(), "other zero points than 8"),
+    "symmetric": ({"zero_point": False}, other(), "zero points other than 8"),
 }
 
 

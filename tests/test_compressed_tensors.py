@@ -262,7 +262,7 @@ def wrong_dtype(config, state):
         (bad_groups, "no config_groups"),
         (bad_format, "nvfp4-pack-quantized, which is not read"),
         (rotated, "transform_config, which is not read"),
-        (no_weight, "has weight_scale and no weight"),
+        (no_weight, "has weight_scale but no weight"),
         (no_shape, "no weight_shape"),
         (wrong_shape, "packs 4800 columns into 12 words"),
         (wrong_scale, "which do not fit"),

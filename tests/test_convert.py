@@ -17,7 +17,7 @@ from quantize8 import convert, verify
 from quantize8.artifact.manifest import read_manifest
 from quantize8.artifact.outliers import Calibrated
 from quantize8.checkpoint import open_checkpoint
-from quantize8.checkpoint.structure import _plain_tensors
+from quantize8.checkpoint.decoders import plain_tensors
 from quantize8.conversion.driver import Writer, places
 from quantize8.destinations.local import WeightFile
 from quantize8.errors import OutputError
@@ -297,7 +297,7 @@ def sparse_llama(folder: Path, layers: int) -> Path:
         "vocab_size": 64,
         "tie_word_embeddings": True,
     }
-    names = _plain_tensors(config)
+    names = dict(plain_tensors("LlamaForCausalLM", config))
     del names["lm_head.weight"]
     shards = plan_shards(([OutTensor(name, "F16", shape)] for name, shape in names.items()), "110MB")
     folder.mkdir()

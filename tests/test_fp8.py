@@ -144,7 +144,7 @@ REFUSED = {
     "no float8": ({"m.weight": torch.ones(4, 4), "m.weight_scale_inv": F32}, {}, "no float8 weight"),
     "float4": ({"m.weight": torch.ones(4, 4, dtype=torch.int8), "m.weight_scale_inv": F32}, {}, "no float8 weight"),
     "no weight": ({"m.weight_scale_inv": F32}, {}, "no float8 weight"),
-    "other tensor": ({"m.gate_up_proj": WEIGHT}, {}, "m.gate_up_proj is F8_E4M3 outside a weight"),
+    "other tensor": ({"m.gate_up_proj": WEIGHT}, {}, "m.gate_up_proj is F8_E4M3 but not a weight"),
     "block": ({"m.weight": WEIGHT}, {"weight_block_size": [0, 128]}, "weight_block_size"),
     "block of one": ({"m.weight": WEIGHT}, {"weight_block_size": [128]}, "weight_block_size"),
     "block of bools": ({"m.weight": WEIGHT}, {"weight_block_size": [True, True]}, "weight_block_size"),

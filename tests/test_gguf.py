@@ -49,14 +49,17 @@ def one_more(name, shape=(HIDDEN,)):
         (one_more("strange.weight"), "tensor strange.weight is unknown"),
         (one_more("blk.0.attn_norm.bias"), "tensor blk.0.attn_norm.bias is unknown"),
         (one_more("blk.2.attn_norm.weight"), "tensor blk.2.attn_norm.weight is unknown"),
-        (one_more("rope_freqs.weight"), "rope_freqs.weight is of no llama3 rotary scaling"),
-        (one_more("rope_freqs.weight", (0,)), "rope_freqs.weight is of no llama3 rotary scaling"),
+        (one_more("rope_freqs.weight"), "rope_freqs.weight does not match any llama3 rotary scaling"),
+        (one_more("rope_freqs.weight", (0,)), "rope_freqs.weight does not match any llama3 rotary scaling"),
         (one_more("blk.0.attn_q.bias"), "lacks blk.0.attn_k.bias"),
         (
             one_more("token_embd.weight", (VOCABULARY, 32)),
-            r"token_embd.weight is \[32, 32\], by the metadata \[32, 64\]",
+            r"token_embd.weight is \[32, 32\], but by the metadata \[32, 64\]",
         ),
-        (one_more("blk.1.ffn_up.weight", (96, 96)), r"blk.1.ffn_up.weight is \[96, 96\], by the metadata \[96, 64\]"),
+        (
+            one_more("blk.1.ffn_up.weight", (96, 96)),
+            r"blk.1.ffn_up.weight is \[96, 96\], but by the metadata \[96, 64\]",
+        ),
         (
             lambda tiny: tiny.tensors.update(
                 {"output_norm.weight": (np.zeros((HIDDEN,), np.int32), GGMLQuantizationType.I32)}
@@ -84,13 +87,13 @@ def test_tensors_that_are_not_the_models_are_refused(edit, message, tmp_path):
 )
 def test_the_first_tensor_that_is_absent_is_named(name, tmp_path):
     edited(lambda tiny: tiny.tensors.pop(name)).write(tmp_path / "tiny.gguf")
-    with pytest.raises(SourceError, match=f"lacks {name}, which a llama of 2 layers has"):
+    with pytest.raises(SourceError, match=f"lacks {name}, which a llama with 2 layers has"):
         open_checkpoint(str(tmp_path / "tiny.gguf"))
 
 
 def test_more_layers_than_there_are(tmp_path):
     edited(lambda tiny: tiny.fields.update({"llama.block_count": (5, GGUFValueType.UINT32)})).write(tmp_path / "x.gguf")
-    with pytest.raises(SourceError, match=r"lacks blk\.2\.attn_norm\.weight, which a llama of 5 layers has"):
+    with pytest.raises(SourceError, match=r"lacks blk\.2\.attn_norm\.weight, which a llama with 5 layers has"):
         open_checkpoint(str(tmp_path / "x.gguf"))
 
 

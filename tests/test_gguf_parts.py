@@ -81,7 +81,7 @@ def test_a_part_under_another_name(tmp_path):
     parts = split(tmp_path / "model")
     parts[1].rename(tmp_path / "model" / "second.gguf")
     with pytest.raises(
-        SourceError, match=r"is part 2 of 3 by its metadata, and is not called so; name it \.\.\.-00002"
+        SourceError, match=r"is part 2 of 3 by its metadata, but not by its name; rename it to \.\.\.-00002"
     ):
         open_checkpoint(str(tmp_path / "model" / "second.gguf"))
 
@@ -100,7 +100,7 @@ def test_a_part_that_cannot_be(number, tmp_path):
 def test_parts_that_changed_places(tmp_path):
     parts = split(tmp_path / "model")
     shutil.copy(parts[2], parts[1])
-    with pytest.raises(SourceError, match=r"00002-of-00003\.gguf: says split\.no = 2, and as a part of .* be 1"):
+    with pytest.raises(SourceError, match=r"00002-of-00003\.gguf: says split\.no = 2, but as a part of .* be 1"):
         open_checkpoint(str(parts[0]))
 
 
@@ -112,7 +112,7 @@ def test_a_part_of_another_model(tmp_path):
     tiny = TinyGguf()
     del tiny.tensors["output_norm.weight"]
     shutil.copy(tiny.write(tmp_path / "tiny.gguf", 8)[1], parts[1])
-    with pytest.raises(SourceError, match=r"says split\.tensors\.count = 19, and as a part .* it would be 20"):
+    with pytest.raises(SourceError, match=r"says split\.tensors\.count = 19, but as a part .* it must be 20"):
         open_checkpoint(str(parts[0]))
 
 
@@ -122,7 +122,7 @@ def test_fewer_tensors_than_the_parts_are_said_to_hold(tmp_path):
         content = part.read_bytes()
         place = content.index(b"split.tensors.count") + len("split.tensors.count") + 4
         part.write_bytes(content[:place] + (21).to_bytes(4, "little") + content[place + 4 :])
-    with pytest.raises(SourceError, match="says that its parts hold 21 tensors, they hold 20"):
+    with pytest.raises(SourceError, match="says that its parts hold 21 tensors, but they hold 20"):
         open_checkpoint(str(parts[0]))
 
 
@@ -177,7 +177,8 @@ def test_a_model_and_its_vision_projector(tmp_path):
     checkpoint = open_checkpoint(str(tmp_path / "tiny.gguf"))
     assert checkpoint.left_behind() == {"mmproj-tiny.gguf": "a vision projector, which is not read"}
     assert not checkpoint.is_encoder
-    with pytest.raises(SourceError, match=r"mmproj-tiny\.gguf: holds a vision projector \(mmproj\), no language model"):
+    message = r"mmproj-tiny\.gguf: holds a vision projector \(mmproj\), not a language model"
+    with pytest.raises(SourceError, match=message):
         open_checkpoint(str(tmp_path / "mmproj-tiny.gguf"))
 
 
@@ -193,7 +194,7 @@ def test_files_that_hold_no_model(tmp_path):
     for name, message in (
         ("nothing", "holds no weights; name"),
         ("vocabulary", "holds no weights, only a tokenizer; name the model's file"),
-        ("adapter", "holds no model but an adapter; name the model's file"),
+        ("adapter", "is of type 'adapter', not a model; name the model's file"),
     ):
         with pytest.raises(SourceError, match=message):
             open_checkpoint(str(tmp_path / f"{name}.gguf"))

@@ -115,19 +115,31 @@ def test_biases_are_in_the_settings(tmp_path):
     [
         ({"block_count": None}, "its metadata lacks llama.block_count"),
         ({"block_count": (5000, UINT32)}, "llama.block_count is 5000, more than the 4,096 that are read"),
-        ({"embedding_length": (0, UINT32)}, "llama.embedding_length is 0, no count"),
-        ({"attention__head_count": ([4, 4], GGUFValueType.ARRAY)}, "llama.attention.head_count is an array, no count"),
-        ({"attention__head_count": ("4", STRING)}, "llama.attention.head_count is '4', no count"),
+        ({"embedding_length": (0, UINT32)}, "llama.embedding_length is 0, not a valid count"),
+        (
+            {"attention__head_count": ([4, 4], GGUFValueType.ARRAY)},
+            "llama.attention.head_count is an array, not a valid count",
+        ),
+        ({"attention__head_count": ("4", STRING)}, "llama.attention.head_count is '4', not a valid count"),
         ({"attention__layer_norm_rms_epsilon": None}, "lacks llama.attention.layer_norm_rms_epsilon"),
         ({"attention__value_length": (8, UINT32)}, "llama.attention.value_length is 8, not the 16"),
         ({"rope__dimension_count": (8, UINT32)}, "llama.attention.key_length is 16, not the 8"),
-        ({"rope__scaling__type": ("longrope", STRING)}, "llama.rope.scaling.type is 'longrope', cannot be told"),
-        ({"rope__scaling__attn_factor": (1.5, FLOAT32)}, "llama.rope.scaling.attn_factor is 1.5, cannot be told"),
-        ({"rope__scaling__mystery": (1.0, FLOAT32)}, "llama.rope.scaling.mystery is 1.0, cannot be told"),
-        ({"rope__freq_base": ("x", STRING)}, "llama.rope.freq_base is 'x', no number"),
-        ({"rope__scaling__factor": (2, UINT32)}, "llama.rope.scaling.factor is 2, no number"),
-        ({"attention__causal": (False, BOOL)}, "llama.attention.causal is False, not of LlamaForCausalLM"),
-        ({"expert_count": (8, UINT32)}, "llama.expert_count is 8, not of LlamaForCausalLM"),
+        (
+            {"rope__scaling__type": ("longrope", STRING)},
+            "llama.rope.scaling.type is 'longrope', which config.json cannot express",
+        ),
+        (
+            {"rope__scaling__attn_factor": (1.5, FLOAT32)},
+            "llama.rope.scaling.attn_factor is 1.5, which config.json cannot express",
+        ),
+        (
+            {"rope__scaling__mystery": (1.0, FLOAT32)},
+            "llama.rope.scaling.mystery is 1.0, which config.json cannot express",
+        ),
+        ({"rope__freq_base": ("x", STRING)}, "llama.rope.freq_base is 'x', not a number"),
+        ({"rope__scaling__factor": (2, UINT32)}, "llama.rope.scaling.factor is 2, not a number"),
+        ({"attention__causal": (False, BOOL)}, "llama.attention.causal is False, which LlamaForCausalLM does"),
+        ({"expert_count": (8, UINT32)}, "llama.expert_count is 8, which LlamaForCausalLM does not"),
     ],
 )
 def test_settings_that_are_missing_or_not_these_models_are_refused(fields, message, tmp_path):
@@ -140,5 +152,5 @@ def test_more_tokens_than_rows(tmp_path):
     model = tiny("llama")
     model.fields["tokenizer.ggml.tokens"] = ["x"] * 33, GGUFValueType.ARRAY
     model.write(tmp_path / "tiny.gguf")
-    with pytest.raises(SourceError, match="has 33 tokens and 32 rows in token_embd"):
+    with pytest.raises(SourceError, match="has 33 tokens but 32 rows in token_embd"):
         open_checkpoint(str(tmp_path / "tiny.gguf"))

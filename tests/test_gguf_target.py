@@ -317,7 +317,7 @@ def test_tokenizers_that_cannot_be_named_are_refused(smollm2, tmp_path):
         assert "\n" not in str(caught.value)
 
     refused(
-        "no known tokenizer",
+        "not a known tokenizer",
         pre_tokenizer={
             "type": "Sequence",
             "pretokenizers": [
@@ -326,7 +326,7 @@ def test_tokenizers_that_cannot_be_named_are_refused(smollm2, tmp_path):
             ],
         },
     )
-    refused("a tokenizer of the type WordLevel", model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"})
+    refused("a WordLevel tokenizer with decoder", model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"})
     refused("the normalizer NFKC", normalizer={"type": "NFKC"}, model={**state["model"], "byte_fallback": True})
     refused("are not SentencePiece's", model={**state["model"], "byte_fallback": True})
     spaced = {"vocab": {**state["model"]["vocab"], "a b": 49152, "a bc": 49153}, "merges": [["a b", "c"]]}

@@ -68,7 +68,7 @@ def test_sentencepiece(tmp_path):
 
 def test_sentencepiece_of_a_qwen_would_not_outlive_saving(tmp_path):
     assemble(folder_of(tmp_path / "model", config_of("qwen3")), tmp_path / "tiny.gguf")
-    with pytest.raises(SourceError, match="a qwen3 with a tokenizer of type 'llama' would be opened as another"):
+    with pytest.raises(SourceError, match="transformers would open the 'llama' tokenizer of this qwen3 as another"):
         find_tokenizer(open_checkpoint(str(tmp_path / "tiny.gguf")))
 
 
@@ -100,7 +100,7 @@ def test_a_file_without_tokens_has_none(tmp_path):
 def test_tokens_that_would_take_hours_to_cut(tmp_path):
     changes = {"ggml.model": ("llama", STRING), "ggml.merges": None, "ggml.tokens": (["x" * 40_000] * 2, ARRAY)}
     byte_level("llama", **changes, **{"ggml.scores": ([0.0, 1.0], ARRAY)}).write(tmp_path / "tiny.gguf")
-    with pytest.raises(SourceError, match="tokens are too long to find merges"):
+    with pytest.raises(SourceError, match="tokens are too long to derive merges"):
         find_tokenizer(open_checkpoint(str(tmp_path / "tiny.gguf")))
 
 

@@ -163,7 +163,7 @@ def test_settings_of_single_modules_are_found_by_their_shapes(tmp_path):
     order = special["layer.m.g_idx"].numpy()
     expected = (parts[0] - parts[1][:, order]) * parts[2].numpy().astype(np.float32)[:, order]
     assert np.array_equal(found["special"].rows(0, 32), expected.astype(np.float32)) and len(found) == 2
-    with pytest.raises(SourceError, match="special has g_idx"):
+    with pytest.raises(SourceError, match="special has a g_idx"):
         gptq.find(found["special"].stored, {"bits": 4, "group_size": 16})
 
 
@@ -199,33 +199,33 @@ REFUSED = {
     "dynamic": ({"dynamic": [1]}, STATE, "dynamic settings"),
     "group": ({"group_size": 0}, STATE, "group_size 0"),
     "group text": ({"group_size": None}, STATE, "group_size None"),
-    "group lies": ({"group_size": 32}, STATE, "has scales F16 [4, 32] where F16 or BF16 or F32 [2, 32] would fit"),
-    "bits lie": ({"bits": 8}, STATE, "has g_idx [64] that does not fit 8 words of 8-bit integers"),
+    "group lies": ({"group_size": 32}, STATE, "has scales F16 [4, 32] instead of F16 or BF16 or F32 [2, 32]"),
+    "bits lie": ({"bits": 8}, STATE, "has g_idx [64], which does not fit 8 words of 8-bit integers"),
     "bits lie without order": (
         {"bits": 8, "group_size": 8},
         without("g_idx"),
-        "has qzeros I32 [4, 4] where I32 [4, 8]",
+        "has qzeros I32 [4, 4] instead of I32 [4, 8]",
     ),
     "no scales": ({}, without("scales"), "has no scales"),
     "no zero points": ({}, without("qzeros"), "has no qzeros"),
-    "no weight": ({}, without("qweight"), "and no qweight"),
-    "no order": ({"desc_act": True}, without("g_idx"), "has no g_idx, and config.json says desc_act"),
-    "order unsaid": ({}, other(g_idx=SHUFFLED), "out of order, and config.json does not say desc_act"),
+    "no weight": ({}, without("qweight"), "but no qweight"),
+    "no order": ({"desc_act": True}, without("g_idx"), "has no g_idx, but config.json says desc_act"),
+    "order unsaid": ({}, other(g_idx=SHUFFLED), "out of order, but config.json does not say desc_act"),
     "order too high": ({"desc_act": True}, other(g_idx=SHUFFLED + 1), "each of its 4 groups"),
     "order too low": ({"desc_act": True}, other(g_idx=SHUFFLED - 1), "each of its 4 groups"),
     "order unused": ({"desc_act": True}, other(g_idx=SHUFFLED * 0), "each of its 4 groups"),
     "order far": ({"desc_act": True}, other(g_idx=SHUFFLED.long() + 2**62), "each of its 4 groups"),
-    "order short": ({}, other(g_idx=SHUFFLED[:48]), "has g_idx [48] that does not fit"),
-    "order 2-D": ({}, other(g_idx=SHUFFLED[None]), "has g_idx [1, 64] that does not fit"),
-    "order empty": ({}, other(g_idx=SHUFFLED[:0]), "has g_idx [0] that does not fit"),
+    "order short": ({}, other(g_idx=SHUFFLED[:48]), "has g_idx [48], which does not fit"),
+    "order 2-D": ({}, other(g_idx=SHUFFLED[None]), "has g_idx [1, 64], which does not fit"),
+    "order empty": ({}, other(g_idx=SHUFFLED[:0]), "has g_idx [0], which does not fit"),
     "order type": ({}, other(g_idx=SHUFFLED.float()), "has g_idx F32"),
     "zero groups": ({}, other(scales=torch.ones(0, 32).half()), "has scales F16 [0, 32]"),
     "scales type": ({}, other(scales=torch.ones(4, 32).double()), "has scales F64"),
     "zeros shape": ({}, other(qzeros=torch.zeros(4, 5).int()), "has qzeros I32 [4, 5]"),
     "words type": ({}, other(qweight=torch.zeros(8, 32).long()), "has qweight I64"),
     "experts": ({}, other(qweight=torch.zeros(2, 8, 32).int()), "has qweight I32 [2, 8, 32]"),
-    "3 bits ragged": ({"bits": 3, "group_size": 6}, module(30, 60, 6, 3)[0], "no multiples of 32"),
-    "symmetric": ({"sym": True}, STATE, "other zero points than 8, and config.json says sym"),
+    "3 bits ragged": ({"bits": 3, "group_size": 6}, module(30, 60, 6, 3)[0], "not multiples of 32"),
+    "symmetric": ({"sym": True}, STATE, "zero points other than 8, but config.json says sym"),
     "embedding": ({}, {key.replace(".m.", ".embed_tokens."): value for key, value in STATE.items()}, "embedding"),
 }
 

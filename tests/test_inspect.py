@@ -169,7 +169,7 @@ def test_scales_that_do_not_fit_their_weight_are_refused(tmp_path):
             inspect(str(tmp_path / "out"))
     del state[name.replace("SCB", "weight")]
     save_file(state, path)
-    with pytest.raises(SourceError, match="has SCB and no weight"):
+    with pytest.raises(SourceError, match="has SCB but no weight"):
         inspect(str(tmp_path / "out"))
 
 

@@ -35,7 +35,7 @@ def test_deepseek_v3_is_planned_from_headers_alone(tmp_path):
     attention, gated = 5, 3
     assert len(plan.modules) == 5 * attention + 3 * gated + 2 * (1 + 6) * gated
     foreign = [f"model.layers.4.{name}" for name in ("eh_proj", "embed_tokens", "shared_head.head")]
-    assert plan.kept == {"lm_head": "output head"} | dict.fromkeys(foreign, "no part of transformers' model")
+    assert plan.kept == {"lm_head": "output head"} | dict.fromkeys(foreign, "not part of transformers' model")
     matrices = {name.removesuffix(".weight") for name, info in plan.checkpoint.tensors.items() if len(info.shape) == 2}
     others = matrices - plan.modules.keys() - plan.kept.keys()
     assert others == {"model.embed_tokens", "model.layers.3.mlp.gate", "model.layers.4.mlp.gate"}

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from making import llama, mixtral, qwen3_moe
+from making import llama, mixtral, qwen3_moe, saved
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, MambaForCausalLM
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
@@ -112,6 +112,22 @@ def test_modules_to_skip_stay_in_float_and_are_written_down(tmp_path):
     assert type(model.get_submodule("model.layers.1.mlp.up_proj")) is nn.Linear
     assert isinstance(model.get_submodule(LINEAR), Int8Linear)
     model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", device_map="cpu").eval()
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("options", [{}, {"llm_int8_skip_modules": ["x_proj"]}])
+def test_mambas_dt_proj_stays_in_float(options, tmp_path):
+    """Its forward reads the weight, so int8 codes would be multiplied without their scale."""
+    settings = {"vocab_size": 64, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "time_step_rank": 8}
+    source = saved(tmp_path / "source", MambaForCausalLM, **settings, pad_token_id=0)
+    plain = AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval()
+    model = on_the_fly(source, **options)
+    mixer = model.get_submodule("backbone.layers.1.mixer")
+    assert type(mixer.dt_proj) is nn.Linear and isinstance(mixer.in_proj, Int8Linear)
+    assert (logits(model) - logits(plain)).norm() < 0.02 * logits(plain).norm()
+    model.save_pretrained(tmp_path / "saved")
+    assert "backbone.layers.1.mixer.dt_proj" in model.config.quantization_config.llm_int8_skip_modules
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", device_map="cpu").eval()
     assert torch.equal(logits(again), logits(model))
 

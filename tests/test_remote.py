@@ -114,7 +114,7 @@ def test_a_server_that_stalls(hub, tmp_path, monkeypatch):
 
 def test_a_server_without_ranges(hub, tmp_path):
     hub.ignores_range = True
-    fails("gives no parts of files", tmp_path)
+    fails("does not support range requests", tmp_path)
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -126,7 +126,7 @@ def test_content_that_is_not_what_the_hub_lists(shards, hub, tmp_path):
     data = bytearray((model / name).read_bytes())
     data[-1] ^= 1
     hub.replaced[name] = bytes(data)
-    fails(f"{name}: its content has not the sha256 that the hub lists", tmp_path)
+    fails(f"{name}: its content does not have the sha256 that the hub lists", tmp_path)
 
 
 def test_a_stream_goes_on_from_the_files_that_were_confirmed(hub, tmp_path):
@@ -135,7 +135,7 @@ def test_a_stream_goes_on_from_the_files_that_were_confirmed(hub, tmp_path):
     data = bytearray((hub.models["org/tiny"] / names[1]).read_bytes())
     data[-1] ^= 1
     hub.replaced[names[1]] = bytes(data)
-    fails(f"{names[1]}: its content has not the sha256", tmp_path, workers=1)
+    fails(f"{names[1]}: its content does not have the sha256", tmp_path, workers=1)
     hub.replaced.clear()
     before = len(hub.log)
     found = convert("org/tiny", tmp_path / "out", stream=True, token=TOKEN, workers=1)
@@ -262,7 +262,7 @@ def test_any_order_gives_the_same_bytes_and_digest(transfers):
             assert read(file, start, stop) == data[start:stop]
         file.confirm()
         file.confirm()
-    with pytest.raises(SourceError, match="has not the sha256"):
+    with pytest.raises(SourceError, match="does not have the sha256"):
         OrderedFile(Memory(data, Digest("sha256", "0" * 64)), transfers).confirm()
     empty = OrderedFile(Memory(b"", Digest("sha256", hashlib.sha256(b"").hexdigest())), transfers)
     empty.confirm()

@@ -175,7 +175,7 @@ def test_a_missing_expert_is_named(tmp_path):
 
 def test_a_config_json_of_another_size_is_refused(tmp_path):
     source = edit(llama(tmp_path / "source"), vocab_size=80)
-    with pytest.raises(SourceError, match=r"\w+\.weight has the shape \[64, 32\], and config\.json says \[80"):
+    with pytest.raises(SourceError, match=r"\w+\.weight has the shape \[64, 32\], but config\.json says \[80"):
         convert(str(source), tmp_path / "out")
 
 

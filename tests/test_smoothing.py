@@ -15,8 +15,8 @@ from quantize8 import SourceError, convert, load, report, verify
 from quantize8.artifact.manifest import digest, read_manifest
 from quantize8.artifact.outliers import Calibrated
 from quantize8.checkpoint import base, open_checkpoint
+from quantize8.checkpoint.decoders import FAMILIES
 from quantize8.checkpoint.smoothing import Factors, SmoothedCheckpoint
-from quantize8.checkpoint.structure import _PLAIN
 from quantize8.errors import OutputError
 from quantize8.model import smoothing
 from quantize8.model.calibration import calibrate
@@ -239,7 +239,7 @@ def test_codes_of_an_int8_weight_are_not_those_of_the_product(tmp_path):
 
 
 def test_only_known_families_are_smoothed(tmp_path):
-    assert smoothing._KNOWN | {"Gemma2ForCausalLM"} == _PLAIN.keys()
+    assert smoothing._KNOWN | {"Gemma2ForCausalLM"} == FAMILIES.keys()
     for source, name in (
         (mixtral(tmp_path / "mixtral"), "MixtralForCausalLM"),
         (llama(tmp_path / "gemma"), "Gemma2ForCausalLM"),

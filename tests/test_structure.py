@@ -6,7 +6,7 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 
 from quantize8 import SourceError
-from quantize8.checkpoint import structure
+from quantize8.checkpoint import decoders, structure
 from quantize8.checkpoint.base import TensorInfo
 from quantize8.checkpoint.structure import CONV1D, LINEAR, is_skipped, read_structure
 
@@ -36,7 +36,7 @@ def meta(config):
     }
 
 
-@pytest.mark.parametrize("architecture", sorted(structure._PLAIN))
+@pytest.mark.parametrize("architecture", sorted(decoders.FAMILIES))
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 def test_names_give_the_same_answer_as_transformers_where_they_are_trusted(architecture, tied, biased, monkeypatch):
@@ -49,7 +49,7 @@ def test_names_give_the_same_answer_as_transformers_where_they_are_trusted(archi
     for name in tensors:  # each of them is needed
         assert not structure._is_plain_decoder(config, {key: info for key, info in tensors.items() if key != name})
     by_names = read_structure(config, tensors)
-    monkeypatch.setattr(structure, "_PLAIN", {})
+    monkeypatch.setattr(decoders, "FAMILIES", {})
     by_model = read_structure(config, tensors)
     assert by_names.linears == by_model.linears and len(by_names.linears) == 14
     assert by_names.output_head == by_model.output_head == (None if tied else "lm_head")
@@ -129,7 +129,7 @@ def test_a_layer_that_predicts_a_further_token_is_what_its_like_is(architecture)
     own = {name.removeprefix(last): kind for name, kind in found.linears.items() if name.startswith(last)}
     assert {name.removeprefix(further): kind for name, kind in found.linears.items() if name.startswith(further)} == own
     assert {"self_attn.o_proj", "mlp.gate"} - own.keys() == {"mlp.gate"}  # the router is no Linear layer
-    assert found.kept == {"lm_head": "output head"} | dict.fromkeys(besides, "no part of transformers' model")
+    assert found.kept == {"lm_head": "output head"} | dict.fromkeys(besides, "not part of transformers' model")
     assert sorted(found.experts) == sorted(experts)
     assert set(found.skip_list({*found.linears})) == {"lm_head", *besides}
 
@@ -139,7 +139,7 @@ def test_a_weight_that_no_module_of_the_model_has_is_told_of():
     _, tensors = meta(config)
     names = ("v_head.summary", "medusa_head.0.0.linear", "lm_head.0")
     tensors |= {f"{name}.weight": TensorInfo(f"{name}.weight", "F16", (4, 4), "f") for name in names}
-    expected = {"lm_head": "output head"} | dict.fromkeys(names, "no part of transformers' model")
+    expected = {"lm_head": "output head"} | dict.fromkeys(names, "not part of transformers' model")
     assert read_structure(config, tensors).kept == expected
     config |= {"architectures": ["LlamaForSequenceClassification"]}
     del expected["lm_head"], tensors["lm_head.weight"]

@@ -1,7 +1,8 @@
-"""A tokenizer as llama.cpp reads it from a GGUF file, from what transformers makes of a model folder.
+"""Converts the tokenizer that transformers opens from a model folder to the metadata that llama.cpp reads from GGUF.
 
-llama.cpp has two algorithms for the models written here: merges by rank over bytes ("gpt2"), and SentencePiece's merges
-by the score of the result ("llama"). How text is cut before the first is code of llama.cpp, chosen by a name.
+llama.cpp has two algorithms for the models that are written here: byte-level BPE, with merges in the order of their
+rank ("gpt2"), and SentencePiece's merges by the score of the result ("llama"). For the first, the pre-tokenizer, which
+splits the text beforehand, is code of llama.cpp that is selected by a name.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from quantize8.errors import SourceError, first_line
 from quantize8.formats.gguf import ROUTE, Field, complete
 from quantize8.limits import VOCABULARY
 
-_SPACE = "\u2581"  # SentencePiece's
+_SPACE = "\u2581"  # SentencePiece's character for a space
 _SPECIAL = {
     "bos": Keys.Tokenizer.BOS_ID,
     "eos": Keys.Tokenizer.EOS_ID,
@@ -32,14 +33,14 @@ _SPECIAL = {
 }
 _PLAIN_NORMALIZERS = {"Prepend", "Replace", "Sequence"}  # llama.cpp's SentencePiece does what these do for Llama
 
-# llama.cpp names a way of cutting by the tokens of this text under a known model's tokenizer (convert_hf_to_gguf.py)
+# llama.cpp identifies a pre-tokenizer by the tokens that the tokenizer makes of this text (convert_hf_to_gguf.py)
 _PROBE = (
     "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ 🦙🦙 "
     "3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天\uff5e "
     "------======= нещо на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you "
     "sure? 'M not sure I'll make it, 'D you like some tea? We'Ve a'lL"
 )
-_NAMES = {  # SHA-256 of those tokens, written as a Python list -> name; the model each comes from
+_NAMES = {  # SHA-256 of those tokens, written as a Python list -> name of the pre-tokenizer; a model that has it
     "0ef9807a4087ebef797fc749390439009c3b9eda9ad1a097abbe738f486c01e5": "llama-bpe",  # Meta-Llama-3-8B
     "c136ed14d01c2745d4f60a9596ae66800e2b61fa45643e72436041855ad4089d": "smaug-bpe",  # Smaug-Llama-3-70B-Instruct
     "e636dc30a262dcc0d8c323492e32ae2b70728f4df7dfe9737d9f920a282b8aea": "qwen2",  # Qwen1.5-7B, and those after it
@@ -63,21 +64,41 @@ _NAMES = {  # SHA-256 of those tokens, written as a Python list -> name; the mod
 
 
 def tokenizer_fields(folder: Path, config: Mapping[str, Any]) -> list[Field]:
-    """The tokenizer of a model folder as GGUF metadata, with as many tokens as config.json's vocab_size.
+    """Convert the tokenizer of a model folder to GGUF metadata, with as many tokens as config.json's vocab_size.
 
-    Raises SourceError where there is none, or where llama.cpp would cut text into other tokens than transformers.
+    Args:
+        folder: The model folder.
+        config: The contents of config.json.
+
+    Returns:
+        The entries of the metadata.
+
+    Raises:
+        SourceError: The folder has no tokenizer, or llama.cpp would split text into other tokens than transformers.
     """
     return fields_of(_open(folder), config, folder)
 
 
 def fields_of(tokenizer: Any, config: Mapping[str, Any], folder: Path) -> list[Field]:
-    """The same of an open tokenizer of transformers; `folder` is for the message."""
+    """Convert an open tokenizer of transformers to GGUF metadata, as `tokenizer_fields` does.
+
+    Args:
+        tokenizer: The tokenizer.
+        config: The contents of config.json.
+        folder: The model folder, for the message.
+
+    Returns:
+        The entries of the metadata.
+
+    Raises:
+        SourceError: llama.cpp would split text into other tokens than transformers.
+    """
     try:
         with guarded():
             return _fields(tokenizer, config, folder)
     except SourceError:
         raise
-    except Exception as error:  # of any kind, as what a tokenizer.json may say
+    except Exception as error:  # a tokenizer.json may contain anything, so any error may be raised
         raise SourceError(f"{folder}: its tokenizer cannot be used ({first_line(error)}); fetch it again") from None
 
 
@@ -86,10 +107,10 @@ def _fields(tokenizer: Any, config: Mapping[str, Any], folder: Path) -> list[Fie
     model = state["model"]
     decoder = (state.get("decoder") or {}).get("type")
     if model["type"] != "BPE" or not (model.get("byte_fallback") or decoder == "ByteLevel"):
-        raise SourceError(f"{folder}: a tokenizer of the type {model['type']} with {decoder} is not written; {ROUTE}")
+        raise SourceError(f"{folder}: a {model['type']} tokenizer with decoder {decoder} is not written; {ROUTE}")
     size = complete(config, folder).get("vocab_size")
     if type(size) is not int or not 0 < size <= VOCABULARY:
-        raise SourceError(f"{folder}: config.json's vocab_size {size!r} is no size; fetch it again")
+        raise SourceError(f"{folder}: config.json's vocab_size {size!r} is not a size; fetch it again")
     tokens, kinds = _tokens(tokenizer, size, folder, bool(model.get("byte_fallback")))
     fields = [
         Field(Keys.Tokenizer.LIST, tokens, GGUFValueType.ARRAY, GGUFValueType.STRING),
@@ -110,7 +131,7 @@ def _open(folder: Path) -> Any:
     try:
         with guarded():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises nothing narrower
+    except Exception as error:  # the tokenizers package raises plain Exception
         raise SourceError(f"{folder}: transformers finds no tokenizer here ({first_line(error)}); fetch it") from None
     if not tokenizer.is_fast:
         raise SourceError(f"{folder}: its tokenizer has no tokenizer.json, which is needed to write it; {ROUTE}")
@@ -118,7 +139,7 @@ def _open(folder: Path) -> Any:
 
 
 def _tokens(tokenizer: Any, size: int, folder: Path, sentencepiece: bool) -> tuple[list[str], list[int]]:
-    """The text and the type of every token; ids that the tokenizer does not use are filled up."""
+    """The text and type of every token. Ids that the tokenizer does not use get a placeholder."""
     texts = {number: text for text, number in tokenizer.get_vocab().items()}
     if max(texts, default=0) >= size:
         raise SourceError(f"{folder}: token {max(texts)} is beyond config.json's vocab_size {size}; fetch both again")
@@ -135,14 +156,14 @@ def _tokens(tokenizer: Any, size: int, folder: Path, sentencepiece: bool) -> tup
         elif sentencepiece and re.fullmatch("<0x[0-9A-F]{2}>", text):
             kind = TokenType.BYTE
         if kind == TokenType.USER_DEFINED:
-            text = text.replace(_SPACE, " ")  # llama.cpp looks for these in the text itself
+            text = text.replace(_SPACE, " ")  # llama.cpp searches the raw text for these tokens
         tokens.append(text)
         kinds.append(int(kind))
     return tokens, kinds
 
 
 def _looks_special(text: str) -> bool:
-    """Such as <|im_start|>, which some models do not mark as special; llama.cpp shows what is not."""
+    """Whether a token looks like <|im_start|>: some models do not mark it as special, and llama.cpp would print it."""
     return text.startswith("<|") and text.endswith("|>")
 
 
@@ -153,7 +174,8 @@ def _byte_level(tokenizer: Any, merges: list[tuple[str, ...]], folder: Path) -> 
     digest = hashlib.sha256(str(tokenizer.encode(_PROBE)).encode()).hexdigest()
     if digest not in _NAMES:
         raise SourceError(
-            f"{folder}: no known tokenizer (probe {digest[:12]}), so how it cuts text cannot be named; {ROUTE}"
+            f"{folder}: not a known tokenizer (probe {digest[:12]}), so llama.cpp has no name for how it splits text; "
+            f"{ROUTE}"
         )
     yield Field(Keys.Tokenizer.MODEL, "gpt2", GGUFValueType.STRING)
     yield Field(Keys.Tokenizer.PRE, _NAMES[digest], GGUFValueType.STRING)
@@ -163,7 +185,10 @@ def _byte_level(tokenizer: Any, merges: list[tuple[str, ...]], folder: Path) -> 
 def _sentencepiece(
     tokenizer: Any, state: dict[str, Any], tokens: list[str], merges: list[tuple[str, ...]], folder: Path
 ) -> Iterator[Field]:
-    """Scores that give llama.cpp the order of the merges: less the rank of the first merge that makes a token."""
+    """Metadata of a SentencePiece tokenizer. Scores give llama.cpp the order of the merges.
+
+    The score of a token is minus the rank of the first merge that produces it.
+    """
     if unknown := _normalizers(state.get("normalizer")) - _PLAIN_NORMALIZERS:
         raise SourceError(f"{folder}: the normalizer {sorted(unknown)[0]} of tokenizer.json is not written; {ROUTE}")
     ranks: dict[str, int] = {}
@@ -171,7 +196,7 @@ def _sentencepiece(
         ranks.setdefault("".join(merge), rank)
     if not _is_sentencepiece(merges, set(tokens) - set(tokenizer.get_added_vocab())):
         raise SourceError(f"{folder}: merges in tokenizer.json are not SentencePiece's, which GGUF scores; {ROUTE}")
-    last = len(merges) + 1  # for what no merge makes
+    last = len(merges) + 1  # for tokens that no merge produces
     scores = [-float(ranks.get(token, last)) for token in tokens]
     yield Field(Keys.Tokenizer.MODEL, "llama", GGUFValueType.STRING)
     yield Field(Keys.Tokenizer.PRE, "default", GGUFValueType.STRING)
@@ -181,7 +206,7 @@ def _sentencepiece(
 
 
 def _is_sentencepiece(merges: list[tuple[str, ...]], texts: set[str]) -> bool:
-    """Whether all merges into one token follow each other, and none that its parts allow is missing."""
+    """Whether all merges into the same token are consecutive, and every merge that the tokens allow is present."""
     made = ["".join(merge) for merge in merges]
     runs = sum(text != before for text, before in zip(made, ["", *made], strict=False))
     known = set(merges)
@@ -196,18 +221,18 @@ def _normalizers(state: dict[str, Any] | None) -> set[str]:
 
 
 def _special(tokenizer: Any, config: Mapping[str, Any]) -> Iterator[Field]:
-    """Ids of the special tokens, which of them surround a text, and the chat template."""
+    """Metadata on the special tokens: their ids, which of them are added around a text, and the chat template."""
     for kind, key in _SPECIAL.items():
         number = getattr(tokenizer, f"{kind}_token_id")
         number = config.get(f"{kind}_token_id") if number is None else number
         if isinstance(number, int):
             yield Field(key, number, GGUFValueType.UINT32)
-    around = tokenizer("a")["input_ids"]
-    for key, found, number in (
-        (Keys.Tokenizer.ADD_BOS, around[:1], tokenizer.bos_token_id),
-        (Keys.Tokenizer.ADD_EOS, around[-1:], tokenizer.eos_token_id),
+    ids = tokenizer("a")["input_ids"]
+    for key, end, number in (
+        (Keys.Tokenizer.ADD_BOS, ids[:1], tokenizer.bos_token_id),
+        (Keys.Tokenizer.ADD_EOS, ids[-1:], tokenizer.eos_token_id),
     ):
-        yield Field(key, found == [number], GGUFValueType.BOOL)
+        yield Field(key, end == [number], GGUFValueType.BOOL)
     templates = tokenizer.chat_template or {}
     if isinstance(templates, str):
         templates = {"default": templates}

@@ -1,8 +1,8 @@
-"""Reading AutoAWQ's checkpoints, version "gemm": 4-bit integers packed along the out features, interleaved.
+"""Reads AutoAWQ's checkpoints, version "gemm": 4-bit integers packed along the out features, interleaved.
 
 The layout is that of AutoAWQ 0.2.9 (`awq/modules/linear/gemm.py`): qweight int32 [K, N/8], qzeros int32 [G, N/8] and
-scales float16 [G, N], with G = K / group_size. The eight integers of a word belong, from the lowest bits on, to its out
-features 0, 2, 4, 6, 1, 3, 5 and 7. Where zero_point is false they have 8 subtracted, and qzeros may be missing.
+scales float16 [G, N], with G = K / group_size. The eight integers of a word, from the lowest bits up, belong to its out
+features 0, 2, 4, 6, 1, 3, 5 and 7. With zero_point = false, every zero point is 8, and qzeros may be missing.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from quantize8.ops.reference import Array
 METHOD = "awq"
 _BITS = 4
 _LANES = 32 // _BITS
-_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # out features of a word, from its lowest bits on
-_MIDDLE = 8  # zero point where zero_point is false
-_GROUP_SIZE = 128  # where config.json does not say
+_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # out features of a word, from its lowest bits up
+_MIDDLE = 8  # the zero point when config.json says zero_point = false
+_GROUP_SIZE = 128  # when config.json does not say
 
 
 @dataclass
@@ -49,7 +49,7 @@ class _Gemm(Grouped):
         return self._unpack(ZEROS, start, stop)
 
     def _unpack(self, part: str, start: int, stop: int) -> Array:
-        """Out features start..stop of a packed tensor [R, N/8], as uint8 [n, R]."""
+        """Unpack out features start..stop of a packed tensor [R, N/8], as uint8 [n, R]."""
         first, last = start // _LANES, -(-stop // _LANES)
         words = np.ascontiguousarray(self.whole(f"{self.module}.{part}")[:, first:last].T)
         values = np.empty((last - first, _LANES, words.shape[1]), np.uint8)
@@ -60,17 +60,25 @@ class _Gemm(Grouped):
 
 
 def find(stored: Checkpoint, entry: dict[str, Any]) -> dict[str, Encoding]:
-    """Module -> its encoding, for each module with a qweight; config.json's lists of modules are not asked.
+    """Find the modules with a qweight; the lists of modules in config.json are not consulted.
 
-    Raises SourceError for versions other than gemm and bits other than 4, and where the shapes of a module do not fit
-    together, or zero_point is false and others than 8 are stored.
+    Args:
+        stored: The checkpoint as it is stored.
+        entry: The quantization_config of its config.json.
+
+    Returns:
+        The encoding of each module, by module name.
+
+    Raises:
+        SourceError: The version is not gemm, the integers do not have 4 bits, the shapes of a module do not fit
+            together, or zero_point is false and zero points other than 8 are stored.
     """
     where = str(stored.folder)
     require(entry, {"bits": (_BITS,), "w_bit": (_BITS,), "zero_point": (True, False)}, where)
     for key in ("version", "checkpoint_format", "format"):  # AutoAWQ's name for it, and GPTQModel's
         if str(entry.get(key) or "gemm").lower() != "gemm":
             raise SourceError(
-                f"{where}: is AWQ of {key} {entry[key]!r}, which is not read (only gemm); use its original"
+                f"{where}: is AWQ with {key} {entry[key]!r}, which is not read (only gemm); use the original checkpoint"
             )
     size, symmetric = group_size_of(entry, _GROUP_SIZE, where), not entry.get("zero_point", True)
     return {module: _module(stored, module, names, size, symmetric) for module, names in modules(stored).items()}
@@ -81,7 +89,7 @@ def _module(stored: Checkpoint, module: str, names: tuple[str, ...], size: int, 
     size = columns if size == -1 else size
     encoding = _Gemm(stored, module, names, (words * _LANES, columns), group_size=size, symmetric=symmetric)
     if f"{module}.{ORDER}" in names:
-        raise encoding.refuse(f"has {ORDER}, which AWQ does not have")
+        raise encoding.refuse(f"has {ORDER}, which AWQ does not use")
     if columns % size:
         raise encoding.refuse(f"has {columns} in features, which group_size {size} does not divide")
     encoding.check(SCALES, SCALE_TYPES, (columns // size, words * _LANES))
@@ -93,5 +101,5 @@ def _module(stored: Checkpoint, module: str, names: tuple[str, ...], size: int, 
         differ = (encoding.zero_points(0, words * _LANES) != _MIDDLE).any()
         encoding.release()
         if differ:
-            raise encoding.refuse(f"has other zero points than {_MIDDLE}, and config.json says zero_point = false")
+            raise encoding.refuse(f"has zero points other than {_MIDDLE}, but config.json says zero_point = false")
     return encoding

@@ -1,8 +1,9 @@
-"""Reading compressed-tensors: int, float and packed weights with scales by tensor, row, group or block.
+"""Reads compressed-tensors: int, float and packed weights with one scale per tensor, row, group or block.
 
-The layout is that of the package's compressors (compressed-tensors 0.20, `naive_quantized` and `pack_quantized`):
-`weight` (int8 or float8) or `weight_packed` (int32 of 4 or 8 bits, lowest first, each with half its range added), and
-`weight_scale`; where asymmetric `weight_zero_point`; where columns were reordered `weight_g_idx`.
+The layout is that of the package's compressors (compressed-tensors 0.20, `naive_quantized` and `pack_quantized`).
+A module has `weight` (int8 or float8), or `weight_packed` (int32 words of 4-bit or 8-bit numbers, lowest bits first,
+each stored with half its range added). It also has `weight_scale`; `weight_zero_point` if the quantization is
+asymmetric; and `weight_g_idx` if the columns were reordered.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ _PACKED_BITS = (4, 8)
 
 @dataclass
 class _Scaled(Encoding):
-    """Integers or float8 numbers, minus zero points where there are any, times scales."""
+    """Integers or float8 numbers, minus their zero points if there are any, times their scales."""
 
-    bits: int = 0  # of a packed number; 0 where the numbers are stored as they are
+    bits: int = 0  # of a packed number; 0 if the numbers are not packed
     block: tuple[int, int] = (1, 1)  # rows and columns that share a scale
 
     def values(self, start: int, stop: int) -> Array:
-        """Stored numbers of rows start..stop, as int8 or float8 [n, K]."""
+        """The stored numbers of rows start..stop, as int8 or float8 [n, K]."""
         numbers = self.stored.rows(self.tensors[0], start, stop)
         return _signed(numbers, self.bits)[:, : self.shape[1]] if self.bits else numbers
 
@@ -43,7 +44,7 @@ class _Scaled(Encoding):
         """See `Encoding.rows`."""
         down, across = self.block
         groups = np.arange(self.shape[1]) // across
-        if (order := self.part(_ORDER)) is not None and order.min(initial=0) >= 0:  # -1 says that it is not used
+        if (order := self.part(_ORDER)) is not None and order.min(initial=0) >= 0:  # -1 means that it is not used
             groups = order
         row_blocks = np.arange(start, stop) // down
         values = self.values(start, stop).astype(np.float32)
@@ -55,17 +56,20 @@ class _Scaled(Encoding):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """How many scales there are down and across."""
+        """How many scales there are along the rows and along the columns."""
         down, across = (*self.stored.tensors[f"{self.module}.{SCALE}"].shape, 1, 1)[:2]
         return down, across
 
     def part(self, name: str) -> Array | None:
-        """A tensor of the module by its last name, where it has one."""
+        """A tensor of the module by the last part of its name, or None if the module does not have it."""
         full = f"{self.module}.{name}"
         return self.whole(full) if full in self.tensors else None
 
     def zero_points(self) -> Array | None:
-        """What is subtracted before scaling, in the shape of the scales; packed down the rows where weights are."""
+        """What is subtracted before scaling, in the shape of the scales; None for nothing.
+
+        If the weight is packed, zero points are stored packed as well, but along the rows.
+        """
         zero = self.part(_ZERO)
         if zero is None or not self.bits:
             return zero
@@ -74,7 +78,7 @@ class _Scaled(Encoding):
 
 
 class _RowwiseInt8(_Scaled, RowwiseInt8):
-    """Symmetric int8 with one scale for each row, or for all."""
+    """Symmetric int8 with one scale per row, or one for the tensor."""
 
     def codes(self, start: int, stop: int) -> Array:
         return self.values(start, stop)
@@ -85,24 +89,32 @@ class _RowwiseInt8(_Scaled, RowwiseInt8):
 
 
 def find(stored: Checkpoint, entry: dict[str, Any]) -> dict[str, Encoding]:
-    """Module -> its encoding, for each module with scales.
+    """Find the modules that have scales.
 
-    Raises SourceError for formats other than int, naive, float and pack-quantized, for sparse or rotated weights, and
-    where the shapes of a module do not fit together.
+    Args:
+        stored: The checkpoint as it is stored.
+        entry: The quantization_config of its config.json.
+
+    Returns:
+        The encoding of each module, by module name.
+
+    Raises:
+        SourceError: The format is not int-, naive-, float- or pack-quantized, the weights are sparse or rotated, or the
+            shapes of a module do not fit together.
     """
     where = str(stored.folder)
     require(entry, {"quantization_status": ("compressed",)}, where)
     for name in ("sparsity_config", "transform_config"):
         asked = entry.get(name) or {}
         if not isinstance(asked, dict) or asked.get("format", "dense") != "dense" or asked.get("config_groups"):
-            raise SourceError(f"{where}: is compressed with a {name}, which is not read; use its original")
+            raise SourceError(f"{where}: is compressed with a {name}, which is not read; use the original checkpoint")
     arguments = _weight_arguments(entry, where)
     modules = [name.removesuffix(f".{SCALE}") for name in stored.tensors if name.endswith(f".{SCALE}")]
     return {name: _module(stored, name, arguments) for name in modules}
 
 
 def unused(name: str) -> bool:
-    """Whether a tensor serves quantized activations or caches, which no other format here has."""
+    """Whether a tensor is for quantized activations or caches, which no other format here has."""
     return name.endswith(_CACHE_SCALES) or name.rpartition(".")[2] in _UNUSED
 
 
@@ -114,15 +126,16 @@ def _weight_arguments(entry: dict[str, Any], where: str) -> list[dict[str, Any]]
     for group in (entry, *groups.values()):
         if group.get("format") not in (None, *known):
             raise SourceError(
-                f"{where}: is {group['format']}, which is not read (only {', '.join(known)}); use its original"
+                f"{where}: is {group['format']}, which is not read (only {', '.join(known)}); "
+                "use the original checkpoint"
             )
     arguments = [group["weights"] for group in groups.values() if isinstance(group.get("weights"), dict)]
     for given in arguments:
         size, block = given.get("group_size"), given.get("block_structure")
         sizes = [*([] if size is None else [size]), *(block if isinstance(block, list) else [1, 1])]
-        if not all(type(one) is int for one in sizes) or not 2 <= len(sizes) <= 3:
+        if not all(type(number) is int for number in sizes) or not 2 <= len(sizes) <= 3:
             raise SourceError(
-                f"{where}: its group_size {size!r} or block_structure {block!r} is no size; fetch it again"
+                f"{where}: its group_size {size!r} or block_structure {block!r} is not a size; fetch config.json again"
             )
     return arguments
 
@@ -132,14 +145,14 @@ def _module(stored: Checkpoint, module: str, arguments: list[dict[str, Any]]) ->
     values = next((name for name in (f"{module}.{PACKED}", f"{module}.weight") if name in stored.tensors), None)
     if values is None:
         file = stored.folder / stored.tensors[names[0]].file
-        raise SourceError(f"{file}: {module} has {SCALE} and no weight; fetch the folder again")
+        raise SourceError(f"{file}: {module} has {SCALE} but no weight; fetch the folder again")
     tensors = (values, *(name for name in names if name in stored.tensors))
-    kept = stored.tensors[values]
-    rows, columns = (*kept.shape, 0, 0)[:2]
+    info = stored.tensors[values]
+    rows, columns = (*info.shape, 0, 0)[:2]
     encoding = _Scaled(stored, module, tensors, (rows, columns))
     packed = values.endswith(PACKED)
-    if len(kept.shape) != 2 or kept.dtype not in (("I32",) if packed else _VALUES):
-        raise encoding.refuse(f"stores its weight as {kept.dtype} {list(kept.shape)}, which is not read")
+    if len(info.shape) != 2 or info.dtype not in (("I32",) if packed else _VALUES):
+        raise encoding.refuse(f"stores its weight as {info.dtype} {list(info.shape)}, which is not read")
     if packed:
         _read_packed_shape(encoding, arguments)
     _read_blocks(encoding, arguments)
@@ -147,27 +160,30 @@ def _module(stored: Checkpoint, module: str, arguments: list[dict[str, Any]]) ->
     zero = names[2] in tensors and bool(encoding.zero_points().any())  # type: ignore[union-attr]
     encoding.release()
     rowwise = encoding.block in ((1, encoding.shape[1]), encoding.shape) and not zero
-    if rowwise and (encoding.bits == 8 or kept.dtype == "I8"):
+    if rowwise and (encoding.bits == 8 or info.dtype == "I8"):
         return _RowwiseInt8(stored, module, tensors, encoding.shape, bits=encoding.bits, block=encoding.block)
     return encoding
 
 
 def _read_packed_shape(encoding: _Scaled, arguments: list[dict[str, Any]]) -> None:
-    """Set shape and bits of packed numbers, by weight_shape and the config's num_bits."""
+    """Set the shape and the bits of packed numbers, from weight_shape and the config's num_bits."""
     rows, words = encoding.shape
     shape = encoding.part(SHAPE)
     if shape is None or shape.shape != (2,) or int(shape[0]) != rows:
-        raise encoding.refuse(f"has no {SHAPE} [N, K] that fits its weight")
+        raise encoding.refuse(f"has no {SHAPE} [N, K] that matches its weight")
     columns = int(shape[1])
     for bits in _PACKED_BITS:
         if any(given.get("num_bits") == bits for given in arguments) and words == -(-columns * bits // 32):
             encoding.shape, encoding.bits = (rows, columns), bits
             return
-    raise encoding.refuse(f"packs {columns} columns into {words} words, which no num_bits of its config gives")
+    raise encoding.refuse(f"packs {columns} columns into {words} words, which matches no num_bits of config.json")
 
 
 def _read_blocks(encoding: _Scaled, arguments: list[dict[str, Any]]) -> None:
-    """Set how many rows and columns share a scale, by the shapes alone, or by the config where blocks are ragged."""
+    """Set how many rows and columns share a scale.
+
+    The shapes alone decide, unless the last block of a row or column is smaller; then the config decides.
+    """
     (rows, columns), scale = encoding.shape, encoding.stored.tensors[f"{encoding.module}.{SCALE}"].shape
     if scale in ((), (1,), (1, 1)):
         encoding.block = (max(1, rows), max(1, columns))
@@ -186,24 +202,24 @@ def _read_blocks(encoding: _Scaled, arguments: list[dict[str, Any]]) -> None:
 
 
 def _check_parts(encoding: _Scaled) -> None:
-    """Raise SourceError where scales, zero points or g_idx have a shape, a dtype or groups that do not fit."""
+    """Raise SourceError if scales, zero points or g_idx have a shape, dtype or groups that do not fit."""
     tensors, (down, across), bits = encoding.stored.tensors, encoding.grid, encoding.bits
     scale = tensors[f"{encoding.module}.{SCALE}"]
     if scale.dtype not in FLOATING or len(scale.shape) > 2:
-        raise encoding.refuse(f"has scales {scale.dtype} {list(scale.shape)}, which are not read")
+        raise encoding.refuse(f"has {scale.dtype} scales {list(scale.shape)}, which are not read")
     zero = tensors.get(f"{encoding.module}.{_ZERO}")
     wanted = (-(-down * bits // 32), across) if bits else (down, across)
-    short = [] if bits else [wanted[:i] for i in range(2) if math.prod(wanted[i:]) == 1]  # as scales are, too
+    short = [] if bits else [wanted[:i] for i in range(2) if math.prod(wanted[i:]) == 1]  # scales may be shorter, too
     if zero is not None and (zero.shape not in (wanted, *short) or (bits and zero.dtype != "I32")):
         raise encoding.refuse(f"has zero points {zero.dtype} {list(zero.shape)} for {down}x{across} scales")
     order = tensors.get(f"{encoding.module}.{_ORDER}")
     if order is not None:
         fits = order.dtype in ("I32", "I64") and order.shape == encoding.shape[1:]
         if not fits or (values := encoding.whole(order.name)).max(initial=-1) >= across or values.min(initial=0) < -1:
-            raise encoding.refuse(f"has {_ORDER} that does not fit its {across} groups")
+            raise encoding.refuse(f"has a {_ORDER} that does not fit its {across} groups")
 
 
 def _signed(packed: Array, bits: int) -> Array:
-    """Signed numbers int8 from int32 words."""
+    """Unpack signed int8 numbers from int32 words."""
     values: Array = (unpack_int32(packed, bits).astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)
     return values

@@ -1,4 +1,4 @@
-"""Weights that a checkpoint stores quantized: a few stored tensors that stand for one floating-point matrix."""
+"""Quantized weights of a checkpoint: several stored tensors that represent one floating-point matrix."""
 
 from __future__ import annotations
 
@@ -16,49 +16,60 @@ from quantize8.ops.reference import INT8_MAX, Array, dequantize, quantize_rowwis
 
 @dataclass
 class Encoding(ABC):
-    """A weight [N, K] of the module `module`, and the tensors of `stored` that it consists of."""
+    """A quantized weight [N, K] and the stored tensors that it consists of.
+
+    Attributes:
+        stored: The checkpoint that holds the tensors.
+        module: The name of the module that the weight belongs to.
+        tensors: The full names of the tensors, the one with the values first.
+        shape: The shape [N, K] of the weight.
+    """
 
     stored: Checkpoint
     module: str
-    tensors: tuple[str, ...]  # full names, the one with the values first
+    tensors: tuple[str, ...]
     shape: tuple[int, int]
     _whole: threading.local = field(default_factory=threading.local, init=False, repr=False, compare=False)
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> Array:
-        """Rows start..stop of the weight that the stored numbers stand for, float32 [n, K]."""
+        """Dequantize rows start..stop of the weight, to float32 [n, K]."""
 
     def whole(self, name: str) -> Array:
-        """A stored tensor as a whole, kept for the next block of rows that the same thread asks for."""
-        kept: dict[str, Array] = self._whole.__dict__
-        if name not in kept:
+        """Read a stored tensor as a whole, and cache it for the next block of rows that the same thread asks for."""
+        cache: dict[str, Array] = self._whole.__dict__
+        if name not in cache:
             info = self.stored.tensors[name]
-            kept[name] = self.stored.rows(name, 0, info.shape[0] if info.shape else 1)
-        return kept[name]
+            cache[name] = self.stored.rows(name, 0, info.shape[0] if info.shape else 1)
+        return cache[name]
 
     def release(self) -> None:
-        """Let go of what `whole` keeps for this thread."""
+        """Drop the tensors that `whole` has cached for this thread."""
         self._whole.__dict__.clear()
 
     def refuse(self, what: str) -> SourceError:
-        """The error for a module that is not stored as its format says."""
+        """Build the error for a module that is not stored as its format requires."""
         where = self.stored.folder / self.stored.tensors[self.tensors[0]].file
-        return SourceError(f"{where}: {self.module} {what}; fetch the checkpoint again, or use its original")
+        return SourceError(f"{where}: {self.module} {what}; fetch the checkpoint again, or use the original one")
 
 
 class RowwiseInt8(Encoding):
-    """Int8 codes with one scale per row: what all int8 formats here hold, so that codes pass from one to another."""
+    """Int8 codes with one scale per row: common to all int8 formats here, so codes can be copied between them."""
 
     @abstractmethod
     def codes(self, start: int, stop: int) -> Array:
-        """Rows start..stop of the codes as stored, int8 [n, K]."""
+        """Rows start..stop of the codes as they are stored, int8 [n, K]."""
 
     @abstractmethod
     def absmax(self, start: int, stop: int) -> Array:
         """127 times the scale of each of those rows, float32 [n]."""
 
     def int8_rows(self, start: int, stop: int) -> tuple[Array, Array]:
-        """Codes in -127..127 and absmax of rows start..stop; a row that holds -128 is quantized again."""
+        """Read rows start..stop for a format whose codes are symmetric.
+
+        Returns:
+            Codes int8 [n, K] in -127..127, and absmax float32 [n]. A row that contains -128 is quantized again.
+        """
         codes, absmax = self.codes(start, stop), self.absmax(start, stop)
         lowest = np.flatnonzero(codes.min(axis=1, initial=0) < -INT8_MAX)
         if len(lowest):
@@ -72,9 +83,16 @@ class RowwiseInt8(Encoding):
 
 
 def absmax_of(scale: Array) -> Array:
-    """The absmax float32 whose 127th part is `scale`: the float16 number it was, where it was one.
+    """Compute the absmax whose 127th part is `scale`, recovering the float16 number that it was if it was one.
 
-    127 * scale alone may differ from it in the last bit, and a weight carried to another format and back would too.
+    127 * scale alone may differ from that number in the last bit, and then a weight that is converted to another format
+    and back would change.
+
+    Args:
+        scale: The stored scales, of any floating-point dtype and shape.
+
+    Returns:
+        absmax, float32, in the shape of `scale`.
     """
     scale = scale.astype(np.float32)
     with np.errstate(over="ignore"):
@@ -84,14 +102,20 @@ def absmax_of(scale: Array) -> Array:
 
 
 def unpack_int32(packed: Array, bits: int) -> Array:
-    """Unsigned numbers of 8 bits or fewer from int32 [R, C], lowest bits first: uint8 [R, C * 32 / bits].
+    """Unpack unsigned numbers from int32 words, lowest bits first.
 
-    A number may lie across two words, as those of 3 bits do: C is then a multiple of `bits`.
+    Args:
+        packed: The words, int32 [R, C]. If numbers cross word boundaries, as 3-bit numbers do, C is a multiple of
+            `bits`.
+        bits: The width of a number, at most 8.
+
+    Returns:
+        The numbers, uint8 [R, C * 32 / bits].
     """
     octets = np.ascontiguousarray(packed).view(np.uint8)
     if bits == 8:
         return octets
-    period = 1 if 8 % bits == 0 else bits  # octets after which numbers begin at a first bit again
+    period = 1 if 8 % bits == 0 else bits  # octets after which a number starts at bit 0 again
     octets = octets.reshape(len(packed), octets.shape[1] // period, period)
     lanes = 8 * period // bits
     values = np.empty((*octets.shape[:2], lanes), np.uint8)
@@ -105,9 +129,16 @@ def unpack_int32(packed: Array, bits: int) -> Array:
 
 
 def require(entry: dict[str, Any], known: dict[str, tuple[Any, ...]], where: str) -> None:
-    """Raise SourceError where a quantization_config asks for something that its reader does not know."""
+    """Raise SourceError if a quantization_config has a setting that its reader does not support.
+
+    Args:
+        entry: The quantization_config.
+        known: The supported values by key, the default first.
+        where: The checkpoint, for the message.
+    """
     for key, values in known.items():
         if entry.get(key, values[0]) not in values:
             raise SourceError(
-                f"{where}: its quantization_config has {key} = {entry[key]!r}, which is not read; use its original"
+                f"{where}: its quantization_config has {key} = {entry[key]!r}, which is not read; "
+                "use the original checkpoint"
             )

@@ -1,8 +1,8 @@
-"""Downloads that go on where they stopped, and whose content is what the hub promised.
+"""Downloads that resume where they stopped, and whose content is verified against the hub's digests.
 
-huggingface_hub keeps nothing of a file whose download was cut off by the end of the process, and compares no digests.
-So weight files come through `ordered` into the place that its cache has for them, and are hashed on the way; the rest,
-and the links of the snapshot, are huggingface_hub's. A file that another tool put there is hashed once.
+huggingface_hub discards a partial file when its process ends, and compares no digests. So weight files are downloaded
+by `ordered` to their place in its cache, and hashed on the way. huggingface_hub downloads the other files and makes
+the links of the snapshot. A file that another tool has put in the cache is hashed once.
 """
 
 from __future__ import annotations
@@ -22,11 +22,23 @@ from quantize8.errors import SourceError
 from quantize8.files import flush
 from quantize8.resources import cache_dir
 
-_PARTIAL = ".quantize8.incomplete"  # the ending by which the hub's own tools know what is not whole
+_PARTIAL = ".quantize8.incomplete"  # the suffix by which the hub's own tools recognize partial files
 
 
 def download(repo_id: str, revision: str | None, token: str | None) -> tuple[Path, str]:
-    """A snapshot of a hub model with its weights in one format: (folder, commit). Uses the cache when offline."""
+    """Download a hub model with its weights in one format, or take it from the cache when offline.
+
+    Args:
+        repo_id: The id of the model.
+        revision: A branch, tag or commit; None for the main branch.
+        token: A hub token; None for the stored one.
+
+    Returns:
+        The folder of the snapshot in the hub's cache, and the commit.
+
+    Raises:
+        SourceError: The model cannot be downloaded, or its content does not have the hub's digest.
+    """
     try:
         listing = hub.find(repo_id, revision, token)
     except hub.OfflineError:
@@ -42,7 +54,7 @@ def download(repo_id: str, revision: str | None, token: str | None) -> tuple[Pat
 
 
 def is_stored(repo_id: str, revision: str | None, token: str | None) -> bool:
-    """Whether reading a model downloads nothing large, or it cannot be streamed."""
+    """Whether a model should be read from disk: its weights are in the cache already, or it cannot be streamed."""
     try:
         weights = hub.find(repo_id, revision, token).weights
     except hub.OfflineError:
@@ -51,13 +63,13 @@ def is_stored(repo_id: str, revision: str | None, token: str | None) -> bool:
 
 
 def _missing(repo_id: str, files: Iterable[HubFile]) -> dict[Path, HubFile]:
-    """Weight files that are not in the cache, by the place where they would be."""
+    """The weight files that are not in the cache, by the path that they would have there."""
     wanted = {_blob(repo_id, file.digest.value): file for file in files if file.digest and file.digest.kind == "sha256"}
     return {blob: file for blob, file in wanted.items() if not blob.exists()}
 
 
 def _fetch_all(missing: dict[Path, HubFile], title: str) -> None:
-    """Bring files into the cache, one after the other, with the progress bar of all downloads from the hub."""
+    """Download files to the cache one by one, with the progress bar of all downloads from the hub."""
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # documented, not marked
 
     transfers, total = Transfers(), sum(file.size for file in missing.values())
@@ -70,7 +82,7 @@ def _fetch_all(missing: dict[Path, HubFile], title: str) -> None:
 
 
 def _blob(repo_id: str, sha256: str) -> Path:
-    """Where the hub's cache has the content of a large file."""
+    """The path of a large file's content in the hub's cache."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -79,22 +91,22 @@ def _blob(repo_id: str, sha256: str) -> Path:
 
 
 def _lock_of(blob: Path) -> Path:
-    """The file by which huggingface_hub keeps other processes from a blob."""
+    """The file with which huggingface_hub locks a blob against other processes."""
     cache, folder = blob.parents[2], blob.parents[1].name
     return cache / ".locks" / folder / f"{blob.name}.lock"
 
 
 def _fetch(file: HubFile, blob: Path, transfers: Transfers, advance: Callable[[int], object]) -> None:
-    """Bring a file into the cache, from where an earlier try stopped."""
+    """Download a file to the cache, resuming an earlier attempt."""
     partial, lock = blob.with_name(blob.name + _PARTIAL), _lock_of(blob)
     try:
         for folder in (blob.parent, lock.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):  # a second process waits here, and finds the file whole
+        with FileLock(lock):  # a second process waits here, and then finds the complete file
             if blob.exists():
                 return partial.unlink(missing_ok=True)
             with partial.open("a+b") as target:
-                remote = _go_on(file, target, transfers, advance)
+                remote = _resume(file, target, transfers, advance)
             try:
                 remote.confirm()
             except SourceError:
@@ -103,20 +115,22 @@ def _fetch(file: HubFile, blob: Path, transfers: Transfers, advance: Callable[[i
             flush(partial)
             partial.replace(blob)
     except OSError as error:
-        raise SourceError(f"{file.where}: cannot be stored ({error.strerror}) in {blob.parent}; fix that") from None
+        raise SourceError(
+            f"{file.where}: cannot be stored in {blob.parent} ({error.strerror}); fix that and run it again"
+        ) from None
     _mark(file, blob)
 
 
-def _go_on(file: HubFile, target: BinaryIO, transfers: Transfers, advance: Callable[[int], object]) -> OrderedFile:
-    """Append what is missing, in whole chunks; returns what knows whether all of it has the promised digest."""
+def _resume(file: HubFile, target: BinaryIO, transfers: Transfers, advance: Callable[[int], object]) -> OrderedFile:
+    """Append the missing chunks to `target`; return the remote file, which can `confirm` the digest of the whole."""
     remote, chunk = OrderedFile(file, transfers), ordered.CHUNK
-    here = min(os.fstat(target.fileno()).st_size, file.size) // chunk
-    target.truncate(here * chunk)
-    advance(here * chunk)
+    present = min(os.fstat(target.fileno()).st_size, file.size) // chunk  # whole chunks
+    target.truncate(present * chunk)
+    advance(present * chunk)
     target.seek(0)
-    for _ in range(here):
+    for _ in range(present):
         remote.supply(bytearray(target.read(chunk)))
-    for number in range(here, remote.count):
+    for number in range(present, remote.count):
         data = bytearray(min(chunk, file.size - number * chunk))
         remote.read_into(memoryview(data), number * chunk)
         target.write(data)
@@ -125,7 +139,7 @@ def _go_on(file: HubFile, target: BinaryIO, transfers: Transfers, advance: Calla
 
 
 def _check(file: HubFile, path: Path) -> None:
-    """Refuse a stored file that has not the promised digest; one that was found good is not hashed again."""
+    """Raise SourceError if a cached file does not have the hub's digest; a file that passed is not hashed again."""
     if file.digest is None or _marker(file, path).exists():
         return
     begin = b"" if file.digest.kind == "sha256" else b"blob %d\0" % path.stat().st_size
@@ -135,7 +149,7 @@ def _check(file: HubFile, path: Path) -> None:
             content.update(block)
     if content.hexdigest() != file.digest.value:
         where = f"{file.where}: its copy at {path.resolve()}"
-        raise SourceError(f"{where} has not the {file.digest.kind} that the hub lists; remove it and run again")
+        raise SourceError(f"{where} does not have the {file.digest.kind} that the hub lists; remove it and run again")
     _mark(file, path)
 
 
@@ -145,11 +159,11 @@ def _mark(file: HubFile, path: Path) -> None:
         marker.parent.mkdir(parents=True, exist_ok=True)
         marker.touch()
     except OSError:
-        pass  # hashed again the next time
+        pass  # the file is hashed again next time
 
 
 def _marker(file: HubFile, path: Path) -> Path:
-    """An empty file: its name tells the content, the file that was found to have it, and when that was written."""
+    """The empty file that records a passed check; its name holds the digest, and the inode, size and time of `path`."""
     assert file.digest is not None
-    found = path.resolve().stat()
-    return cache_dir("checked") / f"{file.digest.value}-{found.st_ino}-{found.st_size}-{found.st_mtime_ns}"
+    status = path.resolve().stat()
+    return cache_dir("checked") / f"{file.digest.value}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"

@@ -1,12 +1,12 @@
-"""Reading float8 checkpoints with quant_method "fp8": DeepSeek-V3's and Qwen3's blocks, and one scale for a tensor.
+"""Reads float8 checkpoints with quant_method "fp8": scales by block, as in DeepSeek-V3 and Qwen3, by row or by tensor.
 
-A weight is w = weight * scale. `weight_scale_inv` (in spite of its name multiplied by, as DeepSeek-V3's
-inference/kernel.py does) has a scale for each block of weight_block_size rows and columns, [128, 128] where config.json
-says nothing; the last block of either direction may be cut off. Where weight_block_size is null, it or `weight_scale`
-(vLLM's name for it) is one scale for the tensor, or one for each row. Scales are floating-point numbers, or ue8m0:
-a byte b for 2^(b - 127).
+A weight is w = weight * scale. `weight_scale_inv` is a factor in spite of its name, as in DeepSeek-V3's
+inference/kernel.py. It has one scale for each block of weight_block_size rows and columns, [128, 128] if config.json
+does not say; the last block in either direction may be smaller. If weight_block_size is null, `weight_scale_inv` or
+`weight_scale` (vLLM's name for it) is one scale for the tensor, or one for each row. Scales are floating-point numbers,
+or ue8m0: a byte b that represents 2^(b - 127).
 
-A checkpoint that was only cast to float8, and whose config.json says nothing of it, holds the numbers as they are.
+A checkpoint that was only cast to float8, without any mention in config.json, holds the values themselves.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from quantize8.ops.reference import Array
 METHOD = "fp8"
 WEIGHT = "weight"
 _SCALES = ("weight_scale_inv", "weight_scale")
-_UNUSED = ("activation_scale", "input_scale")  # of static activations
+_UNUSED = ("activation_scale", "input_scale")  # for static quantization of activations
 _VALUES = ("F8_E4M3", "F8_E5M2")
 _CAST = "BF16"  # holds every number of both float8 types exactly
-_LOOSE_SCALES = ("scale", "scale_weight", "scaled_fp8", "scale_input", *_SCALES)  # ComfyUI's among them
+_LOOSE_SCALES = ("scale", "scale_weight", "scaled_fp8", "scale_input", *_SCALES)  # including ComfyUI's names
 _SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 _BLOCK = (128, 128)
 
@@ -38,11 +38,11 @@ class _Float8(Encoding):
     block: tuple[int, int] = _BLOCK  # rows and columns that share a scale
 
     def rows(self, start: int, stop: int) -> Array:
-        """See `Encoding.rows`. The product of a stored number and its scale, rounded to float32 once."""
+        """See `Encoding.rows`. The product of a stored number and its scale is rounded to float32 once."""
         down, across = self.block
         dtype = DTYPES[self.stored.tensors[self.tensors[0]].dtype]
         scale = self._scale()[np.arange(start, stop) // down]
-        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is for the caller to judge
+        with np.errstate(over="ignore", invalid="ignore"):  # the caller decides about values that are not finite
             numbers = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
             values: Array = numbers[self.stored.rows(self.tensors[0], start, stop).view(np.uint8)]
             for i in range(scale.shape[1]):
@@ -50,7 +50,7 @@ class _Float8(Encoding):
         return values
 
     def _scale(self) -> Array:
-        """Scales as float32, one for each block in both directions."""
+        """The scales as a float32 matrix, one for each block."""
         stored = self.whole(self.tensors[1])
         if stored.dtype == np.uint8:
             stored = stored.view(DTYPES["F8_E8M0"])
@@ -59,33 +59,47 @@ class _Float8(Encoding):
 
 
 def find(stored: Checkpoint, entry: dict[str, Any]) -> dict[str, Encoding]:
-    """Module -> its encoding, for each module with a float8 weight; config.json's lists of modules are not asked.
+    """Find the modules with a float8 weight; the lists of modules in config.json are not consulted.
 
-    Raises SourceError for a float8 tensor without scales, for scales without a float8 weight (float4 ones), for scales
-    that do not fit weight_block_size, and for 3-D weights (fused experts).
+    Args:
+        stored: The checkpoint as it is stored.
+        entry: The quantization_config of its config.json.
+
+    Returns:
+        The encoding of each module, by module name.
+
+    Raises:
+        SourceError: A float8 tensor has no scales, scales have no float8 weight (float4 formats), scales do not fit
+            weight_block_size, or a weight is 3-D (fused experts).
     """
     require(entry, {"fmt": (None, "e4m3", "float8_e4m3fn", "e5m2", "float8_e5m2")}, str(stored.folder))
     block = _block_size(stored, entry)
-    found: dict[str, Encoding] = {}
+    encodings: dict[str, Encoding] = {}
     for info in stored.tensors.values():
         module, _, part = info.name.rpartition(".")
         if info.dtype in _VALUES and part == WEIGHT:
-            found[module] = _module(stored, module, info, block)
+            encodings[module] = _module(stored, module, info, block)
         elif info.dtype in _VALUES:
             where = stored.folder / info.file
             raise SourceError(
-                f"{where}: {info.name} is {info.dtype} outside a weight, which is not read; use the original"
+                f"{where}: {info.name} is {info.dtype} but not a weight, which is not read; use the original checkpoint"
             )
         elif part in _SCALES and stored.tensors.get(f"{module}.{WEIGHT}", info).dtype not in _VALUES:
             where = stored.folder / info.file
-            raise SourceError(f"{where}: {module} has {part} and no float8 weight, which is not read; use the original")
-    return found
+            raise SourceError(
+                f"{where}: {module} has {part} but no float8 weight, which is not read; use the original checkpoint"
+            )
+    return encodings
 
 
 def uncast(stored: Checkpoint) -> Checkpoint:
-    """The checkpoint itself, or where some of its tensors were cast to float8 one that gives them in bfloat16.
+    """Wrap a checkpoint whose tensors were only cast to float8 so that they are read as bfloat16.
 
-    Raises SourceError where they have scales, which no config.json explains.
+    Returns:
+        The checkpoint itself if none of its tensors is float8, otherwise the wrapper.
+
+    Raises:
+        SourceError: The checkpoint has scales that config.json does not explain.
     """
     cast = {name for name, info in stored.tensors.items() if info.dtype in _VALUES}
     if not cast:
@@ -93,15 +107,15 @@ def uncast(stored: Checkpoint) -> Checkpoint:
     scale = next((name for name in stored.tensors if name.rpartition(".")[2] in _LOOSE_SCALES), None)
     if scale is not None:
         raise SourceError(
-            f"{stored.folder}: holds float8 with scales ({scale}), and config.json has no quantization_config that "
-            "says how; use the original"
+            f"{stored.folder}: holds float8 with scales ({scale}), but config.json has no quantization_config that "
+            "describes them; use the original checkpoint"
         )
     tensors = {name: replace(info, dtype=_CAST) if name in cast else info for name, info in stored.tensors.items()}
     return _Uncast(stored, tensors)
 
 
 class _Uncast(Wrapper):
-    """Float8 without scales, in bfloat16."""
+    """Float8 tensors without scales, read as bfloat16."""
 
     def stored_dtype(self, name: str) -> str:
         """See `Checkpoint.stored_dtype`."""
@@ -118,7 +132,7 @@ class _Uncast(Wrapper):
 
 
 def _block_size(stored: Checkpoint, entry: dict[str, Any]) -> tuple[int, int] | None:
-    """weight_block_size as it is given, None where it is not."""
+    """The weight_block_size of a quantization_config, None if it has none."""
     block = entry.get("weight_block_size")
     if block is None:
         return None

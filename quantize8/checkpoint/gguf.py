@@ -1,7 +1,7 @@
-"""GGUF files of the Llama and Qwen families, one or all parts of a split one, named as transformers names them.
+"""Reads GGUF files of the Llama and Qwen families, whole or split, with transformers' names for the tensors.
 
 llama.cpp stores Llama's query and key rows interleaved for its rotary embedding; `rows` undoes that. Blocks are
-dequantized as they are read, to float16 (or bfloat16 where the file holds that).
+dequantized as they are read, to float16 (or to bfloat16 if the file holds bfloat16 tensors).
 """
 
 from __future__ import annotations
@@ -23,14 +23,23 @@ from quantize8.files import fill_from, open_file
 from quantize8.ops import ggml
 from quantize8.ops.reference import Array, as_bytes
 
-_PERMUTED = {"llama": {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}}  # rows that are interleaved
+_PERMUTED = {"llama": {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}}  # with interleaved rows
 _ROPE_FACTORS = "rope_freqs.weight"
-_ROPE_BYTES = 2**16  # of these at most; a head of 128 has 256
+_ROPE_BYTES = 2**16  # the most that is read of these factors; a head of size 128 has 256 bytes
 _FLOATS = ("F32", "F16", "BF16")
 
 
 class GgufCheckpoint(Checkpoint):
-    """One model in GGUF, by its file or any part of it. Its config and tokenizer come from the metadata."""
+    """A model in GGUF. Its config and tokenizer come from the metadata of the file.
+
+    Args:
+        path: The file, or any part of a split one.
+        identity: What the manifest says of the source.
+        name: The name of the model.
+
+    Raises:
+        SourceError: A file is damaged or missing, or it holds a model that is not read.
+    """
 
     def __init__(self, path: Path, identity: dict[str, str], name: str) -> None:
         self.headers = read_parts(path, ARCHITECTURES)
@@ -70,7 +79,7 @@ class GgufCheckpoint(Checkpoint):
         return ggml.decode(stored, tensor.kind, tensor.shape[1:], DTYPES[self.dtype])
 
     def _read(self, name: str, start: int, stop: int) -> Array:
-        """Rows of a tensor as they lie in the file, uint8 [n, bytes of a row]."""
+        """Read rows of a tensor as they are stored, uint8 [n, bytes of a row]."""
         tensor = self._stored[name]
         row_bytes = tensor.nbytes // tensor.shape[0] if tensor.shape[0] else 0
         stored = np.empty((stop - start, row_bytes), np.uint8)
@@ -90,17 +99,17 @@ class GgufCheckpoint(Checkpoint):
 
     @property
     def is_encoder(self) -> bool:
-        """See `Checkpoint.is_encoder`: the metadata says what model it is, not a file beside it."""
+        """See `Checkpoint.is_encoder`: the metadata describes the model, not a file beside it."""
         return False
 
     def left_behind(self) -> dict[str, str]:
-        """See `Checkpoint.left_behind`. A GGUF file needs none of those around it, but for one that sees."""
+        """See `Checkpoint.left_behind`. A GGUF file needs no other file, except the projector of a vision model."""
         names = sorted(path.name for path in self.folder.glob("*mmproj*.gguf"))
         return dict.fromkeys(names, "a vision projector, which is not read")
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer as transformers derives it from the file's metadata, None where the file has none."""
+        """The tokenizer that transformers derives from the file's metadata, None if the file has none."""
         return read_tokenizer(self.header)
 
     def write_companions(self, folder: Path) -> None:
@@ -115,18 +124,21 @@ class GgufCheckpoint(Checkpoint):
         return next(header.data_offset for header in self.headers if header.path.name == file)
 
     def _match(self, stored: dict[str, StoredTensor]) -> dict[str, str]:
-        """transformers' name of each tensor; SourceError for one that is missing, unknown, or of another shape."""
+        """Map llama.cpp's names to transformers'.
+
+        Raises SourceError for a tensor that is missing, unknown, or has another shape than the metadata implies.
+        """
         arch, names = self.header.architecture, {}
         for name, ours, shape in named_tensors(self._config):
             if name not in stored:
                 raise SourceError(
-                    f"{self.path}: lacks {name}, which a {arch} of {self._config['num_hidden_layers']} layers has; "
+                    f"{self.path}: lacks {name}, which a {arch} with {self._config['num_hidden_layers']} layers has; "
                     "fetch it again"
                 )
             if stored[name].shape != shape:
                 where = self.folder / stored[name].file
                 raise SourceError(
-                    f"{where}: {name} is {list(stored[name].shape)}, by the metadata {list(shape)}; fetch it again"
+                    f"{where}: {name} is {list(stored[name].shape)}, but by the metadata {list(shape)}; fetch it again"
                 )
             names[name] = ours
         for name, tensor in stored.items():
@@ -136,7 +148,7 @@ class GgufCheckpoint(Checkpoint):
         return names
 
     def _scaling(self, config: dict[str, Any], stored: StoredTensor) -> dict[str, Any]:
-        """The entry of config.json that stands for stored rotary factors."""
+        """The entry of config.json that describes the stored rotary factors."""
         where = self.folder / stored.file
         scaling = None
         if stored.kind == "F32" and stored.nbytes <= _ROPE_BYTES:
@@ -145,23 +157,26 @@ class GgufCheckpoint(Checkpoint):
                 factors = np.frombuffer(file.read(stored.nbytes), np.float32)
             scaling = llama3_scaling(config, factors)
         if scaling is None:
-            raise SourceError(f"{where}: {_ROPE_FACTORS} is of no llama3 rotary scaling; use a safetensors checkpoint")
+            raise SourceError(
+                f"{where}: {_ROPE_FACTORS} does not match any llama3 rotary scaling; use a safetensors checkpoint"
+            )
         return scaling
 
     def _check(self, name: str, tensor: StoredTensor) -> None:
-        """Raise SourceError for a tensor whose rows cannot be read as they are stored."""
+        """Raise SourceError if the rows of a tensor cannot be read in the way it is stored."""
         where, heads = self.folder / tensor.file, self._heads_of(name)
         if heads is not None and tensor.shape[0] % (2 * heads):
             raise SourceError(
-                f"{where}: {name} has {tensor.shape[0]} rows, not pairs for {heads} heads; fetch it again"
+                f"{where}: {name} has {tensor.shape[0]} rows, which are not pairs for {heads} heads; fetch it again"
             )
         if tensor.kind not in _FLOATS and (not ggml.is_read(tensor.kind) or len(tensor.shape) < 2):
             raise SourceError(
-                f"{where}: {name} {list(tensor.shape)} is stored as {tensor.kind}, which is not read; use safetensors"
+                f"{where}: {name} {list(tensor.shape)} is stored as {tensor.kind}, which is not read; "
+                "use a safetensors checkpoint"
             )
 
     def _row_order(self, name: str, start: int, stop: int) -> Array | None:
-        """Where rows start..stop of a Llama query or key weight stand in the file; None where rows are in place."""
+        """Positions in the file of rows start..stop of an interleaved weight, int [n]; None if rows are in order."""
         heads = self._heads_of(name)
         if heads is None:
             return None
@@ -171,6 +186,6 @@ class GgufCheckpoint(Checkpoint):
         return order
 
     def _heads_of(self, name: str) -> int | None:
-        """Heads of a query or key weight that is interleaved; None for any other."""
+        """The number of heads of an interleaved query or key weight; None for any other weight."""
         key = _PERMUTED.get(self.header.architecture, {}).get(name.split(".")[-2])
         return None if key is None else int(self._config[key])

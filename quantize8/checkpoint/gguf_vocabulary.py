@@ -1,6 +1,6 @@
-"""The tokenizer of a GGUF file, as transformers makes it, from the header as we read it.
+"""The tokenizer that transformers makes of a GGUF file, built from the header that `gguf_header` has read.
 
-transformers itself would parse the file three times, keep objects for every token, and import torch.
+transformers itself would parse the file three times, hold objects for every token, and import torch.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _CLASSES = {
     "llama": "TokenizersBackend",
     "qwen2": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer",
-}  # as AutoTokenizer has it
+}  # the classes that AutoTokenizer chooses
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # transformers' names -> llama.cpp's
 
 
 class _Given:
-    """A tokenizer that is taken as it is, where transformers would copy it."""
+    """A wrapper that stops transformers from copying the tokenizer: its deep copy is the tokenizer itself."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -32,9 +32,16 @@ class _Given:
 
 
 def read_tokenizer(header: Header) -> Any:
-    """The tokenizer that transformers makes of a file's metadata, None where the file has no tokens.
+    """Build the tokenizer that transformers makes of a file's metadata.
 
-    Raises SourceError where transformers cannot make one.
+    Args:
+        header: The header with the metadata.
+
+    Returns:
+        A tokenizer of transformers, None if the file has no tokens.
+
+    Raises:
+        SourceError: transformers cannot build the tokenizer.
     """
     if TOKENS not in header.entries:
         return None
@@ -43,12 +50,14 @@ def read_tokenizer(header: Header) -> Any:
             return _build(header)
     except SourceError:
         raise
-    except Exception as error:  # what transformers makes of damaged metadata is of any kind
-        raise SourceError(f"{header.path}: transformers cannot read its tokenizer ({first_line(error)})") from None
+    except Exception as error:  # damaged metadata can make transformers raise anything
+        raise SourceError(
+            f"{header.path}: transformers cannot read its tokenizer ({first_line(error)}); fetch it again"
+        ) from None
 
 
 def _build(header: Header) -> Any:
-    """As transformers' `TokenizersBackend` does where it is given a gguf_file."""
+    """Do what transformers' `TokenizersBackend` does when it is given a gguf_file."""
     import transformers
     from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
 
@@ -57,15 +66,15 @@ def _build(header: Header) -> Any:
         for names in GGUF_TOKENIZER_MAPPING.values()
     )
     model, name = fields.get("tokenizer_type"), _CLASSES[header.architecture]
-    if name == "Qwen2Tokenizer" and model != "gpt2":  # whose class takes tokens and merges from the files, no more
+    if name == "Qwen2Tokenizer" and model != "gpt2":  # this class takes only tokens and merges from the file
         raise SourceError(
-            f"{header.path}: a {header.architecture} with a tokenizer of type {model!r} would be opened as another; "
-            "use a safetensors checkpoint"
+            f"{header.path}: transformers would open the {model!r} tokenizer of this {header.architecture} as another "
+            "type; use a safetensors checkpoint"
         )
     if "merges" not in fields and sum(len(token) ** 2 for token in fields["tokens"]) > limits.TOKEN_SQUARES:
-        raise SourceError(f"{header.path}: its tokens are too long to find merges of them; fetch it again")
+        raise SourceError(f"{header.path}: its tokens are too long to derive merges from them; fetch it again")
     if model == "llama":
-        settings.setdefault("add_bos_token", True)  # as llama.cpp takes it
+        settings.setdefault("add_bos_token", True)  # llama.cpp's default
     for kind, key in _SPECIAL.items():
         number = header.value(f"tokenizer.ggml.{key}_token_id")
         settings[f"{kind}_token"] = None if number is None else fields["tokens"][number]

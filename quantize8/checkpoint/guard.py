@@ -1,4 +1,4 @@
-"""Around what transformers makes of a model's small files: no request to the hub, and nothing but exceptions."""
+"""A guard around transformers while it reads a model's small files: no requests to the hub, no panics of Rust code."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from contextlib import contextmanager
 from threading import Lock
 
 _LOCK = Lock()
-_inside = 0  # blocks entered, of all threads
-_before = False
+_inside = 0  # blocks that are entered, in all threads
+_before = False  # huggingface_hub's setting outside of the blocks
 
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Offline mode of huggingface_hub within the block: a config.json may name models that transformers would fetch.
+    """Set huggingface_hub to offline mode within the block.
 
-    A panic of Rust code, which is no Exception, becomes a RuntimeError.
+    Without it, transformers would fetch models that a config.json names.
+
+    Raises:
+        RuntimeError: Rust code panicked. Its own exception is not derived from Exception.
     """
     from huggingface_hub import constants
 

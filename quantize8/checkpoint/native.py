@@ -1,7 +1,7 @@
-"""The class by which transformers runs a checkpoint, chosen and built as its own loaders do, without storage or code.
+"""The class with which transformers runs a checkpoint, chosen and built as its own loaders do, but without storage.
 
-A `model_type` that transformers knows decides, whether or not config.json also names code of its own (`auto_map`,
-which many public copies still carry from before transformers had the model): that code is never run.
+A `model_type` that transformers knows decides, even if config.json also names code of its own: `auto_map`, which many
+public copies still contain from the time before transformers supported the model. That code is never run.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from quantize8.errors import SourceError, first_line
 _FLOAT = "__float__"  # transformers 5 writes {"__float__": "Infinity"}, as JSON has no infinity
 _DTYPES = ("dtype", "torch_dtype")
 _QUANTIZATION = "quantization_config"
-# How a class of a task is called in config.json, and transformers' table of the classes for that task: for names that
-# transformers does not have, such as MPTForCausalLM or RWForCausalLM.
+# The suffix that names a task in a class of config.json -> transformers' table of the classes for that task. It is used
+# for class names that transformers does not have, such as MPTForCausalLM or RWForCausalLM.
 _TASKS = {
     "ForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
     "LMHeadModel": "MODEL_FOR_CAUSAL_LM_MAPPING",
@@ -34,20 +34,20 @@ _TASKS = {
 
 @dataclass(frozen=True)
 class Native:
-    """A class of transformers' with its settings, and what its constructor is given besides."""
+    """A model class of transformers, with its settings and further arguments of its constructor."""
 
     kind: Any
     settings: Any
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def build(self, **given: Any) -> Any:
-        """The model with initial weights, on torch's default device; raises what transformers does."""
+        """Build the model with initial weights, on torch's default device; transformers' errors are passed on."""
         make = getattr(self.kind, "_from_config", None) or self.kind.from_config
         return make(self.settings, **self.arguments, **given)
 
 
 def architecture_of(config: Mapping[str, Any]) -> str | None:
-    """The model class that a config.json names first, None where it names none."""
+    """The model class that a config.json names first; None if it names none."""
     names = config.get("architectures")
     return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
 
@@ -61,12 +61,20 @@ def is_known(config: Mapping[str, Any]) -> bool:
 
 
 def native_class(config: Mapping[str, Any], names: Collection[str] = (), encoder: bool = False) -> Native:
-    """The class that loads a checkpoint of a known `model_type` with tensors of these names.
+    """Choose the class that loads a checkpoint of a known `model_type`.
 
-    Args: config, as config.json holds it; names, of the tensors: they decide where config.json names no class, and
-    whether there is a pooling layer, which transformers would make up; encoder, whether sentence-transformers opens the
-    checkpoint, which takes the model without a head whatever class config.json names.
-    Raises: SourceError where transformers cannot read the settings.
+    Args:
+        config: The contents of config.json.
+        names: The names of the tensors. They decide if config.json names no class, and whether the model has a pooling
+            layer, which transformers would otherwise initialize at random.
+        encoder: Whether sentence-transformers opens the checkpoint; it takes the model without a head, whatever class
+            config.json names.
+
+    Returns:
+        The class, its settings, and the arguments to build it with.
+
+    Raises:
+        SourceError: transformers cannot read the settings.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -74,7 +82,7 @@ def native_class(config: Mapping[str, Any], names: Collection[str] = (), encoder
         with guarded():
             settings = CONFIG_MAPPING[config["model_type"]].from_dict(_decoded(config))
         kind = _class_of(settings, architecture_of(config), names, encoder)
-    except Exception as error:  # of any kind, as what a config.json may say
+    except Exception as error:  # a config.json may contain anything, so transformers may raise anything
         raise SourceError(f"config.json: transformers cannot read its settings ({first_line(error)})") from None
     pools = "add_pooling_layer" in inspect.signature(kind.__init__).parameters
     has_pooler = any("pooler." in name for name in names) or not names
@@ -82,7 +90,19 @@ def native_class(config: Mapping[str, Any], names: Collection[str] = (), encoder
 
 
 def build_meta_model(config: Mapping[str, Any], names: Collection[str] = (), encoder: bool = False) -> Any:
-    """The transformers model of a config.json, without storage; None where transformers does not know it."""
+    """Build the transformers model of a config.json, without storage.
+
+    Args:
+        config: The contents of config.json.
+        names: See `native_class`.
+        encoder: See `native_class`.
+
+    Returns:
+        The model on the meta device, None if transformers does not know its `model_type`.
+
+    Raises:
+        SourceError: transformers cannot read the settings or build the model, or it has more modules than MODULES.
+    """
     import torch
 
     if not is_known(config):
@@ -104,7 +124,7 @@ def _class_of(settings: Any, architecture: str | None, names: Collection[str], e
     kind = type(settings)
     base = _first(modeling_auto.MODEL_MAPPING.get(kind, transformers.AutoModel))
     if encoder:
-        # of an encoder-decoder sentence-transformers takes the encoder
+        # sentence-transformers takes only the encoder of an encoder-decoder model
         return getattr(transformers, f"{base.__name__.removesuffix('Model')}EncoderModel", base)
     named = getattr(transformers, architecture or "", None)
     if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
@@ -120,12 +140,12 @@ def _class_of(settings: Any, architecture: str | None, names: Collection[str], e
 
 
 def _first(kinds: Any) -> Any:
-    """Some entries of transformers' tables are several classes."""
+    """The class of an entry of transformers' tables, or the first if it lists several."""
     return kinds[0] if isinstance(kinds, tuple) else kinds
 
 
 def _decoded(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json as transformers takes it: numbers that JSON lacks decoded, no "auto" for a dtype, unquantized."""
+    """Prepare a config.json for transformers: decode infinities and NaN, and drop "auto" dtypes and quantization."""
 
     def value_of(value: Any) -> Any:
         if isinstance(value, list):
@@ -142,7 +162,7 @@ def _decoded(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _counted_modules() -> Iterator[None]:
-    """Stop a model that is built with more modules than MODULES."""
+    """Raise ValueError within the block once a model has more modules than MODULES."""
     from torch.nn.modules.module import register_module_module_registration_hook
 
     count = 0

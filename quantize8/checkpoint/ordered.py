@@ -1,9 +1,9 @@
-"""A remote file that is mostly read from its beginning to its end: fetched ahead and hashed, both in that order.
+"""A remote file that is mostly read from beginning to end: it is fetched ahead and hashed, both in that order.
 
-sha256 needs the order of the file. So a few chunks from the first one not yet hashed are on their way at any time, on
-several connections; a reader that goes on takes them, and each chunk that it has passed is hashed. What is asked for
-out of order is fetched by itself. Nothing escapes the hash: a chunk's BLAKE3 is kept when it first comes, and the same
-chunk with other content is refused.
+sha256 must be computed in the order of the file. So at any time a few chunks are in flight, starting with the first one
+that is not hashed yet, on several connections. A sequential reader takes them, and each chunk that it has passed is
+hashed. A chunk that is requested out of order is fetched separately. No byte escapes verification: the BLAKE3 of a
+chunk is recorded when it first arrives, and the same chunk with other content is refused.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from blake3 import blake3
 from quantize8.checkpoint.ranges import RemoteFile
 from quantize8.errors import SourceError
 
-CHUNK = 8 * 2**20  # bytes of a request: its latency is small beside its transfer
-AHEAD = 4  # chunks on their way, the one that is read among them, each on a connection of its own; 2 at least
-_BEHIND = 2  # chunks kept after they were passed: a tensor's scales are often read beside it
-_CONNECTIONS = 8  # of one source, at most
+CHUNK = 8 * 2**20  # bytes of a request: large enough that its latency is small compared to its transfer
+AHEAD = 4  # chunks in flight, including the one being read, each on its own connection; at least 2
+_BEHIND = 2  # chunks cached after the reader has passed them: a tensor's scales are often read along with it
+_CONNECTIONS = 8  # to one source, at most
 _HASHERS = 2
 
 
 class Transfers:
-    """The threads that fetch and hash for all files of a source; they end with it."""
+    """The threads that fetch and hash for all files of a source. `close` ends them with the source."""
 
     def __init__(self) -> None:
         self.fetching = ThreadPoolExecutor(_CONNECTIONS, "fetch")
@@ -35,21 +35,27 @@ class Transfers:
         self.ended = Event()
 
     def close(self) -> None:
-        """Drop what is queued, try nothing again, and wait for no transfer."""
+        """Drop what is queued and retry nothing; transfers in progress are not awaited."""
         self.ended.set()
         for pool in (self.fetching, self.hashing):
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 class OrderedFile:
-    """One file. Memory: AHEAD + _BEHIND chunks at most. Safe to read from several threads."""
+    """A remote file that is fetched ahead and hashed. Several threads may read it; it holds AHEAD + _BEHIND chunks.
+
+    Args:
+        file: The remote file.
+        transfers: The threads to use.
+        beginning: Bytes at the start that have been read already; what is fetched must agree with them.
+    """
 
     def __init__(self, file: RemoteFile, transfers: Transfers, beginning: bytes = b"") -> None:
         self.file, self._transfers, self._beginning = file, transfers, beginning
         self.count = -(-file.size // CHUNK)
         self.confirmed = False
         self._window: dict[int, Future[bytearray]] = {}
-        self._front = 0  # chunks before this one are hashed, or about to be
+        self._front = 0  # chunks before this one are hashed, or are being hashed
         self._kept: OrderedDict[int, bytearray] = OrderedDict()
         self._seen: dict[int, bytes] = {}
         self._hash = _hash(file)
@@ -57,7 +63,7 @@ class OrderedFile:
         self._lock = Lock()
 
     def read_into(self, target: memoryview, position: int) -> None:
-        """Fill `target` with the file's bytes from `position` on. Raises SourceError where they cannot be had."""
+        """Fill `target` with the file's bytes from `position` on. Raises SourceError if they cannot be read."""
         done = 0
         while done < len(target):
             number, offset = divmod(position + done, CHUNK)
@@ -66,12 +72,12 @@ class OrderedFile:
             done += len(piece)
 
     def supply(self, data: bytearray) -> None:
-        """Take the next chunk, which is on the disk already, into the hash."""
+        """Add the next chunk, which is on disk already, to the hash."""
         self._seen[self._front] = blake3(data).digest()
         self._hash_next(data)
 
     def confirm(self) -> None:
-        """Refuse a file that is not what was promised. Fetches and hashes what nobody read."""
+        """Raise SourceError if the content does not have the promised digest; fetch and hash what was not read."""
         if self.confirmed:
             return
         if self.file.digest is None:
@@ -83,7 +89,9 @@ class OrderedFile:
                 self._hashing.result()
             if self.file.digest is not None and self._hash.hexdigest() != self.file.digest.value:
                 kind = self.file.digest.kind
-                raise SourceError(f"{self.file.where}: its content has not the {kind} that the hub lists; try again")
+                raise SourceError(
+                    f"{self.file.where}: its content does not have the {kind} that the hub lists; try again"
+                )
             self.confirmed = True
             self._window.clear()
             self._kept.clear()
@@ -101,7 +109,7 @@ class OrderedFile:
         return data
 
     def _advance(self, number: int) -> None:
-        """Hash all chunks before this one."""
+        """Hash all chunks before chunk `number`."""
         while self._front < number:
             data = self._next().result()
             del self._window[self._front]
@@ -109,7 +117,7 @@ class OrderedFile:
             self._hash_next(data)
 
     def _next(self) -> Future[bytearray]:
-        """The first chunk that is not hashed; it and those after it are on their way from now on."""
+        """The first chunk that is not hashed; start to fetch it and the chunks after it."""
         for number in range(self._front, min(self._front + AHEAD, self.count)):
             if number not in self._window:
                 self._window[number] = self._transfers.fetching.submit(self._fetch, number)
@@ -131,13 +139,13 @@ class OrderedFile:
 
     def _hash_next(self, data: bytearray) -> None:
         if self._hashing is not None:
-            self._hashing.result()  # one after the other, and no more than one waits
+            self._hashing.result()  # hashing is sequential, and at most one chunk waits for it
         self._hashing = self._transfers.hashing.submit(self._hash.update, data)
         self._front += 1
 
 
 def _hash(file: RemoteFile) -> Any:
-    """A hash of the kind that was promised; git's begins with the kind of object and its length."""
+    """A hash of the promised kind; git's begins with the type of the object and its length."""
     if file.digest is not None and file.digest.kind == "git-sha1":
         return hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
     return hashlib.sha256()

@@ -1,7 +1,7 @@
-"""What the pickle of a .bin file would do, told from its opcodes without doing it.
+"""Checks from its opcodes what the pickle of a .bin file would do, without executing it.
 
-torch's weights_only lets no foreign code run, but a pickle may still ask it for memory without end, or for a hash of
-tuples that are nested into each other a hundred times. A dictionary of tensors needs neither.
+torch's weights_only runs no foreign code, but a pickle can still make it allocate unlimited memory, or hash tuples that
+are nested a hundred levels deep. A dictionary of tensors needs neither.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 
 
 class _Kind(Enum):
-    """What stands on the stack for a value that is no plain one."""
+    """What the stack holds in place of a value that is not a plain one."""
 
     MARK = auto()
     STORAGE_TYPE = auto()
@@ -44,26 +44,33 @@ _RESULTS = {_Kind.MAKES_CONTAINER: _Kind.CONTAINER, _Kind.MAKES_TENSOR: _Kind.OT
 
 
 def check_pickle(file: IO[bytes] | mmap, size: int) -> None:
-    """Read one pickle from a file of `size` bytes, and stop behind it.
+    """Read one pickle, and leave the file's position after it.
 
-    Raises pickle.UnpicklingError where it is more than tensors in dictionaries and lists, ValueError where it is broken
-    or a storage has more bytes than the file.
+    Args:
+        file: The file.
+        size: Its size in bytes.
+
+    Raises:
+        pickle.UnpicklingError: The pickle holds more than tensors in dictionaries and lists.
+        ValueError: The pickle is damaged, or its storages have more bytes than the file.
     """
     state = _State()
     try:
-        for opcode, argument, place in pickletools.genops(file):  # type: ignore[arg-type]
-            if place is not None and place > limits.PICKLE_BYTES:
+        for opcode, argument, position in pickletools.genops(file):  # type: ignore[arg-type]
+            if position is not None and position > limits.PICKLE_BYTES:
                 raise pickle.UnpicklingError("too long")
             state.step(opcode.name, argument)
     except (IndexError, KeyError, TypeError, StopIteration) as error:
-        raise ValueError(f"broken pickle: {error}") from None
+        raise ValueError(f"damaged pickle: {error}") from None
     if sum(state.storages.values()) > size:
         raise ValueError("its storages are larger than the file")
 
 
 class _State:
+    """The state of a pickle's virtual machine, with kinds of values instead of values."""
+
     def __init__(self) -> None:
-        self.storages: dict[str, int] = {}  # elements of each, by its key
+        self.storages: dict[str, int] = {}  # number of elements by key
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.steps: dict[str, Callable[[], None]] = {
@@ -85,7 +92,7 @@ class _State:
             self.steps[name] = lambda: self.stack.append(_Kind.CONTAINER)
 
     def step(self, name: str, argument: Any) -> None:
-        """Do to the stack what an opcode does, with names for what it would make."""
+        """Apply an opcode to the stack, with kinds instead of the values that it would create."""
         if name in self.steps:
             self.steps[name]()
         elif name in _PLAIN:
@@ -109,35 +116,35 @@ class _State:
         return items
 
     def _to_mark(self) -> list[Any]:
-        place = next(i for i in range(len(self.stack) - 1, -1, -1) if self.stack[i] is _Kind.MARK)
-        items = self.stack[place + 1 :]
-        del self.stack[place:]
+        mark = next(i for i in range(len(self.stack) - 1, -1, -1) if self.stack[i] is _Kind.MARK)
+        items = self.stack[mark + 1 :]
+        del self.stack[mark:]
         return items
 
     def _tuple(self, items: list[Any]) -> None:
         self.stack.append(tuple(_Kind.OTHER if isinstance(item, tuple) else item for item in items))
 
     def _put(self, items: list[Any], keyed: bool) -> None:
-        """Into the list, dictionary or object on the stack; what a dictionary hashes must be plain."""
+        """Put items into the list, dictionary or object on top of the stack; the keys of a dictionary must be plain."""
         if keyed and any(isinstance(key, tuple | _Kind) for key in items[::2]):
-            raise pickle.UnpicklingError("a key that is no name")
+            raise pickle.UnpicklingError("a key that is not a name")
         if self.stack[-1] is not _Kind.CONTAINER:
-            raise pickle.UnpicklingError("an item of no container")
+            raise pickle.UnpicklingError("an item outside a container")
 
     def _call(self) -> None:
         function, _ = self._pop(2)
         if function not in _RESULTS:
-            raise pickle.UnpicklingError("a call of no function")
+            raise pickle.UnpicklingError("a call of something else than a function")
         self.stack.append(_RESULTS[function])
 
     def _storage(self) -> None:
-        """A storage: ("storage", type, key, place, elements, ...)."""
+        """Record a storage: ("storage", type, key, location, elements, ...)."""
         (key,) = self._pop(1)
         if isinstance(key, tuple):
             _, kind, name, _, count = key[:5]
             self.storages[str(name)] = int(count)
             if kind is not _Kind.STORAGE_TYPE or int(count) < 0:
-                raise ValueError("a storage that cannot be")
+                raise ValueError("a storage that is not valid")
         self.stack.append(_Kind.OTHER)
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint with quantized weights, as the floating-point tensors that they stand for, decoded as they are read."""
+"""A checkpoint with quantized weights, presented as floating-point tensors that are dequantized as they are read."""
 
 from __future__ import annotations
 
@@ -23,12 +23,20 @@ _FORMATS: dict[str, Callable[[Checkpoint, dict[str, Any]], dict[str, Encoding]]]
 
 
 class QuantizedCheckpoint(Wrapper):
-    """The weights of `stored` under their usual names, float32; int8 ones also as they are, by `int8_rows`."""
+    """The weights of `stored` under their usual names, in float32; `int8_rows` gives int8 weights unchanged.
+
+    Args:
+        stored: The checkpoint as it is stored.
+        encodings: The quantized weights, by module name.
+
+    Raises:
+        SourceError: A tensor is quantized by its dtype, but has no scale.
+    """
 
     def __init__(self, stored: Checkpoint, encodings: dict[str, Encoding]) -> None:
         super().__init__(stored, {})
         self.encodings = {f"{module}.weight": encoding for module, encoding in encodings.items()}
-        self._decoded = frozenset(self.encodings)  # asked for once a tensor, of which there may be 92,000
+        self._decoded = frozenset(self.encodings)  # `decoded` is read once per tensor, and there may be 92,000
         parts = {part: name for name, encoding in self.encodings.items() for part in encoding.tensors}
         for info in stored.tensors.values():
             name = parts.get(info.name)
@@ -40,7 +48,7 @@ class QuantizedCheckpoint(Wrapper):
 
     @property
     def config(self) -> dict[str, Any]:
-        """config.json of the model without its quantization."""
+        """The config.json of the model, without its quantization."""
         return {key: value for key, value in super().config.items() if key not in _CONFIG_KEYS}
 
     @property
@@ -89,9 +97,16 @@ _PACKED = ".qweight"
 
 
 def decode(stored: Checkpoint) -> Checkpoint:
-    """The checkpoint itself where its config.json names no quantization, else one that decodes it.
+    """Wrap a quantized checkpoint so that it is dequantized as it is read.
 
-    Raises SourceError where the quantization is of a kind that is not read, or the weights are not stored as it says.
+    Args:
+        stored: The checkpoint as it is stored.
+
+    Returns:
+        The checkpoint itself if its config.json names no quantization and no tensor is float8, otherwise the wrapper.
+
+    Raises:
+        SourceError: The quantization method is not read, or the weights are not stored as config.json says.
     """
     entry = _entry(stored)
     if entry is None:
@@ -102,30 +117,30 @@ def decode(stored: Checkpoint) -> Checkpoint:
     if not isinstance(method, str) or method not in _FORMATS:
         known = ", ".join(_FORMATS)
         raise SourceError(
-            f"{stored.folder}: is quantized by {method}, which is not read (only {known}); use its original"
+            f"{stored.folder}: is quantized by {method}, which is not read (only {known}); use the original checkpoint"
         )
     encodings = _FORMATS[method](stored, entry)
     if not encodings:
         raise SourceError(
-            f"{stored.folder}: says it is quantized by {method}, and holds no such weight; fetch it again"
+            f"{stored.folder}: says it is quantized by {method}, but holds no such weight; fetch it again"
         )
     return QuantizedCheckpoint(stored, encodings)
 
 
 def _entry(stored: Checkpoint) -> dict[str, Any] | None:
-    """What config.json says of the quantization, or for AutoGPTQ's first checkpoints a file of its own."""
+    """The quantization_config of config.json; for AutoGPTQ's first checkpoints, the contents of a separate file."""
     config = stored.config
     entry = next((config[key] for key in (*_CONFIG_KEYS, _MLX_KEY) if config.get(key)), None)
     if entry is not None and not isinstance(entry, dict):
-        raise SourceError(f"{stored.folder}: its quantization_config is no JSON object; fetch config.json again")
+        raise SourceError(f"{stored.folder}: its quantization_config is not a JSON object; fetch config.json again")
     packed = next((name for name in stored.tensors if name.endswith(_PACKED)), None)
     if entry is not None or packed is None:
         return entry
     path = stored.folder / _GPTQ_NAME
     if not path.is_file():
         raise SourceError(
-            f"{stored.folder}: {packed} is packed as GPTQ and AWQ do, and neither config.json nor {_GPTQ_NAME} says "
-            "how; fetch it again, or use the original"
+            f"{stored.folder}: {packed} is packed as GPTQ and AWQ do, but neither config.json nor {_GPTQ_NAME} says "
+            "how; fetch it again, or use the original checkpoint"
         )
     return limits.read_object(contained(path, stored.folder), limits.CONFIG_BYTES, SourceError) | {
         "quant_method": gptq.METHOD

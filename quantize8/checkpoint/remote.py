@@ -1,7 +1,7 @@
-"""Safetensors that are never stored here: read by range from the hub, or from any store that fsspec has a driver for.
+"""Safetensors that are not stored on disk: read by range from the hub, or from any store that fsspec has a driver for.
 
-Small files (config, tokenizer, index) are fetched as they are. Of a weight file the header comes first, then the
-tensors in the order of the file (see `ordered`).
+Small files (config, tokenizer, index) are downloaded. Of a weight file, the header is read first, then the tensors in
+the order of the file (see `ordered`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,18 @@ from quantize8.files import is_url
 
 
 class StreamedCheckpoint(SafetensorsCheckpoint):
-    """A model whose small files are in `folder`, and whose weights are in `remote` files."""
+    """A model whose small files are in a local folder, and whose weights are in remote files.
+
+    Args:
+        folder: The local folder.
+        files: The names of the weight files.
+        identity: What the manifest says of the source.
+        name: The name of the model.
+        remote: The remote files by name.
+
+    Raises:
+        SourceError: A weight file is missing, damaged, or cannot be read.
+    """
 
     def __init__(
         self,
@@ -68,7 +79,7 @@ class StreamedCheckpoint(SafetensorsCheckpoint):
         return True
 
     def fingerprint(self) -> dict[str, list[Any]]:
-        """See `Checkpoint.fingerprint`; a header tells as much as that of a stored file."""
+        """See `Checkpoint.fingerprint`; a header identifies a file as well as that of a local file does."""
         heads = {file: blake3(self._heads[file]).hexdigest() for file in self._ordered}
         return {file: [self._remote[file].size, 0, heads[file]] for file in sorted(heads)}
 
@@ -76,9 +87,9 @@ class StreamedCheckpoint(SafetensorsCheckpoint):
         self._ordered[info.file].read_into(target, position)
 
     def _open(self, file: str) -> tuple[dict[str, Any], int]:
-        """Have the library judge the header, on a file of the same size that holds nothing else, and takes no room."""
+        """Let the safetensors library check the header, in a sparse file of the same size that holds nothing else."""
         if file not in self._heads:
-            raise SourceError(f"{self.identity['id']}: {file} is missing; the checkpoint is incomplete")
+            raise SourceError(f"{self.identity['id']}: {file} is missing; complete the checkpoint, or use another one")
         header, remote = self._heads[file], self._remote[file]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "header"
@@ -86,10 +97,12 @@ class StreamedCheckpoint(SafetensorsCheckpoint):
                 path.write_bytes(header)
                 os.truncate(path, remote.size)
             except OSError as error:
-                raise SourceError(f"{folder}: cannot be written ({error.strerror}); set TMPDIR to a folder") from None
-            found = read_header(path, remote.where)
+                raise SourceError(
+                    f"{folder}: cannot be written ({error.strerror}); set TMPDIR to a writable folder"
+                ) from None
+            entries = read_header(path, remote.where)
         self._ordered[file] = OrderedFile(remote, self._transfers, header)
-        return found
+        return entries
 
     def _header(self, file: str) -> bytes:
         """The first bytes of a file, up to the data."""
@@ -97,12 +110,27 @@ class StreamedCheckpoint(SafetensorsCheckpoint):
         start = bytes(remote.read(0, min(8, remote.size), self._transfers.ended))
         length = int.from_bytes(start, "little")
         if len(start) < 8 or not 0 < length <= min(limits.HEADER_BYTES, remote.size - 8):
-            raise SourceError(f"{remote.where}: not a whole safetensors file (a header of {length} bytes)")
+            raise SourceError(
+                f"{remote.where}: not a whole safetensors file (a header of {length} bytes); use another copy"
+            )
         return start + bytes(remote.read(8, 8 + length, self._transfers.ended))
 
 
 def open_stream(source: str, revision: str | None, token: str | None) -> StreamedCheckpoint:
-    """Open a hub id or an address for reading by range. Raises SourceError or DependencyError, in one line."""
+    """Open a model for reading by range.
+
+    Args:
+        source: A hub id, or an address with a scheme such as s3://bucket/model.
+        revision: A branch, tag or commit of a hub model; None for the main branch.
+        token: A hub token; None for the stored one.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        SourceError: The model cannot be read, or its weights are not safetensors.
+        DependencyError: The driver for the scheme is not installed.
+    """
     if is_url(source) and not source.startswith(HUB_SCHEME):
         return _open_store(source)
     repo_id, _, at = source.removeprefix(HUB_SCHEME).removeprefix("models/").strip("/").partition("@")
@@ -122,11 +150,11 @@ def _open(folder: Path, remote: Mapping[str, RemoteFile], identity: dict[str, st
 
 def _check_kind(source: str, weights: list[str]) -> None:
     if not any(file.endswith(".safetensors") for file in weights):
-        raise SourceError(f"{source}: holds no safetensors, and nothing else is streamed; copy it here first")
+        raise SourceError(f"{source}: holds no safetensors, and nothing else is streamed; download it first")
 
 
 def _open_store(source: str) -> StreamedCheckpoint:
-    """A model in a folder of a store. Its small files are copied into a temporary folder, which ends with it."""
+    """Open a model in a store. Its small files are copied to a temporary folder, removed with the checkpoint."""
     folder = Path(tempfile.mkdtemp(prefix="quantize8-"))
     try:
         checkpoint = _read_store(source, folder)
@@ -144,16 +172,18 @@ def _read_store(source: str, folder: Path) -> StreamedCheckpoint:
         if not system.isdir(root):
             raise FileNotFoundError
         start = len(str(root).strip("/")) + 1
-        found = system.find(root, maxdepth=2, detail=True).values()
-        files = {str(entry["name"]).strip("/")[start:]: entry for entry in found if entry["type"] == "file"}
+        entries = system.find(root, maxdepth=2, detail=True).values()
+        files = {str(entry["name"]).strip("/")[start:]: entry for entry in entries if entry["type"] == "file"}
         weights, small = hub.needed_files(list(files))
         _check_kind(shown, weights)
-        places = {name: (files[name]["name"], f"{shown}/{name}", int(files[name]["size"])) for name in weights}
-        remote = {name: FsspecFile(system, *each) for name, each in places.items()}
+        remote = {
+            name: FsspecFile(system, files[name]["name"], f"{shown}/{name}", int(files[name]["size"]))
+            for name in weights
+        }
         for name in small:
             if files[name]["size"] > limits.SMALL_BYTES:
                 raise SourceError(
-                    f"{shown}/{name}: over {limits.SMALL_BYTES:,} bytes, which no such file has; look at it"
+                    f"{shown}/{name}: over {limits.SMALL_BYTES:,} bytes, too large for such a file; move it elsewhere"
                 )
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(system.cat_file(files[name]["name"]))
@@ -162,5 +192,5 @@ def _read_store(source: str, folder: Path) -> StreamedCheckpoint:
         raise
     except (FileNotFoundError, NotADirectoryError):
         raise SourceError(f"{shown}: no such folder; name the folder of a model") from None
-    except Exception as error:  # each driver has errors of its own, which may quote the address
-        raise SourceError(f"{shown}: cannot be read ({reason(error, source)})") from None
+    except Exception as error:  # each driver has its own errors, which may quote the address
+        raise SourceError(f"{shown}: cannot be read ({reason(error, source)}); check the address") from None

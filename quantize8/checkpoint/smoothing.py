@@ -1,4 +1,4 @@
-"""A checkpoint whose weights are read multiplied by powers of two, row by row and column by column."""
+"""A checkpoint whose weights are multiplied by powers of two, by row and by column, as they are read."""
 
 from __future__ import annotations
 
@@ -14,13 +14,23 @@ from quantize8.ops.reference import FLOAT16_MAX, Array
 
 @dataclass(frozen=True)
 class Factors:
-    """What a tensor [N, K] or [N] is multiplied by: powers of two, float32; None where there are none."""
+    """The factors that a tensor [N, K] or [N] is multiplied by.
 
-    rows: Array | None = None  # [N]
-    columns: Array | None = None  # [K]
+    Attributes:
+        rows: Powers of two, float32 [N]; None if rows have no factors.
+        columns: Powers of two, float32 [K]; None if columns have no factors.
+    """
+
+    rows: Array | None = None
+    columns: Array | None = None
 
     def of(self, block: Array, start: int) -> Array:
-        """The factors of a block of rows [n, K] or [n], the first of them row `start`, in a shape to multiply by."""
+        """The factors of a block of rows, in a shape that broadcasts with it.
+
+        Args:
+            block: The block, [n, K] or [n].
+            start: The number of its first row.
+        """
         if self.rows is None:
             assert self.columns is not None
             return self.columns
@@ -29,12 +39,19 @@ class Factors:
 
 
 class SmoothedCheckpoint(Wrapper):
-    """`inner` with some of its tensors multiplied, in the dtype that they are stored in."""
+    """A checkpoint with some of its tensors multiplied by factors, in their stored dtype.
+
+    Args:
+        inner: The checkpoint to read.
+        factors: The factors by tensor name.
+        features: The number of features that have a factor of their own.
+        left: The number of those whose factor had to be 1.
+    """
 
     def __init__(self, inner: Checkpoint, factors: Mapping[str, Factors], features: int = 0, left: int = 0) -> None:
         super().__init__(inner, inner.tensors)
         self.factors = factors
-        self.features, self.left = features, left  # rows that have a factor of their own; those where it had to be 1
+        self.features, self.left = features, left
 
     @property
     def summary(self) -> str:
@@ -43,7 +60,7 @@ class SmoothedCheckpoint(Wrapper):
         return f"{self.features - self.left} features{left}"
 
     def is_int8(self, name: str) -> bool:
-        """See `Checkpoint.is_int8`; the codes of a weight that is multiplied are not those of the source."""
+        """See `Checkpoint.is_int8`; the codes of a multiplied weight differ from those of the source."""
         return name not in self.factors and super().is_int8(name)
 
     def rows(self, name: str, start: int, stop: int) -> Array:
@@ -59,26 +76,32 @@ class SmoothedCheckpoint(Wrapper):
             start += len(values) if values.ndim else 1
 
     def lossy(self, name: str) -> Array:
-        """Elements of a multiplied tensor, row by row reduced: where its dtype does not hold the product, or
-        float16, from which int8 starts, is exceeded.
+        """Find the rows or columns of a tensor for which multiplying is not exact.
 
-        Returns bool [N] of rows for a tensor that has row factors, else bool [K] of columns. NaN counts as lost.
+        A product is lost if the dtype of the tensor cannot represent it, or if it exceeds float16, from which int8 is
+        computed. NaN counts as lost.
+
+        Args:
+            name: A tensor that has factors.
+
+        Returns:
+            bool [N], one for each row, if the tensor has row factors, otherwise bool [K], one for each column.
         """
         by_row, start = self.factors[name].rows is not None, 0
-        found: list[Array] = []
+        blocks: list[Array] = []
         for values in self.inner.blocks(name):
             factor = self.factors[name].of(values, start)
             with np.errstate(over="ignore", invalid="ignore"):
                 scaled = self._scaled(name, values, start).astype(np.float32)
-                # a power of two changes no digit: what does not come back has overflowed, or lost some as a subnormal
+                # a power of two changes no digits, so a value that is not restored has overflowed or become subnormal
                 lost = (scaled / factor != values.astype(np.float32)) | (np.abs(scaled) > FLOAT16_MAX)
-            found.append(lost.reshape(len(lost), -1).any(axis=1) if by_row else lost.any(axis=0)[None])
+            blocks.append(lost.reshape(len(lost), -1).any(axis=1) if by_row else lost.any(axis=0)[None])
             start += len(values)
-        whole: Array = np.concatenate(found)
+        whole: Array = np.concatenate(blocks)
         return whole if by_row else np.asarray(whole.any(axis=0))
 
     def _scaled(self, name: str, values: Array, start: int) -> Array:
         factor = self.factors[name].of(values, start)
-        with np.errstate(over="ignore"):  # `lossy` tells of it
+        with np.errstate(over="ignore"):  # `lossy` reports it
             scaled: Array = (values.astype(np.float32) * factor).astype(values.dtype)
         return scaled

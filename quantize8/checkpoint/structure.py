@@ -1,15 +1,16 @@
-"""Which tensors of a checkpoint are the weights of Linear layers, by the architecture's own code in transformers.
+"""Which tensors of a checkpoint are the weights of Linear layers, according to transformers' code of the architecture.
 
-The model is built without storage (torch's meta device), so that embeddings, routers and norms are told from Linear
-layers by their type, and the layers that transformers itself would leave alone are known; and so is what the model
-needs and the checkpoint lacks, or has in another shape. The common decoder families name their layers alike; where
-one of them is there whole, names and shapes are enough, and neither torch nor transformers is imported (a test holds
-the two answers equal). An architecture that transformers does not know is judged by names and shapes alone, and
-`Structure.guessed` says so.
+The model is built without storage (on torch's meta device). This distinguishes Linear layers from embeddings, routers
+and norms by their type. It also shows which layers transformers itself leaves in float, and which tensors the model
+needs but the checkpoint lacks or has in another shape. The common decoder families name their layers alike: if a
+checkpoint has exactly the tensors of one of them, names and shapes are enough, and neither torch nor transformers is
+imported (a test checks that both ways give the same answer). If transformers does not know the architecture, only
+names and shapes decide, and `Structure.guessed` says so.
 
-Some checkpoints hold an extra layer for multi-token prediction (MTP: `model.layers.61` of DeepSeek-V3, `mtp.` of
-Qwen3-Next). transformers drops it, vLLM and SGLang run it, built from the same code as the layers before it. So each
-of its weights is what its like in those layers is. What has no like stays as it is, as nn.Linear does in vLLM.
+Some checkpoints have an extra layer for multi-token prediction (MTP: `model.layers.61` of DeepSeek-V3, `mtp.` of
+Qwen3-Next). transformers drops it; vLLM and SGLang run it, with the same code as the layers before it. So each of its
+weights is treated like its counterpart in those layers. A weight without a counterpart stays in float, as it is an
+nn.Linear in vLLM.
 """
 
 from __future__ import annotations
@@ -22,56 +23,41 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from quantize8.checkpoint.base import Checkpoint, TensorInfo
+from quantize8.checkpoint.decoders import EMBEDDING, HEAD, plain_tensors
 from quantize8.checkpoint.native import architecture_of, build_meta_model, is_known
 from quantize8.errors import SourceError
 
 LINEAR, CONV1D = "Linear", "Conv1D"  # Conv1D is GPT-2's Linear, with its weight stored [in, out]
-EXPERT = "expert"  # one matrix of an expert, which checkpoints store apart and transformers joins with the others
+EXPERT = "expert"  # a matrix of one expert, which checkpoints store separately and transformers joins with the others
 
-# Decoder families of one layout -> the norms of a layer, and which of its Linear layers have a bias without a word
-_PLAIN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "LlamaForCausalLM": (("input_layernorm", "post_attention_layernorm"), ()),
-    "MistralForCausalLM": (("input_layernorm", "post_attention_layernorm"), ()),
-    "Qwen2ForCausalLM": (("input_layernorm", "post_attention_layernorm"), ("q_proj", "k_proj", "v_proj")),
-    "Qwen3ForCausalLM": (
-        ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"),
-        (),
-    ),
-    "Gemma2ForCausalLM": (
-        ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
-        (),
-    ),
-}
-_PLAIN_LINEAR = {
-    **{f"{name}_proj": f"self_attn.{name}_proj" for name in "qkvo"},
-    **{f"{name}_proj": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
-}
-_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 _WRAPPERS = ("module.", "_orig_mod.", "_forward_module.", "_fsdp_wrapped_module.", "base_model.model.")
 _OLD_BUFFER = ".rotary_emb.inv_freq"  # which earlier releases of transformers saved
 _IN_LAYER = re.compile(r"(.+?)\.\d+\.(.+)")  # a list of layers, and a module of one
 _FURTHER = re.compile(r"(^|\.)mtp")  # a list of layers for multi-token prediction
-# Mamba's forward multiplies by the weight itself instead of calling the layer, so that int8 codes would be taken for it
-_READ_DIRECTLY = ("dt_proj",)
-_FOREIGN = "no part of transformers' model"
+# Mamba's forward multiplies by the layer's weight instead of calling the layer: it would take int8 codes for the weight
+READ_DIRECTLY = ("dt_proj",)
+_FOREIGN = "not part of transformers' model"
 _NOT_LINEAR = re.compile(r"embed|wte|wpe|norm|ln_|position|token_type|shared|relative_attention|router|gate$|head$")
 
 
 @dataclass
 class Structure:
-    """The Linear-like modules of a model, and what it lacks.
+    """The Linear-like modules of a model, and what the checkpoint lacks.
 
-    linears: module name in the checkpoint -> LINEAR or CONV1D, for each whose weight may become int8.
-    kept: the same, for those that transformers' 8-bit loading leaves alone, or does not know -> why.
-    output_head: which of `kept` is the output head and has a weight of its own (not tied), if there is one.
-    model_names: module name in the checkpoint -> in the model, where they differ.
-    absent: Linear modules of the model (by the model's names) that have no weight of their own in the checkpoint.
-    experts: matrices that transformers joins into one tensor of experts, which is no Linear module.
-    read_on_loading: modules whose weight transformers reads while it loads the model, whether or not it is stored so.
-    missing: parameters that the model needs (by the model's names) and neither has nor ties.
-    wrong_shapes: tensors that have another shape than config.json gives them, in words.
-    wrapped: that the names begin as a wrapper of training left them, in words; empty where they do not.
-    guessed: why modules were told by names alone, empty where they were not.
+    Attributes:
+        linears: LINEAR or CONV1D, by module name in the checkpoint, for each module whose weight may become int8.
+        kept: The reason, by module name in the checkpoint, for each module that stays in float because transformers'
+            8-bit loading leaves it alone or does not know it.
+        output_head: The module of `kept` that is the output head and has its own weight (not tied), if there is one.
+        model_names: The module name in the model, by module name in the checkpoint, if they differ.
+        absent: Linear modules of the model (by the model's names) that have no weight of their own in the checkpoint.
+        experts: Matrices that transformers joins into one tensor of experts, which is not a Linear module.
+        read_on_loading: Modules whose weight transformers reads while it loads the model, even if the checkpoint
+            stores the weight under another name.
+        missing: Parameters (by the model's names) that the model needs and that are neither stored nor tied.
+        wrong_shapes: A sentence for each tensor whose shape differs from what config.json implies.
+        wrapped: A sentence if the names have the prefix of a training wrapper, otherwise empty.
+        guessed: Why modules were classified by name alone; empty if they were not.
     """
 
     linears: dict[str, str]
@@ -87,7 +73,14 @@ class Structure:
     guessed: str = ""
 
     def require_complete(self, where: object) -> None:
-        """Raise SourceError where the checkpoint `where` lacks what the model needs, or has it in another shape."""
+        """Check that the checkpoint has what the model needs.
+
+        Args:
+            where: The checkpoint, for the message.
+
+        Raises:
+            SourceError: The checkpoint lacks a parameter, or has a tensor of another shape.
+        """
         if self.missing:
             more = f" and {len(self.missing) - 1} more" if len(self.missing) > 1 else ""
             raise SourceError(
@@ -98,23 +91,35 @@ class Structure:
             raise SourceError(f"{where}: {self.wrong_shapes[0]}; fetch the checkpoint again, or correct config.json")
 
     def skip_list(self, quantized: set[str]) -> list[str]:
-        """Every Linear module of the model that is not in `quantized`, by the names a loader of the model sees."""
+        """The sorted names, as a loader of the model sees them, of all Linear modules that are not in `quantized`."""
         in_float = (set(self.linears) | set(self.kept)) - quantized
         return sorted({*(self.model_names.get(name, name) for name in in_float), *self.absent})
 
 
 def structure_of(checkpoint: Checkpoint) -> Structure:
-    """See `read_structure`; a checkpoint that sentence-transformers opens is a model without a head."""
+    """The structure of a checkpoint. One that sentence-transformers opens is a model without a head."""
     return read_structure(checkpoint.config, checkpoint.tensors, checkpoint.is_encoder)
 
 
 def read_structure(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], encoder: bool = False) -> Structure:
-    """Tell the Linear weights among the tensors of a checkpoint with this config.json; encoder, see `native_class`."""
+    """Find the Linear weights among the tensors of a checkpoint.
+
+    Args:
+        config: The contents of config.json.
+        tensors: The tensors by name.
+        encoder: Whether sentence-transformers opens the checkpoint, which takes the model without a head.
+
+    Returns:
+        The structure.
+
+    Raises:
+        SourceError: transformers cannot build the model from config.json.
+    """
     weights = [name.removesuffix(".weight") for name, info in tensors.items() if _is_matrix(info)]
     if not encoder and _is_plain_decoder(config, tensors):
-        linears = {name: LINEAR for name in weights if name not in (_EMBEDDING, _HEAD)}
-        untied = _HEAD in weights and not config.get("tie_word_embeddings", False)
-        return Structure(linears, {_HEAD: "output head"}, _HEAD if untied else None)
+        linears = {name: LINEAR for name in weights if name not in (EMBEDDING, HEAD)}
+        untied = HEAD in weights and not config.get("tie_word_embeddings", False)
+        return Structure(linears, {HEAD: "output head"}, HEAD if untied else None)
     if not is_known(config):
         return _by_names(weights, f"transformers knows no model type {config.get('model_type')!r}")
     own_code = bool(config.get("auto_map"))
@@ -126,16 +131,20 @@ def read_structure(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo],
         return _by_names(weights, str(error))
     structure = _from_model(model, tensors, weights)
     foreign = [name for name, why in structure.kept.items() if why == _FOREIGN]
-    if own_code and foreign and structure.missing:  # not the model that transformers calls by this name
+    if own_code and foreign and structure.missing:  # another model than the one that transformers has by this name
         return _by_names(weights, f"transformers' {type(model).__name__} has no {foreign[0]}")
     return structure
 
 
 def is_skipped(module: str, patterns: list[str]) -> bool:
-    """Whether some transformers 5 leaves a module alone for these entries of llm_int8_skip_modules.
+    """Whether any release of transformers 5 skips a module for these entries of llm_int8_skip_modules.
 
-    Its rule (`should_convert_module`): an entry is a regular expression for a prefix, or a plain suffix. Later
-    releases ask the prefix to end at a dot; what the earlier ones would also match counts here.
+    The rule of `should_convert_module`: an entry is a regular expression for a prefix, or a plain suffix. Later
+    releases require the prefix to end at a dot; this function also counts what the earlier ones match.
+
+    Args:
+        module: The name of the module in the model.
+        patterns: The entries.
     """
     return any(re.match(entry, module) or module.endswith(entry) for entry in patterns)
 
@@ -143,47 +152,20 @@ def is_skipped(module: str, patterns: list[str]) -> bool:
 def _by_names(weights: list[str], why: str) -> Structure:
     doubtful = [name for name in weights if _NOT_LINEAR.search(name.rpartition(".")[2])]
     linears = {name: LINEAR for name in weights if name not in doubtful}
-    return Structure(linears, dict.fromkeys(doubtful, "by its name an embedding, a router or a head"), guessed=why)
+    return Structure(linears, dict.fromkeys(doubtful, "by name an embedding, a router or a head"), guessed=why)
 
 
 def _is_plain_decoder(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether a checkpoint of a family in `_PLAIN` holds exactly the tensors, by name and shape, that the model has."""
+    """Whether a checkpoint is a plain decoder that has exactly the model's tensors, by name and shape."""
     found = {name: info.shape for name, info in tensors.items() if not name.endswith(_OLD_BUFFER)}
     try:
-        expected = _plain_tensors(config)
-    except (KeyError, TypeError, ValueError, ArithmeticError):  # settings that are absent, or are not what they seem
+        expected = dict(plain_tensors(architecture_of(config), config))
+    except (KeyError, TypeError, ValueError, ArithmeticError):  # settings that are absent or not numbers
         return False
-    head = f"{_HEAD}.weight"
+    head = f"{HEAD}.weight"
     if config.get("tie_word_embeddings", False) and head not in found:
         del expected[head]
     return found == expected
-
-
-def _plain_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a model of `_PLAIN`, an untied head among them; KeyError for another."""
-    norms, biased = _PLAIN[architecture_of(config) or ""]
-    hidden, inner, layers, vocabulary = (
-        int(config[key]) for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
-    )
-    heads = int(config["num_attention_heads"])
-    size = int(config.get("head_dim") or hidden // heads)
-    queries, keys = heads * size, int(config.get("num_key_value_heads") or heads) * size
-    outs = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "gate_proj": inner, "up_proj": inner}
-    ins = {"o_proj": queries, "down_proj": inner}
-    if config.get("attention_bias"):
-        biased = (*biased, "q_proj", "k_proj", "v_proj", "o_proj")
-    if config.get("mlp_bias"):
-        biased = (*biased, "gate_proj", "up_proj", "down_proj")
-    layer: dict[str, tuple[int, ...]] = {
-        f"{name}.weight": (size,) if name.startswith("self_attn") else (hidden,) for name in norms
-    }
-    for short, name in _PLAIN_LINEAR.items():
-        layer[f"{name}.weight"] = (outs.get(short, hidden), ins.get(short, hidden))
-        if short in biased:
-            layer[f"{name}.bias"] = (outs.get(short, hidden),)
-    matrix = (vocabulary, hidden)
-    tensors = {f"{_EMBEDDING}.weight": matrix, "model.norm.weight": (hidden,), f"{_HEAD}.weight": matrix}
-    return tensors | {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}
 
 
 def _is_matrix(info: TensorInfo) -> bool:
@@ -191,7 +173,7 @@ def _is_matrix(info: TensorInfo) -> bool:
 
 
 def _from_model(model: Any, tensors: Mapping[str, TensorInfo], weights: list[str]) -> Structure:
-    """The structure by a model of transformers' without storage."""
+    """The structure according to a transformers model without storage."""
     from torch import nn
     from transformers.quantizers.base import get_keys_to_not_convert
 
@@ -206,7 +188,7 @@ def _from_model(model: Any, tensors: Mapping[str, TensorInfo], weights: list[str
     to_model = {name: targets[f"{name}.weight"].name.removesuffix(".weight") for name in weights}
     likes = _likes(to_model.values(), [name.removesuffix(".weight") for name in state])
     joined = [name for name in weights if targets[f"{name}.weight"].pattern is not None]
-    fixed = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or []), *_READ_DIRECTLY]
+    fixed = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or []), *READ_DIRECTLY]
     head = model.get_output_embeddings()
     tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
     structure, fused = Structure({}, experts=joined), set(joined)
@@ -224,8 +206,8 @@ def _from_model(model: Any, tensors: Mapping[str, TensorInfo], weights: list[str
             continue
         is_head = head is not None and model.get_submodule(like) is head
         structure.kept[name] = "output head" if is_head else "kept in floating point by transformers"
-        if in_model.endswith(_READ_DIRECTLY):
-            structure.kept[name] = "its model reads the weight itself"
+        if in_model.endswith(READ_DIRECTLY):
+            structure.kept[name] = "the model reads its weight without calling the layer"
         if is_head and in_model not in tied:
             structure.output_head = name
     present = set(to_model.values())
@@ -239,16 +221,16 @@ def _from_model(model: Any, tensors: Mapping[str, TensorInfo], weights: list[str
 
 
 def _read_on_loading(model: Any) -> set[str]:
-    """Linear modules whose weight is read by the initialization of a module around them.
+    """Linear modules whose weight is read by the initialization of a module that contains them.
 
-    transformers runs `_init_weights` of a module that has no parameters of its own after loading, too, and trusts that
-    tensors that are loaded are not changed; a layer without a tensor called weight fails there. Told by running it, for
-    one module of each type, on a model without storage.
+    After loading, transformers also runs `_init_weights` on modules that have no parameters of their own; it relies on
+    loaded tensors not being changed. A layer that has no tensor named weight fails there. This function finds such
+    layers by running `_init_weights` for one module of each type, on a model without storage.
     """
     from torch import nn
 
     def watched(layer: nn.Module, name: str) -> None:
-        """Note when `layer.weight` is read, until its class is put back."""
+        """Record when `layer.weight` is read, until its class is restored."""
 
         def weight(self: nn.Module) -> Any:
             found.add(name)
@@ -266,7 +248,7 @@ def _read_on_loading(model: Any) -> set[str]:
             try:
                 for path, layer in layers.items():
                     watched(layer, path)
-                with contextlib.suppress(Exception):  # what is initialized in another way is not read in this one
+                with contextlib.suppress(Exception):  # a failed initialization reads nothing
                     model._init_weights(module)
             finally:
                 for layer in layers.values():
@@ -282,15 +264,23 @@ def _wrapped(names: Collection[str]) -> str:
 
 
 class Target(NamedTuple):
-    """Where transformers loads a tensor of a checkpoint to."""
+    """The parameters or buffers of the model into which transformers loads a tensor of a checkpoint."""
 
-    name: str  # of a parameter or buffer of the model; of the first, where the tensor is split
-    pattern: str | None  # of the conversion that joins or splits the tensor, None where it is renamed at most
-    others: tuple[str, ...] = ()  # the rest of what it is split into
+    name: str  # of the parameter or buffer; of the first, if the tensor is split
+    pattern: str | None  # of the conversion that joins or splits the tensor; None if the tensor is at most renamed
+    others: tuple[str, ...] = ()  # the other parameters, if the tensor is split
 
 
 def targets_in_model(model: Any, names: Collection[str]) -> dict[str, Target]:
-    """Where transformers loads each of these tensors of a checkpoint to, in the order of `names`."""
+    """Find where transformers loads the tensors of a checkpoint.
+
+    Args:
+        model: A transformers model.
+        names: The names of the tensors.
+
+    Returns:
+        The target of each tensor by name, in the order of `names`.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -302,7 +292,7 @@ def targets_in_model(model: Any, names: Collection[str]) -> dict[str, Target]:
     found: dict[str, Target] = {}
     for name in names:
         target, pattern = rename_source_key(name, renamings, converters, prefix, state)
-        if target not in state and name in state:  # a name that is the model's own already
+        if target not in state and name in state:  # the model has this very name
             target, pattern = rename_source_key(name, [], [], prefix, state)
         first, *rest = made.get(pattern, ("",))
         found[name] = Target(target, pattern, tuple(target.replace(first, other) for other in rest))
@@ -310,7 +300,7 @@ def targets_in_model(model: Any, names: Collection[str]) -> dict[str, Target]:
 
 
 def _missing(model: Any, targets: Mapping[str, Target]) -> list[str]:
-    """Parameters that no tensor goes to and that transformers neither ties nor makes up by design."""
+    """Parameters that no tensor is loaded into and that transformers neither ties nor initializes by design."""
     present = {name for target in targets.values() for name in (target.name, *target.others)}
     groups: dict[str, set[str]] = defaultdict(set)
     for target, source in model.all_tied_weights_keys.items():
@@ -327,7 +317,7 @@ def _missing(model: Any, targets: Mapping[str, Target]) -> list[str]:
 
 
 def _missing_parts(state: Mapping[str, Any], targets: Mapping[str, Target]) -> list[str]:
-    """Tensors of experts that are joined from fewer parts than there are experts, in words."""
+    """A description of each joined tensor of experts for which there are fewer parts than experts."""
     parts: dict[str, Counter[str]] = defaultdict(Counter)
     for target in targets.values():
         if target.pattern is not None and target.name in state:
@@ -343,19 +333,26 @@ def _missing_parts(state: Mapping[str, Any], targets: Mapping[str, Target]) -> l
 def _wrong_shapes(
     state: Mapping[str, Any], targets: Mapping[str, Target], tensors: Mapping[str, TensorInfo]
 ) -> list[str]:
-    """Tensors that are neither joined nor split and have another shape than the model's, in words."""
+    """A sentence for each tensor whose shape differs from the model's; joined and split tensors are not compared."""
     found = []
     for name, target in targets.items():
         if target.pattern is None and target.name in state:
             shape, expected = tensors[name].shape, tuple(state[target.name].shape)
             # a quantized Conv1D is stored transposed
             if sorted(shape) != sorted(expected) or (len(shape) != 2 and shape != expected):
-                found.append(f"{name} has the shape {list(shape)}, and config.json says {list(expected)}")
+                found.append(f"{name} has the shape {list(shape)}, but config.json says {list(expected)}")
     return found
 
 
 def linear_kinds(model: Any) -> dict[str, str]:
-    """Modules that transformers' 8-bit loading replaces, by its own test: exactly nn.Linear, or Conv1D."""
+    """Find the modules that transformers' 8-bit loading replaces, by its own test: exactly nn.Linear, or Conv1D.
+
+    Args:
+        model: A transformers model.
+
+    Returns:
+        LINEAR or CONV1D by module name.
+    """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -367,9 +364,10 @@ def linear_kinds(model: Any) -> dict[str, str]:
 
 
 def _likes(modules: Collection[str], known: Sequence[str]) -> dict[str, str]:
-    """Each module that the model knows -> itself; one of an MTP layer -> its like.
+    """Map each module that the model has to itself, and each module of an MTP layer to its counterpart.
 
-    Its like has the same name in another layer of the list, or in any where the list itself is for such layers.
+    The counterpart has the same name in another layer of the same list of layers, or of any list if the list itself is
+    one of MTP layers.
     """
     found = {name: name for name in known}
     places: dict[str, dict[str, str]] = {}  # name in a layer -> {list: first module of that name}

@@ -1,4 +1,4 @@
-"""What a model folder's tokenizer says, checked before transformers and tokenizers believe it."""
+"""Checks the tokenizer files of a model folder before the transformers and tokenizers packages trust them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ _NAME, _CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raise SourceError where a small file of the folder leads out of it, or a token has an id beyond VOCABULARY.
+    """Check the tokenizer files of a model folder.
 
-    The tokenizers package counts up to the largest id, whatever lies between.
+    Args:
+        folder: The folder.
+
+    Raises:
+        SourceError: A small file of the folder points outside of it, or a token has an id beyond VOCABULARY: the
+            tokenizers package allocates memory up to the largest id, however few ids are used.
     """
     companions(folder)
     if (folder / _CONFIG_NAME).is_file():
         settings = limits.read_object(folder / _CONFIG_NAME, limits.CONFIG_BYTES, SourceError)
-        for key, value in settings.items():  # transformers opens what these name; most are left over, and name nothing
+        for key, value in settings.items():  # transformers opens these; most are stale and name no file
             if key.endswith("_file") and isinstance(value, str) and _exists(folder / value):
                 contained(folder / value, folder)
         _check_ids(settings.get("added_tokens_decoder"), folder / _CONFIG_NAME)
@@ -39,11 +44,11 @@ def _check_ids(ids: Any, path: Path) -> None:
     for number in ids or ():
         number = int(number) if isinstance(number, str) and re.fullmatch("[0-9]{1,18}", number) else number
         if isinstance(number, int | float) and not 0 <= number < limits.VOCABULARY:
-            raise SourceError(f"{path}: has a token of id {number!r}, beyond {limits.VOCABULARY:,}; fetch it again")
+            raise SourceError(f"{path}: has a token with id {number!r}, beyond {limits.VOCABULARY:,}; fetch it again")
 
 
 def _exists(path: Path) -> bool:
     try:
         return path.is_symlink() or path.exists()
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # not a valid file name
         return False

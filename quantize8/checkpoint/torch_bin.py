@@ -1,4 +1,4 @@
-"""Torch checkpoints (pytorch_model.bin), mapped into memory and unpickled with weights_only: no code ever runs."""
+"""Reads torch checkpoints (pytorch_model.bin), memory-mapped and unpickled with weights_only: no code is ever run."""
 
 from __future__ import annotations
 
@@ -26,11 +26,21 @@ if TYPE_CHECKING:
 INDEX_NAME = "pytorch_model.bin.index.json"
 SINGLE_NAME = "pytorch_model.bin"
 _SHARDS = "pytorch_model-*.bin"
-_PICKLES_BEFORE = 4  # torch 1.6: a number, a version, the machine, the tensors; then the keys and the values
+_PICKLES_BEFORE = 4  # before torch 1.6: a magic number, version, machine, tensors; then the storages' keys and values
 
 
 class TorchCheckpoint(Checkpoint):
-    """One or many .bin files. A tensor that shares its storage with an earlier one (tied weights) is left out."""
+    """One or more .bin files. A tensor that shares its storage with an earlier one (tied weights) is omitted.
+
+    Args:
+        folder: The model folder.
+        files: The names of the .bin files.
+        identity: What the manifest says of the source.
+        name: The name of the model.
+
+    Raises:
+        SourceError: A file is missing, damaged, or holds anything but tensors.
+    """
 
     def __init__(self, folder: Path, files: list[str], identity: dict[str, str], name: str) -> None:
         super().__init__(folder, name, identity)
@@ -41,11 +51,13 @@ class TorchCheckpoint(Checkpoint):
             for tensor, value in _load(contained(folder / file, folder)).items():
                 check_tensor(tensor, value.shape, value.element_size(), str(folder / file), SourceError)
                 if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                    raise SourceError(f"{folder / file}: {tensor} has more values than the file; save it contiguous")
-                place = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride())
-                if tied and place in seen:
+                    raise SourceError(
+                        f"{folder / file}: {tensor} has more values than the file; save it as a contiguous tensor"
+                    )
+                view = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride())
+                if tied and view in seen:
                     continue
-                seen.add(place)
+                seen.add(view)
                 self.tensors[tensor] = TensorInfo(tensor, _dtype_name(value, folder / file), tuple(value.shape), file)
                 self._values[tensor] = value
 
@@ -56,7 +68,19 @@ class TorchCheckpoint(Checkpoint):
 
 
 def open_torch(folder: Path, identity: dict[str, str], name: str) -> TorchCheckpoint | None:
-    """The folder's .bin files: those of the index, else pytorch_model.bin, else its parts; None where it has none."""
+    """Open a folder's .bin files: those of the index, else pytorch_model.bin, else its parts.
+
+    Args:
+        folder: The model folder.
+        identity: What the manifest says of the source.
+        name: The name of the model.
+
+    Returns:
+        The checkpoint, None if the folder has no .bin files.
+
+    Raises:
+        SourceError: A file is missing, damaged, or holds anything but tensors.
+    """
     if (folder / INDEX_NAME).is_file():
         files = sorted(set(read_weight_map(folder / INDEX_NAME).values()))
         return TorchCheckpoint(folder, files, identity, name)
@@ -66,7 +90,7 @@ def open_torch(folder: Path, identity: dict[str, str], name: str) -> TorchCheckp
 
 
 class _TorchScriptError(ValueError):
-    """An archive of torch.jit.save."""
+    """The file is an archive of torch.jit.save."""
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -77,7 +101,7 @@ def _load(path: Path) -> dict[str, Tensor]:
     try:
         _check(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # advice on odd pickles: what is not refused below is read exactly
+            warnings.simplefilter("ignore")  # advice on unusual pickles; what is not refused below is read exactly
             try:
                 state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             except RuntimeError as error:
@@ -86,15 +110,15 @@ def _load(path: Path) -> dict[str, Tensor]:
                 state = torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
     except _TorchScriptError:
         raise SourceError(
-            f"{path}: is a TorchScript archive, a program, and is not run; save the model's state_dict()"
+            f"{path}: is a TorchScript archive, which is a program and is not run; save the model's state_dict()"
         ) from None
     except pickle.UnpicklingError:
         raise SourceError(
-            f"{path}: holds objects or code besides tensors, and is not opened; use safetensors"
+            f"{path}: holds objects or code besides tensors, and is not opened; use a safetensors checkpoint"
         ) from None
-    except Exception as error:  # of any kind, as what torch makes of a broken pickle
+    except Exception as error:  # a damaged pickle can make torch raise anything
         raise SourceError(f"{path}: not a whole torch file ({first_line(error)}); fetch it again") from None
-    # the methods of the types: a pickle may give a dictionary or a tensor attributes of the same names
+    # call the methods of the types: a pickle may give a dictionary or a tensor attributes with the same names
     if not isinstance(state, dict) or not all(_is_plain(name, value) for name, value in dict.items(state)):
         raise SourceError(f"{path}: is not a plain dictionary of tensors; save the model's state_dict()")
     return {name: torch.Tensor.detach(value) for name, value in dict.items(state)}
@@ -107,11 +131,11 @@ def _is_plain(name: Any, value: Any) -> bool:
 
 
 def _check(path: Path) -> None:
-    """Raise UnpicklingError or ValueError for a file that torch should not be given."""
+    """Raise UnpicklingError or ValueError for a file that torch must not be given."""
     from torch._C import PyTorchFileReader
 
     size = path.stat().st_size
-    # a map, as a file would allocate what a length in it claims
+    # memory-mapped: reading from the file would allocate whatever a length in it claims
     with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as file:
         if file[:4] != b"PK\x03\x04":  # the format before torch 1.6
             for _ in range(_PICKLES_BEFORE + 1):
@@ -120,7 +144,7 @@ def _check(path: Path) -> None:
         with zipfile.ZipFile(opened) as archive:
             if any(entry.filename.endswith("/constants.pkl") for entry in archive.infolist()):
                 raise _TorchScriptError
-            for entry in archive.infolist():  # torch.save compresses nothing, a bomb would
+            for entry in archive.infolist():  # torch.save never compresses, a zip bomb does
                 if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
                     raise ValueError(f"{entry.filename} is compressed")
     check_pickle(io.BytesIO(PyTorchFileReader(str(path)).get_record("data.pkl")), size)
@@ -142,7 +166,7 @@ def _dtype_name(value: Tensor, path: Path) -> str:
         torch.bool: "BOOL",
     }
     if value.dtype not in names:
-        raise SourceError(f"{path}: a tensor has dtype {value.dtype}, which quantize8 cannot read")
+        raise SourceError(f"{path}: a tensor has dtype {value.dtype}, which quantize8 cannot read; save it as float32")
     return names[value.dtype]
 
 

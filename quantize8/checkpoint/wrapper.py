@@ -1,4 +1,4 @@
-"""A checkpoint read through another: what is said once of all such."""
+"""The base of checkpoints that read through another one."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from quantize8.ops.reference import Array
 
 
 class Wrapper(Checkpoint):
-    """A checkpoint around `inner`, which answers all that a subclass does not.
+    """A checkpoint that delegates to another one whatever a subclass does not override.
 
-    `blocks` alone is not handed on: it reads by the subclass's `rows`.
+    Only `blocks` is not delegated, so that it reads through the subclass's `rows`.
+
+    Args:
+        inner: The checkpoint to delegate to.
+        tensors: The tensors of the wrapper by name.
     """
 
     def __init__(self, inner: Checkpoint, tensors: dict[str, TensorInfo]) -> None:

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
-from quantize8.checkpoint.structure import CONV1D, linear_kinds
+from quantize8.checkpoint.structure import CONV1D, READ_DIRECTLY, linear_kinds
 from quantize8.errors import WeightError
 from quantize8.model.config import METHOD, Int8Config
 from quantize8.model.experts import PROJECTIONS, SCALE, Int8Experts
@@ -101,6 +101,8 @@ class Int8Quantizer(HfQuantizer):
         if config.llm_int8_enable_fp32_cpu_offload and isinstance(device_map, dict):
             skip += [name for name, device in device_map.items() if device in ("cpu", "disk")]
         skip += _tied_modules(model)
+        if not self.pre_quantized:  # what a folder stores as int8 must not be loaded as floating point
+            skip += [name for name in linear_kinds(model) if name.endswith(READ_DIRECTLY)]
         mode: OutlierMode = getattr(config, "mode", "bitsandbytes")
         if getattr(config, "quantize_experts", False) and not config.llm_int8_has_fp16_weight:
             for name, module in list(model.named_modules()):
