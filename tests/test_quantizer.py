@@ -2,16 +2,20 @@
 
 import pytest
 import torch
+from cuda_on_cpu.emulation import EmulatedGpu
 from making import llama, mixtral, qwen3_moe
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import quantize8
 from quantize8 import Int8Config, Int8Linear, WeightError
-from quantize8.ops import reference
+from quantize8.errors import DeviceWarning
+from quantize8.ops import gpu, reference
+from quantize8.ops.reference import Int8Weight
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 
@@ -187,6 +191,28 @@ def test_a_config_names_the_modes_there_are(mode):
     message = f"^Int8Config: mode {mode} is unknown; name one of hybrid, dynamic, bitsandbytes$"
     with pytest.raises(ValueError, match=message):
         Int8Config(mode=mode)
+
+
+def test_without_a_mode_a_cpu_takes_bitsandbytes_and_a_gpu_dynamic_without_a_warning(tmp_path, monkeypatch):
+    """The GPU is emulated: a fake tensor stands for the device, and the kernel gets tensors in main memory."""
+    source = llama(tmp_path / "source")
+    monkeypatch.setattr(gpu, "gpu_of", lambda index: EmulatedGpu())
+    monkeypatch.setattr(nn.Linear, "reset_parameters", lambda self: None)  # would need random numbers from a GPU
+    gpu._say.cache_clear()
+    x, weight = torch.ones(17, 64), Int8Weight(torch.ones(96, 64, dtype=torch.int8), torch.ones(96))
+    for asked, on_cpu, on_gpu in ((None, "bitsandbytes", "dynamic"), ("bitsandbytes", "bitsandbytes", "bitsandbytes")):
+        for options in ({}, {"llm_int8_has_fp16_weight": True}):
+            layer = on_the_fly(source, mode=asked, **options).get_submodule(LINEAR)
+            assert (layer.mode, layer.chosen_mode) == (on_cpu, asked)
+            with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+                moved = type(layer)(64, 96, False, mode=layer.chosen_mode)
+            assert moved.mode == on_gpu
+            if asked is None:
+                gpu.linear(x, weight, None, moved.threshold, moved.mode)
+        if asked is not None:
+            with pytest.warns(DeviceWarning, match="no kernel for mode bitsandbytes"):
+                gpu.linear(x, weight, None, moved.threshold, moved.mode)
+    gpu._say.cache_clear()
 
 
 def test_an_int8_config_is_still_refused_for_other_formats(tmp_path):

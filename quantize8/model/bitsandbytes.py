@@ -135,9 +135,9 @@ def _probe(module: Any, layer: Linear8bitLt, name: str) -> tuple[Tensor, Tensor]
     """Inputs float32 [4, K], and what the adapter of this name adds to the layer's outputs, [4, N]."""
     x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0)).to(layer.SCB.device)
     x[4] = 0  # what is added to the bias
-    mode, active, training = layer.mode, module._active_adapter, module.training
+    mode, active, training = layer.chosen_mode, module._active_adapter, module.training
     try:
-        layer.mode, module._active_adapter = "dynamic", [name]  # which quantizes no inputs that are so few
+        layer.mode, module._active_adapter = "dynamic", [name]  # this mode does not quantize so few inputs
         module.eval()
         with torch.no_grad():
             added = module(x) - layer(x)

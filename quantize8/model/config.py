@@ -39,7 +39,7 @@ class Int8Config(QuantizationConfigMixin):
         llm_int8_skip_modules: list[str] | None = None,
         llm_int8_enable_fp32_cpu_offload: bool = False,
         llm_int8_has_fp16_weight: bool = False,
-        mode: OutlierMode = "bitsandbytes",
+        mode: OutlierMode | None = None,
         quantize_experts: bool = True,
         **extra: Any,
     ) -> None:
@@ -49,7 +49,7 @@ class Int8Config(QuantizationConfigMixin):
             raise ValueError(f"Int8Config: {unknown} is not for int8; use transformers' BitsAndBytesConfig for 4-bit")
         if not llm_int8_threshold >= 0:
             raise ValueError(f"Int8Config: llm_int8_threshold {llm_int8_threshold} must be 0 (off) or positive")
-        if mode not in MODES:
+        if mode is not None and mode not in MODES:
             raise ValueError(f"Int8Config: mode {mode} is unknown; name one of {', '.join(MODES)}")
         self.quant_method = METHOD
         self.load_in_8bit = True

@@ -17,7 +17,7 @@ SCALE = "_SCB"  # appended to a projection's name: its absmax float32 [E, N]
 class Int8Experts(nn.Module):
     """The experts of `source` in int8. While a model is loaded they are two tensors; then `split` makes them layers."""
 
-    def __init__(self, source: nn.Module, threshold: float, mode: LayerMode) -> None:
+    def __init__(self, source: nn.Module, threshold: float, mode: LayerMode | None) -> None:
         super().__init__()
         self.threshold, self.mode = threshold, mode
         self._source: Any

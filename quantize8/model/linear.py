@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from quantize8.errors import WeightError
 from quantize8.model.weight import Int8Weight
 from quantize8.ops import bitsandbytes
+from quantize8.ops.choice import default_mode
 from quantize8.ops.operator import linear, packed_linear
 from quantize8.ops.reference import DECODE_TOKENS, DEFAULT_THRESHOLD, INT8_MAX, STATIC_MODES, LayerMode
 
@@ -38,12 +39,12 @@ class Int8Linear(nn.Linear):
         out_features: int,
         bias: bool = True,
         threshold: float = DEFAULT_THRESHOLD,
-        mode: LayerMode = "dynamic",
+        mode: LayerMode | None = "dynamic",
         device: Any = None,
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        self.threshold, self.mode = threshold, mode
+        self.threshold, self.chosen_mode = threshold, mode
         self.transposed = False  # whether it stands for a Conv1D, which is stored [K, N] in floating point
         self._packed: PackedWeight | None = None
         codes = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
@@ -67,6 +68,15 @@ class Int8Linear(nn.Linear):
         if source.bias is not None:
             layer.bias = nn.Parameter(source.bias.detach().clone(), requires_grad=False)
         return layer
+
+    @property
+    def mode(self) -> LayerMode:
+        """The outlier mode that the layer computes in: `chosen_mode`, or the default for the layer's device."""
+        return self.chosen_mode or default_mode(self.SCB.device.type)
+
+    @mode.setter
+    def mode(self, value: LayerMode | None) -> None:
+        self.chosen_mode = value
 
     @property
     def weight(self) -> Any:

@@ -101,7 +101,7 @@ class Int8Quantizer(HfQuantizer):
         if config.llm_int8_enable_fp32_cpu_offload and isinstance(device_map, dict):
             skip += [name for name, device in device_map.items() if device in ("cpu", "disk")]
         skip += _tied_modules(model)
-        mode: OutlierMode = getattr(config, "mode", "bitsandbytes")
+        mode: OutlierMode | None = getattr(config, "mode", None)  # a BitsAndBytesConfig names none
         if getattr(config, "quantize_experts", False) and not config.llm_int8_has_fp16_weight:
             for name, module in list(model.named_modules()):
                 if Int8Experts.fits(module) and should_convert_module(name, skip):
@@ -229,7 +229,7 @@ def _layer_class() -> type[Int8Linear]:
     return Linear8bitLt
 
 
-def _empty_layer(module: nn.Module, kind: str, config: Any, mode: OutlierMode) -> nn.Module:
+def _empty_layer(module: nn.Module, kind: str, config: Any, mode: OutlierMode | None) -> nn.Module:
     """A layer of ours without values, for a Linear or Conv1D without values."""
     weight = module.weight
     assert isinstance(weight, torch.Tensor)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from quantize8.errors import SourceError, WeightError
 from quantize8.model.linear import Int8Linear, checked_quantize, quantize
 from quantize8.ops import cpu
+from quantize8.ops.choice import default_mode
 from quantize8.ops.operator import linear
 from quantize8.ops.reference import DEFAULT_THRESHOLD, INT8_MAX, LayerMode
 
@@ -34,13 +35,23 @@ class TrainableInt8Linear(nn.Linear):
         out_features: int,
         bias: bool = True,
         threshold: float = DEFAULT_THRESHOLD,
-        mode: LayerMode = "dynamic",
+        mode: LayerMode | None = "dynamic",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.threshold, self.mode, self.transposed = threshold, mode, False
+        self.threshold, self.chosen_mode, self.transposed = threshold, mode, False
         self._kept: tuple[Tensor, int, Tensor, Tensor] | None = None
+
+    @property
+    def mode(self) -> LayerMode:
+        """The outlier mode that the layer computes in: `chosen_mode`, or the default for the layer's device."""
+        weight: Any = self._parameters["weight"]
+        return self.chosen_mode or default_mode(weight.device.type)
+
+    @mode.setter
+    def mode(self, value: LayerMode | None) -> None:
+        self.chosen_mode = value
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from quantize8.errors import DependencyError, DeviceWarning
 from quantize8.ops import reference
-from quantize8.ops.reference import ColumnStats, Int8Weight
+from quantize8.ops.reference import ColumnStats, Int8Weight, OutlierMode
 
 DEVICES = ("auto", "cpu", "cuda")
 _ROUNDING = 1.05  # what a product may be off by, over rounding the exact result
@@ -39,6 +39,15 @@ def resolve(device: str) -> str:
         raise DependencyError(reason)
     warnings.warn(f"{reason}; going on with the CPU", DeviceWarning, stacklevel=2)
     return "cpu"
+
+
+def default_mode(device_type: str) -> OutlierMode:
+    """The outlier mode of a layer for which the user named none, by torch's name of the device type.
+
+    On a CPU it is bitsandbytes, whose results do not change when a program moves here from bitsandbytes. No GPU kernel
+    computes that mode, so on a GPU it is dynamic, and no warning is due.
+    """
+    return "dynamic" if device_type == "cuda" else "bitsandbytes"
 
 
 @cache
