@@ -20,7 +20,7 @@ pytestmark = [
 
 IDS = torch.arange(2, 14)[None]  # short enough for exact activations: outputs are those of the dequantized weights
 LINEARS = ["q_proj", "v_proj", "up_proj", "down_proj"]
-CODES = "holds int8 codes, and .* takes them for floating point"
+CODES = "holds int8 codes, but .* treats them as floating point"
 
 # methods that PEFT merges into 8-bit layers
 MERGED = {

@@ -155,7 +155,7 @@ def test_float_weights_where_the_folder_promises_int8_are_refused(tmp_path):
     state = load_file(tmp_path / "int8" / "model.safetensors")
     state[f"{LINEAR}.weight"] = state[f"{LINEAR}.weight"].half()
     save_file(state, tmp_path / "int8" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(WeightError, match=r"layers.0.mlp.up_proj: its weight is torch.float16, not int8; name it"):
+    with pytest.raises(WeightError, match=r"layers.0.mlp.up_proj: its weight is torch.float16, not int8; add it"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "int8", quantization_config=Int8Config())
 
 
@@ -182,7 +182,7 @@ def test_what_an_int8_folder_leaves_open_is_as_the_given_config_says(tmp_path):
     expected, _ = quantize8.load(tmp_path / "int8", mode="dynamic", threshold=0.5, dtype=model.dtype)
     assert torch.equal(logits(model), logits(expected))
     trained = Int8Config(llm_int8_has_fp16_weight=True)
-    with pytest.raises(ValueError, match="this model is stored in int8; give its source, or dequantize it"):
+    with pytest.raises(ValueError, match="this model is stored in int8; load its source, or dequantize it"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "int8", quantization_config=trained)
 
 
@@ -243,7 +243,7 @@ def test_disk_offload_computes_the_same_and_holds_no_packed_weight(tmp_path):
             assert mode == "dynamic" or torch.equal(logits(model), logits(whole))
             assert (logits(model) - logits(whole)).norm() / logits(whole).norm() < 0.02
         assert layer.weight.is_meta and layer._packed is None
-    with pytest.raises(ValueError, match="goes to disk before it is int8; convert the model"):
+    with pytest.raises(ValueError, match="is offloaded to disk before it is quantized to int8; convert the model"):
         on_the_fly(source, device_map=places, offload_folder=tmp_path / "offload")
 
 
@@ -337,8 +337,8 @@ def test_a_weight_that_is_no_int8_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"load_in_8bit": False}, "load_in_8bit=False is not for int8"),
-        ({"bnb_4bit_quant_type": "nf4"}, "bnb_4bit_quant_type is not for int8"),
+        ({"load_in_8bit": False}, "load_in_8bit=False is not an option for int8"),
+        ({"bnb_4bit_quant_type": "nf4"}, "bnb_4bit_quant_type is not an option for int8"),
         ({"llm_int8_threshold": -1.0}, "llm_int8_threshold -1.0 must be 0"),
         ({"llm_int8_threshold": float("nan")}, "llm_int8_threshold nan must be 0"),
     ],
