@@ -148,8 +148,8 @@ def _compare_chunk(ours: Tensor, theirs: Tensor, targets: Tensor) -> tuple[Array
     kl = terms.sum(-1, dtype=torch.float64).cpu().numpy()
     if not np.isfinite(kl).all():
         raise SourceError(
-            "the model gives a token the probability 0 that the reference does not, so KL is infinite; leave "
-            "--reference out"
+            "the model gives a token the probability 0 that the reference does not, so KL is infinite; compare models "
+            "that exclude the same tokens"
         )
     return nll, reference_nll, kl, same.cpu().numpy()
 
