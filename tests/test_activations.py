@@ -287,7 +287,7 @@ def test_without_one_within_the_budget_the_least_error_is_advised():
     advice = recommend(table(0.010, 0.010, 0.012), 0.009)
     assert (advice.threshold, advice.met) == (3.0, False)
     assert advice.reason.startswith("no threshold keeps the expected error within 0.009; the least is 0.0100")
-    assert "0.0080 comes of rounding the weights" in advice.reason
+    assert "0.0080 comes from rounding the weights" in advice.reason
 
 
 def test_stored_columns_are_advised_where_no_threshold_keeps_the_budget():

@@ -76,7 +76,7 @@ def test_the_device_asked_for(monkeypatch):
     with pytest.raises(DependencyError, match="is broken; fix it, or use --device cpu"):
         choice.resolve("cuda")
     with pytest.warns(
-        DeviceWarning, match="^device cuda: is broken; fix it, or use --device cpu; going on with the CPU$"
+        DeviceWarning, match="^device cuda: is broken; fix it, or use --device cpu; using the CPU instead$"
     ):
         assert choice.resolve("auto") == "cpu"
 
@@ -114,7 +114,7 @@ def test_a_kernel_that_does_nothing_is_named(monkeypatch, a_gpu, entry, outputs,
     assert choice.disagreement(None) == named
     a_gpu()
     monkeypatch.setattr(choice, "disagreement", lambda index: named)
-    assert f"{named} of GPU 0 differs from the reference" in choice.problem()
+    assert f"kernel {named} on GPU 0 differs from the reference" in choice.problem()
 
 
 class FakeDriver(types.SimpleNamespace):

@@ -179,7 +179,7 @@ def test_sums_are_exact_at_the_largest_columns_and_values(columns):
 
 def test_a_layer_that_sums_cannot_hold_is_refused():
     codes = torch.zeros(1, 1, dtype=torch.int8).expand(1, units.LARGEST_K + 1)
-    with pytest.raises(WeightError, match="133145 input features: int32 sums hold 133144 at most"):
+    with pytest.raises(WeightError, match="133145 input features: int32 sums hold at most 133144"):
         cpu.int8_matmul(codes, codes)
 
 

@@ -20,7 +20,7 @@ pytestmark = [
 
 IDS = torch.arange(2, 14)[None]  # short enough for exact activations: outputs are those of the dequantized weights
 LINEARS = ["q_proj", "v_proj", "up_proj", "down_proj"]
-CODES = "holds int8 codes, and .* takes them for floating point"
+CODES = "holds int8 codes, but .* treats them as floating point"
 
 # methods that PEFT merges into 8-bit layers
 MERGED = {
@@ -48,7 +48,7 @@ TRAINED = {
     "LOKR": ({"r": 4}, WeightError, CODES),
     # PEFT multiplies its factors in the wrong order: an error where they do not fit, and else silently, but for ours
     "RANDLORA": ({"r": 4, "target_modules": ["down_proj"]}, RuntimeError, "shapes cannot be multiplied"),
-    "RANDLORA square": ({"r": 4, "target_modules": ["q_proj"]}, WeightError, "is not what the adapter computes"),
+    "RANDLORA square": ({"r": 4, "target_modules": ["q_proj"]}, WeightError, "differs from what the adapter computes"),
     "VBLORA": ({"num_vectors": 8, "vector_length": 4}, WeightError, CODES),
     "WAVEFT": ({"n_frequency": 16}, WeightError, CODES),
 }

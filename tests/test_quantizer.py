@@ -2,16 +2,20 @@
 
 import pytest
 import torch
+from cuda_on_cpu.emulation import EmulatedGpu
 from making import llama, mixtral, qwen3_moe, saved
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, MambaForCausalLM
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import quantize8
 from quantize8 import Int8Config, Int8Linear, WeightError
-from quantize8.ops import reference
+from quantize8.errors import DeviceWarning
+from quantize8.ops import gpu, reference
+from quantize8.ops.reference import Int8Weight
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 
@@ -167,7 +171,7 @@ def test_float_weights_where_the_folder_promises_int8_are_refused(tmp_path):
     state = load_file(tmp_path / "int8" / "model.safetensors")
     state[f"{LINEAR}.weight"] = state[f"{LINEAR}.weight"].half()
     save_file(state, tmp_path / "int8" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(WeightError, match=r"layers.0.mlp.up_proj: its weight is torch.float16, not int8; name it"):
+    with pytest.raises(WeightError, match=r"layers.0.mlp.up_proj: its weight is torch.float16, not int8; add it"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "int8", quantization_config=Int8Config())
 
 
@@ -194,7 +198,7 @@ def test_what_an_int8_folder_leaves_open_is_as_the_given_config_says(tmp_path):
     expected, _ = quantize8.load(tmp_path / "int8", mode="dynamic", threshold=0.5, dtype=model.dtype)
     assert torch.equal(logits(model), logits(expected))
     trained = Int8Config(llm_int8_has_fp16_weight=True)
-    with pytest.raises(ValueError, match="this model is stored in int8; give its source, or dequantize it"):
+    with pytest.raises(ValueError, match="this model is stored in int8; load its source, or dequantize it"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "int8", quantization_config=trained)
 
 
@@ -203,6 +207,28 @@ def test_a_config_names_the_modes_there_are(mode):
     message = f"^Int8Config: mode {mode} is unknown; name one of hybrid, dynamic, bitsandbytes$"
     with pytest.raises(ValueError, match=message):
         Int8Config(mode=mode)
+
+
+def test_without_a_mode_a_cpu_takes_bitsandbytes_and_a_gpu_dynamic_without_a_warning(tmp_path, monkeypatch):
+    """The GPU is emulated: a fake tensor stands for the device, and the kernel gets tensors in main memory."""
+    source = llama(tmp_path / "source")
+    monkeypatch.setattr(gpu, "gpu_of", lambda index: EmulatedGpu())
+    monkeypatch.setattr(nn.Linear, "reset_parameters", lambda self: None)  # would need random numbers from a GPU
+    gpu._say.cache_clear()
+    x, weight = torch.ones(17, 64), Int8Weight(torch.ones(96, 64, dtype=torch.int8), torch.ones(96))
+    for asked, on_cpu, on_gpu in ((None, "bitsandbytes", "dynamic"), ("bitsandbytes", "bitsandbytes", "bitsandbytes")):
+        for options in ({}, {"llm_int8_has_fp16_weight": True}):
+            layer = on_the_fly(source, mode=asked, **options).get_submodule(LINEAR)
+            assert (layer.mode, layer.chosen_mode) == (on_cpu, asked)
+            with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+                moved = type(layer)(64, 96, False, mode=layer.chosen_mode)
+            assert moved.mode == on_gpu
+            if asked is None:
+                gpu.linear(x, weight, None, moved.threshold, moved.mode)
+        if asked is not None:
+            with pytest.warns(DeviceWarning, match="no kernel for mode bitsandbytes"):
+                gpu.linear(x, weight, None, moved.threshold, moved.mode)
+    gpu._say.cache_clear()
 
 
 def test_an_int8_config_is_still_refused_for_other_formats(tmp_path):
@@ -233,7 +259,7 @@ def test_disk_offload_computes_the_same_and_holds_no_packed_weight(tmp_path):
             assert mode == "dynamic" or torch.equal(logits(model), logits(whole))
             assert (logits(model) - logits(whole)).norm() / logits(whole).norm() < 0.02
         assert layer.weight.is_meta and layer._packed is None
-    with pytest.raises(ValueError, match="goes to disk before it is int8; convert the model"):
+    with pytest.raises(ValueError, match="is offloaded to disk before it is quantized to int8; convert the model"):
         on_the_fly(source, device_map=places, offload_folder=tmp_path / "offload")
 
 
@@ -327,8 +353,8 @@ def test_a_weight_that_is_no_int8_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"load_in_8bit": False}, "load_in_8bit=False is not for int8"),
-        ({"bnb_4bit_quant_type": "nf4"}, "bnb_4bit_quant_type is not for int8"),
+        ({"load_in_8bit": False}, "load_in_8bit=False is not an option for int8"),
+        ({"bnb_4bit_quant_type": "nf4"}, "bnb_4bit_quant_type is not an option for int8"),
         ({"llm_int8_threshold": -1.0}, "llm_int8_threshold -1.0 must be 0"),
         ({"llm_int8_threshold": float("nan")}, "llm_int8_threshold nan must be 0"),
     ],

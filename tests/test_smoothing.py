@@ -252,7 +252,7 @@ def test_only_known_families_are_smoothed(tmp_path):
 
 def test_a_quantized_source_is_refused(tmp_path):
     convert(str(llama(tmp_path / "source")), tmp_path / "int8")
-    with pytest.raises(SourceError, match="int8: is quantized, and is not smoothed"):
+    with pytest.raises(SourceError, match="int8: is quantized, and only floating-point weights can be smoothed"):
         smooth(open_checkpoint(str(tmp_path / "int8")), {}, 0.5)
 
 

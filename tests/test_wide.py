@@ -183,7 +183,7 @@ def test_decode_takes_stored_columns_to_a_254th_of_a_step(shape, dtype, unit):
 @pytest.mark.parametrize("column", [-1, 64])
 def test_columns_that_are_not_there_are_refused_before_c_sees_them(column):
     codes, exact = torch.ones(3, 64, dtype=torch.int8), torch.ones(3, 1).half()
-    with pytest.raises(WeightError, match="an outlier column is not one of 0 to 63"):
+    with pytest.raises(WeightError, match="an outlier column is not in 0 to 63"):
         PackedWeight(codes, torch.ones(3), None, torch.tensor([5, column]), exact)
 
 

@@ -1,1 +1,1 @@
-"""The runtime: int8 layers, and loading a folder into a transformers model that uses them."""
+"""The runtime: int8 layers, and loading a checkpoint into a transformers model that uses them."""

@@ -1,8 +1,9 @@
-"""What a text does to the inputs of a model's Linear layers: outliers, and the features that they gather in.
+"""Outliers in the inputs of a model's Linear layers for a given text, and the features in which they occur.
 
-Emergent outlier features are told by the criteria of LLM.int8() (section 4): a feature (column of the hidden state)
-with magnitudes of at least 6 in at least 25% of the layer inputs and at 6% of the positions. A layer input is the
-output of a norm that Linear layers or experts read: the inputs of the attention and of the feed-forward block.
+Emergent outlier features are identified by the criteria of LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339,
+section 4): a feature (column of the hidden state) with magnitudes of at least 6 in at least 25% of the layer inputs and
+at 6% of the positions or more. A layer input is the output of a norm that Linear layers or experts read: the input of
+the attention or of the feed-forward block.
 """
 
 from __future__ import annotations
@@ -33,21 +34,27 @@ from quantize8.model.features import LayerInput, affected, emergent_features, fe
 from quantize8.model.linear import Int8Linear
 from quantize8.model.outliers import ActivationReport, LayerThreshold, LinearReport, StaticColumns, ThresholdReport
 
-# Called with a layer's name, the layer, its input float32 [T, K], and its output float32 [T, N], both on the CPU: None
-# of the output head, which computes the last position only. Weights are in place, of a streamed model too.
+# Called with a layer's name, the layer, its input float32 [T, K] and its output float32 [T, N], both on the CPU. The
+# output is None for the output head, which computes the last position only. The layer's weight can be read during the
+# call, in a streamed model too.
 Watcher = Callable[[str, nn.Module, Tensor, Tensor | None], None]
 
-_RECENT_NORMS = 8  # norm outputs kept to recognize what a Linear reads; a block applies fewer in a row
+_RECENT_NORMS = 8  # norm outputs held to recognize what a Linear layer reads; a block applies fewer in a row
 
 
 def activations(model: Any, ids: Tensor, threshold: float, layer: str = "*") -> ActivationReport:
-    """Outliers in the inputs of a model's Linear layers over token ids [T], one sequence.
+    """Run a sequence through a model and report the outliers in the inputs of its Linear layers.
 
-    Args: model, loaded or streamed; layer, a glob of the module names to report.
+    Args:
+        model: A transformers model, loaded or streamed.
+        ids: Token ids int64 [T], one sequence.
+        threshold: Elements with |x| >= threshold are outliers.
+        layer: A glob pattern for the names of the modules to report.
     """
     recorder = _Recorder(model, threshold, layer)
     with recorder.recording(), torch.no_grad():
-        model(ids[None] if model.device.type == "meta" else ids[None].to(model.device))  # a streamed one says meta
+        # a streamed model has the device meta, and takes its inputs on the CPU
+        model(ids[None] if model.device.type == "meta" else ids[None].to(model.device))
     inputs = recorder.inputs
     report = ActivationReport(len(ids), threshold, recorder.linears, len(inputs))
     report.emergent = emergent_features(inputs)
@@ -61,28 +68,29 @@ def activations(model: Any, ids: Tensor, threshold: float, layer: str = "*") -> 
 def watch(model: Any, watcher: Watcher) -> Iterator[None]:
     """Call `watcher` after each Linear or Conv1D layer of a model has computed, while the context lasts.
 
-    Of the output head only the last position is computed: nobody here reads the rest, which may be the largest product.
+    The output head computes the last position only: its other outputs are not needed here, and they may be the largest
+    product of the model.
     """
     head = model.get_output_embeddings()
     with ExitStack() as stack:
         for name, module in linear_layers(model):
             if module is head:
                 hook = module.register_forward_pre_hook(_head_watcher(name, watcher))
-            else:  # first of all, as the last drops the weight of a streamed layer
+            else:  # before other hooks, as the one of a streamed layer drops its weight
                 hook = module.register_forward_hook(_layer_watcher(name, watcher), prepend=True)
             stack.callback(hook.remove)
         yield
 
 
 def linear_layers(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """The layers that `watch` sees, by their names in the model."""
+    """The Linear and Conv1D layers of a model, which `watch` sees, with their module names."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
             yield name, module
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """The weight of a Linear or Conv1D layer, dequantized if need be: float32 [N, K] on the CPU."""
+    """The weight of a Linear or Conv1D layer, dequantized if it is int8: float32 [N, K] on the CPU."""
     if isinstance(module, Int8Linear):
         return module.dequantize().cpu()
     stored: Any = module.weight
@@ -111,9 +119,9 @@ def _layer_watcher(name: str, watcher: Watcher) -> Callable[..., None]:
 
 @dataclass
 class _Input:
-    """What is known of an input that several layers may read: q, k and v the same one."""
+    """An input float32 [T, K] that several layers may share, as the query, key and value layers do."""
 
-    values: Tensor  # held, so that no later tensor takes its place in memory
+    values: Tensor  # a reference, so that no later tensor reuses its memory
     version: int
     energy: Tensor  # float64 [K], sum of x^2
     errors: list[InputError]
@@ -122,12 +130,12 @@ class _Input:
 @dataclass
 class _NormOutput:
     name: str
-    values: Tensor  # held, as above
-    counted: bool = False
+    values: Tensor  # a reference, as above
+    counted: bool = False  # whether it has been counted as a layer input
 
 
 class _Recorder:
-    """Notes the outliers of each Linear's input, and the layer inputs, during one forward pass."""
+    """Records the outliers in each Linear layer's input, and the layer inputs, during one forward pass."""
 
     def __init__(self, model: Any, threshold: float, layer: str) -> None:
         self.linears: list[LinearReport] = []
@@ -150,13 +158,13 @@ class _Recorder:
 
     def _norm_noter(self, name: str) -> Callable[..., None]:
         def note(_module: Any, _inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor):  # some norms return a residual beside it, and are not recognized
+            if isinstance(output, Tensor):  # norms that also return a residual are not recognized
                 self._norms.append(_NormOutput(name, output))
 
         return note
 
     def _note_layer_input(self, _module: Any, inputs: tuple[Any, ...]) -> None:
-        """Count x where it is the output of a norm that no layer has read before."""
+        """Count x as a layer input if it is the output of a norm and no layer has read it before."""
         x = inputs[0]
         for norm in self._norms:
             if norm.values.data_ptr() == x.data_ptr() and norm.values.numel() == x.numel():
@@ -171,7 +179,7 @@ class _Recorder:
         magnitudes, known = x.abs(), self._input(x)
         over, peaks = magnitudes >= self._threshold, magnitudes.amax(0)
         later = magnitudes[1:].amax(0) if len(x) > 1 else torch.zeros_like(peaks)
-        alone, errors, static = _output_errors(known, module, y)
+        rounding_error, errors, static = _output_errors(known, module, y)
         width: Any = module.nf if isinstance(module, Conv1D) else module.out_features
         self.linears.append(
             LinearReport(
@@ -185,10 +193,10 @@ class _Recorder:
                 rms=math.sqrt(float(known.energy.sum()) / x.numel()),
                 columns=over.any(0).nonzero().flatten().tolist(),
                 positions=float(over.any(1).double().mean()),
-                weight_error=alone,
+                weight_error=rounding_error,
                 thresholds=[
-                    LayerThreshold(found.threshold, found.columns, found.positions, 2 * width * found.columns, e)
-                    for found, e in zip(known.errors, errors, strict=True)
+                    LayerThreshold(entry.threshold, entry.columns, entry.positions, 2 * width * entry.columns, error)
+                    for entry, error in zip(known.errors, errors, strict=True)
                 ],
                 static=static,
             )
@@ -206,9 +214,9 @@ class _Recorder:
 def _output_errors(
     known: _Input, module: Any, y: Tensor | None
 ) -> tuple[float | None, list[float | None], StaticColumns | None]:
-    """Expected relative errors of a layer's output: of the weight alone, at each threshold, and with stored columns.
+    """Expected relative errors of a layer's output: from the weight alone, at each threshold, with stored columns.
 
-    None without y, and where a weight cannot be int8.
+    All are None without y, and where the weight cannot be quantized to int8.
     """
     nothing: list[float | None] = [None] * len(known.errors)
     if y is None:
@@ -219,7 +227,7 @@ def _output_errors(
         return None, nothing, None
     product = y if module.bias is None else y - module.bias.cpu()
     y_energy = float(torch.linalg.vector_norm(product, dtype=torch.float64)) ** 2
-    squares: list[Tensor | float] = [0.0, *(found.squares for found in known.errors)]
+    squares: list[Tensor | float] = [0.0, *(entry.squares for entry in known.errors)]
     errors = [relative_error(entry, known.energy, rounded, y_energy) for entry in squares]
     columns, exact = choose_columns(known.values, rounded)
     left = without(rounded, columns[:exact])
@@ -228,12 +236,12 @@ def _output_errors(
 
 
 def _holds_experts(module: nn.Module) -> bool:
-    """Whether a module holds experts, as transformers joins them: tensors [E, N, K]."""
+    """Whether a module holds experts as transformers joins them, in tensors [E, N, K]."""
     return any(value is not None and value.dim() == 3 for value in module._parameters.values())
 
 
 def _sum_up(report: ActivationReport) -> None:
-    """All layers but the output head together, at each threshold."""
+    """Fill in the figures of a report over all layers but the output head, at each threshold."""
     judged = [entry for entry in report.linears if entry.weight_error is not None]
     if not judged:
         return

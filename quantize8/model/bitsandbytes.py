@@ -1,7 +1,7 @@
-"""Int8Linear as bitsandbytes' Linear8bitLt, by which PEFT knows 8-bit layers: its methods for these train and merge.
+"""Int8Linear as a subclass of bitsandbytes' Linear8bitLt, so that PEFT's methods for 8-bit layers train and merge it.
 
-PEFT asks such a layer for `state` and `index`, and its weight for `SCB` and `has_fp16_weights`; to merge, it assigns a
-new weight.
+PEFT recognizes 8-bit layers by that class. It reads `state` and `index` of such a layer, and `SCB` and
+`has_fp16_weights` of its weight; to merge an adapter, it assigns a new weight.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from quantize8.model.weight import Int8Weight
 
 
 class Int8Params(Int8Weight):
-    """The weight under the name that PEFT dequantizes by."""
+    """The weight, under the class name by which PEFT decides to dequantize."""
 
-    has_fp16_weights = True  # so that PEFT hands over a merged weight in floating point, and the layer quantizes it
+    has_fp16_weights = True  # so that PEFT assigns a merged weight in floating point, which the layer quantizes
 
     @property
     def SCB(self) -> Tensor | None:
-        """The absmax of each row, float32 [N]; None for what was made from a layer's weight."""
+        """The absmax of each row, float32 [N]; None for a tensor that was computed from a layer's weight."""
         return None if self.layer is None else self.layer.SCB.detach()
 
 
@@ -43,28 +43,28 @@ class State:
         return self._layer.stored_codes()
 
     def reset_grads(self) -> None:
-        """Nothing is kept from one pass to the next."""
+        """Do nothing: no state is carried from one pass to the next."""
 
 
 class Linear8bitLt(Int8Linear, bitsandbytes.nn.Linear8bitLt):
-    """An Int8Linear that is a bitsandbytes layer to `isinstance`; it computes as Int8Linear does."""
+    """An Int8Linear that `isinstance` takes for a bitsandbytes layer; it computes as Int8Linear does."""
 
     index = None
 
     @property
     def state(self) -> State:
-        """What the layer holds, as of now; writing to it changes nothing."""
+        """A snapshot of the layer's scales and threshold; writing to it does not change the layer."""
         return State(self)
 
     @state.setter
     def state(self, _: State) -> None:
-        """PEFT gives back the state that it took."""
+        """Ignore the assignment, by which PEFT returns the state that it read."""
 
     def _view(self, stored: Tensor) -> Int8Weight:
         return Int8Params(stored.detach(), layer=self)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As Int8Linear's; a weight of bitsandbytes' is quantized where it is not, or brings its scales."""
+        """As in Int8Linear; bitsandbytes' Int8Params are quantized if in floating point, or else bring their scales."""
         if name != "weight" or not isinstance(value, bitsandbytes.nn.Int8Params):
             super().__setattr__(name, value)
         elif value.dtype.is_floating_point:
@@ -76,15 +76,19 @@ class Linear8bitLt(Int8Linear, bitsandbytes.nn.Linear8bitLt):
             self.SCB.data = value.SCB.float()
 
     def init_8bit_state(self) -> None:
-        """Codes and scales stay where they are."""
+        """Do nothing: codes and scales are already attributes of the layer."""
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """As nn.Module's."""
+        """As nn.Module.to."""
         return nn.Module.to(self, *args, **kwargs)
 
 
 def check_adapters() -> None:
-    """Have PEFT refuse, over our layers, adapters that became int8 as the weight is, and weights merged wrongly."""
+    """Patch PEFT to raise WeightError, on quantize8's layers, for adapters that became int8 and for wrong merges.
+
+    Some PEFT methods create their tensors in the weight's dtype, here int8, and some merge another result than the
+    adapter computes.
+    """
     import peft
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -108,13 +112,13 @@ def _check_tensors(name: str, module: Any) -> None:
     cast = [key for key, value in tensors.items() if value.dtype == torch.int8 and "base_layer" not in key]
     if cast:
         raise WeightError(
-            f"{name}: {cast[0]} became int8, as the weight is, and lost its values; this PEFT method is not for 8-bit "
-            "layers: use LoRA (docs/training.md)"
+            f"{name}: {cast[0]} became int8 like the weight and lost its values; this PEFT method does not support "
+            "8-bit layers: use LoRA (docs/training.md)"
         )
 
 
 def _check_merging(kind: Any) -> None:
-    """Have a layer of PEFT's let our layer know, while it merges, what the adapter computes."""
+    """Patch the `merge` of a PEFT layer class so that our layer can compare the merged weight with the adapter."""
     original = kind.merge
     if original.__module__ == __name__:
         return
@@ -132,12 +136,12 @@ def _check_merging(kind: Any) -> None:
 
 
 def _probe(module: Any, layer: Linear8bitLt, name: str) -> tuple[Tensor, Tensor]:
-    """Inputs float32 [4, K], and what the adapter of this name adds to the layer's outputs, [4, N]."""
+    """Random inputs float32 [4, K], and what the adapter of this name adds to the layer's outputs for them, [4, N]."""
     x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0)).to(layer.SCB.device)
-    x[4] = 0  # what is added to the bias
-    mode, active, training = layer.mode, module._active_adapter, module.training
+    x[4] = 0  # its output is what the adapter adds to the bias
+    mode, active, training = layer.chosen_mode, module._active_adapter, module.training
     try:
-        layer.mode, module._active_adapter = "dynamic", [name]  # which quantizes no inputs that are so few
+        layer.mode, module._active_adapter = "dynamic", [name]  # this mode does not quantize so few inputs
         module.eval()
         with torch.no_grad():
             added = module(x) - layer(x)
@@ -153,6 +157,6 @@ def _check_merged(layer: Linear8bitLt, weight: Tensor, probe: tuple[Tensor, Tens
     error = x @ (weight.float() - old).t() - added
     if error.norm() > 0.05 * added.norm() + 1e-3 * (x @ old.t()).norm():  # rounding to float16 is far below
         raise WeightError(
-            f"Linear8bitLt weight {list(weight.shape)}: what PEFT would merge is not what the adapter computes; keep "
-            "the adapter apart, or use LoRA (docs/training.md)"
+            f"Linear8bitLt weight {list(weight.shape)}: the weight that PEFT would merge differs from what the adapter "
+            "computes; do not merge this adapter, or use LoRA (docs/training.md)"
         )

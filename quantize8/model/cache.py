@@ -1,7 +1,7 @@
-"""Keys and values written into buffers that are there before them, so that a decode step copies one token alone.
+"""A KV cache in preallocated buffers, so that a decode step copies the keys and values of one token only.
 
-transformers' `DynamicCache` concatenates: every step copies the keys and values of all tokens before it. Its
-`StaticCache` does not, but attends to the whole buffer under a mask, which on a CPU costs more than the copies.
+transformers' `DynamicCache` concatenates: every step copies the keys and values of all earlier tokens. Its
+`StaticCache` does not, but it attends to the whole buffer under a mask, which on a CPU costs more than the copies.
 """
 
 from __future__ import annotations
@@ -13,14 +13,20 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer
 
-GROWTH = 2  # a buffer that is full is replaced by one of this many times the tokens
+GROWTH = 2  # a full buffer is replaced with one for this many times the tokens
 
 
 def preallocated_cache(model: Any, length: int) -> DynamicCache | None:
-    """A cache for one model and `length` tokens, prompt and continuation; it takes more tokens, too.
+    """A KV cache for one model, with buffers for `length` tokens; it grows if there are more.
 
-    Layers that are not plain ones in transformers' cache (sliding windows, linear attention) stay as they are.
-    Returns: None for a model for which `generate` would not make a plain `DynamicCache`.
+    Cache layers that are not plain ones (sliding windows, linear attention) stay transformers' own.
+
+    Args:
+        model: A transformers model.
+        length: Number of tokens of the prompt and its continuation.
+
+    Returns:
+        The cache; None for a model for which `generate` would not make a plain `DynamicCache`.
     """
     if not _generates_with_dynamic_cache(model):
         return None
@@ -32,8 +38,11 @@ def preallocated_cache(model: Any, length: int) -> DynamicCache | None:
 class PreallocatedLayer(DynamicLayer):
     """A `DynamicLayer` whose `keys` and `values` are views of the filled part of a buffer.
 
-    What `DynamicLayer` does to these (crop, reorder, repeat) stays right: a tensor that is not the view made by the
-    last update is copied to a new buffer by the next.
+    The operations of `DynamicLayer` on them (crop, reorder, repeat) remain correct: if a tensor is not the view that
+    the last update made, the next update copies it to a new buffer.
+
+    Args:
+        length: Number of tokens that the first buffers have space for.
     """
 
     keys: Tensor
@@ -45,7 +54,7 @@ class PreallocatedLayer(DynamicLayer):
         self._parts = (_Part(length), _Part(length))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values [B, H, T, D]; returns all of both, as views."""
+        """Append keys and values [B, H, T, D]; returns all keys and all values so far, as views of the buffers."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         keys, values = self._parts
@@ -54,13 +63,13 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
     def reset(self) -> None:
-        """Drop keys and values, and their buffers."""
+        """Drop the keys and values, and their buffers."""
         super().reset()
         self._parts = (_Part(self.length), _Part(self.length))
 
 
 class _Part:
-    """The keys, or the values: a buffer and the view of what is in it."""
+    """The buffer of the keys or of the values, and the view of its filled part."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -68,7 +77,7 @@ class _Part:
         self.view: Tensor | None = None
 
     def append(self, before: Tensor, states: Tensor) -> Tensor:
-        """States [B, H, T, D] after those of `before`; returns all, a view of the buffer."""
+        """Append states [B, H, T, D] to those of `before`; returns all of them, a view of the buffer."""
         start = before.shape[-2] if before.numel() else 0
         end = start + states.shape[-2]
         if self.buffer is None or before is not self.view or end > self.buffer.shape[-2]:

@@ -1,4 +1,4 @@
-"""Calibration: a text is put through a model once, and of each layer's weight the outlier columns are chosen."""
+"""Calibration: a text runs through a model once, and the outlier columns of each layer's weight are chosen from it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from quantize8.model.columns import choose_columns
 from quantize8.model.expected import weight_error
 from quantize8.model.text import streamed_with_text
 
-DEFAULT_TOKENS = 1024  # of the text; as many as a model with a context of 1024 sees at once
+DEFAULT_TOKENS = 1024  # of the text; every model with a context of at least 1024 can take them at once
 
 
 def calibrate(
@@ -28,15 +28,28 @@ def calibrate(
     *,
     modules: Collection[str] | None = None,
 ) -> dict[str, Calibrated]:
-    """Outlier columns by module, as the checkpoint names it: of all Linear layers, or of those in `modules`.
+    """Choose the outlier columns of Linear layers from the activations of a text.
 
-    The model runs once over the first `tokens` tokens, layer by layer, in float32 on the CPU. `columns` of each weight
-    are kept, exactly in weight and activation; None: as many as are worth it. Experts that transformers joins are not
-    calibrated. Raises SourceError where the model cannot run, has no tokenizer, or computes NaN or infinity.
+    The model runs once, layer by layer, in float32 on the CPU. Experts that transformers joins into one tensor are not
+    calibrated.
+
+    Args:
+        checkpoint: The model.
+        text: The calibration text.
+        columns: Number of outlier columns of each weight, all stored exactly in weight and activation; None to choose
+            as many as are worth it.
+        tokens: Number of tokens of the text to use, from its start.
+        modules: Names of the modules to calibrate, as the checkpoint names them; None for all Linear layers.
+
+    Returns:
+        Outlier columns and activation statistics by module, as the checkpoint names it.
+
+    Raises:
+        SourceError: The model cannot run, has no tokenizer, or computes NaN or infinity.
     """
     structure = structure_of(checkpoint)
     stored = {model: name for name, model in structure.model_names.items()}
-    found: dict[str, Calibrated] = {}
+    calibrated: dict[str, Calibrated] = {}
 
     def note(name: str, module: nn.Module, x: Tensor, y: Tensor | None) -> None:
         in_checkpoint = stored.get(name, name)
@@ -44,13 +57,13 @@ def calibrate(
             return
         if not x.isfinite().all():
             raise SourceError(
-                f"{checkpoint.name}: the text makes the input of {name} NaN or infinite; take another one"
+                f"{checkpoint.name}: the text makes the input of {name} NaN or infinite; use another text"
             )
-        found[in_checkpoint] = _calibrated(x, dense_weight(module), columns)
+        calibrated[in_checkpoint] = _calibrated(x, dense_weight(module), columns)
 
     with streamed_with_text(checkpoint, text, tokens) as (model, ids), watch(model, note), torch.no_grad():
         model(ids[None])
-    return found
+    return calibrated
 
 
 def _calibrated(x: Tensor, weight: Tensor, most: int | None) -> Calibrated:

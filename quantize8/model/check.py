@@ -1,8 +1,9 @@
-"""Whether an artifact is its source: every parameter as its loader reads it, and some tokens through both models.
+"""The check of an artifact against its source: every parameter is compared, and some tokens run through both models.
 
 Both are read as transformers' loaders read them, in float32, one parameter or decoder layer at a time, so memory holds
-two of the largest. A parameter that is stored in floating point must be the source's, rounded; a row of an int8 one
-must lie as near as rounding to a scale of its absmax brings it. What 8-bit activations add is not in it.
+two of the largest. A parameter that is stored in floating point must equal the source's after rounding. A row of an
+int8 parameter must be as close to the source's as rounding with a scale from its absmax brings it. Weights are
+dequantized for the check, so the error of 8-bit activations is not included.
 """
 
 from __future__ import annotations
@@ -29,34 +30,40 @@ from quantize8.ops.reference import FLOAT16_MAX
 from quantize8.resources import TEXT
 
 TOKENS = 32
-_BLOCK = 2**20  # numbers of a parameter that are compared at a time: 4 MiB of each
-# A row w of absmax a, rounded to steps of a / 127, has an RMS error of a / 254 at most, and scales that are searched
-# have no more than that; the rest is for scales that are rounded to 16 bits.
+_BLOCK = 2**20  # numbers of a parameter that are compared at a time: 4 MiB in each model
+# A row with absmax a, rounded to steps of a / 127, has an RMS error of at most a / 254, and so have rows with searched
+# scales. The factor 1.05 allows for scales that are rounded to 16 bits.
 _ROW_ERROR = 1.05 / 254
-_FLOOR = 4e-6  # below which Q8_0's float16 scale is zero
-_ROUNDING = 2.0**-8  # of a number to bfloat16, relative; that to float16 is less
-_SUBNORMAL = 2.0**-24  # float16's smallest number
-_BROKEN = 0.5  # relative error of the outputs: int8 weights make 0.1 at most
+_FLOOR = 4e-6  # an absmax below this gives Q8_0 a float16 scale of zero
+_ROUNDING = 2.0**-8  # bound on the relative error of rounding to bfloat16; that to float16 is smaller
+_SUBNORMAL = 2.0**-24  # the smallest positive float16
+_BROKEN = 0.5  # relative error of the outputs from which an artifact is broken; int8 weights cause at most 0.1
 
 
 @dataclass(frozen=True)
 class Check:
-    """What a check of an artifact found; one that is broken raises ArtifactError instead."""
+    """The result of checking an artifact that is not broken; a broken one raises ArtifactError instead."""
 
-    parameters: int = 0  # that were compared
-    tokens: int = 0  # that went through both models
+    parameters: int = 0  # number of parameters that were compared
+    tokens: int = 0  # number of tokens that went through both models
     error: float | None = None  # ||y - y_source|| / ||y_source|| of the logits, or of the last hidden state
-    kl: float | None = None  # KL(source || artifact) of the logits, nats a token, mean
-    top1: float | None = None  # share of tokens at which both find the same logit the largest
-    overflow: str | None = None  # module whose output float16 cannot hold, where that is the model's dtype
+    kl: float | None = None  # KL(source || artifact) of the logits, mean over tokens, in nats
+    top1: float | None = None  # share of tokens at which the largest logit of both models is the same
+    overflow: str | None = None  # a module whose output exceeds float16, if that is the model's dtype
     skipped: str | None = None  # what was not checked, and why
     seconds: float = 0.0
 
 
 def check(source: Checkpoint, artifact: Checkpoint) -> Check:
-    """Compare an artifact with the checkpoint it was made of.
+    """Compare an artifact with the checkpoint that it was made from.
 
-    Raises: ArtifactError where a parameter is not the source's, where outputs are not finite, or far from the source's.
+    Args:
+        source: The checkpoint.
+        artifact: The artifact, opened as a checkpoint.
+
+    Raises:
+        ArtifactError: A parameter differs from the source's by more than rounding, or the outputs are not finite or
+            far from the source's.
     """
     start = time.perf_counter()
     if not is_known(source.config):
@@ -64,17 +71,17 @@ def check(source: Checkpoint, artifact: Checkpoint) -> Check:
     try:
         with quiet():
             parameters = _compare_parameters(source, artifact)
-        found = _compare_outputs(source, artifact)
+        result = _compare_outputs(source, artifact)
     except SourceError as error:
         raise ArtifactError(f"{artifact.folder}: is broken: {error}") from None
-    return replace(found, parameters=parameters, seconds=time.perf_counter() - start)
+    return replace(result, parameters=parameters, seconds=time.perf_counter() - start)
 
 
 def _compare_parameters(source: Checkpoint, artifact: Checkpoint) -> int:
     model = empty_model(artifact)
     theirs, ours = Weights(empty_model(source), source), Weights(model, artifact)
     if not (theirs.complete and ours.complete):
-        return 0  # transformers makes up or splits some: the outputs tell
+        return 0  # transformers generates or splits some of them, so that only the outputs can be compared
 
     shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
 
@@ -83,9 +90,9 @@ def _compare_parameters(source: Checkpoint, artifact: Checkpoint) -> int:
         pairs = _pairs(ours, theirs, name, shapes[name])
         wrong = sum(fault(*pair) if pair[0].shape == pair[1].shape else len(pair[1]) for pair in pairs)
         if wrong:
-            kind = "rows are further from it than rounding to int8" if fault is _row_fault else "numbers are not it"
+            kind = "rows are off by more than int8 rounding" if fault is _row_fault else "numbers are different"
             raise ArtifactError(
-                f"{artifact.folder}: {name} is not what its source has ({wrong:,} {kind}); convert it again"
+                f"{artifact.folder}: {name} differs from the source ({wrong:,} {kind}); convert the source again"
             )
 
     with ThreadPoolExecutor(READERS) as pool:
@@ -94,10 +101,10 @@ def _compare_parameters(source: Checkpoint, artifact: Checkpoint) -> int:
 
 
 def _pairs(ours: Weights, theirs: Weights, name: str, shape: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor]]:
-    """A parameter of both, float32: some rows at a time where both store it as it is, else whole."""
+    """A parameter of both models in float32: a block of rows at a time if each stores it as one tensor, else whole."""
     if not shape or not (ours.is_one_tensor(name) and theirs.is_one_tensor(name)):
-        found, expected = ours.read(name), theirs.read(name)
-        yield (found.t(), expected.t()) if ours.is_transposed(name) else (found, expected)
+        actual, expected = ours.read(name), theirs.read(name)
+        yield (actual.t(), expected.t()) if ours.is_transposed(name) else (actual, expected)
         return
     step = max(1, _BLOCK // max(1, math.prod(shape[1:])))
     for start in range(0, shape[0], step):
@@ -111,23 +118,23 @@ def _is_int8(artifact: Checkpoint, stored: list[str]) -> bool:
     return any(name in artifact.decoded for name in stored)
 
 
-def _float_fault(found: Tensor, expected: Tensor) -> int:
-    """How many numbers are not the source's, rounded; NaN is not."""
+def _float_fault(actual: Tensor, expected: Tensor) -> int:
+    """The count of numbers that differ from the source's by more than rounding; every NaN counts."""
     bound = expected.abs().mul_(_ROUNDING).add_(_SUBNORMAL)
-    return found.numel() - int(((found - expected).abs_() <= bound).sum())
+    return actual.numel() - int(((actual - expected).abs_() <= bound).sum())
 
 
-def _row_fault(found: Tensor, expected: Tensor) -> int:
-    """How many int8 rows [..., K] are further from the source's than rounding brings them."""
+def _row_fault(actual: Tensor, expected: Tensor) -> int:
+    """The count of int8 rows [..., K] that differ from the source's by more than rounding to int8."""
     bound = expected.abs().amax(-1).mul_(_ROW_ERROR).add_(_FLOOR)
-    error = (found - expected).square_().mean(-1).sqrt_()
+    error = (actual - expected).square_().mean(-1).sqrt_()
     return error.numel() - int((error <= bound).sum())
 
 
 def _compare_outputs(source: Checkpoint, artifact: Checkpoint) -> Check:
     with streamed(source) as model:
         if model.main_input_name != "input_ids":
-            return Check(skipped=f"outputs: the model takes {model.main_input_name}, and no text alone")
+            return Check(skipped=f"outputs: the model needs {model.main_input_name} as input, not text alone")
         model.config.use_cache = False
         ids = _ids(source, model)
         expected, are_logits = _output(model, ids)
@@ -135,18 +142,22 @@ def _compare_outputs(source: Checkpoint, artifact: Checkpoint) -> Check:
         return Check(skipped="outputs: the source itself computes NaN or infinity")
     with streamed(artifact) as model, _watched(model) as peaks:
         model.config.use_cache = False
-        found, _ = _output(model, ids)
-    where = artifact.folder
-    if found.shape != expected.shape or not found.isfinite().all():
-        raise ArtifactError(f"{where}: is broken: computes NaN or infinity, and its source does not; convert it again")
-    error = float((found - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
+        actual, _ = _output(model, ids)
+    folder = artifact.folder
+    if actual.shape != expected.shape or not actual.isfinite().all():
+        raise ArtifactError(
+            f"{folder}: is broken: it computes NaN or infinity, and its source does not; convert the source again"
+        )
+    error = float((actual - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
     if error > _BROKEN:
-        raise ArtifactError(f"{where}: is broken: its outputs are {error:.0%} off its source's; convert it again")
+        raise ArtifactError(
+            f"{folder}: is broken: its outputs differ from its source's by {error:.0%}; convert the source again"
+        )
     result = Check(tokens=ids.shape[1], error=error)
     if are_logits:
-        log_p, log_q = expected.log_softmax(-1), found.log_softmax(-1)
+        log_p, log_q = expected.log_softmax(-1), actual.log_softmax(-1)
         kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-        top1 = float((expected.argmax(-1) == found.argmax(-1)).double().mean())
+        top1 = float((expected.argmax(-1) == actual.argmax(-1)).double().mean())
         result = replace(result, kl=max(kl, 0.0), top1=top1)
     if model_dtype(artifact.config, artifact.tensors.values()) == "F16":
         result = replace(result, overflow=next((name for name, peak in peaks.items() if peak > FLOAT16_MAX), None))
@@ -154,7 +165,7 @@ def _compare_outputs(source: Checkpoint, artifact: Checkpoint) -> Check:
 
 
 def _output(model: Any, ids: Tensor) -> tuple[Tensor, bool]:
-    """Logits [T, V] and true, or the last hidden state [T, K] and false, of ids [1, T]."""
+    """The output float32 for ids [1, T], and whether it is logits: logits [T, V], or the last hidden state [T, K]."""
     given = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     with torch.inference_mode():
         output = model(input_ids=ids, **given)
@@ -164,7 +175,7 @@ def _output(model: Any, ids: Tensor) -> tuple[Tensor, bool]:
 
 
 def _ids(source: Checkpoint, model: Any) -> Tensor:
-    """The first tokens of the shipped text as ids [1, T]; without a tokenizer, numbers drawn from the vocabulary."""
+    """The first tokens of the text in this package as ids [1, T]; without a tokenizer, random ids of the vocabulary."""
     settings = model.config.get_text_config()
     count = min(TOKENS, getattr(settings, "max_position_embeddings", None) or TOKENS)
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -176,7 +187,7 @@ def _ids(source: Checkpoint, model: Any) -> Tensor:
     if tokenizer is not None:
         text = TEXT.read_text(encoding="utf-8")[: 16 * count]
         ids: Tensor = tokenizer(text, return_tensors="pt", truncation=True, max_length=count)["input_ids"]
-        # a tokenizer that knows hardly a word of it gives one token again and again
+        # a tokenizer for which most words are unknown repeats one token
         if 4 * len(ids.unique()) > ids.numel() and int(ids.max()) < vocabulary:
             return ids
     return torch.randint(0, vocabulary, (1, count), generator=torch.Generator().manual_seed(0))
@@ -184,7 +195,7 @@ def _ids(source: Checkpoint, model: Any) -> Tensor:
 
 @contextmanager
 def _watched(model: Any) -> Iterator[dict[str, float]]:
-    """Modules without modules in them -> the largest magnitude that they have given so far."""
+    """Record the largest magnitude in the outputs of each leaf module, by module name."""
     peaks: dict[str, float] = {}
 
     def note(name: str, output: Any) -> None:

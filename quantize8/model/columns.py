@@ -1,14 +1,17 @@
-"""Which columns of a weight are outliers: chosen beforehand, from the inputs that a text brings about.
+"""The choice of a weight's outlier columns before it is used, from the inputs that a calibration text gives.
 
-Two things make int8 lose: a token's largest elements set the step of all the others, and the columns that the largest
-inputs meet carry most of the weight's rounding error. So of each weight [N, K], met by inputs x [T, K],
+int8 loses accuracy in two ways. A token's largest elements determine the step of all its other elements. And the
+columns that are multiplied with the largest inputs cause most of the error from rounding the weight. So for each weight
+[N, K] with inputs x [T, K]:
 
-    the columns with most  (sum_t x_tk^2) (sum_n dw_nk^2)   are kept exactly, in weight and activation: it is what
-        rounding that column of the weight costs the output, where its share of all is worth the bytes;
-    the columns with most  sum_t min(|x_tk| / rms_t, c)^8   are kept exactly in the activation: it grows with how
-        often a column has the largest element of a token, and by how much.
+    the columns with the largest  (sum_t x_tk^2) (sum_n dw_nk^2)  are stored exactly in 16-bit, in the weight as in the
+        activation, if their share of the total is worth the bytes: this is the squared error in the output that
+        rounding the column of the weight causes;
+    the columns with the largest  sum_t min(|x_tk| / rms_t, c)^8  are exact in the activation: this grows with how
+        often, and how far, a column has the largest element of a token.
 
-No threshold is asked: on a small model 6.0 leaves most of the loss, on a large one it takes more than helps.
+There is no threshold: on a small model 6.0 would leave most of the error, and on a large one it would select more
+columns than are useful.
 """
 
 from __future__ import annotations
@@ -18,23 +21,30 @@ from torch import Tensor
 
 from quantize8.model.expected import WeightError, static_errors, without
 
-# Columns of an activation come in tiles of the CPU's int8 units, in which 64 cost no more than one does
+# The CPU's int8 units multiply outlier columns in tiles of 64, so that 64 columns cost no more time than one
 _WIDE = 64
-_EXACT = 16  # columns of a weight at most: 32 bytes a row, 1.6% at K = 2048
-_LEAST_SHARE = 0.005  # of a weight's expected error, for a column to be worth storing
-_MOST_OF_K = 8  # a weight has at most K / 8 outlier columns: they are multiplied twice
-_ENOUGH = 1.1  # times the least expected squared error: more columns than that takes are not worth their time
-_PEAK_POWER, _PEAK_LIMIT = 8, 30.0  # a sum of 8th powers is nearly its largest; one massive token is not everything
+_EXACT = 16  # columns of a weight that are stored exactly, at most: 32 bytes per row, 1.6% at K = 2048
+_LEAST_SHARE = 0.005  # a column is worth storing from this share of the weight's expected error
+_MOST_OF_K = 8  # a weight has at most K / 8 outlier columns, as they are multiplied twice
+_ENOUGH = 1.1  # columns that lower the expected squared error below this multiple of its least are not worth the time
+_PEAK_POWER, _PEAK_LIMIT = 8, 30.0  # 8th powers make the largest elements dominate; the limit is for massive tokens
 
 
 def choose_columns(x: Tensor, rounded: WeightError, most: int | None = None) -> tuple[Tensor, int]:
-    """Outlier columns int64 [J] for inputs x float32 [T, K], and how many of them, the first, are stored exactly.
+    """Choose the outlier columns of a weight [N, K].
 
-    `most`: so many, all stored; None: as many as are worth it, at most K / 8, of which at most 16 are stored.
+    Args:
+        x: The layer's inputs, float32 [T, K].
+        rounded: The errors of the weight quantized to int8.
+        most: Number of columns to choose (at most K), all of them stored exactly. None to choose as many as are worth
+            it, at most K / 8, of which at most 16 are stored exactly.
+
+    Returns:
+        The columns int64 [J], and E: the first E of them are stored exactly.
     """
     width = x.shape[1]
     energy = x.square().sum(0).double()
-    costs = (energy * rounded.squares).nan_to_num_(0.0)  # of a weight that cannot be int8, NaN
+    costs = (energy * rounded.squares).nan_to_num_(0.0)  # NaN for a weight that cannot be int8
     if most is not None:
         first = costs.topk(min(most, width)).indices
         return first, len(first)
@@ -45,15 +55,15 @@ def choose_columns(x: Tensor, rounded: WeightError, most: int | None = None) -> 
     peaks = (x.abs() / rms).clamp_(max=_PEAK_LIMIT).pow_(_PEAK_POWER).sum(0)
     peaks[first] = -1
     columns = torch.cat([first, peaks.topk(limit - len(first)).indices])
-    alone = float((energy * without(rounded, columns[:worth]).squares).sum())
+    weight_part = float((energy * without(rounded, columns[:worth]).squares).sum())
     sizes = _sizes(limit)
-    errors = [alone + float((static_errors(x, columns[:size]) * rounded.energy).sum()) for size in sizes]
+    errors = [weight_part + float((static_errors(x, columns[:size]) * rounded.energy).sum()) for size in sizes]
     enough = next((size for size, error in zip(sizes, errors, strict=True) if error <= _ENOUGH * min(errors)), limit)
     return columns[:enough], min(worth, enough)
 
 
 def _sizes(limit: int) -> list[int]:
-    """Numbers of columns to choose among: tiles doubled, up to the limit."""
+    """The numbers of columns to try: one tile, and doublings of it up to the limit."""
     if limit <= _WIDE:
         return [limit]
     sizes = [_WIDE]

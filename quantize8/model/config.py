@@ -1,4 +1,4 @@
-"""Int8Config: what transformers' BitsAndBytesConfig is for 8-bit, for layers of ours."""
+"""Int8Config: the counterpart of transformers' BitsAndBytesConfig for 8-bit, which loads quantize8's layers."""
 
 from __future__ import annotations
 
@@ -14,22 +14,34 @@ from quantize8.checkpoint.bitsandbytes import is_int8
 from quantize8.formats.bitsandbytes import quantization_config
 from quantize8.ops.reference import DEFAULT_THRESHOLD, MODES, OutlierMode
 
-METHOD = "quantize8"  # in memory only: a loader without quantize8 would read a folder of this name as noise
+METHOD = "quantize8"  # never written to a folder: a loader without quantize8 would then read the weights as noise
 
 
 @register_quantization_config(METHOD)
 class Int8Config(QuantizationConfigMixin):
     """Quantize Linear layers to int8 while a model is loaded: `from_pretrained(..., quantization_config=Int8Config())`.
 
-    A folder that is int8 already, in the bitsandbytes format, opens with it too: which modules are int8 is then what
-    the folder says, all else what is given here.
-    Args: load_in_8bit, always true; llm_int8_threshold, of outliers, 0 for none; llm_int8_skip_modules, modules to
-    leave in floating point, None for transformers' choice (the output head, tied weights);
-    llm_int8_enable_fp32_cpu_offload, leave in floating point what device_map puts on "cpu" or "disk", which else
-    computes in int8 there; llm_int8_has_fp16_weight, keep the weights in floating point, for training them;
-    mode, "bitsandbytes" for its results bit for bit on a CPU, "dynamic" or "hybrid" for less error;
-    quantize_experts, also those of mixture-of-experts models, which bitsandbytes leaves in floating point.
-    Raises: ValueError for load_in_8bit=False, a threshold that is no number from 0, and a mode that there is not.
+    It also opens a folder that is already int8 in the bitsandbytes format. The folder then determines which modules are
+    int8, and this config determines everything else.
+
+    Args:
+        load_in_8bit: Must be true.
+        llm_int8_threshold: Outlier threshold; 0 turns outlier detection off.
+        llm_int8_skip_modules: Modules to leave in floating point; None for transformers' choice (the output head, and
+            tied weights).
+        llm_int8_enable_fp32_cpu_offload: Leave modules in floating point that device_map puts on "cpu" or "disk".
+            Otherwise these modules compute in int8 there.
+        llm_int8_has_fp16_weight: Keep the weights in floating point, to train them.
+        mode: "bitsandbytes" for the same bits as bitsandbytes on a CPU, "dynamic" or "hybrid" for less error. None for
+            "bitsandbytes" where a layer is on a CPU and "dynamic" where it is on a GPU, which has no kernel for
+            "bitsandbytes" and would compute it as "dynamic" with a DeviceWarning.
+        quantize_experts: Quantize the experts of mixture-of-experts models too, which bitsandbytes leaves in floating
+            point.
+        **extra: Not accepted; an option of this class or of BitsAndBytesConfig that has no meaning for int8.
+
+    Raises:
+        ValueError: load_in_8bit is false, an option is unknown, the threshold is negative or NaN, or the mode is
+            unknown.
     """
 
     def __init__(
@@ -39,17 +51,19 @@ class Int8Config(QuantizationConfigMixin):
         llm_int8_skip_modules: list[str] | None = None,
         llm_int8_enable_fp32_cpu_offload: bool = False,
         llm_int8_has_fp16_weight: bool = False,
-        mode: OutlierMode = "bitsandbytes",
+        mode: OutlierMode | None = None,
         quantize_experts: bool = True,
         **extra: Any,
     ) -> None:
         extra.pop("quant_method", None)  # from_dict passes what to_dict gave
         if not load_in_8bit or extra:
             unknown = ", ".join(extra) or "load_in_8bit=False"
-            raise ValueError(f"Int8Config: {unknown} is not for int8; use transformers' BitsAndBytesConfig for 4-bit")
+            raise ValueError(
+                f"Int8Config: {unknown} is not an option for int8; use transformers' BitsAndBytesConfig for 4-bit"
+            )
         if not llm_int8_threshold >= 0:
             raise ValueError(f"Int8Config: llm_int8_threshold {llm_int8_threshold} must be 0 (off) or positive")
-        if mode not in MODES:
+        if mode is not None and mode not in MODES:
             raise ValueError(f"Int8Config: mode {mode} is unknown; name one of {', '.join(MODES)}")
         self.quant_method = METHOD
         self.load_in_8bit = True
@@ -60,24 +74,31 @@ class Int8Config(QuantizationConfigMixin):
         self.mode, self.quantize_experts = mode, quantize_experts
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json of a saved model says: the bitsandbytes format, which any transformers opens."""
+        """The quantization_config for config.json of a saved model: that of the bitsandbytes format."""
         return quantization_config(self.llm_int8_threshold, self.llm_int8_skip_modules or [])
 
     def for_stored(self, stored: dict[str, Any]) -> Int8Config:
-        """What opens a folder that is int8 already; stored, the quantization_config of its config.json."""
+        """The config to open a folder that is already int8.
+
+        Args:
+            stored: The quantization_config in the folder's config.json.
+
+        Raises:
+            ValueError: llm_int8_has_fp16_weight is set, and the folder has no floating-point weights to train.
+        """
         if self.llm_int8_has_fp16_weight:
             raise ValueError(
-                "Int8Config: llm_int8_has_fp16_weight trains floating-point weights, and this model is stored in int8; "
-                "give its source, or dequantize it (convert --format float16)"
+                "Int8Config: llm_int8_has_fp16_weight trains floating-point weights, but this model is stored in int8; "
+                "load its source, or dequantize it (convert --format float16)"
             )
         merged = copy.copy(self)
         merged.llm_int8_skip_modules = stored.get("llm_int8_skip_modules")
-        merged.quantize_experts = False  # the format has no int8 experts
+        merged.quantize_experts = False  # the bitsandbytes format has no int8 experts
         return merged
 
 
 def _accept_stored_models() -> None:
-    """Let an Int8Config open folders in the bitsandbytes format, which transformers refuses by the class's name."""
+    """Let an Int8Config open folders in the bitsandbytes format; transformers refuses that by the name of the class."""
     merge = AutoHfQuantizer.merge_quantization_configs
 
     @functools.wraps(merge)

@@ -1,4 +1,4 @@
-"""Int8Experts: the experts of a mixture-of-experts layer, which transformers keeps as two tensors, in int8."""
+"""Int8Experts: the experts of a mixture-of-experts layer in int8. transformers stores their weights in two tensors."""
 
 from __future__ import annotations
 
@@ -10,18 +10,27 @@ from torch import Tensor, nn
 from quantize8.model.linear import Int8Linear
 from quantize8.ops.reference import LayerMode
 
-PROJECTIONS = ("gate_up_proj", "down_proj")  # [E, 2 I, H] and [E, H, I]: E experts of inner width I
-SCALE = "_SCB"  # appended to a projection's name: its absmax float32 [E, N]
+PROJECTIONS = ("gate_up_proj", "down_proj")  # [E, 2 I, H] and [E, H, I]: E experts with intermediate size I
+SCALE = "_SCB"  # suffix of a projection's name for its absmax float32 [E, N]
 
 
 class Int8Experts(nn.Module):
-    """The experts of `source` in int8. While a model is loaded they are two tensors; then `split` makes them layers."""
+    """The experts of a mixture-of-experts layer in int8.
 
-    def __init__(self, source: nn.Module, threshold: float, mode: LayerMode) -> None:
+    While a model is loaded, the experts are two tensors, as transformers stores them; `split` then makes them layers.
+
+    Args:
+        source: transformers' module of the experts, for which `fits` is true.
+        threshold: Outlier threshold of the layers; 0 for none.
+        mode: Outlier mode of the layers; None for the default of their device.
+    """
+
+    def __init__(self, source: nn.Module, threshold: float, mode: LayerMode | None) -> None:
         super().__init__()
         self.threshold, self.mode = threshold, mode
         self._source: Any
-        self.__dict__["_source"] = source  # its activation, and its class for dequantizing; not a module of the model
+        # For its activation function, and for dequantizing; set in this way it is not a submodule of the model
+        self.__dict__["_source"] = source
         for name in PROJECTIONS:
             shape = getattr(source, name).shape
             codes = torch.empty(shape, dtype=torch.int8, device="meta")
@@ -31,7 +40,7 @@ class Int8Experts(nn.Module):
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        """Whether a module holds experts in the common layout: gated, without bias, [E, N, K] each."""
+        """Whether a module holds experts in the common layout: gated, without bias, with weights [E, N, K]."""
         weights = [getattr(module, name, None) for name in PROJECTIONS]
         return (
             all(isinstance(weight, nn.Parameter) and weight.dim() == 3 for weight in weights)
@@ -41,7 +50,7 @@ class Int8Experts(nn.Module):
         )
 
     def split(self) -> None:
-        """Make a layer of each expert's matrix, sharing its memory."""
+        """Make each expert's matrix a layer, which shares the memory of the joint tensor."""
         for name in PROJECTIONS:
             codes, absmax = getattr(self, name).data, getattr(self, name + SCALE).data
             delattr(self, name)
@@ -50,24 +59,33 @@ class Int8Experts(nn.Module):
             self.register_module(name, nn.ModuleList(layers))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Tokens [T, H], the experts [T, k] of each and their weights [T, k] -> [T, H]; sums in expert order."""
+        """Compute the experts that the router chose, and add up their weighted outputs in the order of the experts.
+
+        Args:
+            hidden_states: [T, H].
+            top_k_index: int64 [T, k], the experts of each token.
+            top_k_weights: [T, k], the weights of their outputs.
+
+        Returns:
+            [T, H] in the dtype of hidden_states.
+        """
         result = torch.zeros_like(hidden_states)
         gate_up, down = (getattr(self, name) for name in PROJECTIONS)
         for expert in top_k_index.unique().tolist():
-            if expert == len(down):  # which stands for one on another machine
+            if expert == len(down):  # marks an expert on another machine
                 continue
-            token, place = torch.where(top_k_index == expert)
+            token, rank = torch.where(top_k_index == expert)
             inner = self._source._apply_gate(gate_up[expert](hidden_states[token]))
-            output = down[expert](inner) * top_k_weights[token, place, None]
+            output = down[expert](inner) * top_k_weights[token, rank, None]
             result.index_add_(0, token, output.to(result.dtype))
         return result
 
     def dequantized(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Projection -> its weights [E, N, K]."""
+        """The dequantized weights [E, N, K] of each projection, in a dtype."""
         return {name: torch.stack([e.dequantize().to(dtype) for e in getattr(self, name)]) for name in PROJECTIONS}
 
     def to_float(self, dtype: torch.dtype) -> nn.Module:
-        """The experts as they were before, with the weights that the codes stand for."""
+        """The module that transformers made for these experts, with the dequantized weights in a dtype."""
         source: Any = self._source
         for name, weight in self.dequantized(dtype).items():
             setattr(source, name, nn.Parameter(weight, requires_grad=False))

@@ -1,4 +1,4 @@
-"""Features, the columns of the hidden state: where in a model they reach the threshold, and which are emergent."""
+"""Features (columns of the hidden state): where in a model they reach the outlier threshold, and which are emergent."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from quantize8.ops.reference import Array
 if TYPE_CHECKING:
     from torch import Tensor
 
-EMERGENT_LAYERS = 0.25  # share of layer inputs, and
-EMERGENT_POSITIONS = 0.06  # share of positions (averaged over all layer inputs): the paper's criteria
-MAP_FEATURES = 64  # of a FeatureMap: more than the emergent ones of any model in the paper, and rows still to be told
-_DIGITS = 4  # of shares and magnitudes in a FeatureMap, which holds thousands
+# The criteria of LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339, section 4) for emergent outlier features
+EMERGENT_LAYERS = 0.25  # share of layer inputs
+EMERGENT_POSITIONS = 0.06  # share of positions, averaged over all layer inputs
+MAP_FEATURES = 64  # features in a FeatureMap: more than any model in the paper has emergent ones, and still readable
+_DIGITS = 4  # decimals of shares and magnitudes in a FeatureMap, which holds thousands of them
 
 
 @dataclass(frozen=True)
@@ -24,40 +25,40 @@ class Feature:
     """A column of the hidden state that meets the paper's criteria."""
 
     column: int
-    layers: float  # share of layer inputs where it reaches the threshold
-    positions: float  # share of positions where it does, averaged over all layer inputs
-    max: float
-    max_after_first: float  # without position 0
+    layers: float  # share of layer inputs in which it reaches the threshold
+    positions: float  # share of positions at which it does, averaged over all layer inputs
+    max: float  # largest |x|
+    max_after_first: float  # largest |x| without position 0
 
 
 @dataclass(frozen=True)
 class FeatureMap:
-    """Layer inputs x features: L lists of F numbers each, the features that fill most positions first."""
+    """A map of L layer inputs by F features, sorted by how many positions reach the threshold, most first."""
 
-    columns: list[int]  # F of them, at most MAP_FEATURES of those that reach the threshold anywhere
-    left_out: int  # how many more reach it
-    inputs: list[str]  # L names of the norms that layers read
-    share: list[list[float]]  # of positions with |x| >= threshold
-    max: list[list[float]]  # |x|
+    columns: list[int]  # F features, at most MAP_FEATURES of those that reach the threshold anywhere
+    left_out: int  # number of features that reach it but are not in the map
+    inputs: list[str]  # L names of the norms whose outputs are the layer inputs
+    share: list[list[float]]  # L lists of F: share of positions with |x| >= threshold
+    max: list[list[float]]  # largest |x|
     share_after_first: list[list[float]]  # both without position 0
     max_after_first: list[list[float]]
 
 
 @dataclass(frozen=True)
 class LayerInput:
-    """One layer input x [T, K], column by column."""
+    """Statistics of one layer input x [T, K] for each column."""
 
     name: str
     positions: int  # T
-    counts: Array  # int64 [K], positions with |x| >= threshold
+    counts: Array  # int64 [K], number of positions with |x| >= threshold
     peaks: Array  # float32 [K], largest |x|
-    first: Array  # bool [K], whether position 0 is one of `counts`
-    peaks_after_first: Array  # float32 [K], without position 0
-    over: dict[int, Array]  # of columns with a count: uint8 [T / 8], a bit for each position
+    first: Array  # bool [K], whether position 0 is included in `counts`
+    peaks_after_first: Array  # float32 [K], largest |x| without position 0
+    over: dict[int, Array]  # for columns with a count: uint8 [ceil(T / 8)], one bit for each position
 
     @classmethod
     def of(cls, name: str, x: Tensor, threshold: float) -> LayerInput:
-        """What is kept of x, float32 [T, K]."""
+        """The statistics of x float32 [T, K]."""
         magnitudes: Array = x.abs().cpu().numpy()
         over: Array = np.asarray(magnitudes >= threshold)
         counts = over.sum(axis=0)
@@ -67,22 +68,29 @@ class LayerInput:
 
 
 def emergent_features(inputs: list[LayerInput]) -> list[Feature]:
-    """Features that meet the paper's criteria, those at most positions first; see `comparable` for what is left out."""
+    """The features that meet the paper's criteria, sorted by their share of positions, largest first.
+
+    Only layer inputs that are `comparable` count.
+    """
     inputs = comparable(inputs)
     if not inputs:
         return []
     counts = np.stack([entry.counts for entry in inputs])
     layers = (counts > 0).sum(axis=0) / len(inputs)
-    positions = counts.sum(axis=0) / (len(inputs) * inputs[0].positions)  # one division: a limit met exactly is met
+    # in one division, so that a share that equals the limit exactly is not rounded below it
+    positions = counts.sum(axis=0) / (len(inputs) * inputs[0].positions)
     peaks = np.stack([entry.peaks for entry in inputs]).max(axis=0)
     later = np.stack([entry.peaks_after_first for entry in inputs]).max(axis=0)
-    found = np.flatnonzero((layers >= EMERGENT_LAYERS) & (positions >= EMERGENT_POSITIONS))
-    features = [Feature(int(k), *(float(of[k]) for of in (layers, positions, peaks, later))) for k in found]
+    columns = np.flatnonzero((layers >= EMERGENT_LAYERS) & (positions >= EMERGENT_POSITIONS))
+    features = [Feature(int(k), *(float(of[k]) for of in (layers, positions, peaks, later))) for k in columns]
     return sorted(features, key=lambda feature: -feature.positions)
 
 
 def affected(inputs: list[LayerInput], features: list[Feature]) -> tuple[float, float]:
-    """The paper's figure 3: shares of layer inputs, and of positions averaged over them, that any of these reaches."""
+    """The shares of layer inputs and of positions at which any of these features reaches the threshold.
+
+    These are the quantities of the paper's figure 3; the share of positions is averaged over layer inputs.
+    """
     inputs = comparable(inputs)
     if not inputs:
         return 0.0, 0.0
@@ -95,7 +103,7 @@ def affected(inputs: list[LayerInput], features: list[Feature]) -> tuple[float, 
 
 
 def feature_map(inputs: list[LayerInput]) -> FeatureMap | None:
-    """Where each feature reaches the threshold, for those that do anywhere; None without layer inputs."""
+    """The map of the features that reach the threshold anywhere; None without layer inputs."""
     inputs = comparable(inputs)
     if not inputs:
         return None
@@ -116,7 +124,7 @@ def feature_map(inputs: list[LayerInput]) -> FeatureMap | None:
 
 
 def comparable(inputs: list[LayerInput]) -> list[LayerInput]:
-    """The layer inputs of the shape [T, K] that most have: others (of an encoder's pooler) have other features."""
+    """The layer inputs with the most common shape [T, K]; others, as of an encoder's pooler, have other features."""
     shapes = Counter((entry.positions, len(entry.counts)) for entry in inputs)
     return [entry for entry in inputs if (entry.positions, len(entry.counts)) == max(shapes, key=lambda s: shapes[s])]
 

@@ -1,4 +1,4 @@
-"""From a folder to a model that runs: artifacts on our layers, plain checkpoints as transformers loads them."""
+"""Loading models: artifacts run on quantize8's layers, unquantized checkpoints as transformers loads them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from quantize8.errors import ArtifactError, DependencyError, Quantize8Error, Sou
 from quantize8.ops.choice import resolve
 from quantize8.ops.reference import DEFAULT_THRESHOLD, MODES, OutlierMode
 
-_ADAPTER = "adapter_config.json"  # by which transformers would read further weights, with readers that are not ours
+_ADAPTER = "adapter_config.json"  # makes transformers read more weights, and not through quantize8's safe readers
 
-# one of which a tokenizer has, whatever else it has
+# every tokenizer has at least one of these files
 _TOKENIZERS = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
     *("sentencepiece.bpe.model", "source.spm", "bpe.codes"),
@@ -39,27 +39,40 @@ def load(
     revision: str | None = None,
     token: str | None = None,
 ) -> tuple[Any, Any]:
-    """Load an artifact, or any checkpoint that `convert` reads: (transformers model, tokenizer).
+    """Load an artifact, or any checkpoint that `convert` reads.
 
-    Weights stored as int8 with a scale per row run on our layers; those quantized otherwise are decoded.
+    Weights stored as int8 with one scale per row run on quantize8's layers; weights quantized in other ways are decoded
+    to floating point.
 
-    Args: path, a folder, GGUF file or hub id; device_map, as transformers takes it, but "auto" keeps int8 layers on the
-    CPU where no GPU can run their kernels; dtype of the floating-point part, "auto" for the stored one, except that
-    float16 is computed in float32 on a CPU, which holds the same numbers and is faster there; mode and threshold of
-    the outlier correction: mode None for hybrid where the artifact was calibrated, else dynamic, threshold None for
-    the stored one.
-    Returns: the model in eval mode; its tokenizer, None where the folder has none.
-    Raises: SourceError where the folder is missing, is quantized in a way not read, or needs code of its own to run,
-    and for a mode that there is not.
+    Args:
+        path: Folder, GGUF file or hub id.
+        device_map: As in transformers, but "auto" puts int8 layers on the CPU if no GPU can run their kernels.
+        dtype: Dtype of the floating-point part. "auto" for the stored one, except that a float16 model computes in
+            float32 on a CPU, which represents the same numbers and is faster there.
+        mode: Outlier mode; None for "hybrid" if the artifact was calibrated, else "dynamic".
+        threshold: Outlier threshold; None for the stored one.
+        revision: Branch, tag or commit on the hub.
+        token: Access token for the hub.
+
+    Returns:
+        The transformers model in eval mode, and its tokenizer, or None if the folder has none.
+
+    Raises:
+        SourceError: The folder is missing or damaged, has a quantization that is not supported, holds an adapter, or
+            needs code of its own to run; or the mode is unknown.
+        ArtifactError: The stored outlier columns do not match the model.
+        DependencyError: The device cannot be used, or the tokenizer does not load.
     """
     if mode is not None and mode not in MODES:
         raise SourceError(f"mode {mode}: unknown; name one of {', '.join(MODES)}")
     with quiet():
-        # opening tells what is missing, cut or lying in one line, before transformers meets it
+        # opening reports missing, truncated or inconsistent files in one line, before transformers reads them
         checkpoint = open_checkpoint(str(path), revision=revision, token=token)
         stored = checkpoint.inner if isinstance(checkpoint, QuantizedCheckpoint) else checkpoint
         if (stored.folder / _ADAPTER).exists():
-            raise SourceError(f"{path}: holds an adapter ({_ADAPTER}), which is not run; merge it, or move it away")
+            raise SourceError(
+                f"{path}: holds an adapter ({_ADAPTER}), which is not applied; merge it, or remove that file"
+            )
         calibrated = has_outliers(stored.folder)
         mode = mode or ("hybrid" if calibrated else "dynamic")
         if checkpoint.decoded and device_map in ("auto", "cuda"):
@@ -77,7 +90,7 @@ def load(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and advice off the terminal while we load; errors still come."""
+    """Suppress transformers' progress bars and warnings within the context; errors are still shown."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -92,18 +105,18 @@ def quiet() -> Iterator[None]:
 
 
 def native_of(checkpoint: Checkpoint) -> Native:
-    """The class that runs a checkpoint, with its settings; raises SourceError where transformers has none."""
+    """The transformers class that runs a checkpoint, with its settings; SourceError if transformers has none."""
     config = checkpoint.config
     if not is_known(config):
         raise SourceError(
             f"{checkpoint.folder}: transformers has no model type {config.get('model_type')!r}; "
-            "convert it, and run it with the code that it comes with"
+            "convert the checkpoint, and run the result with the code that belongs to the model"
         )
     return native_class(config, checkpoint.tensors, checkpoint.is_encoder)
 
 
 def _with_int8_entry(native: Native, stored: Checkpoint, mode: OutlierMode, threshold: float | None) -> Native:
-    """The same; of an int8 folder in the bitsandbytes format with what our quantizer needs to know."""
+    """`native`, with the settings that quantize8's quantizer needs if the folder is in the bitsandbytes format."""
     entry = stored.config.get("quantization_config")
     if isinstance(entry, dict):
         asked = float(entry.get("llm_int8_threshold", DEFAULT_THRESHOLD)) if threshold is None else threshold
@@ -113,7 +126,7 @@ def _with_int8_entry(native: Native, stored: Checkpoint, mode: OutlierMode, thre
 
 
 def _load_decoded(checkpoint: Checkpoint, mode: OutlierMode, threshold: float | None, given: dict[str, Any]) -> Any:
-    """A model from what our readers make of its weights: int8 as it is, all else in floating point."""
+    """Load a model through quantize8's readers: int8 weights stay as they are, all others become floating point."""
     from quantize8.model.state import plan_loading
 
     native, plan = native_of(checkpoint), plan_loading(checkpoint)
@@ -124,44 +137,47 @@ def _load_decoded(checkpoint: Checkpoint, mode: OutlierMode, threshold: float | 
 
 
 def _built(native: Native, where: Path, source: Path | None, **given: Any) -> Any:
-    """The model as transformers loads it; whatever it or torch raise, of memory too, is one line.
+    """Load a model with transformers, and report every error as a SourceError in one line.
 
-    So is what it would only warn of: a parameter that the checkpoint does not have, and that would be random.
+    This includes errors of torch, such as too little memory, and a parameter that is missing in the checkpoint, of
+    which transformers would only warn and which it would initialize at random.
     """
     given = {"config": native.settings, **native.arguments, **given}
     try:
         with guarded():
-            model, found = native.kind.from_pretrained(source, output_loading_info=True, **given)
+            model, loading = native.kind.from_pretrained(source, output_loading_info=True, **given)
     except Quantize8Error:
         raise
-    except Exception as error:  # of any kind, as what a config.json may say of its weights
+    except Exception as error:  # a config.json with wrong settings can cause errors of any kind
         raise SourceError(f"{where}: transformers cannot load this model ({first_line(error)})") from None
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    if missing := sorted(parameters & set(found["missing_keys"])):
-        raise SourceError(f"{where}: {missing[0]} is not in the checkpoint, and would be random; fetch it again")
+    if missing := sorted(parameters & set(loading["missing_keys"])):
+        raise SourceError(
+            f"{where}: {missing[0]} is not in the checkpoint, and would be random; fetch the checkpoint again"
+        )
     return model
 
 
 def _give_outliers(model: Any, checkpoint: Checkpoint, folder: Path) -> None:
-    """Give the int8 layers of a model the outlier columns that were stored for them; experts, say, have none."""
+    """Give the int8 layers of a model their stored outlier columns; some layers, such as experts, have none."""
     import torch
 
     from quantize8.model.linear import Int8Linear
 
     names = structure_of(checkpoint).model_names
     layers = dict(model.named_modules())
-    for name, found in read_outliers(folder).items():
+    for name, stored in read_outliers(folder).items():
         layer = layers.get(names.get(name, name))
-        shape = found.weight.shape[0], int(found.columns.max(initial=-1))
-        if not isinstance(layer, Int8Linear) or shape[0] != layer.out_features or shape[1] >= layer.in_features:
+        rows, last = stored.weight.shape[0], int(stored.columns.max(initial=-1))
+        if not isinstance(layer, Int8Linear) or rows != layer.out_features or last >= layer.in_features:
             raise ArtifactError(f"{folder}: its outlier columns of {name} fit no int8 layer; convert the source again")
         device = torch.device("cpu") if layer.SCB.is_meta else layer.SCB.device
-        layer.outlier_columns = torch.from_numpy(found.columns).to(device)
-        layer.outlier_weight = torch.from_numpy(found.weight).to(device)
+        layer.outlier_columns = torch.from_numpy(stored.columns).to(device)
+        layer.outlier_weight = torch.from_numpy(stored.weight).to(device)
 
 
 def _entry(threshold: float, skip_modules: Any, mode: OutlierMode, int8_experts: bool) -> dict[str, Any]:
-    """A quantization_config, in memory only, by which transformers calls our quantizer."""
+    """A quantization_config, in memory only, that makes transformers use quantize8's quantizer."""
     from quantize8.model.quantizer import METHOD
 
     return {
@@ -186,7 +202,7 @@ def _dtype(asked: Any, config: dict[str, Any], device_map: Any) -> Any:
 
 
 def find_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The tokenizer of a checkpoint; None where it has none."""
+    """The tokenizer of a checkpoint, or None if it has none; DependencyError if it does not load."""
     from transformers import AutoTokenizer
 
     if isinstance(origin := checkpoint.origin, GgufCheckpoint):
@@ -198,5 +214,5 @@ def find_tokenizer(checkpoint: Checkpoint) -> Any:
     try:
         with guarded():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises nothing narrower
+    except Exception as error:  # tokenizers raises plain Exceptions
         raise DependencyError(f"{folder}: its tokenizer does not load ({first_line(error)})") from None

@@ -1,7 +1,7 @@
-"""How transformers builds, quantizes, saves and dequantizes a model on our layers: hooks that from_pretrained calls.
+"""The hooks through which transformers builds, quantizes, saves and dequantizes models with quantize8's layers.
 
-A model comes in one of two ways: int8 already (codes and scales are loaded as they are), or in floating point, and then
-each tensor is quantized as it comes. What save_pretrained writes is in the bitsandbytes format.
+A stored model is either already int8, and then its codes and scales are loaded as they are, or in floating point, and
+then each tensor is quantized as it is loaded. save_pretrained writes the bitsandbytes format.
 """
 
 from __future__ import annotations
@@ -30,54 +30,60 @@ from quantize8.ops.reference import OutlierMode
 
 __all__ = ["METHOD", "Int8Config", "Int8Quantizer", "enable"]
 
-_BITSANDBYTES = "bitsandbytes_8bit"  # transformers' key for its own
+_BITSANDBYTES = "bitsandbytes_8bit"  # transformers' key for its own quantizer of that format
 
 
 @register_quantizer(METHOD)
 class Int8Quantizer(HfQuantizer):
-    """Puts a layer of ours in the place of each Linear or Conv1D that is int8 or becomes it, and of experts.
+    """Replaces experts, and each Linear or Conv1D that is or becomes int8, with quantize8's layers.
 
-    Takes an Int8Config, or a BitsAndBytesConfig after `enable`.
+    Args:
+        quantization_config: An Int8Config, or after `enable` a BitsAndBytesConfig.
+        **given: Further arguments of HfQuantizer.
     """
 
     requires_calibration = False
     serialized_names: ClassVar = {"weight": ["weight", f"weight{SCALE}"]}  # experts' scales are joined as weights are
 
     def __init__(self, quantization_config: Any, **given: Any) -> None:
-        super().__init__(copy.copy(quantization_config), **given)  # what one model leaves is not for the next to leave
+        # a copy, as loading extends the list of skipped modules, which is for this model only
+        super().__init__(copy.copy(quantization_config), **given)
 
     @property
     def quantized_element_size(self) -> float:
-        """Bytes a weight takes, for device_map="auto"."""
+        """Bytes per weight, from which device_map="auto" computes sizes."""
         return 1
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters can be trained on the frozen layers."""
+        """True: adapters can be trained on the frozen layers."""
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
-        """The weights themselves can, where they are kept."""
+        """Whether the weights themselves can be trained, which they can if kept in floating point."""
         return bool(self.quantization_config.llm_int8_has_fp16_weight)
 
     @property
     def is_compileable(self) -> bool:
-        """Layers are operators that torch.compile sees through."""
+        """True: torch.compile can trace the layers, which are torch operators."""
         return True
 
     def is_serializable(self) -> bool:
-        """save_pretrained writes the bitsandbytes format."""
+        """True: save_pretrained writes the bitsandbytes format."""
         return True
 
     def update_device_map(self, device_map: Any) -> Any:
-        """Without a device_map, a GPU that can run the kernels, else the CPU; "auto" knows no kernels."""
+        """The device_map to use: without one, a GPU if it can run the kernels, else the CPU.
+
+        "auto" becomes the CPU too if no GPU can run the kernels, which transformers does not check.
+        """
         if device_map in (None, "auto") and resolve("auto") == "cpu":
             return {"": "cpu"}
         return {"": torch.cuda.current_device()} if device_map is None else device_map
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
-        """Whether a floating-point weight of the checkpoint becomes codes, or is transposed, on its way in."""
+        """Whether a floating-point weight of the checkpoint is quantized or transposed while it is loaded."""
         module, name = get_module_from_name(model, param_name)
         if isinstance(module, TrainableInt8Linear):
             return name == "weight" and module.transposed
@@ -87,12 +93,12 @@ class Int8Quantizer(HfQuantizer):
         )
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
-        """What a stored tensor is cast to; not floating point to codes, which would make zeros of it."""
+        """The dtype that a stored tensor is cast to; never int8, as casting floating point to int8 gives zeros."""
         cast = super().get_new_dtype(converter, param, dtype)
         return None if cast == torch.int8 else cast
 
     def get_quantize_ops(self) -> ConversionOps:
-        """What `param_needs_quantization` asks for."""
+        """The operation on weights for which `param_needs_quantization` is true."""
         return _Quantize()
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **_: Any) -> None:
@@ -103,7 +109,7 @@ class Int8Quantizer(HfQuantizer):
         skip += _tied_modules(model)
         if not self.pre_quantized:  # what a folder stores as int8 must not be loaded as floating point
             skip += [name for name in linear_kinds(model) if name.endswith(READ_DIRECTLY)]
-        mode: OutlierMode = getattr(config, "mode", "bitsandbytes")
+        mode: OutlierMode | None = getattr(config, "mode", None)  # a BitsAndBytesConfig names none
         if getattr(config, "quantize_experts", False) and not config.llm_int8_has_fp16_weight:
             for name, module in list(model.named_modules()):
                 if Int8Experts.fits(module) and should_convert_module(name, skip):
@@ -111,7 +117,7 @@ class Int8Quantizer(HfQuantizer):
         for name, kind in linear_kinds(model).items():
             if should_convert_module(name, skip):
                 model.set_submodule(name, _empty_layer(model.get_submodule(name), kind, config, mode))
-        config.llm_int8_skip_modules = sorted(set(skip))  # so that a saved model says what it left
+        config.llm_int8_skip_modules = sorted(set(skip))  # so that a saved model lists what is not int8
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         _require_loaded(model)
@@ -119,25 +125,28 @@ class Int8Quantizer(HfQuantizer):
             if isinstance(module, Int8Experts):
                 if module.down_proj.is_meta:
                     raise ValueError(
-                        f"{name}: int8 experts cannot lie on disk; give device_map room for them elsewhere"
+                        f"{name}: int8 experts cannot be offloaded to disk; use a device_map that puts them on a device"
                     )
                 module.split()
         for name, module in model.named_modules():
             if isinstance(module, Int8Linear):
-                if module.weight.is_meta and not self.pre_quantized:  # transformers 5.23 would read the float weight
+                # transformers 5.23 would read back the floating-point weight from the checkpoint
+                if module.weight.is_meta and not self.pre_quantized:
                     raise ValueError(
-                        f"{name}: goes to disk before it is int8; convert the model, and load that instead"
+                        f"{name}: is offloaded to disk before it is quantized to int8; convert the model, and load the "
+                        "result instead"
                     )
                 _check(module, name)
-                model.is_loaded_in_8bit = hasattr(module, "state")  # then PEFT takes its methods for 8 bits
-                if module.weight.is_cuda and module.weight.data_ptr() % CHUNK:  # a view into a file's bytes,
-                    module.weight.data = module.weight.data.clone()  # to an address that kernels read fast from
+                model.is_loaded_in_8bit = hasattr(module, "state")  # PEFT then uses its methods for 8-bit layers
+                # a view into a file's bytes is copied to an address from which kernels can load vectors
+                if module.weight.is_cuda and module.weight.data_ptr() % CHUNK:
+                    module.weight.data = module.weight.data.clone()
         if self.quantization_config.llm_int8_has_fp16_weight:
-            del model.config.quantization_config  # what is saved is a plain model
+            del model.config.quantization_config  # it is saved as an unquantized model
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a saved model's config holds its name
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # the config of a saved model has the name
         for name, module in list(model.named_modules()):
             if isinstance(module, Int8Experts):
                 model.set_submodule(name, module.to_float(dtype))
@@ -148,7 +157,10 @@ class Int8Quantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What save_pretrained writes: the bitsandbytes format, which has no int8 experts, or 16-bit weights."""
+        """The tensors that save_pretrained writes: the bitsandbytes format, or the weights that are trained.
+
+        Experts are dequantized, as the format has no int8 experts.
+        """
         state: dict[str, Tensor] = model.state_dict()
         for name, module in model.named_modules():
             if isinstance(module, Int8Experts):
@@ -158,14 +170,17 @@ class Int8Quantizer(HfQuantizer):
 
 
 def enable() -> None:
-    """Run what transformers loads with bitsandbytes' LLM.int8(), folders and BitsAndBytesConfig, on our layers."""
+    """Make transformers use quantize8's layers for models that it would load with bitsandbytes' LLM.int8().
+
+    This applies to folders in the bitsandbytes format, and to models loaded with BitsAndBytesConfig(load_in_8bit=True).
+    """
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
     AUTO_QUANTIZER_MAPPING[_BITSANDBYTES] = Int8Quantizer
 
 
 class _Quantize(ConversionOps):
-    """A floating-point tensor of the checkpoint -> codes and scales, on the device that it is loaded to."""
+    """Quantizes a floating-point tensor of the checkpoint to codes and scales, on the device it is loaded to."""
 
     def convert(self, input_dict: dict[str, Any], model: Any = None, **_: Any) -> dict[str, Tensor]:
         result: dict[str, Tensor] = {}
@@ -186,41 +201,48 @@ class _Quantize(ConversionOps):
 
 
 def _tied_modules(model: Any) -> list[str]:
-    """Linear modules that share their weight with another: tying shares no scales, so both stay in floating point."""
+    """Linear modules that share their weight with another module.
+
+    Both stay in floating point, as tying does not share the scales.
+    """
     tied = {*model.all_tied_weights_keys.keys(), *model.all_tied_weights_keys.values()}
     return [name for name in linear_kinds(model) if f"{name}.weight" in tied]
 
 
 def _require_loaded(model: Any) -> None:
-    """Raise WeightError for int8 codes that no tensor was loaded into: transformers only warns, and they are noise."""
+    """Raise WeightError for codes that no tensor was loaded into: transformers only warns, and they are noise."""
     for name, module in model.named_modules():
-        parts = (
+        parameters = (
             ("weight",) if isinstance(module, Int8Linear) else PROJECTIONS if isinstance(module, Int8Experts) else ()
         )
-        for part in parts:
-            codes: Any = module._parameters[part]
+        for parameter in parameters:
+            codes: Any = module._parameters[parameter]
             if not (codes.is_meta or getattr(codes, "_is_hf_initialized", False)):
                 raise WeightError(
-                    f"{name}.{part} is not in the checkpoint, and would be noise; fetch it again, or name the module "
-                    "in llm_int8_skip_modules to start it in floating point"
+                    f"{name}.{parameter} is not in the checkpoint, and would be noise; fetch the checkpoint again, or "
+                    "add the module to llm_int8_skip_modules to initialize it in floating point"
                 )
 
 
 def _check(layer: Int8Linear, name: str) -> None:
-    """Refuse what could not be quantized; while tensors are converted, transformers hides which error it was."""
+    """Raise WeightError if a layer could not be quantized.
+
+    This is checked after loading, because transformers hides the cause of an error that is raised while it converts
+    tensors.
+    """
     if layer.weight.dtype != torch.int8:
-        raise WeightError(f"{name}: its weight is {layer.weight.dtype}, not int8; name it in llm_int8_skip_modules")
+        raise WeightError(f"{name}: its weight is {layer.weight.dtype}, not int8; add it to llm_int8_skip_modules")
     if not (layer.SCB.is_meta or layer.SCB.isfinite().all()):
         row = int(layer.SCB.isfinite().int().argmin())
         raise WeightError(
-            f"{name} row {row} holds NaN, infinity or a |w| beyond float16; name it in llm_int8_skip_modules"
+            f"{name} row {row} holds NaN, infinity or a |w| beyond float16; add it to llm_int8_skip_modules"
         )
 
 
 def _layer_class() -> type[Int8Linear]:
-    """Int8Linear; where someone may look for bitsandbytes' layers, as PEFT does, one that is found.
+    """The layer class: Int8Linear, or its subclass of bitsandbytes' layer if PEFT or bitsandbytes is imported.
 
-    bitsandbytes takes a second to import and prints warnings, which are spared those who do not use it.
+    PEFT looks for bitsandbytes' class. Others are spared its import, which takes a second and prints warnings.
     """
     if not {"bitsandbytes", "peft"} & sys.modules.keys() or find_spec("bitsandbytes") is None:
         return Int8Linear
@@ -231,8 +253,8 @@ def _layer_class() -> type[Int8Linear]:
     return Linear8bitLt
 
 
-def _empty_layer(module: nn.Module, kind: str, config: Any, mode: OutlierMode) -> nn.Module:
-    """A layer of ours without values, for a Linear or Conv1D without values."""
+def _empty_layer(module: nn.Module, kind: str, config: Any, mode: OutlierMode | None) -> nn.Module:
+    """A quantize8 layer on the meta device that replaces a Linear or Conv1D on the meta device."""
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
     out_features, in_features = reversed(weight.shape) if kind == CONV1D else weight.shape
@@ -242,7 +264,7 @@ def _empty_layer(module: nn.Module, kind: str, config: Any, mode: OutlierMode) -
     layer.transposed = kind == CONV1D
     if layer.bias is not None and isinstance(module.bias, torch.Tensor):
         layer.bias.data = layer.bias.data.to(module.bias.dtype)
-    layer.__dict__["_is_hf_initialized"] = True  # or int8 weights that go to disk would be filled with normal noise
+    layer.__dict__["_is_hf_initialized"] = True  # else transformers fills int8 weights that go to disk with noise
     return layer
 
 

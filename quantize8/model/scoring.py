@@ -1,10 +1,10 @@
-"""How loaded models predict token ids: each token's likelihood, and how far two models' predictions are apart.
+"""Scores of loaded models on token ids: the likelihood of each token, and the divergence of two models' predictions.
 
-A text is cut into windows that do not overlap. Of each window all tokens but the first are scored, from the logits
-[V] over the vocabulary at the token before. All figures of a token are taken from a log-softmax in float32.
+A text is cut into windows that do not overlap. In each window all tokens but the first are scored, from the logits
+[V] over the vocabulary at the preceding token. All figures of a token are computed from a log-softmax in float32.
 
-Memory, beside the models: the logits of one window, [context, V] in the model's dtype, of each model; copies of
-`_CHUNK` logits, 85 MB in all; with `layers` the hidden states of one window, [layers, context, K], of each model.
+Memory in addition to the models: for each model the logits of one window, [context, V] in the model's dtype; copies of
+`_CHUNK` logits, 85 MB in all; and with `layers` the hidden states of one window, [layers, context, K], for each model.
 """
 
 from __future__ import annotations
@@ -23,84 +23,110 @@ from quantize8.ops.reference import Array
 if TYPE_CHECKING:
     from torch import Tensor
 
-_CHUNK = 1 << 22  # logits at a time: 16 MB in float32, 27 tokens of a vocabulary of 150,000
+_CHUNK = 1 << 22  # logits that are processed at a time: 16 MB in float32, 27 tokens with a vocabulary of 150,000
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """A model beside its reference; arrays have one entry a scored token [S], in the order of the text."""
+    """Scores of a model and its reference. Arrays [S] have one entry per scored token, in the order of the text."""
 
-    positions: Array  # int64: how many tokens of the window come before it
-    nll: Array  # float64: negative log-likelihood by the model, nats
+    positions: Array  # int64: number of tokens of the window that come before the token
+    nll: Array  # float64: negative log-likelihood by the model, in nats
     reference_nll: Array  # float64: the same by the reference
-    kl: Array  # float64: KL(reference || model) over the whole vocabulary, nats
-    same_top1: Array  # bool: whether both find the same token the likeliest
-    layers: dict[str, float]  # where asked: each decoder layer's ||h - h_ref||_F / ||h_ref||_F, by module name
+    kl: Array  # float64: KL(reference || model) over the whole vocabulary, in nats
+    same_top1: Array  # bool: whether the most likely token is the same in both models
+    layers: dict[str, float]  # if requested: ||h - h_ref||_F / ||h_ref||_F of each decoder layer, by module name
 
 
 def likelihoods(model: Any, ids: Tensor, context: int) -> Array:
-    """Negative log-likelihoods in nats, float64 [S], of token ids [T] in windows of `context` tokens.
+    """The negative log-likelihood of each scored token of a text.
 
-    Raises SourceError for fewer than two tokens or a context below two, and for logits that are not finite.
+    Args:
+        model: A causal language model of transformers.
+        ids: Token ids int64 [T].
+        context: Number of tokens in a window.
+
+    Returns:
+        float64 [S], in nats.
+
+    Raises:
+        SourceError: There are fewer than two tokens, the context is below two, or logits are not finite.
     """
-    parts = []
+    chunks = []
     for window in _windows(ids, context):
         logits, _ = _forward(model, window, 1, layers=False)
         targets = window[1:].to(logits.device)
-        parts += [_nll(logits[rows].float().log_softmax(-1), targets[rows], "model") for rows in _chunks(logits)]
-    return np.concatenate(parts)
+        chunks += [_nll(logits[rows].float().log_softmax(-1), targets[rows], "model") for rows in _chunks(logits)]
+    return np.concatenate(chunks)
 
 
 def compare(model: Any, reference: Any, ids: Tensor, context: int, layers: bool = False) -> Pairs:
-    """Score token ids [T] by both models, window by window, so that the logits of one window are held at a time.
+    """Score a text by a model and its reference, window by window, so that only one window's logits are in memory.
 
-    The hidden states of `layers` are what transformers names so: the last layer's come after the final norm. Their
-    error is taken over all tokens of the text. Raises SourceError as `likelihoods` does, and where the models'
-    vocabularies or, with `layers`, hidden states have different sizes.
+    Args:
+        model: A causal language model of transformers.
+        reference: The model to compare it with.
+        ids: Token ids int64 [T].
+        context: Number of tokens in a window.
+        layers: Also compute the error of the hidden states after each decoder layer, over all tokens of the text. The
+            states are transformers' `hidden_states`: those of the last layer are taken after the final norm.
+
+    Raises:
+        SourceError: As in `likelihoods`; or the vocabularies or, with `layers`, the hidden states of the two models
+            have different sizes; or the model gives a token the probability 0 and the reference does not.
     """
     scored = [_compare_window(model, reference, window, 1, layers) for window in _windows(ids, context)]
-    parts = [part for part, _ in scored]
+    windows = [pairs for pairs, _ in scored]
     errors = [_ratio(*row) for row in np.sum([squares for _, squares in scored], axis=0)]
     return Pairs(
-        np.concatenate([part.positions for part in parts]),
-        np.concatenate([part.nll for part in parts]),
-        np.concatenate([part.reference_nll for part in parts]),
-        np.concatenate([part.kl for part in parts]),
-        np.concatenate([part.same_top1 for part in parts]),
+        np.concatenate([pairs.positions for pairs in windows]),
+        np.concatenate([pairs.nll for pairs in windows]),
+        np.concatenate([pairs.reference_nll for pairs in windows]),
+        np.concatenate([pairs.kl for pairs in windows]),
+        np.concatenate([pairs.same_top1 for pairs in windows]),
         dict(zip(_layer_names(model, len(errors)), errors, strict=True)),
     )
 
 
 def compare_continuation(model: Any, reference: Any, ids: Tensor, first: int) -> Pairs:
-    """Score the tokens ids[first:] by both models, given all before them: teacher forcing in one pass of each.
+    """Score a continuation by a model and its reference, with teacher forcing in one pass of each.
 
-    ids [T], first at least 1. Only the logits of the scored tokens are computed where the architecture allows it.
+    Only the logits of the scored tokens are computed if the architecture allows it.
+
+    Args:
+        model: A causal language model of transformers.
+        reference: The model to compare it with.
+        ids: Token ids int64 [T], prompt and continuation.
+        first: Index of the first token to score, at least 1.
+
+    Raises:
+        SourceError: As in `compare`.
     """
     return _compare_window(model, reference, ids, first, layers=False)[0]
 
 
 def check_context(context: int) -> None:
-    """Raise SourceError for windows in which no token is scored."""
+    """Raise SourceError if windows of this many tokens have no token that is scored."""
     if context < 2:
-        raise SourceError(f"context {context}: must be 2 or more, for the first token of a window is not scored")
+        raise SourceError(f"context {context}: must be 2 or more, as the first token of a window is not scored")
 
 
 def _windows(ids: Tensor, context: int) -> Iterator[Tensor]:
-    """Windows of at least two tokens; a last token alone is left out."""
+    """The windows of a text, with at least two tokens each; a single token at the end is left out."""
     check_context(context)
     if len(ids) < 2:
-        raise SourceError("text: holds fewer than two tokens; give a longer one")
+        raise SourceError("text: has fewer than two tokens; use a longer text")
     for start in range(0, len(ids) - 1, context):
         yield ids[start : start + context]
 
 
 def _compare_window(model: Any, reference: Any, window: Tensor, first: int, layers: bool) -> tuple[Pairs, Array]:
-    """Scores of window[first:], and with `layers` the squared norms of hidden states: [layers, (error, reference)]."""
+    """Scores of window[first:], and with `layers` squared norms of hidden states, [layers, 2]: error, reference."""
     ours, our_states = _forward(model, window, first, layers)
     theirs, their_states = _forward(reference, window, first, layers)
     if ours.shape != theirs.shape:
         widths = f"{ours.shape[-1]} tokens, the reference's {theirs.shape[-1]}"
-        raise SourceError(f"the model's vocabulary has {widths}; compare models of the same vocabulary")
+        raise SourceError(f"the model's vocabulary has {widths}; compare models with the same vocabulary")
     squares = _squared_norms(our_states, their_states)
     del our_states, their_states
     targets = window[first:].to(ours.device)
@@ -110,34 +136,37 @@ def _compare_window(model: Any, reference: Any, window: Tensor, first: int, laye
 
 
 def _compare_chunk(ours: Tensor, theirs: Tensor, targets: Tensor) -> tuple[Array, Array, Array, Array]:
-    """Of logits [m, V] and target ids [m]: nll, the reference's, KL in float64, and whether the top-1 are the same."""
+    """Scores for logits [m, V] and target ids [m]: nll, the reference's nll, KL in float64, and top-1 agreement."""
     import torch
 
     theirs = theirs.to(ours.device)
     same = ours.argmax(-1) == theirs.argmax(-1)
     log_q, log_p = ours.float().log_softmax(-1), theirs.float().log_softmax(-1)
     nll, reference_nll = _nll(log_q, targets, "model"), _nll(log_p, targets, "reference")
-    impossible = log_p == -math.inf  # masked tokens add p log p = 0, which -inf - -inf would make NaN
+    impossible = log_p == -math.inf  # masked tokens contribute p log p = 0, but -inf - -inf would give NaN
     terms = (log_p - log_q).mul_(log_p.exp_()).masked_fill_(impossible, 0)
     kl = terms.sum(-1, dtype=torch.float64).cpu().numpy()
     if not np.isfinite(kl).all():
-        raise SourceError("the model gives a token the probability 0 that the reference does not, so KL is infinite")
+        raise SourceError(
+            "the model gives a token the probability 0 that the reference does not, so KL is infinite; compare models "
+            "that exclude the same tokens"
+        )
     return nll, reference_nll, kl, same.cpu().numpy()
 
 
 def _nll(log: Tensor, targets: Tensor, which: str) -> Array:
-    """Negative log-likelihoods of `targets` [m] under log-probabilities [m, V]; a NaN logit makes its row NaN."""
+    """Negative log-likelihoods float64 [m] of `targets` [m] for log-probabilities [m, V]."""
     nll: Array = -log.gather(1, targets[:, None])[:, 0].double().cpu().numpy()
-    if not np.isfinite(nll).all():
+    if not np.isfinite(nll).all():  # one NaN logit makes its whole row NaN
         raise SourceError(f"the {which} gives logits that are NaN or infinite; check its weights, or try a wider dtype")
     return nll
 
 
 def _forward(model: Any, window: Tensor, first: int, layers: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Logits [len(window) - first, V] at the token before each scored one; with `layers`, [1, T, K] after each."""
+    """Logits [len(window) - first, V] at the token before each scored one; with `layers`, hidden states [1, T, K]."""
     import torch
 
-    keep = len(window) - first + 1  # that of the last token, too: it predicts nothing here, but the model reads it
+    keep = len(window) - first + 1  # includes the logits of the last token, which predict no token of the window
     options: dict[str, Any] = {"output_hidden_states": True} if layers else {}
     if first > 1 and "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = keep
@@ -147,7 +176,7 @@ def _forward(model: Any, window: Tensor, first: int, layers: bool) -> tuple[Tens
 
 
 def _chunks(logits: Tensor) -> Iterator[slice]:
-    """Rows of logits [m, V], so many that `_CHUNK` is not exceeded."""
+    """Slices of the rows of logits [m, V] with at most `_CHUNK` logits each."""
     count = max(1, _CHUNK // logits.shape[1])
     return (slice(start, start + count) for start in range(0, len(logits), count))
 
@@ -163,14 +192,14 @@ def _squared_norms(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> Arra
 
 
 def _ratio(error: float, reference: float) -> float:
-    """||error|| / ||reference|| from their squares; 0 where both are 0."""
+    """||error|| / ||reference|| from their squares; 0 if both are 0."""
     if reference == 0:
         return 0.0 if error == 0 else math.inf
     return math.sqrt(error / reference)
 
 
 def _layer_names(model: Any, count: int) -> list[str]:
-    """Module names of the decoder layers: the outermost list of `count` modules."""
+    """Module names of the decoder layers: those of the first module list that has `count` modules."""
     from torch import nn
 
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""A checkpoint as transformers loads it: names of our layers' tensors, each read when it is asked for."""
+"""A checkpoint as a state_dict for transformers: under the names of our layers' tensors, each read when requested."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from quantize8.checkpoint.structure import structure_of
 from quantize8.model.experts import SCALE as EXPERT_SCALE
 from quantize8.ops.reference import Array
 
-_DTYPES = {"BF16": torch.bfloat16}  # where NumPy's own name of a dtype is not torch's
+_DTYPES = {"BF16": torch.bfloat16}  # dtypes that torch.from_numpy does not take
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of a state_dict, made when it is indexed with `...`, as transformers indexes slices of safetensors."""
+    """A tensor of a state_dict that is read when it is indexed with `...`, as transformers reads from safetensors."""
 
     read: Callable[[], Array]
-    dtype: str  # by its safetensors name
+    dtype: str  # safetensors' name of the dtype
 
     def __getitem__(self, _: Any) -> Tensor:
         return to_torch(self.read(), self.dtype)
 
     def get_dtype(self) -> str:
-        """As safetensors names it."""
+        """safetensors' name of the dtype."""
         return self.dtype
 
 
 def to_torch(values: Array, dtype: str) -> Tensor:
-    """An array as a tensor on the same memory; dtype, by its safetensors name."""
+    """An array as a tensor that shares its memory; dtype is safetensors' name."""
     if dtype in _DTYPES:
         return torch.from_numpy(values.view(np.int16)).view(_DTYPES[dtype])
     return torch.from_numpy(values)
@@ -43,15 +43,19 @@ def to_torch(values: Array, dtype: str) -> Tensor:
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What from_pretrained needs: tensors by name, Linear modules that are not int8, and whether experts are."""
+    """What from_pretrained needs to load a checkpoint through quantize8's readers."""
 
-    state: dict[str, LazyTensor]
-    skip_modules: list[str]
-    int8_experts: bool
+    state: dict[str, LazyTensor]  # tensors by name
+    skip_modules: list[str]  # Linear modules that are not int8
+    int8_experts: bool  # whether experts are int8
 
 
 def plan_loading(checkpoint: Checkpoint) -> LoadPlan:
-    """Linear weights and experts that are stored as int8 stay so; all else is floating point, decoded if need be."""
+    """Plan the loading of a checkpoint.
+
+    Linear weights and experts that are stored as int8 stay int8. Everything else is loaded in floating point, and
+    decoded if it is quantized in another way.
+    """
     structure = structure_of(checkpoint)
     linears = {name for name in (*structure.linears, *structure.kept) if checkpoint.is_int8(f"{name}.weight")}
     int8_experts = bool(structure.experts) and all(checkpoint.is_int8(f"{name}.weight") for name in structure.experts)

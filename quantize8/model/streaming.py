@@ -1,8 +1,9 @@
-"""A model that is larger than the memory: each weight is read when its module computes, and dropped after.
+"""Running a model that is larger than memory: each weight is read when its module computes, and dropped afterwards.
 
-The model is built without storage. A unit is a block of layers that transformers never splits over devices (a decoder
-layer: its forward may use any weight within), or outside of such blocks a single module. Reading a unit follows
-transformers' own rules of loading: names are mapped, and the experts of a layer joined, by its conversion mapping.
+The model is built without storage. Its weights are read in units. A unit is a block of layers that transformers never
+splits over devices (a decoder layer, whose forward may use any of its weights), or, outside of such blocks, a single
+module. Reading a unit follows transformers' own rules for loading: its conversion mapping maps names and joins the
+experts of a layer.
 """
 
 from __future__ import annotations
@@ -29,18 +30,25 @@ from quantize8.ops.reference import Array
 
 @contextmanager
 def streamed(checkpoint: Checkpoint) -> Iterator[Any]:
-    """The transformers model of a checkpoint, float32 on the CPU, for as many forward passes as are wanted.
+    """The transformers model of a checkpoint in float32 on the CPU, for any number of forward passes.
 
-    Memory holds the buffers, and while a unit computes its weights: those of a decoder layer, or the embedding.
-    Quantized weights are dequantized, so that the model computes in floating point what the stored numbers stand for.
-    `model.device` says meta, where no values are: inputs go in on the CPU, as they are.
-    A module's weights are in place when its forward hooks run, if they are registered with `prepend=True`, and its
-    pre-hooks. The results are those of the same model loaded whole, bit for bit.
+    Memory holds the buffers, and the weights of the unit that is computing: a decoder layer, or the embedding.
+    Quantized weights are dequantized, and the model computes in floating point. `model.device` is meta, but inputs
+    must be on the CPU. A module's weights are available in its forward pre-hooks, and in its forward hooks if these are
+    registered with `prepend=True`. Results equal those of the same model loaded whole, bit for bit.
 
-    A model whose weights do not map one to one, or many to one, onto the checkpoint's is loaded whole: one that
-    transformers would split a stored tensor for, or make up by design what is not stored.
-    Raises: SourceError where transformers cannot run the architecture, where a weight is missing, or does not have the
-    model's shape.
+    A model is loaded whole if its weights do not map one to one, or many to one, to those of the checkpoint: if
+    transformers would split a stored tensor, or generates by design what is not stored.
+
+    Args:
+        checkpoint: The checkpoint.
+
+    Yields:
+        The model in eval mode.
+
+    Raises:
+        SourceError: transformers cannot run the architecture, or a weight is missing or has another shape than in the
+            model.
     """
     with quiet():
         structure_of(checkpoint).require_complete(checkpoint.name)
@@ -50,8 +58,8 @@ def streamed(checkpoint: Checkpoint) -> Iterator[Any]:
             yield whole_model(checkpoint)
             return
         hooks = []
-        for module, places in _units(model):
-            unit = _Unit(weights, places)
+        for module, parameters in _units(model):
+            unit = _Unit(weights, parameters)
             hooks.append(module.register_forward_pre_hook(unit.read))
             hooks.append(module.register_forward_hook(unit.drop, always_call=True))
     try:
@@ -62,14 +70,14 @@ def streamed(checkpoint: Checkpoint) -> Iterator[Any]:
 
 
 def empty_model(checkpoint: Checkpoint) -> Any:
-    """The model with its parameters on the meta device, and its buffers as they are at first."""
+    """The model with its parameters on the meta device and its buffers initialized; SourceError if that fails."""
     from accelerate import init_empty_weights
 
     native = native_of(checkpoint)
     try:
         with init_empty_weights(include_buffers=False), guarded():
             return native.build(dtype=torch.float32).eval()
-    except Exception as error:  # of any kind, as what a config.json may say
+    except Exception as error:  # a config.json with wrong settings can cause errors of any kind
         raise SourceError(
             f"{checkpoint.folder}: transformers cannot build {native.kind.__name__} from its config "
             f"({first_line(error)})"
@@ -91,7 +99,7 @@ def _rows(checkpoint: Checkpoint, name: str) -> Array:
 
 
 def _read(checkpoint: Checkpoint, name: str) -> Tensor:
-    """A stored tensor, in float32 if it is floating point; block by block, so that memory holds it once."""
+    """A stored tensor, in float32 if it is floating point. It is read in blocks, so that memory holds it once."""
     info = checkpoint.tensors[name]
     if info.dtype not in FLOATING or not info.shape:
         value = to_torch(checkpoint.rows(name, 0, info.shape[0] if info.shape else 1), info.dtype)
@@ -104,7 +112,17 @@ def _read(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 class Weights:
-    """Where each parameter of a model lies in a checkpoint, and its values; persistent buffers are read at once."""
+    """The mapping of a model's parameters to tensors of a checkpoint, through which their values are read.
+
+    Persistent buffers are read into the model at once if the mapping is complete.
+
+    Args:
+        model: The model, as of `empty_model`.
+        checkpoint: The checkpoint.
+
+    Attributes:
+        complete: Whether every parameter maps to stored tensors, and none of them would have to be split.
+    """
 
     def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -113,7 +131,7 @@ class Weights:
         self._model, self._checkpoint = model, checkpoint
         joining = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightConverter)]
         self._converters = {pattern: entry for entry in joining for pattern in entry.source_patterns}
-        # parameter or buffer -> stored tensors, with the pattern of the converter that joins them (None: a renaming)
+        # parameter or buffer -> stored tensors, each with the pattern of the converter that joins them (None: renamed)
         self._sources: dict[str, list[tuple[str | None, str]]] = defaultdict(list)
         self._state = model.state_dict()
         self._conv1d = {name for name, kind in linear_kinds(model).items() if kind == CONV1D}
@@ -129,27 +147,31 @@ class Weights:
             self._read_buffers(set(parameters))
 
     def stored_as(self, name: str) -> list[str]:
-        """The tensors of the checkpoint that a parameter or buffer is made of."""
+        """The names of the stored tensors that a parameter or buffer is made from."""
         return [stored for _, stored in self._sources[name]]
 
     def is_transposed(self, name: str) -> bool:
-        """Whether a parameter is a Conv1D's [K, N], and stored as a quantized [N, K]."""
+        """Whether a parameter is the weight [K, N] of a Conv1D but is stored quantized as [N, K]."""
         module, _, last = name.rpartition(".")
         stored = self._sources[name][0][1]
         return last == "weight" and module in self._conv1d and stored in self._checkpoint.decoded
 
     def is_one_tensor(self, name: str) -> bool:
-        """Whether a parameter is a stored tensor as it is, so that `rows` can read a part of it."""
+        """Whether a parameter is exactly one stored tensor, so that `rows` can read some of its rows."""
         entries = self._sources[name]
         return len(entries) == 1 and entries[0][0] is None and not self.is_transposed(name)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start..stop of a parameter that `is_one_tensor`, float32."""
+        """The rows from start to before stop of a parameter for which `is_one_tensor` is true, float32."""
         ((_, stored),) = self._sources[name]
         return to_torch(self._checkpoint.rows(stored, start, stop), self._checkpoint.tensors[stored].dtype).float()
 
     def read(self, name: str) -> Tensor:
-        """A parameter or buffer of the model by its name."""
+        """The value of a parameter or buffer, by its name in the model.
+
+        Raises:
+            SourceError: Stored tensors cannot be joined, or the shape is not that of the model.
+        """
         entries = self._sources[name]
         pattern, stored = entries[0]
         value = _read(self._checkpoint, stored) if pattern is None else self._joined(name, pattern, entries)
@@ -158,13 +180,13 @@ class Weights:
         expected = self._state[name].shape
         if value.shape != expected:
             raise SourceError(
-                f"{self._checkpoint.folder}: {stored} gives {name} the shape {list(value.shape)}, and not "
-                f"{list(expected)} as config.json says; fetch the checkpoint again"
+                f"{self._checkpoint.folder}: {stored} gives {name} the shape {list(value.shape)}, but config.json "
+                f"requires {list(expected)}; fetch the checkpoint again"
             )
         return value
 
     def _tie(self, parameters: dict[str, Any]) -> None:
-        """Give tied parameters that are stored once the same source."""
+        """Map all parameters of a tied group to the stored tensor of the one that is stored."""
         groups: dict[str, set[str]] = defaultdict(set)
         for target, source in self._model.all_tied_weights_keys.items():
             groups[source] |= {target, source}
@@ -179,18 +201,18 @@ class Weights:
         return pattern is not None and len(self._converters[pattern].target_patterns) > 1
 
     def _joined(self, name: str, pattern: str, entries: list[tuple[str | None, str]]) -> Tensor:
-        """What transformers makes of several stored tensors."""
+        """The tensor that transformers makes from several stored tensors."""
         converter = copy.deepcopy(self._converters[pattern])
-        for part, stored in entries:
-            converter.add_tensor(name, stored, part, partial(_read, self._checkpoint, stored))
+        for source_pattern, stored in entries:
+            converter.add_tensor(name, stored, source_pattern, partial(_read, self._checkpoint, stored))
         try:
-            made = converter.convert(name, model=self._model, config=self._model.config)
+            joined = converter.convert(name, model=self._model, config=self._model.config)
         except (RuntimeError, ValueError, KeyError, IndexError) as error:
             raise SourceError(
-                f"{self._checkpoint.folder}: {entries[0][1]} and others do not make {name} ({first_line(error)}); "
-                "fetch the checkpoint again"
+                f"{self._checkpoint.folder}: {entries[0][1]} and others cannot be joined into {name} "
+                f"({first_line(error)}); fetch the checkpoint again"
             ) from None
-        value: Tensor = made[name][0] if isinstance(made[name], list) else made[name]
+        value: Tensor = joined[name][0] if isinstance(joined[name], list) else joined[name]
         return value
 
     def _read_buffers(self, parameters: set[str]) -> None:
@@ -202,38 +224,43 @@ class Weights:
 
 
 class _Unit:
-    """Hooks on a module: its parameters are read before its forward, and dropped after."""
+    """Hooks on a module: its parameters are read before its forward, and dropped afterwards.
 
-    def __init__(self, weights: Weights, places: list[tuple[nn.Module, str, str]]) -> None:
+    Each parameter is given as (owner, name in the owner, name in the model).
+    """
+
+    def __init__(self, weights: Weights, parameters: list[tuple[nn.Module, str, str]]) -> None:
         self._weights = weights
-        self._places = [(*place, place[0]._parameters[place[1]]) for place in places]  # with what stands for no values
+        self._parameters = [  # each with the parameter without values that replaces it
+            (owner, last, name, owner._parameters[last]) for owner, last, name in parameters
+        ]
 
     def read(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
         if any(isinstance(value, Tensor) and value.is_meta for value in inputs):  # torch would compute with noise
             raise ValueError("a streamed model takes its inputs on the CPU, not on model.device")
-        for module, last, name, _empty in self._places:
-            module._parameters[last] = nn.Parameter(self._weights.read(name), requires_grad=False)
+        for owner, last, name, _empty in self._parameters:
+            owner._parameters[last] = nn.Parameter(self._weights.read(name), requires_grad=False)
 
     def drop(self, *_: Any) -> None:
-        for module, last, _name, empty in self._places:
-            module._parameters[last] = empty
+        for owner, last, _name, empty in self._parameters:
+            owner._parameters[last] = empty
 
 
 def _units(model: Any) -> list[tuple[nn.Module, list[tuple[nn.Module, str, str]]]]:
-    """Modules that read weights, and which: (owner, name in the owner, name in the model) of each."""
+    """The modules that are units, with their parameters as (owner, name in the owner, name in the model)."""
     blocks, units = set(model._no_split_modules or ()), []
 
     def visit(module: nn.Module, prefix: str) -> None:
         whole = bool(prefix) and (type(module).__name__ in blocks or isinstance(module, nn.MultiheadAttention))
         owners = dict(module.named_modules()) if whole else {"": module}
-        places = [
+        parameters = [
             (owner, last, ".".join(filter(None, (prefix, path, last))))
             for path, owner in owners.items()
             for last, value in owner._parameters.items()
             if value is not None
         ]
-        if places:
-            units.append((module, places))
+        if parameters:
+            units.append((module, parameters))
         for last, child in () if whole else module.named_children():
             visit(child, ".".join(filter(None, (prefix, last))))
 

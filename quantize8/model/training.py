@@ -1,7 +1,8 @@
-"""Training: layers that multiply in int8 and keep their weight in floating point, and adapters merged into int8.
+"""Training: layers that multiply in int8 with a weight kept in floating point, and merging of adapters into int8.
 
-The products are those of LLM.int8() (Dettmers et al. 2022, appendix on training, as bitsandbytes implements it): y and
-the weight's gradient in int8 with outlier columns in floating point, x's gradient through the quantized weight.
+The products are those of LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339, appendix on training), as bitsandbytes
+implements them: the output and the weight's gradient are computed in int8, with outlier columns in floating point; the
+gradient of the input is computed through the quantized weight.
 """
 
 from __future__ import annotations
@@ -16,16 +17,27 @@ from torch import Tensor, nn
 from quantize8.errors import SourceError, WeightError
 from quantize8.model.linear import Int8Linear, checked_quantize, quantize
 from quantize8.ops import cpu
+from quantize8.ops.choice import default_mode
 from quantize8.ops.operator import linear
 from quantize8.ops.reference import DEFAULT_THRESHOLD, INT8_MAX, LayerMode
 
-_ON_A_CODE = 1e-4  # steps: nearer to a code than this is float32's rounding, not what an adapter adds
+_ON_A_CODE = 1e-4  # a value within this many steps of a code differs from it by float32 rounding only
 
 
 class TrainableInt8Linear(nn.Linear):
     """A linear layer whose weight [N, K] stays in floating point and is trained; its products are in int8.
 
-    transposed: whether it stands for a Conv1D, whose weight is [K, N] in a state_dict.
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: Whether the layer has a bias.
+        threshold: Outlier threshold; 0 for none.
+        mode: Outlier mode; None for the default of the device that the layer is on.
+        device: Device of weight and bias.
+        dtype: Dtype of weight and bias.
+
+    Attributes:
+        transposed: Whether the layer replaces a Conv1D, whose weight is [K, N] in a state_dict.
     """
 
     def __init__(
@@ -34,61 +46,75 @@ class TrainableInt8Linear(nn.Linear):
         out_features: int,
         bias: bool = True,
         threshold: float = DEFAULT_THRESHOLD,
-        mode: LayerMode = "dynamic",
+        mode: LayerMode | None = "dynamic",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.threshold, self.mode, self.transposed = threshold, mode, False
-        self._kept: tuple[Tensor, int, Tensor, Tensor] | None = None
+        self.threshold, self.chosen_mode, self.transposed = threshold, mode, False
+        self._cached: tuple[Tensor, int, Tensor, Tensor] | None = None  # weight, its version, codes, absmax
+
+    @property
+    def mode(self) -> LayerMode:
+        """The outlier mode that the layer computes in: `chosen_mode`, or the default for the layer's device."""
+        weight: Any = self._parameters["weight"]
+        return self.chosen_mode or default_mode(weight.device.type)
+
+    @mode.setter
+    def mode(self, value: LayerMode | None) -> None:
+        self.chosen_mode = value
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N] in x's dtype."""
+        """Compute the layer for x [..., K]: [..., N] in x's dtype."""
         flat = x.reshape(-1, self.in_features)
-        weight = self._parameters["weight"]  # not by its name, which forgets the codes
+        weight = self._parameters["weight"]  # not self.weight, which would discard the cached codes
         product: Tensor = _Int8Product.apply(flat, weight, self.bias, *self.codes(), self.threshold, self.mode)
         return product.view(*x.shape[:-1], self.out_features)
 
     def codes(self) -> tuple[Tensor, Tensor]:
-        """Codes int8 [N, K] and absmax float32 [N] of the weight as it is now.
+        """Codes int8 [N, K] and absmax float32 [N] of the current weight.
 
-        Made anew in each forward of training, since there are optimizers (bitsandbytes') that change a weight and not
-        its version. Else kept until the layer is seen to change: only writes to `.data` of a parameter that was taken
-        from the layer earlier, between two forwards without gradients, go unseen.
+        They are computed in each forward of training, since some optimizers (those of bitsandbytes) change a weight
+        without changing its version. Otherwise they are cached until the layer changes. The one change that is not
+        noticed is a write, between two forwards without gradients, to `.data` of a parameter that was taken from the
+        layer before.
         """
         parameter: Any = self._parameters["weight"]
         weight, version = parameter.detach(), parameter._version
         trained = torch.is_grad_enabled() and parameter.requires_grad
-        kept = self._kept  # with its weight, or a new weight could get the address of the old
-        if kept is not None and not trained and (kept[0].data_ptr(), kept[1]) == (weight.data_ptr(), version):
-            return kept[2], kept[3]
-        with torch.inference_mode(False):  # what is kept may be needed for gradients later
+        cached = self._cached  # includes the weight itself, so that no new weight can have its address
+        if cached is not None and not trained and (cached[0].data_ptr(), cached[1]) == (weight.data_ptr(), version):
+            return cached[2], cached[3]
+        with torch.inference_mode(False):  # gradients may be computed from the cached codes later
             codes, absmax = quantize(weight)
-        self._kept = None if trained else (weight, version, codes, absmax)
+        self._cached = None if trained else (weight, version, codes, absmax)
         return codes, absmax
 
     def dequantize(self) -> Tensor:
-        """The weight that is kept, float32 [N, K]."""
+        """The floating-point weight, as float32 [N, K]."""
         return self.weight.detach().float()
 
     def __getattr__(self, name: str) -> Any:
-        """Who takes the weight may write to its `.data`, as PEFT does to merge; that changes no version."""
+        """As in nn.Module; reading `weight` discards the cached codes.
+
+        The caller may write to its `.data`, as PEFT does to merge, and that does not change its version.
+        """
         if name == "weight":
-            self.__dict__["_kept"] = None
+            self.__dict__["_cached"] = None
         return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle: codes are made anew."""
-        return {**self.__dict__, "_kept": None}
+        """The state for copy and pickle, without the cached codes."""
+        return {**self.__dict__, "_cached": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainableInt8Linear:
-        self._kept = None
+        self._cached = None
         super()._apply(fn, recurse)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.transposed:  # as the source has it: Trainer saves and resumes by way of state_dict
+        if self.transposed:  # as in the source: Trainer saves and resumes through the state_dict
             destination[f"{prefix}weight"] = destination[f"{prefix}weight"].t().contiguous()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -130,9 +156,17 @@ class _Int8Product(torch.autograd.Function):
 
 
 def weight_gradient(gradient: Tensor, x: Tensor, threshold: float) -> Tensor:
-    """gradient [M, N] transposed times x [M, K], both float32: [N, K], in int8 but for x's outlier columns.
+    """The gradient of a weight: gradient^T x, computed in int8 except for the outlier columns of x.
 
-    Each output and each feature has one scale over the tokens. On a GPU the product is in floating point.
+    Each output and each input feature has one scale over all tokens. On a GPU the product is in floating point.
+
+    Args:
+        gradient: Gradient of the output, float32 [M, N].
+        x: Input, float32 [M, K].
+        threshold: Columns of x with any |x| >= threshold are outlier columns; 0 for none.
+
+    Returns:
+        float32 [N, K].
     """
     if gradient.is_cuda:
         return gradient.t() @ x
@@ -148,9 +182,15 @@ def weight_gradient(gradient: Tensor, x: Tensor, threshold: float) -> Tensor:
 def merge_and_unload(model: Any) -> Any:
     """Merge the adapters of a PEFT model into its int8 layers, which are quantized again with stochastic rounding.
 
-    Args: model, a peft.PeftModel over a model of ours. Returns: the model itself, without adapters, in int8.
-    Raises: SourceError where the model has no adapters to merge; WeightError where a merged weight cannot be int8: the
-    layers before it are merged by then.
+    Args:
+        model: A peft.PeftModel on a model with quantize8's layers.
+
+    Returns:
+        The model itself, in int8 and without adapters.
+
+    Raises:
+        SourceError: The model has no adapters to merge, or PEFT cannot merge this kind of adapter.
+        WeightError: A merged weight cannot be int8. The layers before it are already merged then.
     """
     if not hasattr(model, "merge_and_unload"):
         raise SourceError(f"{type(model).__name__}: has no adapters to merge; pass the PEFT model")
@@ -165,13 +205,19 @@ def merge_and_unload(model: Any) -> Any:
         except WeightError as error:
             raise WeightError(f"{name}: {error}") from None
         except NotImplementedError:
-            raise SourceError(f"{name}: PEFT cannot merge {type(module).__name__}; keep the adapter apart") from None
+            raise SourceError(
+                f"{name}: PEFT cannot merge {type(module).__name__}; use the adapter without merging it"
+            ) from None
         model.set_submodule(name, module.base_layer)
     return model.merge_and_unload()
 
 
 def _merge(module: Any) -> None:
-    """Merge an adapter; one that PEFT has for 8-bit layers hands its layer the sum, others add to a plain layer's."""
+    """Merge the adapter of one layer.
+
+    PEFT's adapters for 8-bit layers assign the merged weight to the layer. Other adapters add to the weight of a
+    floating-point layer, which takes the int8 layer's place meanwhile.
+    """
     layer: Int8Linear = module.base_layer
     if hasattr(layer, "state"):
         with warnings.catch_warnings():
@@ -189,9 +235,17 @@ def _merge(module: Any) -> None:
 
 
 def requantize(layer: Int8Linear, weight: Tensor) -> None:
-    """Give a layer a weight [N, K] in floating point that was made by adding to the one it has.
+    """Quantize a weight to which something was added, with stochastic rounding, and give it to its layer.
 
-    Stored outlier columns are added to as well, and need no chance to be exact.
+    The stored outlier columns are updated in the same way; they are stored in float16, so their codes are rounded to
+    nearest.
+
+    Args:
+        layer: The layer, still with the weight before the addition.
+        weight: The new weight [N, K] in floating point.
+
+    Raises:
+        WeightError: A row holds NaN, infinity or a |w| beyond float16.
     """
     weight, columns, exact = weight.detach().float(), layer.outlier_columns, layer.outlier_weight
     stored = None if columns is None or exact is None else columns[: exact.shape[1]].long()
@@ -207,10 +261,17 @@ def requantize(layer: Int8Linear, weight: Tensor) -> None:
 
 
 def dithered_codes(weight: Tensor, absmax: Tensor) -> Tensor:
-    """Codes int8 [N, K] of a weight [N, K] with absmax float32 [N], by stochastic rounding, seeded.
+    """Codes of a weight by stochastic rounding with a fixed seed, so that the same weight gets the same codes.
 
-    A merged weight lies on the old codes but for what an adapter adds, most of it less than half a step: rounding to
-    the nearest would take that away, and this keeps it on average. The same weight gets the same codes.
+    A merged weight equals the old codes plus what the adapter adds, which is mostly less than half a step. Rounding to
+    nearest would remove that; stochastic rounding preserves it on average.
+
+    Args:
+        weight: [N, K] in floating point.
+        absmax: float32 [N].
+
+    Returns:
+        int8 [N, K].
     """
     inverse = torch.where(absmax > 0, INT8_MAX / absmax, torch.zeros_like(absmax))
     steps = weight.float() * inverse[:, None]

@@ -1,7 +1,7 @@
-"""The weight of an int8 layer as others get it: codes to look at, move and copy, but not numbers to compute with.
+"""The weight of an int8 layer as other code sees it: codes that can be read, moved and copied, but not computed with.
 
-PEFT has adapters that read `layer.weight` as floating point and write sums back. Over codes that would give wrong
-results, and no error; here it is one.
+PEFT has adapters that read `layer.weight` as floating point and write sums back. With codes that would silently give
+wrong results; here it raises an error.
 """
 
 from __future__ import annotations
@@ -22,24 +22,27 @@ if TYPE_CHECKING:
 _ATTRIBUTES = ("device", "dtype", "grad", "is_cuda", "is_leaf", "is_meta", "layout", "ndim", "requires_grad", "shape")
 _METHODS = ("__len__", "dim", "element_size", "is_complex", "is_floating_point", "numel", "size")
 _LIKE = ("empty_like", "full_like", "ones_like", "rand_like", "randn_like", "zeros_like")
-# what needs no values, and so leaves a packed weight packed
+# functions that need no values, so that a packed weight can stay packed
 _DESCRIBE = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES} | {getattr(Tensor, name) for name in _METHODS}
 _DESCRIBE |= {getattr(torch, name) for name in _LIKE}
 _SAME = {Tensor.data.__get__, Tensor.detach}  # type: ignore[attr-defined]
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
-_DTYPE_ERRORS = re.compile("Char|[Ff]loating[- ]point")  # torch's own words where a function needs other numbers
-_ON_CODES = ("bitsandbytes.", "quantize8.")  # operators that take codes for what they are
+_DTYPE_ERRORS = re.compile("Char|[Ff]loating[- ]point")  # in torch's errors about the dtype of an argument
+_ON_CODES = ("bitsandbytes.", "quantize8.")  # prefixes of operators that expect int8 codes
 
 
 class Int8Weight(nn.Parameter):
-    """The codes int8 [N, K] of a layer, or a tensor made from them; floating point does not mix with it."""
+    """The codes int8 [N, K] of a layer, or a tensor made from them.
+
+    An operation that mixes it with floating point, or would return floating point, raises WeightError.
+    """
 
     layer: Int8Linear | None
     _codes: Tensor
-    _is_hf_initialized = True  # to transformers, which would fill what it takes for new with noise
+    _is_hf_initialized = True  # read by transformers, which fills parameters that are not initialized with noise
 
     def __new__(cls, data: Tensor, requires_grad: bool = False, layer: Int8Linear | None = None) -> Int8Weight:
-        """As nn.Parameter; data, a plain tensor."""
+        """As nn.Parameter; `data` is an ordinary tensor."""
         made: Int8Weight = torch.Tensor._make_subclass(cls, data, False)
         made.layer, made._codes = layer, data
         return made
@@ -48,7 +51,7 @@ class Int8Weight(nn.Parameter):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Every function of torch's that is called with such a weight."""
+        """Handle every torch function that is called with such a weight."""
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if func in _DESCRIBE:
@@ -73,11 +76,11 @@ class Int8Weight(nn.Parameter):
         return tree_map_only(Tensor, _guarded, result)
 
     def plain(self) -> Tensor:
-        """The codes as an ordinary tensor: the layer's own where there is a layer."""
+        """The codes as an ordinary tensor; those of the layer itself if there is a layer."""
         return self._codes if self.layer is None else self.layer.stored_codes()
 
     def _set(self, value: Tensor) -> None:
-        """`weight.data = value`."""
+        """Handle `weight.data = value`."""
         if value.dtype != torch.int8:
             raise _refusal(_SET_DATA, (self, value), {})
         codes = value.plain() if isinstance(value, Int8Weight) else value
@@ -91,7 +94,7 @@ class Int8Weight(nn.Parameter):
         return type(self)(self.plain().clone())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickled as an ordinary parameter."""
+        """Pickle as an ordinary parameter."""
         return nn.Parameter(self.plain(), requires_grad=False).__reduce_ex__(protocol)
 
 
@@ -110,7 +113,7 @@ def _refusal(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> 
     name = "data =" if func == _SET_DATA else getattr(func, "__name__", str(func))
     shape = next(list(value.shape) for value in tree_leaves((args, dict(kwargs))) if isinstance(value, Int8Weight))
     return WeightError(
-        f"Int8Linear weight {shape}: holds int8 codes, and {name!r} takes them for floating point; use the layer's "
-        "dequantize(), or what PEFT has for 8-bit layers: import it, with bitsandbytes installed, before the model is "
-        "loaded (docs/training.md)"
+        f"Int8Linear weight {shape}: holds int8 codes, but {name!r} treats them as floating point; use the layer's "
+        "dequantize(), or PEFT's methods for 8-bit layers: install bitsandbytes, and import peft before loading the "
+        "model (docs/training.md)"
     )

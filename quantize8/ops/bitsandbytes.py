@@ -1,7 +1,7 @@
-"""A linear layer as bitsandbytes 0.50 computes it on a CPU, rounding by rounding: what its users can compare with.
+"""A linear layer as bitsandbytes 0.50 computes it on a CPU, with the same rounding steps and so the same results.
 
-It differs from `reference.linear` where that is closer to the original: activations are rounded to float16 first, and
-quantized at decode too; whole outlier columns get the code 0, and are multiplied in the activations' dtype.
+`reference.linear` is closer to the unquantized layer. Here, as in bitsandbytes, activations are first rounded to
+float16, and quantized at decode too; whole outlier columns get the code 0 and are multiplied in the activations' dtype.
 """
 
 from __future__ import annotations
@@ -15,18 +15,26 @@ from quantize8.ops.reference import INT8_MAX
 if TYPE_CHECKING:
     from quantize8.ops.packed import PackedWeight
 
-_BOTH_SCALES = 6.200124e-05  # its constant for 1 / 127^2, in float32
-_WEIGHT_SCALE = 7.874015718698502e-3  # and for 1 / 127
+_BOTH_SCALES = 6.200124e-05  # bitsandbytes' float32 constant for 1 / 127^2
+_WEIGHT_SCALE = 7.874015718698502e-3  # bitsandbytes' constant for 1 / 127
 
 
 def linear(x: Tensor, weight: PackedWeight, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
-    """x [M, K] times packed codes [N, K] with absmax float32 [N], plus bias [N]: [M, N] in x's dtype.
+    """Compute a linear layer with the result of bitsandbytes.matmul on a CPU without gradients, bit for bit.
 
-    Equal, bit for bit, to bitsandbytes.matmul on a CPU without gradients.
+    Args:
+        x: float16, bfloat16 or float32 [M, K].
+        weight: The packed codes [N, K].
+        absmax: float32 [N], the absmax of each row of the weight.
+        bias: [N] or None.
+        threshold: Columns with an element |x| >= threshold are outlier columns; 0 for none.
+
+    Returns:
+        [M, N] in x's dtype.
     """
     import torch
 
-    with torch.autocast("cpu", enabled=False):  # it would round products of float32, and of codes, to 16-bit
+    with torch.autocast("cpu", enabled=False):  # autocast would round products of float32, and of codes, to 16-bit
         return _steps(x, weight, absmax, bias, threshold)
 
 
@@ -47,6 +55,6 @@ def _steps(x: Tensor, weight: PackedWeight, absmax: Tensor, bias: Tensor | None,
     product = weight.multiply(tokens).float() * (peaks[:, None] * absmax) * _BOTH_SCALES
     result = (product if bias is None else product + bias.float()).to(x.dtype)
     if columns is not None and len(columns):
-        beside = (weight.columns(columns) * absmax[:, None] * _WEIGHT_SCALE).to(x.dtype)
-        result = result.addmm(x[:, columns], beside.t())
+        outlier_weight = (weight.columns(columns) * absmax[:, None] * _WEIGHT_SCALE).to(x.dtype)
+        result = result.addmm(x[:, columns], outlier_weight.t())
     return result

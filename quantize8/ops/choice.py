@@ -1,8 +1,8 @@
-"""Which device computes: the one asked for, if it is there and gives right results.
+"""The choice of the device that computes: the requested one, if it is present and gives correct results.
 
-Kernels are compiled on the machine they run on, by whatever compiler and driver it has. Before a GPU is trusted with a
-model, every kernel that it would use multiplies a small layer, and the result is compared with the reference: once a
-process, a few milliseconds.
+Kernels are compiled on the machine they run on, by whatever compiler and driver it has. Before a GPU is used for a
+model, every kernel that it would run computes a small layer, and the result is compared with the reference. This
+happens once per process and takes a few milliseconds.
 """
 
 from __future__ import annotations
@@ -16,17 +16,25 @@ import numpy as np
 
 from quantize8.errors import DependencyError, DeviceWarning
 from quantize8.ops import reference
-from quantize8.ops.reference import ColumnStats, Int8Weight
+from quantize8.ops.reference import ColumnStats, Int8Weight, OutlierMode
 
 DEVICES = ("auto", "cpu", "cuda")
-_ROUNDING = 1.05  # what a product may be off by, over rounding the exact result
+_ROUNDING = 1.05  # allowed error of a product, as a multiple of the error of rounding the exact result
 
 
 def resolve(device: str) -> str:
-    """Cpu or cuda, for a --device.
+    """The device to use for a value of --device.
 
-    Raises DependencyError where the device is unknown, or is cuda and cannot be used. With auto, a GPU that is there
-    but cannot be used gives a DeviceWarning that says why, and the CPU.
+    With auto, a GPU that is present but cannot be used gives a DeviceWarning with the reason, and the CPU is used.
+
+    Args:
+        device: "auto", "cpu" or "cuda".
+
+    Returns:
+        "cpu" or "cuda".
+
+    Raises:
+        DependencyError: The device is unknown, or it is "cuda" and the GPU cannot be used.
     """
     if device not in DEVICES:
         raise DependencyError(f"device {device}: unknown; use {', '.join(DEVICES[:-1])} or {DEVICES[-1]}")
@@ -37,13 +45,25 @@ def resolve(device: str) -> str:
         return "cuda"
     if device == "cuda":
         raise DependencyError(reason)
-    warnings.warn(f"{reason}; going on with the CPU", DeviceWarning, stacklevel=2)
+    warnings.warn(f"{reason}; using the CPU instead", DeviceWarning, stacklevel=2)
     return "cpu"
+
+
+def default_mode(device_type: str) -> OutlierMode:
+    """The outlier mode of a layer for which the user named none.
+
+    On a CPU it is "bitsandbytes", so that a program that moves from bitsandbytes to quantize8 keeps its results. No GPU
+    kernel computes that mode, so on a GPU it is "dynamic".
+
+    Args:
+        device_type: torch's name of the type of device, as "cpu" or "cuda".
+    """
+    return "dynamic" if device_type == "cuda" else "bitsandbytes"
 
 
 @cache
 def problem(index: int = 0) -> str | None:
-    """One line on why a GPU cannot be used and how to fix it; None where it can."""
+    """One line on why the GPU of this index cannot be used and how to fix it; None if it can be used."""
     from quantize8.ops.device import why_not
 
     if reason := why_not(index):
@@ -53,14 +73,23 @@ def problem(index: int = 0) -> str | None:
     except DependencyError as error:
         return f"device cuda: {error}"
     if wrong:
-        return f"device cuda: {wrong} of GPU {index} differs from the reference; use --device cpu, and report this"
+        return (
+            f"device cuda: kernel {wrong} on GPU {index} differs from the reference; use --device cpu, and report this"
+        )
     return None
 
 
 def disagreement(index: int | None = 0) -> str | None:
-    """Name of the first kernel whose result on a small layer is not the reference's; None where all agree.
+    """Compare every kernel with the reference on a small layer.
 
-    Args: index, of the GPU; None for tensors in main memory (tests).
+    Args:
+        index: Index of the GPU; None for tensors in main memory (in tests).
+
+    Returns:
+        The name of the first kernel whose result differs from the reference; None if all agree.
+
+    Raises:
+        DependencyError: A kernel cannot be compiled or run on this GPU.
     """
     import torch
 
@@ -74,13 +103,13 @@ def disagreement(index: int | None = 0) -> str | None:
     codes, absmax = reference.quantize_rowwise(weight)
     expected = reference.column_stats(weight, codes, absmax)
 
-    stats, found = gpu.DeviceStats.empty(weight.shape[1], device), ColumnStats.empty(weight.shape[1])
+    stats, measured = gpu.DeviceStats.empty(weight.shape[1], device), ColumnStats.empty(weight.shape[1])
     on_device = torch.from_numpy(weight).to(device)
     layer = Int8Weight(*gpu.quantize_rowwise(on_device, stats))
-    stats.read_into(found)
+    stats.read_into(measured)
     if not np.array_equal(layer.codes.cpu(), codes) or not np.array_equal(layer.absmax.cpu(), absmax):
         return "quantize_rowwise"
-    if any(not np.array_equal(getattr(found, name), getattr(expected, name)) for name in vars(expected)):
+    if any(not np.array_equal(getattr(measured, name), getattr(expected, name)) for name in vars(expected)):
         return "column_stats"
     threshold = reference.DEFAULT_THRESHOLD
     for count, name in ((1, "weight_only_matmul"), (40, "mixed_matmul"), (300, "mixed_matmul in large tiles")):
@@ -92,13 +121,13 @@ def disagreement(index: int | None = 0) -> str | None:
 
 
 def _within_rounding(y: np.ndarray, exact: np.ndarray) -> bool:
-    """Whether y, of float16, is as near to the exact result as its rounding allows, and float32 sums beside it."""
+    """Whether y, rounded to float16, is as close to the exact result as that rounding and float32 sums allow."""
     least = np.linalg.norm(exact.astype(np.float16) - exact) + 2e-7 * np.linalg.norm(exact)
     return bool(np.linalg.norm(y - exact) <= _ROUNDING * least)
 
 
 def _has_driver() -> bool:
-    """Whether an NVIDIA driver is installed; asks the loader, because importing torch to ask takes a second."""
+    """Whether an NVIDIA driver is installed. The dynamic loader is asked, because importing torch takes a second."""
     try:
         ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:

@@ -1,8 +1,8 @@
-"""The CPU path: passes over weights, activation codes and products, in the kernels of cpu/*.c.
+"""The CPU path: weight quantization, activation codes and products, computed by the kernels in cpu/*.c.
 
-Weights are NumPy arrays (no torch), and take one fused pass per row while it sits in cache: float16 rounding, absmax,
-codes and column statistics. ctypes releases the GIL, so threads run it side by side. Activations and products are torch
-tensors. Every result that `reference` defines as an integer or a scale is equal to it, bit for bit.
+Weights are NumPy arrays (no torch) and take one fused pass per row, while the row is in cache: float16 rounding,
+absmax, codes and column statistics. ctypes releases the GIL, so threads can run these passes in parallel. Activations
+and products are torch tensors. Results that `reference` defines as integers or scales equal it bit for bit.
 """
 
 from __future__ import annotations
@@ -30,11 +30,19 @@ _CLIPS = np.array(CLIPS, np.float32)
 def quantize_rowwise(
     weight: Array, stats: ColumnStats | None = None, search: ScaleSearch | None = None
 ) -> tuple[Array, Array]:
-    """`reference.quantize_rowwise`, and `reference.column_stats` added to `stats` in the same pass.
+    """`reference.quantize_rowwise`, and in the same pass `reference.column_stats`.
 
-    Args: weight, contiguous float16, bfloat16 or float32 [N, K]; stats, to add to (rows so far a multiple of 64);
-    search, for the absmax of `scales.search_absmax`.
-    Returns: codes int8 [N, K], absmax float32 [N], non-finite where a row cannot be quantized.
+    Args:
+        weight: float16, bfloat16 or float32 [N, K].
+        stats: Column statistics to which these rows are added; its rows so far must be a multiple of 64.
+        search: Take the absmax of `scales.search_absmax` instead of each row's largest magnitude.
+
+    Returns:
+        Codes int8 [N, K], and absmax float32 [N], not finite where a row cannot be quantized.
+
+    Raises:
+        MemoryError: A kernel cannot allocate its buffers.
+        DependencyError: The kernels are not compiled for this machine.
     """
     rows, columns = weight.shape
     codes, absmax = np.empty((rows, columns), np.int8), np.zeros(rows, np.float32)
@@ -47,14 +55,14 @@ def quantize_rowwise(
             how = (pointer(importance), pointer(kept), pointer(_CLIPS), len(_CLIPS), LEAST_SCALE)
             check(library.q8_search_rows(*given, *how, pointer(absmax)))
         sums = (stats.absmax, stats.sum_square, stats.sum_error, stats.outliers)
-        places = [pointer(array) for array in (codes, absmax, *sums)]
-        check(library.q8_quantize_rows(*given, search is not None, *places))
+        outputs = [pointer(array) for array in (codes, absmax, *sums)]
+        check(library.q8_quantize_rows(*given, search is not None, *outputs))
     stats.rows += rows
     return codes, absmax
 
 
 def all_finite(values: Array) -> bool:
-    """Whether floating-point numbers, contiguous, are neither NaN nor infinite."""
+    """Whether none of these floating-point numbers is NaN or infinite."""
     if values.dtype not in _DTYPES:
         return bool(np.isfinite(values).all())
     values = np.ascontiguousarray(values)
@@ -80,10 +88,14 @@ class CpuQuantizer:
 
 
 def quantize_activations(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor]:
-    """`reference.quantize_activations` of torch tensors, without fixed columns.
+    """`reference.quantize_activations` on torch tensors, without columns known beforehand.
 
-    Args: x, float16, bfloat16 or float32 [M, K]; elements with |x| >= threshold get the code 0 (0: none).
-    Returns: codes int8 [M, K], scale float32 [M].
+    Args:
+        x: float16, bfloat16 or float32 [M, K].
+        threshold: Elements with |x| >= threshold get the code 0; 0 turns this off.
+
+    Returns:
+        Codes int8 [M, K], and scale float32 [M].
     """
     from quantize8.ops.packed import encode
 
@@ -91,16 +103,30 @@ def quantize_activations(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Ten
 
 
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """`reference.int8_matmul` on torch tensors: a int8 [M, K] times b int8 [N, K] transposed, int32 [M, N]."""
+    """`reference.int8_matmul` on torch tensors: a int8 [M, K] times the transpose of b int8 [N, K], int32 [M, N]."""
     from quantize8.ops.packed import PackedWeight
 
     return PackedWeight(b, b.new_ones(len(b)).float()).multiply(a)
 
 
 def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None, threshold: float, mode: LayerMode = "dynamic") -> Tensor:
-    """`reference.linear` on torch tensors: x [M, K] -> [M, N] in x's dtype.
+    """`reference.linear` on torch tensors.
 
-    The weight is packed for this one call: `PackedWeight` is for those that serve again.
+    The weight is packed for this call alone; use `PackedWeight` for a weight that is used again.
+
+    Args:
+        x: float16, bfloat16 or float32 [M, K].
+        weight: The quantized weight [N, K].
+        bias: [N] or None.
+        threshold: Outlier threshold of mode "dynamic"; 0 for none.
+        mode: "dynamic", "static" or "hybrid".
+
+    Returns:
+        [M, N] in x's dtype.
+
+    Raises:
+        ValueError: The mode is "static" and the weight has no stored columns.
+        WeightError: int32 sums cannot hold K products, or an outlier column is outside the weight.
     """
     import torch
 

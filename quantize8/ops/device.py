@@ -1,4 +1,4 @@
-"""A GPU as the kernels see it: what it is, and launching them on torch's current stream through CuPy's driver calls."""
+"""One GPU: its properties, and launching kernels on torch's current stream through CuPy's bindings of the driver."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from quantize8.ops.kernels import MINIMUM, Kernel, pack
 if TYPE_CHECKING:
     from torch import Tensor
 
-_DEFAULT_SHARED_BYTES = 48 * 1024  # a kernel that wants more has to say so to the driver first
+_DEFAULT_SHARED_BYTES = 48 * 1024  # a kernel that needs more must request it from the driver first
 
 
 class Gpu:
-    """One NVIDIA GPU, by torch's index. Kernels are compiled when first launched on it."""
+    """One NVIDIA GPU, by torch's index. A kernel is compiled when it is first launched on this GPU."""
 
     def __init__(self, index: int) -> None:
         import torch
@@ -34,7 +34,16 @@ class Gpu:
         self._loading = threading.Lock()
 
     def launch(self, kernel: Kernel, grid: tuple[int, int], arguments: Sequence[Tensor | int | float | None]) -> None:
-        """Put a kernel on torch's current stream of this GPU; does not wait for it."""
+        """Launch a kernel on torch's current stream of this GPU, without waiting for it.
+
+        Args:
+            kernel: The kernel, compiled now if this is its first launch.
+            grid: Number of blocks in x and y.
+            arguments: Tensors on this GPU, numbers, or None (a null pointer), in the order of the kernel's parameters.
+
+        Raises:
+            DependencyError: The kernel cannot be compiled.
+        """
         if self._torch.current_device() == self.index:
             self._launch(kernel, grid, arguments)
         else:
@@ -42,7 +51,7 @@ class Gpu:
                 self._launch(kernel, grid, arguments)
 
     def _launch(self, kernel: Kernel, grid: tuple[int, int], arguments: Sequence[Any]) -> None:
-        if not self._driver.ctxGetCurrent():  # a new thread has none until the runtime is asked for something
+        if not self._driver.ctxGetCurrent():  # a new thread has no context until it first calls the runtime
             self._runtime.free(0)
         function = self._functions.get(kernel) or self._load(kernel)
         pointers, keep = pack(arguments)
@@ -66,24 +75,24 @@ class Gpu:
 
 @cache
 def gpu_of(index: int) -> Gpu:
-    """The GPU of an index; raises DependencyError where kernels cannot run on it."""
+    """The GPU of torch's index; raises DependencyError if kernels cannot run on it."""
     if reason := why_not(index):
         raise DependencyError(reason)
     return Gpu(index)
 
 
 def why_not(index: int = 0) -> str | None:
-    """One line on what keeps kernels from running on a GPU and how to fix it; None where nothing does."""
+    """One line on why kernels cannot run on the GPU of this index and how to fix it; None if they can."""
     import torch
 
     if torch.version.cuda is None:
         return "device cuda: torch was built without CUDA; install a CUDA build of torch, or use --device cpu"
     if not torch.cuda.is_available():
-        return "device cuda: torch sees no NVIDIA GPU or driver; fix that, or use --device cpu"
+        return "device cuda: torch finds no NVIDIA GPU or driver; check both, or use --device cpu"
     capability = torch.cuda.get_device_capability(index)
     if capability < MINIMUM:
-        found, needed = (".".join(map(str, each)) for each in (capability, MINIMUM))
-        return f"device cuda: GPU {index} has compute capability {found}, kernels need {needed}; use --device cpu"
+        actual, needed = (".".join(map(str, version)) for version in (capability, MINIMUM))
+        return f"device cuda: GPU {index} has compute capability {actual}, kernels need {needed}; use --device cpu"
     try:
         nvrtc.load_nvrtc()
     except DependencyError as error:

@@ -1,6 +1,7 @@
-"""llama.cpp's blocks of weights to floating point. Its package `gguf` is the definition.
+"""Dequantization of llama.cpp's block formats. Its package `gguf` is the definition.
 
-The common types become float16 in cpu/ggml.c, equal to the definition bit for bit and eight times as fast.
+The common types are converted to float16 in cpu/ggml.c, which equals the definition bit for bit and is eight times as
+fast.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from quantize8.ops.reference import Array
 from quantize8.ops.units import pointer
 
 _BLOCKS = re.compile(r"Q([45]_[01]|8_0)|Q[2-6]_K|TQ[12]_0|(MX|NV)FP4|IQ[1-4]_\w+")  # what the package dequantizes
-# enum type of cpu/ggml.c, and the weights and bytes of a block
+# type -> its number in `enum type` of cpu/ggml.c, weights in a block, bytes in a block
 _COMPILED = {
     "Q4_0": (0, 32, 18),
     "Q4_1": (1, 32, 20),
@@ -30,16 +31,21 @@ _COMPILED = {
 
 
 def is_read(kind: str) -> bool:
-    """Whether blocks of this type can be dequantized; kind by ggml's name."""
+    """Whether blocks of this type, by its name in ggml, can be dequantized."""
     return _BLOCKS.fullmatch(kind) is not None
 
 
 def decode(stored: Array, kind: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Stored rows as floating point.
+    """Convert stored rows to floating point.
 
-    Args: stored, contiguous uint8 [n, bytes of a row]; kind, F32, F16, BF16 or one that `is_read`; shape of a row;
-    dtype, float16 or bfloat16. A magnitude beyond the dtype becomes infinite.
-    Returns: contiguous, [n, *shape] in that dtype.
+    Args:
+        stored: Contiguous uint8 [n, bytes of a row].
+        kind: ggml's name of the type: F32, F16, BF16, or a block type that `is_read` accepts.
+        shape: Shape of one row's values.
+        dtype: float16 or bfloat16. Magnitudes beyond its range become infinite.
+
+    Returns:
+        Contiguous [n, *shape] in that dtype.
     """
     if not stored.size:
         return np.empty((len(stored), *shape), dtype)
@@ -51,7 +57,12 @@ def decode(stored: Array, kind: str, shape: tuple[int, ...], dtype: np.dtype[Any
 
 
 def dequantize(stored: Array, kind: str) -> Array:
-    """The definition: values in the dtype that they are stored in, float32 where they are blocks."""
+    """Dequantize by the definition: F16 and BF16 keep their dtype, and blocks become float32.
+
+    Args:
+        stored: uint8 [n, bytes of a row].
+        kind: ggml's name of the type.
+    """
     from gguf import GGMLQuantizationType, quants
 
     if kind in ("F16", "BF16"):
@@ -61,7 +72,7 @@ def dequantize(stored: Array, kind: str) -> Array:
 
 
 def _halves(stored: Array, kind: str) -> Array:
-    """float16 [weights], of whole blocks."""
+    """The weights of whole blocks, float16 and flat, by the compiled code."""
     number, weights, size = _COMPILED[kind]
     count = stored.size // size
     values = np.empty(count * weights, np.float16)

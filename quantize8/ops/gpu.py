@@ -1,9 +1,9 @@
-"""The GPU path: the verbs of `reference` on CUDA tensors, by the kernels in `cuda/`.
+"""The GPU path: the functions of `reference` on CUDA tensors, computed by the kernels in `cuda/`.
 
-Launches only: no function here reads a result back, so all of them can be captured in a CUDA graph, and a linear layer
-is two launches at prefill (activations with their outlier list; product with everything else), after a bit mask is
-cleared, and one at decode.
-Arguments are torch tensors on one GPU. DependencyError where kernels cannot run on it.
+The functions only launch kernels and, except for `DeviceStats.read_into`, never read a result back, so all of them can
+be captured in a CUDA graph. A linear layer takes one launch at decode, and at prefill two after a bit mask is cleared:
+activations with their outlier list, then the product with everything else.
+Arguments are torch tensors on one GPU. A DependencyError is raised where kernels cannot run on it.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from quantize8.ops.reference import (
     fixed_columns,
 )
 
-_ROWS_OF_A_BLOCK = 16  # of quantize_rowwise without statistics; with them it is a tile, whose sums one block makes
-_LIBRARY_TOKENS = 24  # the least M, a multiple of 8 over 16, that torch._int_mm takes everywhere
-_LIBRARY_MULTIPLE = 8  # of K and N, as it demands
-GpuMode = Literal["dynamic", "static"]  # that there are kernels for
-_int_mm = torch._int_mm  # cuBLAS's; tests without a GPU put an exact one of the CPU in its place
+_ROWS_OF_A_BLOCK = 16  # rows per block of quantize_rowwise without statistics; with them a block sums a whole tile
+_LIBRARY_TOKENS = 24  # the least M, a multiple of 8 above 16, that torch._int_mm accepts on all systems
+_LIBRARY_MULTIPLE = 8  # torch._int_mm needs K and N to be multiples of this
+GpuMode = Literal["dynamic", "static"]  # modes that have kernels
+_int_mm = torch._int_mm  # cuBLAS's product; tests without a GPU replace it with an exact one on the CPU
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Quantized activations [M, K] on a GPU; the list's length stays there too."""
+    """Quantized activations [M, K] on a GPU. The number of outlier columns stays there too, so no launch waits."""
 
     codes: Tensor  # int8 [M, K]
     scale: Tensor  # float32 [M]
-    outliers: Tensor | None  # int32 [K], of which the first `count` are the outlier columns, ascending
-    count: Tensor | None  # int32 [1]
+    outliers: Tensor | None  # int32 [K]: the first `count` entries are the outlier columns, ascending
+    count: Tensor | None  # int32 [1], the number of outlier columns
 
 
 @dataclass
 class DeviceStats:
-    """`reference.ColumnStats` on a GPU, where counts are int32 [K]."""
+    """`reference.ColumnStats` on a GPU, where the outlier counts are int32 [K]."""
 
     absmax: Tensor
     sum_square: Tensor
@@ -60,7 +60,7 @@ class DeviceStats:
 
     @classmethod
     def empty(cls, columns: int, device: torch.device) -> DeviceStats:
-        """Statistics of no rows."""
+        """Statistics of zero rows, for a weight with this many columns."""
 
         def zeros(dtype: torch.dtype) -> Tensor:
             return torch.zeros(columns, dtype=dtype, device=device)
@@ -68,7 +68,7 @@ class DeviceStats:
         return cls(zeros(torch.float32), zeros(torch.float64), zeros(torch.float64), zeros(torch.int32))
 
     def read_into(self, stats: ColumnStats) -> None:
-        """Wait for the GPU, and put the statistics in the place of a NumPy one's."""
+        """Wait for the GPU, and replace the statistics in `stats` with these."""
         stats.absmax, stats.sum_square, stats.sum_error = (
             values.cpu().numpy() for values in (self.absmax, self.sum_square, self.sum_error)
         )
@@ -76,10 +76,14 @@ class DeviceStats:
 
 
 def quantize_rowwise(weight: Tensor, stats: DeviceStats | None = None) -> tuple[Tensor, Tensor]:
-    """`reference.quantize_rowwise`, and `reference.column_stats` added to `stats` in the same pass.
+    """`reference.quantize_rowwise`, and in the same pass `reference.column_stats`.
 
-    Args: weight, float16, bfloat16 or float32 [N, K]; stats, to add to (rows so far a multiple of 64).
-    Returns: codes int8 [N, K], absmax float32 [N], non-finite where a row cannot be quantized.
+    Args:
+        weight: float16, bfloat16 or float32 [N, K].
+        stats: Column statistics to which these rows are added; its rows so far must be a multiple of 64.
+
+    Returns:
+        Codes int8 [N, K], and absmax float32 [N], not finite where a row cannot be quantized.
     """
     weight = _dense(weight)
     rows, columns = weight.shape
@@ -106,7 +110,16 @@ def quantize_rowwise(weight: Tensor, stats: DeviceStats | None = None) -> tuple[
 
 
 def dequantize(codes: Tensor, absmax: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`reference.dequantize`, rounded to a dtype: the weight [N, K]."""
+    """`reference.dequantize`, rounded to a dtype.
+
+    Args:
+        codes: int8 [N, K].
+        absmax: float32 [N].
+        dtype: float16, bfloat16 or float32.
+
+    Returns:
+        The weight [N, K] in that dtype.
+    """
     weight = codes.new_empty(codes.shape, dtype=dtype)
     if weight.numel():
         kernel = kernels.dequantize(kernels.number_of(weight))
@@ -115,7 +128,12 @@ def dequantize(codes: Tensor, absmax: Tensor, dtype: torch.dtype = torch.float32
 
 
 def quantize_activations(x: Tensor, threshold: float) -> Activations:
-    """`reference.quantize_activations` of x [M, K], with the outlier columns as a list."""
+    """`reference.quantize_activations` with a list of the outlier columns instead of a mask.
+
+    Args:
+        x: float16, bfloat16 or float32 [M, K].
+        threshold: Elements with |x| >= threshold are outliers; with 0 there are none, and no list.
+    """
     x = _dense(x)
     tokens, columns = x.shape
     codes = x.new_empty(x.shape, dtype=torch.int8)
@@ -134,7 +152,21 @@ def quantize_activations(x: Tensor, threshold: float) -> Activations:
 def mixed_matmul(
     x: Tensor, weight: Int8Weight, bias: Tensor | None, threshold: float, mode: GpuMode = "dynamic"
 ) -> Tensor:
-    """`reference.mixed_matmul`: x [M, K] -> [M, N] in x's dtype, summed in float32."""
+    """`reference.mixed_matmul`, summed in float32.
+
+    Args:
+        x: float16, bfloat16 or float32 [M, K].
+        weight: The quantized weight [N, K].
+        bias: [N] or None.
+        threshold: Outlier threshold of mode "dynamic"; 0 for none.
+        mode: "dynamic" or "static".
+
+    Returns:
+        [M, N] in x's dtype.
+
+    Raises:
+        ValueError: The mode is "static" and the weight has no stored columns.
+    """
     if mode == "static":
         return _static_matmul(x, weight, bias)
     x = _dense(x)
@@ -160,33 +192,43 @@ def mixed_matmul(
 
 
 def _static_matmul(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
-    """Mode static: the kernel for all columns but the outliers, a product of torch's for these.
+    """Mode static: the kernel multiplies all columns but the outlier columns, and torch multiplies these.
 
-    Their sum is rounded to x's dtype once more than in the other modes. No launch waits for the host.
+    The sum of both is rounded to x's dtype, which is one rounding more than in the other modes. No launch waits for the
+    host.
     """
     columns = fixed_columns(weight, "static").long()
     plain = Int8Weight(weight.codes, weight.absmax)
     product = mixed_matmul(x.index_fill(1, columns, 0), plain, bias, 0.0)
-    beside = _dequantized(weight, columns)
-    beside[:, : weight.outlier_weight.shape[1]] = weight.outlier_weight
-    return product.addmm_(x.index_select(1, columns), beside.to(x.dtype).t())
+    outlier_weight = _dequantized(weight, columns)
+    outlier_weight[:, : weight.outlier_weight.shape[1]] = weight.outlier_weight
+    return product.addmm_(x.index_select(1, columns), outlier_weight.to(x.dtype).t())
 
 
 def weight_only_matmul(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
-    """`reference.weight_only_matmul`: x [M, K], M <= 16 -> [M, N] in x's dtype, summed in float32.
+    """`reference.weight_only_matmul`, summed in float32.
 
-    Stored columns add what they have beyond their codes in a product of torch's, which rounds once more.
+    The difference between exact stored columns and their codes is added by a product of torch's, with one rounding
+    more.
+
+    Args:
+        x: float16, bfloat16 or float32 [M, K] with M <= 16.
+        weight: The quantized weight [N, K].
+        bias: [N] or None.
+
+    Returns:
+        [M, N] in x's dtype.
     """
     product = _weight_only(x, weight, bias)
     if weight.outlier_columns is None or not weight.outlier_weight.shape[1]:
         return product
     columns = weight.outlier_columns[: weight.outlier_weight.shape[1]].long()
-    beyond = weight.outlier_weight.float() - _dequantized(weight, columns)
-    return product.addmm_(x.index_select(1, columns), beyond.to(x.dtype).t())
+    difference = weight.outlier_weight.float() - _dequantized(weight, columns)
+    return product.addmm_(x.index_select(1, columns), difference.to(x.dtype).t())
 
 
 def _dequantized(weight: Int8Weight, columns: Tensor) -> Tensor:
-    """float32 [N, J]: columns int64 [J] of a weight, by its codes."""
+    """The columns int64 [J] of a weight, dequantized from its codes: float32 [N, J]."""
     values: Tensor = weight.codes.index_select(1, columns).float().mul_((weight.absmax / INT8_MAX)[:, None])
     return values
 
@@ -209,9 +251,19 @@ def _weight_only(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
 
 
 def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None, threshold: float, mode: LayerMode = "dynamic") -> Tensor:
-    """`reference.linear`: x [M, K] -> [M, N] in x's dtype.
+    """`reference.linear`.
 
-    A mode without a kernel is computed as the one that comes nearest, and a DeviceWarning says so, once a process.
+    A mode without a kernel is replaced with the closest one that has a kernel, with a DeviceWarning once per process.
+
+    Args:
+        x: float16, bfloat16 or float32 [M, K].
+        weight: The quantized weight [N, K].
+        bias: [N] or None.
+        threshold: Outlier threshold; 0 for none.
+        mode: The outlier mode.
+
+    Returns:
+        [M, N] in x's dtype.
     """
     computed = _with_kernel(mode, weight)
     if len(x) <= DECODE_TOKENS:
@@ -223,25 +275,25 @@ def _with_kernel(mode: LayerMode, weight: Int8Weight) -> GpuMode:
     if mode == "dynamic" or mode == "static":
         return mode
     if mode == "hybrid" and weight.outlier_columns is not None and len(weight.outlier_columns):
-        _say("a GPU has no kernel for mode hybrid; going on with its stored columns alone")
+        _say("a GPU has no kernel for mode hybrid; using only its stored columns")
         return "static"
-    # bitsandbytes' own kernels round otherwise than its CPU code, and are not reproduced
-    _say(f"a GPU has no kernel for mode {mode}; going on with dynamic")
+    # bitsandbytes' own GPU kernels round differently from its CPU code, and are not reproduced here
+    _say(f"a GPU has no kernel for mode {mode}; using mode dynamic")
     return "dynamic"
 
 
 @cache
 def _say(message: str) -> None:
-    warnings.warn(f"{message}; a CPU computes it as asked", DeviceWarning, stacklevel=2)
+    warnings.warn(f"{message}; a CPU supports this mode", DeviceWarning, stacklevel=2)
 
 
 def _on_tensor_cores(x: Tensor, columns: int, capability: Capability) -> bool:
-    """Whether the fast kernels take this: 16-bit numbers, rows of whole 16-byte chunks, and a GPU that has them."""
+    """Whether the fast kernels can be used: 16-bit numbers, K a multiple of CHUNK, a GPU with their instructions."""
     return capability >= TENSOR_CORES and x.element_size() == 2 and columns % CHUNK == 0
 
 
 def _library_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Int32 [M, N or more] of a int8 [M, K] and b int8 [N, K], with zeros up to shapes that the library takes."""
+    """The product int32 [>= M, >= N] of a int8 [M, K] and b int8 [N, K], padded with zeros to shapes of the library."""
     rows = max(_LIBRARY_TOKENS, ceil_div(len(a), _LIBRARY_MULTIPLE) * _LIBRARY_MULTIPLE) - len(a)
     columns, depth = (-size % _LIBRARY_MULTIPLE for size in b.shape)
     if rows or depth:
@@ -252,9 +304,9 @@ def _library_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """Row-major and starting at a multiple of 16 bytes, as vector loads need.
+    """x in row-major order, starting at an address that is a multiple of 16, as vector loads need.
 
-    A copy only where it is not: a slice, or a view into a file's bytes.
+    x is copied only where it does not meet this: where it is a slice, or a view into a file's bytes.
     """
     x = x.contiguous()
     return x.clone() if x.data_ptr() % CHUNK else x

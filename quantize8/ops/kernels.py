@@ -1,7 +1,7 @@
-"""The CUDA kernels: which file, for which numbers and GPUs, and in what sizes. The only home of those sizes.
+"""The CUDA kernels: their source files, number types, GPUs and sizes, all of which are defined in this module alone.
 
-Sources lie in `cuda/`; everything a kernel needs to know at compile time reaches it as a definition on the command
-line. A kernel runs on the GPU through `device.Gpu`, and in tests on an emulator, by the same `Kernel` and arguments.
+The sources are in `cuda/`. Everything that a kernel needs at compile time is passed as a definition on the compiler's
+command line. `device.Gpu` runs a kernel on the GPU; tests run the same `Kernel` with the same arguments on an emulator.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from quantize8.ops.reference import DECODE_TOKENS, INT8_MAX, OUTLIER_SIGMAS
 if TYPE_CHECKING:
     from torch import Tensor
 
-Capability = tuple[int, int]  # of a GPU: (8, 0) is an A100
+Capability = tuple[int, int]  # compute capability of a GPU: (8, 0) is an A100
 
 MINIMUM: Capability = (7, 5)  # Turing, the first with int8 tensor cores
 TENSOR_CORES: Capability = (8, 0)  # the first with the shapes and asynchronous copies that the fast kernels use
 HOPPER: Capability = (9, 0)  # the only one with wgmma
-ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")  # that the project compiles for
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")  # that the project is built for
 ANY: Capability = (99, 9)
 WARP = 32
-CHUNK = 16  # bytes that an asynchronous copy or a decode load takes: K must be a multiple for the fast kernels
-VECTOR = 8  # neighbouring elements that a thread takes at a time
-_ROW_THREADS = 512  # of quantize_rowwise
-_VECTORS_AT_ONCE = 8  # of each of them: 64 KiB of 16-bit rows, which the nearest cache holds for two blocks
+CHUNK = 16  # bytes of an asynchronous copy or a decode load: the fast kernels need K to be a multiple of it
+VECTOR = 8  # adjacent elements that a thread handles at a time
+_ROW_THREADS = 512  # threads of a block of quantize_rowwise
+_VECTORS_AT_ONCE = 8  # vectors per thread: 64 KiB of 16-bit rows per block, so that the L1 cache holds two blocks' rows
 _NUMBERS = {"torch.float16": "half", "torch.bfloat16": "bfloat16", "torch.float32": "float"}
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One entry point of one source file, compiled for one kind of number."""
+    """One entry point of one source file, compiled for one type of number."""
 
     file: str
     entry: str
-    number: str  # the C++ type that FLOAT stands for
-    threads: int  # of a block
+    number: str  # the C++ type that FLOAT is defined as
+    threads: int  # threads of a block
     defines: tuple[tuple[str, int], ...] = ()
     shared_bytes: int = 0  # dynamic shared memory of a block
-    aligned: bool = True  # rows are a multiple of VECTOR long
-    since: Capability = MINIMUM
-    until: Capability = ANY
+    aligned: bool = True  # whether the length of rows is a multiple of VECTOR
+    since: Capability = MINIMUM  # first and
+    until: Capability = ANY  # last compute capability that can run it
 
     @property
     def options(self) -> tuple[str, ...]:
-        """Definitions for the compiler."""
+        """The definitions to pass to the compiler."""
         arithmetic = (("INT8_MAX", INT8_MAX), ("OUTLIER_SIGMAS", OUTLIER_SIGMAS), ("VECTOR", VECTOR))
         own = (("THREADS", self.threads), ("ALIGNED", int(self.aligned)), *self.defines)
         return (f"-DFLOAT={self.number}", *(f"-D{name}={value}" for name, value in (*arithmetic, *own)))
@@ -59,28 +59,28 @@ class Kernel:
         return self.since <= capability <= self.until
 
     def architecture(self, capability: Capability) -> str:
-        """What to compile for; Hopper's own instructions need the name with an a."""
+        """The architecture to compile for, such as sm_80; Hopper's special instructions need sm_90a."""
         return f"sm_{capability[0]}{capability[1]}" + ("a" if capability == HOPPER else "")
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What a block of the prefill product makes at a time."""
+    """The part of the prefill product that a thread block computes at a time: m tokens by n outputs, k at a time."""
 
     m: int
     n: int
     k: int
-    stages: int  # tiles of K in flight
+    stages: int  # tiles of K that are being loaded or multiplied at once
     threads: int
     file: str = "mixed_matmul.cu"
 
     def blocks(self, tokens: int, out_features: int) -> tuple[int, int]:
-        """Grid for y [tokens, out_features]."""
+        """The grid of thread blocks (x, y) for an output [tokens, out_features]."""
         return ceil_div(out_features, self.n), ceil_div(tokens, self.m)
 
 
-# Largest first. Four stages hide the latency of memory; a block of the first fills a Hopper multiprocessor's shared
-# memory (192 KiB of 227), two of the second an Ampere one's (64 KiB each), and the third is for few tokens.
+# Largest first. Four stages hide the memory latency. One block of the first tile fills the shared memory of a Hopper
+# multiprocessor (192 KiB of 227), two of the second that of an Ampere one (64 KiB each); the third is for few tokens.
 WGMMA_TILE = Tile(128, 256, 128, stages=4, threads=256, file="mixed_matmul_sm90.cu")
 LARGE_TILE = Tile(128, 128, 64, stages=4, threads=256)
 SMALL_TILE = Tile(64, 64, 64, stages=4, threads=128)
@@ -92,19 +92,19 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def number_of(tensor: Tensor) -> str:
-    """The C++ name of a tensor's dtype; KeyError for one that kernels do not take."""
+    """The C++ name of a tensor's dtype; KeyError for a dtype that the kernels do not support."""
     return _NUMBERS[str(tensor.dtype)]
 
 
 @cache
 def quantize_rowwise(number: str, columns: int, stats: bool) -> Kernel:
-    """Weight to codes, absmax and, where they are wanted, column statistics."""
+    """The kernel that computes codes, absmax and, with `stats`, column statistics of a weight with rows this long."""
     aligned, defines = columns % VECTOR == 0, (("STATS", int(stats)),)
     return Kernel("quantize_rowwise.cu", "quantize_rowwise", number, _ROW_THREADS, defines, aligned=aligned)
 
 
 def rows_at_once(columns: int) -> int:
-    """Rows that a block of quantize_rowwise takes side by side: the fewer the longer they are."""
+    """The number of rows that a block of quantize_rowwise handles at once; the longer the rows, the fewer."""
     rows = _ROW_THREADS // WARP
     while rows > 1 and rows * columns > _ROW_THREADS * VECTOR * _VECTORS_AT_ONCE:
         rows //= 2
@@ -113,25 +113,25 @@ def rows_at_once(columns: int) -> int:
 
 @cache
 def add_tiles() -> Kernel:
-    """Sums over tiles of quantize_rowwise; few threads a block, as there is one a column only."""
+    """The kernel that sums over the tiles of quantize_rowwise. Blocks are small, as a column needs only one thread."""
     return Kernel("add_tiles.cu", "add_tiles", "half", threads=64)
 
 
 @cache
 def dequantize(number: str) -> Kernel:
-    """Codes and absmax to a float weight."""
+    """The kernel that computes a floating-point weight from codes and absmax."""
     return Kernel("dequantize.cu", "dequantize", number, threads=256)
 
 
 @cache
 def quantize_activations(number: str, columns: int) -> Kernel:
-    """Activations to codes, scales and the outlier list."""
+    """The kernel that computes codes, scales and the list of outlier columns of activations."""
     return Kernel("quantize_activations.cu", "quantize_activations", number, threads=256, aligned=columns % VECTOR == 0)
 
 
 @cache
 def weight_only(number: str, tokens: int) -> Kernel:
-    """The decode product on tensor cores, for up to 8 or up to 16 tokens."""
+    """The decode product on tensor cores, compiled for up to 8 or up to 16 tokens."""
     room = 8 if tokens <= 8 else DECODE_TOKENS
     defines = (("MAX_TOKENS", room), ("TENSOR_CORES", 1))
     return Kernel("weight_only_matmul.cu", "weight_only_matmul", number, 256, defines, since=TENSOR_CORES)
@@ -139,14 +139,14 @@ def weight_only(number: str, tokens: int) -> Kernel:
 
 @cache
 def weight_only_any(number: str, columns: int) -> Kernel:
-    """The decode product for any K, number and GPU."""
+    """The decode product for any K, number type and GPU."""
     defines = (("MAX_TOKENS", DECODE_TOKENS),)
     return Kernel("weight_only_matmul.cu", "weight_only_matmul", number, 256, defines, aligned=columns % VECTOR == 0)
 
 
 @cache
 def mixed(number: str, tile: Tile) -> Kernel:
-    """The prefill product in tiles of one size."""
+    """The prefill product with one tile size."""
     sizes = (("TILE_M", tile.m), ("TILE_N", tile.n), ("TILE_K", tile.k), ("STAGES", tile.stages), ("TENSOR_CORES", 1))
     shared = tile.stages * (tile.m + tile.n) * tile.k
     since, until = (HOPPER, HOPPER) if tile is WGMMA_TILE else (TENSOR_CORES, ANY)
@@ -155,12 +155,12 @@ def mixed(number: str, tile: Tile) -> Kernel:
 
 @cache
 def mixed_epilogue(number: str) -> Kernel:
-    """From int32 sums that a library made to the prefill product."""
+    """The kernel that computes the prefill product from int32 sums of a library's matrix product."""
     return Kernel("mixed_epilogue.cu", "mixed_epilogue", number, threads=256)
 
 
 def all_kernels() -> Iterator[Kernel]:
-    """Every kernel that some GPU may run."""
+    """All kernels, of which each GPU runs some."""
     yield add_tiles()
     for number in _NUMBERS.values():
         yield dequantize(number)
@@ -178,7 +178,14 @@ def all_kernels() -> Iterator[Kernel]:
 
 
 def choose_tile(capability: Capability, processors: int, tokens: int, out_features: int) -> Tile:
-    """The largest tile that still gives every multiprocessor a block; the smallest where none does."""
+    """The largest tile that gives every multiprocessor a block, or the smallest tile if there is none.
+
+    Args:
+        capability: Compute capability of the GPU.
+        processors: Number of its multiprocessors.
+        tokens: Rows M of the output.
+        out_features: Columns N of the output.
+    """
     for tile in (WGMMA_TILE, LARGE_TILE):
         fits = mixed("half", tile).runs_on(capability)
         columns, rows = tile.blocks(tokens, out_features)
@@ -188,9 +195,16 @@ def choose_tile(capability: Capability, processors: int, tokens: int, out_featur
 
 
 def pack(arguments: Sequence[Tensor | int | float | None]) -> tuple[ctypes.Array[ctypes.c_void_p], object]:
-    """Arguments as cuLaunchKernel reads them: an array of addresses, and what they point at, to be kept until then.
+    """Lay out kernel arguments as cuLaunchKernel reads them.
 
-    Each takes 8 bytes, little-endian, so that an int serves for int and int64_t alike. None is a null pointer.
+    Each value takes 8 bytes, little-endian, so that a Python int works for both int and int64_t parameters. None
+    becomes a null pointer.
+
+    Args:
+        arguments: Tensors, numbers or None, in the order of the kernel's parameters.
+
+    Returns:
+        An array of addresses, and the object that they point into, which must stay alive until the launch returns.
     """
     words = []
     for argument in arguments:

@@ -1,8 +1,8 @@
-"""The linear layer as operators of torch: `quantize8::linear`, on whichever device its tensors are, and
-`quantize8::packed_linear`, on a weight laid out for a CPU's int8 unit.
+"""The linear layer as torch operators: `quantize8::linear`, on the device of its tensors, and
+`quantize8::packed_linear`, on a weight in the layout of a CPU's int8 unit.
 
-As operators they have shape functions, so torch.compile and torch.export see through them. The first has a gradient,
-so adapters train over it. Importing this module registers both.
+Both have shape functions (fake implementations), so torch.compile and torch.export can trace them without a graph
+break. `quantize8::linear` has a gradient, so that adapters can be trained. Importing this module registers both.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _on_cpu(
 
     if mode == "bitsandbytes":
         return bitsandbytes.linear(x, PackedWeight(codes, absmax), absmax, bias, threshold)
-    with torch.autocast("cpu", enabled=False):  # as there
+    with torch.autocast("cpu", enabled=False):  # as in bitsandbytes.linear: it would round products to 16-bit
         return cpu.linear(x, Int8Weight(codes, absmax, *outliers), bias, threshold, mode)
 
 
@@ -85,10 +85,10 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """Of x, through the dequantized weight, whose codes are exact in any float, and of the bias."""
+    """The gradients of x, through the dequantized weight, and of the bias. Codes are exact in every float dtype."""
     codes, absmax = ctx.saved_tensors
     scaled = gradient.float() * (absmax / INT8_MAX)
-    numbers = gradient.dtype if gradient.is_cuda else torch.float32  # a CPU is no faster in 16-bit
+    numbers = gradient.dtype if gradient.is_cuda else torch.float32  # on a CPU 16-bit is not faster
     to_x = (scaled.to(numbers) @ codes.to(numbers)).to(gradient.dtype) if ctx.needs_input_grad[0] else None
     to_bias = gradient.float().sum(0).to(ctx.bias) if ctx.needs_input_grad[3] else None
     return to_x, None, None, to_bias, None, None, None, None

@@ -1,7 +1,7 @@
-"""A linear layer on the CPU: a weight in the order that the int8 unit reads, and one call of cpu/linear.c.
+"""A linear layer on the CPU: a weight in the order in which the int8 unit reads it, and one call of cpu/linear.c.
 
-At prefill a token becomes one row of int8 codes, and what outlier columns lose by that is added in float32, or in modes
-static and hybrid in integers too. At decode (M <= 16) activations keep their precision. cpu/linear.c says how.
+At prefill each token becomes one row of int8 codes. The residual of the outlier columns is added in float32, or in
+modes static and hybrid in integers. At decode (M <= 16) activations keep their precision. See cpu/linear.c for details.
 """
 
 from __future__ import annotations
@@ -19,16 +19,25 @@ from quantize8.ops.units import BLOCK_N, GROUP_K, LARGEST_K, STEP_BYTES, STEP_K,
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum dtype of cpu/quantize8.h
 _MODES = {"dynamic": 0, "static": 1, "hybrid": 2}  # enum mode of cpu/linear.c
-_SECOND_DIGIT = 254  # a stored weight's second digit counts 254ths of a step: twice the largest code
-_SHARING: set[Unit] = set()  # units whose library knows torch's threads
+_SECOND_DIGIT = 254  # the second digit of an exact weight is in units of 1/254 step; 254 is twice the largest code
+_SHARING: set[Unit] = set()  # units whose library already uses torch's threads
 
 
 class PackedWeight:
     """An int8 weight [N, K] with its scales, in the layout of the CPU's int8 units.
 
-    Args: codes int8 [N, K]; absmax float32 [N]; unit that multiplies, or None for the best; wide int [J] and exact
-    float16 [N, E], the outlier_columns and outlier_weight of an Int8Weight: with them it multiplies in the modes static
-    and hybrid, and in no other. Raises WeightError where int32 sums do not hold K, or an outlier column is beyond K.
+    With outlier columns (`wide` and `exact`) it multiplies in the modes static and hybrid only, without them in mode
+    dynamic only.
+
+    Args:
+        codes: int8 [N, K].
+        absmax: float32 [N].
+        unit: The unit that multiplies; None for the best one.
+        wide: int [J], the outlier_columns of an Int8Weight.
+        exact: float16 [N, E], the outlier_weight of an Int8Weight.
+
+    Raises:
+        WeightError: int32 sums cannot hold K products, or an outlier column is not in 0 to K - 1.
     """
 
     def __init__(
@@ -40,7 +49,9 @@ class PackedWeight:
         exact: Tensor | None = None,
     ) -> None:
         if codes.shape[1] > LARGEST_K:
-            raise WeightError(f"a layer of {codes.shape[1]} input features: int32 sums hold {LARGEST_K} at most")
+            raise WeightError(
+                f"a layer with {codes.shape[1]} input features: int32 sums hold at most {LARGEST_K}; keep it in float"
+            )
         self.shape = (codes.shape[0], codes.shape[1])
         self._library = _library(unit or units.chosen())
         self.scale = _blocks(absmax / INT8_MAX)
@@ -50,14 +61,19 @@ class PackedWeight:
         else:
             wide = wide.long()
             if len(wide) and not 0 <= int(wide.min()) <= int(wide.max()) < codes.shape[1]:
-                raise WeightError(f"an outlier column is not one of 0 to {codes.shape[1] - 1}")
+                raise WeightError(
+                    f"an outlier column is not in 0 to {codes.shape[1] - 1}; convert or calibrate the model again"
+                )
             second = _second_digits(codes, absmax, wide[: exact.shape[1]], exact)
             self.tiles, self.code_sums = self._pack(codes, second)
             self.static = StaticColumns(wide, exact.shape[1], *self._pack(codes[:, wide]))
         self._call = _call_of(self.parts, self.shape, self.static)
 
     def _pack(self, *parts: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes int8 [N, K] side by side, each in whole steps: int8 [N / 32, steps, 2048]; the sum of each row."""
+        """Pack matrices of codes int8 [N, K_i] side by side, each padded to whole steps of K.
+
+        Returns: tiles int8 [ceil(N / 32), steps, 2048], and the sum of each row's codes, int32 [ceil(N / 32), 32].
+        """
         blocks, steps = -(-self.shape[0] // BLOCK_N), [-(-part.shape[1] // STEP_K) for part in parts]
         tiles = torch.zeros(blocks, sum(steps), STEP_BYTES, dtype=torch.int8)
         sums, step = torch.zeros(blocks, BLOCK_N, dtype=torch.int32), 0
@@ -70,21 +86,21 @@ class PackedWeight:
         return tiles, sums
 
     def codes(self) -> Tensor:
-        """The codes int8 [N, K] again, in the usual layout."""
+        """The codes int8 [N, K] in row-major order, unpacked."""
         codes = torch.empty(self.shape, dtype=torch.int8)
         self._library.q8_unpack(self.tiles.data_ptr(), *self.shape, self.tiles.shape[1], _threads(), codes.data_ptr())
         return codes
 
     def columns(self, columns: Tensor) -> Tensor:
-        """Codes int8 [N, J] of some columns int [J]."""
+        """The codes int8 [N, J] of the given columns int [J]."""
         blocks, steps, _ = self.tiles.shape
         tiles = self.tiles.view(blocks, steps, 2, STEP_K // GROUP_K, BLOCK_N // 2, GROUP_K)
-        place = columns % STEP_K
-        found = tiles[:, columns // STEP_K, :, place // GROUP_K, :, place % GROUP_K]  # [J, blocks, 2, 16]
-        return found.reshape(len(columns), blocks * BLOCK_N)[:, : self.shape[0]].t().contiguous()
+        offset = columns % STEP_K
+        codes = tiles[:, columns // STEP_K, :, offset // GROUP_K, :, offset % GROUP_K]  # [J, blocks, 2, 16]
+        return codes.reshape(len(columns), blocks * BLOCK_N)[:, : self.shape[0]].t().contiguous()
 
     def multiply(self, codes: Tensor) -> Tensor:
-        """Codes int8 [M, K] times the weight's codes transposed: int32 [M, N], exact."""
+        """The product of codes int8 [M, K] and the weight's transposed codes: int32 [M, N], exact."""
         codes, sums = codes.contiguous(), torch.empty(len(codes), self.shape[0], dtype=torch.int32)
         units.check(
             self._library.q8_multiply(
@@ -96,29 +112,52 @@ class PackedWeight:
 
     @property
     def parts(self) -> list[Tensor]:
-        """The tensors that it consists of, for an operator of torch."""
+        """The tensors of this weight, as `packed_linear` takes them: a torch operator cannot take the object."""
         parts = [self.tiles, self.scale, self.code_sums]
         if self.static is not None:
             parts += [self.static.wide, self.static.wide[: self.static.exact], self.static.tiles, self.static.code_sums]
         return parts
 
     def linear(self, x: Tensor, bias: Tensor | None, threshold: float, mode: LayerMode) -> Tensor:
-        """`reference.linear`: x [M, K] -> [M, N] in x's dtype. Static and hybrid, or dynamic."""
+        """`reference.linear` with this weight.
+
+        Args:
+            x: float16, bfloat16 or float32 [M, K].
+            bias: [N] or None.
+            threshold: Outlier threshold of mode "dynamic"; 0 for none.
+            mode: "static" or "hybrid" for a weight with outlier columns, else "dynamic".
+
+        Returns:
+            [M, N] in x's dtype.
+
+        Raises:
+            MemoryError: The kernel cannot allocate its buffers.
+        """
         return _linear(self._library, LinearCall.from_buffer_copy(self._call), x, bias, threshold, mode)
 
     def encode(self, x: Tensor, threshold: float, mode: LayerMode) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The codes of x [M, K] that prefill multiplies.
+        """The codes of activations that prefill multiplies.
 
-        Returns: int8 [M, K], the low digits; int8 [M, K], the high ones of modes static and hybrid, where x has two;
-        float32 [M], the scale of a low digit; bool [K], outlier columns of mode dynamic.
+        Args:
+            x: float16, bfloat16 or float32 [M, K].
+            threshold: Outlier threshold of mode "dynamic"; 0 for none.
+            mode: As in `linear`.
+
+        Returns:
+            The low digits int8 [M, K]; the high digits int8 [M, K] of outliers in modes static and hybrid; the scale of
+            a low digit float32 [M]; the outlier columns of mode dynamic, bool [K].
         """
         return _encode(self._library, LinearCall.from_buffer_copy(self._call), x, threshold, mode)
 
 
 class StaticColumns:
-    """What modes static and hybrid need beside a packed weight: its outlier columns' codes.
+    """The outlier columns of a packed weight, for modes static and hybrid.
 
-    wide: int64 [J]; exact, how many of them have a second digit; tiles and sums, their packed codes.
+    Args:
+        wide: int64 [J], the outlier columns.
+        exact: How many of them, the first ones, have a second digit.
+        tiles: Packed codes of these columns.
+        sums: Sum of each row of these codes, int32 [ceil(N / 32), 32].
     """
 
     def __init__(self, wide: Tensor, exact: int, tiles: Tensor, sums: Tensor) -> None:
@@ -126,7 +165,7 @@ class StaticColumns:
 
 
 def encode(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Codes int8 [M, K] of x [M, K], 0 at elements with |x| >= threshold (0: none), and their scale float32 [M]."""
+    """Codes int8 [M, K] of x [M, K] and their scale float32 [M]; elements with |x| >= threshold > 0 get the code 0."""
     codes, _, scale, _ = _encode(_library(units.chosen()), LinearCall(columns=x.shape[1]), x, threshold, "dynamic")
     return codes, scale
 
@@ -134,7 +173,19 @@ def encode(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
 def linear(
     x: Tensor, parts: list[Tensor], bias: Tensor | None, out_features: int, threshold: float, mode: str
 ) -> Tensor:
-    """`PackedWeight.linear` on its `parts`."""
+    """`PackedWeight.linear` for a weight that is given by its `parts`.
+
+    Args:
+        x: float16, bfloat16 or float32 [M, K].
+        parts: The `parts` of a PackedWeight.
+        bias: [N] or None.
+        out_features: N.
+        threshold: Outlier threshold of mode "dynamic"; 0 for none.
+        mode: As in `PackedWeight.linear`.
+
+    Returns:
+        [M, N] in x's dtype.
+    """
     static = None
     if len(parts) > 3:
         wide, exact, tiles, sums = parts[3:]
@@ -145,7 +196,7 @@ def linear(
 
 
 def _call_of(parts: list[Tensor], shape: tuple[int, int], static: StaticColumns | None) -> LinearCall:
-    """What every call of a weight has in common."""
+    """The fields of a LinearCall that are the same for every call with a weight [N, K]."""
     tiles, scale, sums = parts[:3]
     call = LinearCall(
         weight=tiles.data_ptr(), scale=scale.data_ptr(), code_sums=sums.data_ptr(), outputs=shape[0], columns=shape[1]
@@ -173,10 +224,10 @@ def _encode(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = x.contiguous()
     low, high = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape, dtype=torch.int8)
-    scale, found = torch.empty(len(x)), torch.zeros(x.shape[1], dtype=torch.int32)
+    scale, counts = torch.empty(len(x)), torch.zeros(x.shape[1], dtype=torch.int32)
     _set_input(call, x, threshold, mode)
-    units.check(library.q8_encode(byref(call), *(part.data_ptr() for part in (low, high, scale, found))))
-    return low, high, scale, found > 0
+    units.check(library.q8_encode(byref(call), *(output.data_ptr() for output in (low, high, scale, counts))))
+    return low, high, scale, counts > 0
 
 
 def _set_input(call: LinearCall, x: Tensor, threshold: float, mode: str) -> None:
@@ -185,7 +236,7 @@ def _set_input(call: LinearCall, x: Tensor, threshold: float, mode: str) -> None
 
 
 def _library(unit: Unit) -> Any:
-    """The kernels of a unit, on torch's threads."""
+    """The kernels of a unit, set up to run on torch's threads."""
     loaded = units.library(unit)
     if unit not in _SHARING:
         units.share_threads(loaded)
@@ -198,14 +249,14 @@ def _threads() -> int:
 
 
 def _second_digits(codes: Tensor, absmax: Tensor, columns: Tensor, exact: Tensor) -> Tensor:
-    """int8 [N, E]: what exact float16 [N, E] has beyond the codes of its columns, in 254ths of a step."""
+    """The difference between exact float16 [N, E] and the codes of its columns, in units of 1/254 step: int8 [N, E]."""
     inverse = torch.where(absmax > 0, INT8_MAX / absmax, torch.zeros_like(absmax))[:, None]
     rest = (exact.float() * inverse - codes[:, columns]) * _SECOND_DIGIT
     return rest.round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
 
 
 def _blocks(values: Tensor) -> Tensor:
-    """A value for each output feature as [N / 32, 32], with zeros at the end."""
+    """Values [N] of the output features as [ceil(N / 32), 32], padded with zeros."""
     padded = torch.zeros(-(-len(values) // BLOCK_N), BLOCK_N, dtype=values.dtype)
     padded.view(-1)[: len(values)] = values
     return padded

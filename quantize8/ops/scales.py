@@ -1,14 +1,14 @@
-"""The scale of a row by search, in place of its absmax: the definition, which compiled code equals bit for bit.
+"""Row scales found by search instead of taken from absmax: the definition, which compiled code equals bit for bit.
 
-Clipping the largest weights of a row makes its steps finer for all others. Of a few absmax the one is taken whose codes
-have the least squared error, weighted by the importance g of the input columns (1, or the mean square of the layer's
-inputs: with columns that do not correlate, the error of the layer's output).
+Clipping the largest weights of a row makes the steps finer for all its other weights. Among a few candidates for absmax
+the search takes the one whose codes have the least squared error, weighted by the importance g of the input columns.
+g is 1, or the mean square of the layer's inputs; with uncorrelated columns the latter gives the layer's output error.
 
     absmax[c] = fl16(CLIPS[c] * absmax)                              c = 0 is plain absmax
     q[c, k]   = clamp(rint(w16[k] * (127 * (1 / absmax[c]))))        to -127..127
     error[c]  = sum_k g[k] * (w16[k] - q[c, k] * (absmax[c] / 127))^2
 
-in float32, one rounding per operation, summed in halves (`folded`). Of equal errors the first candidate's stays.
+in float32, one rounding per operation, summed in halves (`folded`). Between equal errors the earlier candidate wins.
 """
 
 from __future__ import annotations
@@ -19,26 +19,31 @@ import numpy as np
 
 from quantize8.ops.reference import INT8_MAX, Array, codes_of, dequantize, to_float16
 
-# Dense near 1, where a row is most often best: on SmolLM2-135M nine steps of 0.0375 win 3.8% of the error, these 7.7%
-# (weighted; 1.4% unweighted). The last three are for heavy tails, where 0.95 is not enough.
+# Dense near 1, where most rows have their optimum: on SmolLM2-135M nine steps of 0.0375 remove 3.8% of the weighted
+# error, these remove 7.7% (1.4% of the unweighted error). The last three are for heavy tails, where 0.95 is not enough.
 CLIPS = (1.0, 0.99, 0.98, 0.97, 0.96, 0.95, 0.92, 0.85, 0.7)
 
-LEAST_SCALE = np.float32(INT8_MAX / (INT8_MAX + 0.5))  # of an exact weight: beyond the last code lies half a step
+# Least absmax, relative to a weight that is stored exactly: such a weight may lie half a step beyond the last code
+LEAST_SCALE = np.float32(INT8_MAX / (INT8_MAX + 0.5))
 
 
 @dataclass(frozen=True)
 class ScaleSearch:
-    """What the scales of a weight [N, K] are searched for."""
+    """What a search for the scales of a weight [N, K] minimizes.
+
+    Raises:
+        ValueError: An importance is NaN, infinite or negative.
+    """
 
     importance: Array | None = None  # float32 [K], finite and not negative; None for 1 everywhere
-    exact: Array | None = None  # int [J], columns that an artifact stores exactly beside the codes
+    exact: Array | None = None  # int [J], columns that an artifact also stores exactly, beside the codes
 
     def __post_init__(self) -> None:
         if self.importance is not None and not (np.isfinite(self.importance) & (self.importance >= 0)).all():
             raise ValueError("an importance is NaN, infinite or negative")
 
     def weights(self, columns: int) -> Array:
-        """The importance of each column, contiguous float32 [K]."""
+        """The importance of each of K columns, contiguous float32 [K]; ValueError where there are not K of them."""
         if self.importance is None:
             return np.ones(columns, np.float32)
         if self.importance.shape != (columns,):
@@ -46,7 +51,7 @@ class ScaleSearch:
         return np.ascontiguousarray(self.importance, np.float32)
 
     def kept(self, columns: int) -> Array:
-        """float32 [K]: 0 for an exact column, 1 for one that the codes alone hold."""
+        """A mask float32 [K]: 0 for a column that is stored exactly, 1 for a column that only the codes represent."""
         kept = np.ones(columns, np.float32)
         if self.exact is not None:
             kept[self.exact] = 0
@@ -54,15 +59,19 @@ class ScaleSearch:
 
 
 def search_absmax(weight: Array, search: ScaleSearch) -> Array:
-    """The absmax of each row that its codes have the least error with.
+    """For each row, the candidate absmax whose codes have the least weighted squared error.
 
-    Where columns are exact, the error over the others decides; but no candidate is taken whose error over all columns
-    is above that of plain absmax, for a reader that knows codes alone, nor one that leaves more of an exact weight than
-    a second digit holds (ops/wide.py). Every absmax is a float16 number, so that formats which store absmax / 127 lose
-    nothing.
+    Where some columns are stored exactly, the error over the other columns decides, with two limits. The error over all
+    columns may not exceed that of plain absmax, for readers that use the codes alone. And an exact weight may not lie
+    so far beyond its code that a second digit (ops/packed.py) cannot hold the rest. Every absmax is a float16 number,
+    so that formats which store absmax / 127 lose nothing.
 
-    Args: weight, float16, bfloat16 or float32 [N, K].
-    Returns: float32 [N], not above plain absmax; not finite where a row cannot be quantized.
+    Args:
+        weight: float16, bfloat16 or float32 [N, K].
+        search: Importance and exact columns.
+
+    Returns:
+        float32 [N], at most plain absmax; not finite where a row cannot be quantized.
     """
     values, columns = to_float16(weight).astype(np.float32), weight.shape[1]
     absmax = np.abs(values).max(axis=1, initial=0.0)
@@ -81,9 +90,10 @@ def search_absmax(weight: Array, search: ScaleSearch) -> Array:
 
 
 def folded(terms: Array) -> Array:
-    """The sum over the last axis: its second half is added to the first until one is left, in the dtype of the terms.
+    """The sum over the last axis, in the dtype of the terms and in one fixed order of additions.
 
-    Of an odd number the first half is the longer, and its last term waits. The sum of none is 0.
+    The second half of the terms is added to the first half until one term is left. With an odd number of terms the
+    first half is one longer, and its last term is carried over unchanged. The sum of no terms is 0.
     """
     while terms.shape[-1] > 1:
         half = (terms.shape[-1] + 1) // 2
@@ -94,6 +104,6 @@ def folded(terms: Array) -> Array:
 
 
 def _errors(values: Array, absmax: Array, weights: Array) -> Array:
-    """Weighted squared error float32 [N] of values float32 [N, K] with an absmax float32 [N]; weights float32 [K]."""
+    """The weighted squared errors float32 [N] of values float32 [N, K] at absmax float32 [N]; weights float32 [K]."""
     difference = values - dequantize(codes_of(values, absmax), absmax)
     return folded(weights * (difference * difference))

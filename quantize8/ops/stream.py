@@ -1,7 +1,7 @@
-"""Weights through a GPU, block after block: while it works on one, the next is read and the last is written.
+"""Quantization on a GPU, block by block: while the GPU works on one block, the next is read and the last is written.
 
-Two slots, each with memory on both sides. Host memory is pinned, so that copies run beside the kernels; each slot has
-an event that says when its results are back.
+There are two slots, each with memory on the host and on the GPU. Host memory is pinned, so that copies overlap with
+kernels. Each slot has an event that is recorded after the copy of its results back to the host.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from quantize8.ops import gpu
 from quantize8.ops.reference import Array, ColumnStats
 
-BLOCK_BYTES = 8 * 2**20  # of weight at a time: its copy takes many times as long as starting one
+BLOCK_BYTES = 8 * 2**20  # of weight at a time, so that copying takes far longer than starting a copy
 _SLOTS = 2
 _DTYPES = {
     np.dtype(np.float16): (torch.float16, np.int16, torch.int16),
@@ -28,7 +28,7 @@ _DTYPES = {
 
 
 class GpuQuantizer:
-    """Quantizes weights on one GPU; for one thread at a time."""
+    """Quantizes weights on one GPU. Only one thread at a time may use an instance."""
 
     block_bytes = BLOCK_BYTES
 
@@ -38,33 +38,39 @@ class GpuQuantizer:
         self._slots = [_Slot(device) for _ in range(_SLOTS)]
 
     def quantize(self, blocks: Iterator[Array], stats: ColumnStats) -> Iterator[tuple[Array, Array, Array]]:
-        """Of each block [n, K] of a weight's rows, n a multiple of 64 but in the last: (block, codes, absmax).
+        """Quantize a weight that is given in blocks of its rows.
 
-        Codes and absmax hold until the next one is asked for. After the last, `stats` are the whole weight's.
+        Args:
+            blocks: float16, bfloat16 or float32 [n, K]; n is a multiple of 64 in all blocks but the last.
+            stats: Gets the column statistics of the whole weight when the last block has been yielded.
+
+        Yields:
+            (block, codes int8 [n, K], absmax float32 [n]) for each block, in order. The codes are valid until the next
+            block is requested.
         """
-        found: gpu.DeviceStats | None = None
-        under_way: list[tuple[_Slot, Array]] = []
+        device_stats: gpu.DeviceStats | None = None
+        in_flight: list[tuple[_Slot, Array]] = []
         for number, block in enumerate(blocks):
             slot = self._slots[number % _SLOTS]
             with self._on_stream():
-                if found is None:
-                    found = gpu.DeviceStats.empty(block.shape[1], self._device)
-                slot.start(block, found)
-            under_way.append((slot, block))
-            if len(under_way) == _SLOTS:
-                yield _finished(*under_way.pop(0))
-        for each in under_way:
-            yield _finished(*each)
-        if found is not None:
+                if device_stats is None:
+                    device_stats = gpu.DeviceStats.empty(block.shape[1], self._device)
+                slot.start(block, device_stats)
+            in_flight.append((slot, block))
+            if len(in_flight) == _SLOTS:
+                yield _finished(*in_flight.pop(0))
+        for slot, block in in_flight:
+            yield _finished(slot, block)
+        if device_stats is not None:
             with self._on_stream():
-                found.read_into(stats)
+                device_stats.read_into(stats)
 
     def _on_stream(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
 
 class _Slot:
-    """Memory for one block on its way, and for its results on their way back."""
+    """Host and device memory for one block and its results."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._pinned = device, device.type == "cuda"
@@ -90,15 +96,15 @@ class _Slot:
         if self._event is not None:
             self._event.synchronize()
         codes, absmax = self._results
-        return codes.numpy(), absmax.numpy().copy()  # callers keep the scales of a weight until its end
+        return codes.numpy(), absmax.numpy().copy()  # callers hold the scales of all blocks until the weight's end
 
     def _host(self, name: str, dtype: torch.dtype, shape: Any) -> Tensor:
-        """Room of a shape in a buffer that is kept, as pinning memory is slow."""
+        """A host tensor of this shape in a buffer that is reused, as pinning memory is slow."""
         count = int(np.prod(shape))
-        kept = self._buffers.get(name)
-        if kept is None or kept.dtype != dtype or kept.numel() < count:
-            kept = self._buffers[name] = torch.empty(count, dtype=dtype, pin_memory=self._pinned)
-        return kept[:count].view(*shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.dtype != dtype or buffer.numel() < count:
+            buffer = self._buffers[name] = torch.empty(count, dtype=dtype, pin_memory=self._pinned)
+        return buffer[:count].view(*shape)
 
 
 def _finished(slot: _Slot, block: Array) -> tuple[Array, Array, Array]:

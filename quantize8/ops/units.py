@@ -1,8 +1,9 @@
 """The CPU's int8 units, and the library of compiled kernels (cpu/*.c) for each.
 
-A unit is the instructions that multiply int8 codes. `cpu/build.py` compiles all kernels once for each unit; here the
-best one that the processor has is chosen and its library loaded. QUANTIZE8_UNIT=avx2 forces one, so that a processor
-with AMX tests and times what others have. Every unit computes the same integers.
+A unit is a set of instructions that multiply int8 codes. `cpu/build.py` compiles all kernels once for each unit. This
+module chooses the best unit of the processor and loads its library. QUANTIZE8_UNIT=avx2, for example, forces another
+unit, so that a processor with AMX can also test and time the code for other processors. All units compute the same
+integers.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from quantize8.errors import DependencyError
 
 Unit = Literal["amx", "avx512vnni", "avxvnni", "avx2", "neon-i8mm", "neon-dotprod", "generic"]
 
-UNITS: tuple[Unit, ...] = get_args(Unit)  # the faster one first
+UNITS: tuple[Unit, ...] = get_args(Unit)  # fastest first
 VARIABLE = "QUANTIZE8_UNIT"
-LARGEST_K = 133_144  # int32 sums of products of codes hold these: 127^2 K < 2^31
-BLOCK_N = 32  # out features of a packed weight's block; cpu/quantize8.h
-STEP_K = 64  # in features of a step
-GROUP_K = 4  # of which this many lie side by side
+LARGEST_K = 133_144  # largest K whose sums of products of codes fit into int32: 127^2 K < 2^31
+BLOCK_N = 32  # output features in a block of a packed weight; see cpu/quantize8.h
+STEP_K = 64  # input features in a step
+GROUP_K = 4  # input features that are adjacent in memory
 STEP_BYTES = BLOCK_N * STEP_K
 MEANING: dict[Unit, str] = {
     "amx": "Intel AMX: tiles of int8",
@@ -37,14 +38,14 @@ MEANING: dict[Unit, str] = {
     "neon-dotprod": "Arm dot products of int8",
     "generic": "no int8 instructions: plain loops, slow",
 }
-_BITS: dict[Unit, int] = {  # cpu/detect.c
+_BITS: dict[Unit, int] = {  # as defined in cpu/detect.c
     "avx2": 1, "avxvnni": 2, "avx512vnni": 4, "amx": 8, "neon-dotprod": 16, "neon-i8mm": 32, "generic": 0
 }  # fmt: skip
 _FOLDER = Path(__file__).resolve().parent.parent / "cpu"
 
 
 class LinearCall(Structure):
-    """`struct q8_linear` of cpu/linear.c, which says what each field is."""
+    """`struct q8_linear` of cpu/linear.c, where its fields are described."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("x", "out", "weight", "scale", "code_sums", "bias")),
@@ -77,19 +78,21 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 @cache
 def available() -> tuple[Unit, ...]:
-    """The units that this processor has and its system lets us use, the fastest first.
+    """The units that the processor has and the operating system permits, fastest first.
 
-    Raises DependencyError where the kernels are not compiled.
+    Raises:
+        DependencyError: The kernels are not compiled for this machine.
     """
-    found = _load("generic").q8_units()
-    return tuple(unit for unit in UNITS if found & _BITS[unit] == _BITS[unit] and _file(unit).is_file())
+    bits = _load("generic").q8_units()
+    return tuple(unit for unit in UNITS if bits & _BITS[unit] == _BITS[unit] and _file(unit).is_file())
 
 
 @cache
 def chosen() -> Unit:
-    """The unit that computes: the fastest, or the one that QUANTIZE8_UNIT names.
+    """The unit that computes: the one that QUANTIZE8_UNIT names, or else the fastest.
 
-    Raises DependencyError where it names one that is not here.
+    Raises:
+        DependencyError: QUANTIZE8_UNIT names a unit that is not available, or the kernels are not compiled.
     """
     forced = os.environ.get(VARIABLE)
     if not forced:
@@ -101,13 +104,13 @@ def chosen() -> Unit:
 
 
 def library(unit: Unit | None = None) -> Any:
-    """The compiled kernels for a unit, or for the chosen one; raises DependencyError where it is not here."""
+    """The compiled kernels for a unit, or for the chosen one; raises DependencyError if the unit is not available."""
     return _prepared(unit or chosen())
 
 
 @cache
 def _prepared(unit: Unit) -> Any:
-    if unit not in available():  # which also asks Linux for AMX's tiles
+    if unit not in available():  # calling this also requests permission to use AMX from Linux
         raise DependencyError(f"unit {unit}: not available here; use one of {', '.join(available())}")
     loaded = _load(unit)
     for name, (result, arguments) in _PROTOTYPES.items():
@@ -117,15 +120,15 @@ def _prepared(unit: Unit) -> Any:
 
 
 def share_threads(loaded: Any) -> None:
-    """Have a library compute on the threads of the OpenMP runtime that torch has loaded, where that is possible.
+    """Make a library use the threads of the OpenMP runtime that torch has loaded, where that is possible (on Linux).
 
-    Two pools would fight for the same cores, for torch's threads keep spinning after each of its operations.
+    With two thread pools both would compete for the same cores, as torch's threads keep spinning after each operation.
     """
     if sys.platform != "linux":
         return
     maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
     paths = {line.split(maxsplit=5)[5] for line in maps.splitlines() if "omp" in line.rsplit("/", 1)[-1]}
-    for path in sorted(paths, key=lambda path: "/torch" not in path):  # another package may have brought its own
+    for path in sorted(paths, key=lambda path: "/torch" not in path):  # other packages may have loaded their own
         runtime = ctypes.CDLL(path) if Path(path).name.startswith(("libgomp", "libomp", "libiomp")) else None
         if runtime is not None and hasattr(runtime, "GOMP_parallel"):
             loaded.q8_set_openmp(ctypes.cast(runtime.GOMP_parallel, c_void_p))
@@ -133,14 +136,14 @@ def share_threads(loaded: Any) -> None:
 
 
 def pointer(array: np.ndarray) -> c_void_p:
-    """The address of a contiguous array's memory, which the caller keeps alive."""
+    """The address of a contiguous array's memory; the caller must keep the array alive."""
     return c_void_p(array.ctypes.data)
 
 
 def check(status: int) -> None:
-    """Raise MemoryError where a kernel returned that memory is short."""
+    """Raise MemoryError if a kernel returned that it cannot allocate memory."""
     if status:
-        raise MemoryError("not enough memory for the activations of a linear layer")
+        raise MemoryError("not enough memory for the buffers of a CPU kernel; use shorter inputs, or free memory")
 
 
 def _file(unit: Unit) -> Path:
@@ -153,6 +156,6 @@ def _load(unit: Unit) -> Any:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise DependencyError(
-            f"{path}: the CPU kernels are not compiled for this machine ({error}); in a clone run "
-            "`python cpu/build.py`, else reinstall quantize8"
+            f"{path}: the CPU kernels are not compiled for this machine ({error}); run `python cpu/build.py` in a "
+            "clone, or else reinstall quantize8"
         ) from None

@@ -69,7 +69,7 @@ def build(kernel: Kernel, sources: Path = SOURCES, extra: tuple[str, ...] = ()) 
         folder.mkdir(exist_ok=True)
         text = f'#include "{sources / kernel.file}"\nEXPORT({kernel.entry})\n'
         command = ["g++", *_FLAGS, *_WARNINGS, *extra, *kernel.options, "-DQUANTIZE8_EMULATOR", f"-I{HERE}"]
-        made = library.with_suffix(f".{os.getpid()}.part")  # two processes may build the same one
+        made = library.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")  # others may build the same one
         subprocess.run([*command, "-x", "c++", "-", "-o", str(made)], input=text, text=True, check=True)
         made.rename(library)
     loaded = ctypes.CDLL(str(library))

@@ -329,11 +329,11 @@ def test_a_mode_without_a_kernel_is_the_nearest_one_and_is_said_once(on):
     columns = torch.tensor([40, 3], dtype=torch.int32)
     calibrated = Int8Weight(weight.codes, weight.absmax, columns, torch.zeros(24, 0).half())
     for layer, mode, nearest, said in (
-        (calibrated, "hybrid", "static", "for mode hybrid; going on with its stored columns alone"),
-        (weight, "hybrid", "dynamic", "for mode hybrid; going on with dynamic"),
-        (weight, "bitsandbytes", "dynamic", "for mode bitsandbytes; going on with dynamic"),
+        (calibrated, "hybrid", "static", "for mode hybrid; using only its stored columns"),
+        (weight, "hybrid", "dynamic", "for mode hybrid; using mode dynamic"),
+        (weight, "bitsandbytes", "dynamic", "for mode bitsandbytes; using mode dynamic"),
     ):
-        with pytest.warns(DeviceWarning, match=f"^a GPU has no kernel {said}; a CPU computes it as asked$"):
+        with pytest.warns(DeviceWarning, match=f"^a GPU has no kernel {said}; a CPU supports this mode$"):
             found = gpu.linear(x, layer, None, 6.0, mode)
         for _ in range(2):  # a warning would be an error now
             assert torch.equal(found, gpu.linear(x, layer, None, 6.0, mode))
