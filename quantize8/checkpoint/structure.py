@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from quantize8.checkpoint.base import Checkpoint, TensorInfo
 from quantize8.checkpoint.native import architecture_of, build_meta_model, is_known
 from quantize8.errors import SourceError
+from quantize8.optional import require
 
 LINEAR, CONV1D = "Linear", "Conv1D"  # Conv1D is GPT-2's Linear, with its weight stored [in, out]
 EXPERT = "expert"  # one matrix of an expert, which checkpoints store apart and transformers joins with the others
@@ -115,8 +116,10 @@ def read_structure(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo],
         linears = {name: LINEAR for name in weights if name not in (_EMBEDDING, _HEAD)}
         untied = _HEAD in weights and not config.get("tie_word_embeddings", False)
         return Structure(linears, {_HEAD: "output head"}, _HEAD if untied else None)
+    model_type = config.get("model_type")
+    require(f"to find the Linear layers of {architecture_of(config) or model_type}", "transformers", "torch")
     if not is_known(config):
-        return _by_names(weights, f"transformers knows no model type {config.get('model_type')!r}")
+        return _by_names(weights, f"transformers knows no model type {model_type!r}")
     own_code = bool(config.get("auto_map"))
     try:
         model = build_meta_model(config, tensors, encoder)

@@ -19,8 +19,10 @@ from quantize8.artifact.store import Store
 from quantize8.artifact.units import Unit, units
 from quantize8.checkpoint import open_checkpoint
 from quantize8.checkpoint.address import is_url, without_secrets
+from quantize8.checkpoint.gguf import GgufCheckpoint
 from quantize8.errors import OutputError
 from quantize8.ops.scales import ABSMAX, MSE, Scale, ScaleSearch
+from quantize8.optional import require
 from quantize8.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 
 
@@ -99,6 +101,8 @@ class Request:
         stream = self.stream or (False if download else None)
         checkpoint = open_checkpoint(self.source, revision=self.revision, token=token, stream=stream)
         plan = make_plan(checkpoint, recipe, self.output, self.max_shard_size)
+        if plan.format.is_folder and isinstance(checkpoint.origin, GgufCheckpoint):
+            checkpoint.origin.require_tokenizer()  # before hours of work: its files are written last
         if self.smooth is not None:
             from quantize8.model.smoothing import check_smoothable
 
@@ -124,6 +128,7 @@ class Request:
     def _text(self) -> str | None:
         if self.calibrate is None:
             return None
+        require("for --calibrate")
         from quantize8.model.text import read_text
 
         return read_text(Path(self.calibrate))

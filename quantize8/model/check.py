@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from quantize8.checkpoint.base import READERS, model_dtype
 from quantize8.checkpoint.gguf import GgufCheckpoint
 from quantize8.checkpoint.native import is_known
 from quantize8.errors import ArtifactError, DependencyError, SourceError
+from quantize8.model.comparison import Check as Check
 from quantize8.model.loading import find_tokenizer, quiet
 from quantize8.model.streaming import Weights, empty_model, streamed
 from quantize8.ops.reference import FLOAT16_MAX
@@ -37,20 +38,6 @@ _FLOOR = 4e-6  # below which Q8_0's float16 scale is zero
 _ROUNDING = 2.0**-8  # of a number to bfloat16, relative; that to float16 is less
 _SUBNORMAL = 2.0**-24  # float16's smallest number
 _BROKEN = 0.5  # relative error of the outputs: int8 weights make 0.1 at most
-
-
-@dataclass(frozen=True)
-class Check:
-    """What a check of an artifact found; one that is broken raises ArtifactError instead."""
-
-    parameters: int = 0  # that were compared
-    tokens: int = 0  # that went through both models
-    error: float | None = None  # ||y - y_source|| / ||y_source|| of the logits, or of the last hidden state
-    kl: float | None = None  # KL(source || artifact) of the logits, nats a token, mean
-    top1: float | None = None  # share of tokens at which both find the same logit the largest
-    overflow: str | None = None  # module whose output float16 cannot hold, where that is the model's dtype
-    skipped: str | None = None  # what was not checked, and why
-    seconds: float = 0.0
 
 
 def check(source: Checkpoint, artifact: Checkpoint) -> Check:

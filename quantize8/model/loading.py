@@ -19,6 +19,7 @@ from quantize8.checkpoint.tokenizer import check_tokenizer
 from quantize8.errors import ArtifactError, DependencyError, Quantize8Error, SourceError, first_line
 from quantize8.ops.choice import resolve
 from quantize8.ops.reference import DEFAULT_THRESHOLD, MODES, OutlierMode
+from quantize8.optional import require
 
 _ADAPTER = "adapter_config.json"  # by which transformers would read further weights, with readers that are not ours
 
@@ -50,10 +51,11 @@ def load(
     the stored one.
     Returns: the model in eval mode; its tokenizer, None where the folder has none.
     Raises: SourceError where the folder is missing, is quantized in a way not read, or needs code of its own to run,
-    and for a mode that there is not.
+    and for a mode that there is not; DependencyError where torch, transformers or accelerate is missing.
     """
     if mode is not None and mode not in MODES:
         raise SourceError(f"mode {mode}: unknown; name one of {', '.join(MODES)}")
+    require("to run a model")
     with quiet():
         # opening tells what is missing, cut or lying in one line, before transformers meets it
         checkpoint = open_checkpoint(str(path), revision=revision, token=token)

@@ -24,7 +24,9 @@ from quantize8.conversion.result import Conversion
 from quantize8.conversion.steps import check_place, look_ahead, write_part
 from quantize8.conversion.write import make_quantizers
 from quantize8.errors import ArtifactError, OutputError, Quantize8Error
+from quantize8.model.comparison import Check
 from quantize8.ops.scales import ABSMAX
+from quantize8.optional import problem, require
 from quantize8.recipe import DEFAULT_RECIPE
 
 LOCAL = "local"
@@ -75,8 +77,8 @@ def convert(
     (ops/scales.py), of the int8 formats; device, auto, cpu or cuda (auto: a GPU that kernels can use, else the CPU;
     scales are searched on the CPU alone); workers, threads that read, quantize and write side by side (default: one a
     processor); check, compare the artifact with its source when it is there (`model.check`), None to do so where that
-    takes less time than converting did; dry_run, to settle all that headers tell, measure how long the rest will take,
-    and write nothing;
+    takes less time than converting did, and torch and transformers are here; dry_run, to settle all that headers tell,
+    measure how long the rest will take, and write nothing;
     part, "2/4" to write the second fourth of the weight files, which `finalize` makes an artifact of when all are
     there, or "auto" for the share of this process in a Slurm array or under torchrun; engine, local, or ray to have
     the nodes of a Ray cluster write the weight files (`conversion.cluster`), the one at `address`; stream, read a hub
@@ -127,16 +129,22 @@ def _refuse_check(check: bool | None, request: Request, share: Part | None) -> N
         raise OutputError(f"check: part {share} is no artifact; leave --check out")
     if check and request.stream:
         raise OutputError("check: reads the weights of the source again, which a stream does not keep; leave one out")
+    if check:
+        require("for --check")
 
 
 def _check_artifact(found: Conversion, check: bool | None, seconds: float) -> None:
     """Check a whole artifact that is here, where that was asked for, or costs less than the `seconds` of converting.
 
-    One that is broken is marked, so that `verify` and `push` refuse it, and raises ArtifactError.
+    Left out, and noted as skipped, where nobody asked for it and a package that it needs is missing. An artifact that
+    is broken is marked, so that `verify` and `push` refuse it, and raises ArtifactError.
     """
     expected = _CHECK_SECONDS + found.plan.weights * _CHECK_SECONDS_A_WEIGHT
     whole = found.manifest is not None and isinstance(found.out, Path)
     if not whole or check is False or (check is None and (found.plan.checkpoint.is_remote or expected > seconds)):
+        return
+    if check is None and (reason := problem("to compare the artifact with its source")):
+        found.check = Check(skipped=reason)
         return
     from quantize8.model.check import check as compare
 

@@ -23,6 +23,7 @@ from quantize8.model.outliers import ActivationReport
 from quantize8.model.text import read_text
 from quantize8.ops import cpu
 from quantize8.ops.reference import DEFAULT_THRESHOLD, STATS_TILE_ROWS, ColumnStats
+from quantize8.optional import require
 
 DEFAULT_TOKENS = 1024
 
@@ -57,12 +58,15 @@ def inspect(
     Args: model, a checkpoint or artifact; text, a file in UTF-8; threshold, an outlier has |x| >= it; layer, a glob of
     module names to report; tokens, at most those that the model has positions for; budget, the mean relative error of
     the layers' outputs in int8 that the advice on a threshold keeps to.
-    Raises: SourceError where the model or the text cannot be read, or no module has such a name.
+    Raises: SourceError where the model or the text cannot be read, or no module has such a name; DependencyError where
+    a text is given and torch or transformers is missing.
     """
     if not threshold > 0:
         raise SourceError(f"threshold {threshold:g}: must be positive, for an outlier is what reaches it")
     if not budget > 0:
         raise SourceError(f"budget {budget:g}: must be positive, for int8 is never exact")
+    if text is not None:
+        require("to inspect activations")
     content = None if text is None else read_text(Path(text))
     checkpoint = open_checkpoint(model, revision=revision, token=token)
     if content is not None:

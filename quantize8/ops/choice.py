@@ -17,6 +17,7 @@ import numpy as np
 from quantize8.errors import DependencyError, DeviceWarning
 from quantize8.ops import reference
 from quantize8.ops.reference import ColumnStats, Int8Weight
+from quantize8.optional import installed
 
 DEVICES = ("auto", "cpu", "cuda")
 _ROUNDING = 1.05  # what a product may be off by, over rounding the exact result
@@ -26,11 +27,11 @@ def resolve(device: str) -> str:
     """Cpu or cuda, for a --device.
 
     Raises DependencyError where the device is unknown, or is cuda and cannot be used. With auto, a GPU that is there
-    but cannot be used gives a DeviceWarning that says why, and the CPU.
+    but cannot be used gives a DeviceWarning that says why, and the CPU; without torch it is the CPU.
     """
     if device not in DEVICES:
         raise DependencyError(f"device {device}: unknown; use {', '.join(DEVICES[:-1])} or {DEVICES[-1]}")
-    if device == "cpu" or (device == "auto" and not _has_driver()):
+    if device == "cpu" or (device == "auto" and not (_has_driver() and installed("torch"))):
         return "cpu"
     reason = problem()
     if reason is None:

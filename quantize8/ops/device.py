@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quantize8.errors import DependencyError
 from quantize8.ops import nvrtc
 from quantize8.ops.kernels import MINIMUM, Kernel, pack
+from quantize8.optional import problem
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,6 +75,8 @@ def gpu_of(index: int) -> Gpu:
 
 def why_not(index: int = 0) -> str | None:
     """One line on what keeps kernels from running on a GPU and how to fix it; None where nothing does."""
+    if reason := problem("for --device cuda", "torch"):
+        return reason
     import torch
 
     if torch.version.cuda is None:
