@@ -143,7 +143,7 @@ def _check_artifact(found: Conversion, check: bool | None, seconds: float) -> No
     whole = found.manifest is not None and isinstance(found.out, Path)
     if not whole or check is False or (check is None and (found.plan.checkpoint.is_remote or expected > seconds)):
         return
-    if check is None and (reason := problem("to compare the artifact with its source")):
+    if check is None and (reason := problem("for a check")):
         found.check = Check(skipped=reason)
         return
     from quantize8.model.check import check as compare
