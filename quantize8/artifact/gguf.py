@@ -136,7 +136,7 @@ def architecture(config: Mapping[str, Any], where: object) -> str:
 def complete(config: Mapping[str, Any], where: object) -> dict[str, Any]:
     """config.json with the defaults that transformers gives it."""
     _kind(config, where)
-    require("to write GGUF", "transformers")
+    require("to write GGUF", "transformers", "torch")
     from transformers import AutoConfig
 
     try:

@@ -35,7 +35,7 @@ class _Given:
 def require_tokenizer(header: Header) -> None:
     """Raise DependencyError where `read_tokenizer` lacks what it needs."""
     if TOKENS in header.entries:
-        require(f"to read the tokenizer of {header.path}", "transformers")
+        require(f"to read the tokenizer of {header.path}", "transformers", "torch")
 
 
 def read_tokenizer(header: Header) -> Any:
