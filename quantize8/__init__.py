@@ -73,7 +73,12 @@ def __getattr__(name: str) -> Any:
     """Import a public name on first use, so that `import quantize8` does not import torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
+    home = _HOMES.get(name, "errors")
+    if home.startswith("model."):
+        from quantize8.optional import require
+
+        require(f"for quantize8.{name}")
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
     globals()[name] = value
     return value
 

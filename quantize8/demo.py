@@ -17,6 +17,7 @@ from quantize8.operations.evaluate import Perplexity, perplexity
 from quantize8.operations.inspect import DEFAULT_TOKENS
 from quantize8.operations.run import Comparison, Generation, compared, generate
 from quantize8.ops.reference import DEFAULT_THRESHOLD
+from quantize8.optional import require
 from quantize8.resources import TEXT
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -51,6 +52,7 @@ def demo(
     Raises:
         SourceError: The model is neither installed nor available on the hub.
     """
+    require("for the demo")
     from quantize8.model.activations import activations
 
     say = on_step or (lambda _: None)

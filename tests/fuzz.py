@@ -1,4 +1,4 @@
-"""Longer runs of the targets in tests/fuzzing.py, guided by coverage (`pip install -e '.[fuzz]'`), and of bit flips.
+"""Longer runs of the targets in tests/fuzzing.py, guided by coverage (`pip install --group fuzz`), and of bit flips.
 
     python -m tests.fuzz READER --runs 1000000 --corpus corpus
     python -m tests.fuzz flips --runs 1000

@@ -13,7 +13,7 @@ import pytest
 import torch
 from making import llama, word_tokenizer
 
-from quantize8 import __version__, cli
+from quantize8 import __version__, cli, optional
 from quantize8.cli import terminal
 from quantize8.ops.reference import MODES
 
@@ -162,7 +162,8 @@ def test_env_names_versions_and_remedies(quantize8, monkeypatch):
     assert code == 0 and "torch" in text and __version__ in text
     monkeypatch.setattr("quantize8.operations.environment._version", lambda _: None)
     text = quantize8("env")[1]
-    assert "pip install torch" in text and "open artifacts without quantize8: pip install bitsandbytes" in text
+    assert "accelerate: not installed, needed to run models" in text and optional.COMMAND in text
+    assert "open artifacts without quantize8: pip install bitsandbytes" in text
     assert "write pages with --report: pip install 'quantize8[report]'" in text
 
 

@@ -17,7 +17,7 @@ from quantize8.checkpoint.base import DTYPES, Checkpoint, TensorInfo, check_sett
 from quantize8.checkpoint.gguf_header import StoredTensor
 from quantize8.checkpoint.gguf_parts import model_name, read_parts
 from quantize8.checkpoint.gguf_settings import ARCHITECTURES, llama3_scaling, named_tensors, read_config
-from quantize8.checkpoint.gguf_vocabulary import TOKENS, read_tokenizer
+from quantize8.checkpoint.gguf_vocabulary import TOKENS, read_tokenizer, require_tokenizer
 from quantize8.errors import SourceError
 from quantize8.files import fill_from, open_file
 from quantize8.ops import ggml
@@ -111,6 +111,10 @@ class GgufCheckpoint(Checkpoint):
     def tokenizer(self) -> Any:
         """The tokenizer that transformers derives from the file's metadata, None if the file has none."""
         return read_tokenizer(self.header)
+
+    def require_tokenizer(self) -> None:
+        """Raise DependencyError where the tokenizer needs a package that is missing."""
+        require_tokenizer(self.header)
 
     def write_companions(self, folder: Path) -> None:
         """Write the tokenizer's files."""

@@ -11,6 +11,7 @@ from quantize8 import limits
 from quantize8.checkpoint.gguf_header import Header
 from quantize8.checkpoint.guard import guarded
 from quantize8.errors import SourceError, first_line
+from quantize8.optional import require
 
 TOKENS = "tokenizer.ggml.tokens"
 _CLASSES = {
@@ -31,6 +32,12 @@ class _Given:
         return self._tokenizer
 
 
+def require_tokenizer(header: Header) -> None:
+    """Raise DependencyError where `read_tokenizer` lacks what it needs."""
+    if TOKENS in header.entries:
+        require(f"to read the tokenizer of {header.path}", "transformers", "torch")
+
+
 def read_tokenizer(header: Header) -> Any:
     """Build the tokenizer that transformers makes of a file's metadata.
 
@@ -42,7 +49,9 @@ def read_tokenizer(header: Header) -> Any:
 
     Raises:
         SourceError: transformers cannot build the tokenizer.
+        DependencyError: transformers is not installed.
     """
+    require_tokenizer(header)
     if TOKENS not in header.entries:
         return None
     try:

@@ -26,6 +26,7 @@ from quantize8.checkpoint.base import Checkpoint, TensorInfo
 from quantize8.checkpoint.decoders import EMBEDDING, HEAD, plain_tensors
 from quantize8.checkpoint.native import architecture_of, build_meta_model, is_known
 from quantize8.errors import SourceError
+from quantize8.optional import require
 
 LINEAR, CONV1D = "Linear", "Conv1D"  # Conv1D is GPT-2's Linear, with its weight stored [in, out]
 EXPERT = "expert"  # a matrix of one expert, which checkpoints store separately and transformers joins with the others
@@ -120,8 +121,10 @@ def read_structure(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo],
         linears = {name: LINEAR for name in weights if name not in (EMBEDDING, HEAD)}
         untied = HEAD in weights and not config.get("tie_word_embeddings", False)
         return Structure(linears, {HEAD: "output head"}, HEAD if untied else None)
+    model_type = config.get("model_type")
+    require(f"to find the Linear layers of {architecture_of(config) or model_type}", "transformers", "torch")
     if not is_known(config):
-        return _by_names(weights, f"transformers knows no model type {config.get('model_type')!r}")
+        return _by_names(weights, f"transformers knows no model type {model_type!r}")
     own_code = bool(config.get("auto_map"))
     try:
         model = build_meta_model(config, tensors, encoder)

@@ -19,6 +19,7 @@ from quantize8.checkpoint.safetensors import read_weight_map, require_parts
 from quantize8.errors import SourceError, first_line
 from quantize8.limits import check_tensor, is_file
 from quantize8.ops.reference import Array
+from quantize8.optional import require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,6 +95,7 @@ class _TorchScriptError(ValueError):
 
 
 def _load(path: Path) -> dict[str, Tensor]:
+    require(f"to read {path}", "torch")
     import torch
 
     if not is_file(path):

@@ -21,6 +21,7 @@ from quantize8.artifact.manifest import digest, fits
 from quantize8.artifact.outliers import OUTLIERS_NAME, PART_SUFFIX, Calibrated
 from quantize8.checkpoint import open_checkpoint
 from quantize8.checkpoint.base import FLOATING, QUANTIZABLE, Checkpoint, TensorInfo, main_dtype, model_dtype
+from quantize8.checkpoint.gguf import GgufCheckpoint
 from quantize8.checkpoint.smoothing import SmoothedCheckpoint
 from quantize8.checkpoint.structure import CONV1D, LINEAR, Structure, structure_of
 from quantize8.conversion.options import ConvertOptions
@@ -29,6 +30,7 @@ from quantize8.formats.base import Format, Int8Format, OutTensor, Shard, make_fo
 from quantize8.ops import MSE
 from quantize8.ops.reference import Array
 from quantize8.ops.scales import ScaleSearch
+from quantize8.optional import require
 from quantize8.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -226,6 +228,7 @@ def make_plan(options: ConvertOptions, token: str | None = None, *, download: bo
     """
     recipe, text, calibration = load_recipe(options.recipe, options.threshold), None, {}
     if options.calibrate is not None:
+        require("for --calibrate")
         from quantize8.conversion.calibration import calibration_entry
         from quantize8.model.text import read_text
 
@@ -261,6 +264,8 @@ def plan_of(
     if len(set(names)) != len(names):
         raise SourceError(f"{checkpoint.name}: holds tensors named like quantized ones; it is quantized already")
     plan = replace(plan, outputs=outputs)
+    if output.is_folder and isinstance(checkpoint.origin, GgufCheckpoint):
+        checkpoint.origin.require_tokenizer()  # before hours of work: its files are written last
     if options.smooth is not None:
         from quantize8.model.smoothing import check_smoothable
 

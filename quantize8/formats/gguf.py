@@ -49,6 +49,7 @@ from quantize8.formats.base import (
 from quantize8.ops import ABSMAX, MSE, cpu, q8_0
 from quantize8.ops.q8_0 import BLOCK, Q8_0
 from quantize8.ops.reference import STATS_TILE_ROWS, Array, ColumnStats, as_bytes
+from quantize8.optional import require
 
 if TYPE_CHECKING:
     from quantize8.conversion.plan import Plan
@@ -238,9 +239,10 @@ def architecture(config: Mapping[str, Any], where: object) -> str:
 
 def complete(config: Mapping[str, Any], where: object) -> dict[str, Any]:
     """config.json with the defaults that transformers gives it."""
+    _kind(config, where)
+    require("to write GGUF", "transformers", "torch")
     from transformers import AutoConfig
 
-    _kind(config, where)
     try:
         rest = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
         with guarded():

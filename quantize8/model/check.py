@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from quantize8.checkpoint.base import READERS, model_dtype
 from quantize8.checkpoint.gguf import GgufCheckpoint
 from quantize8.checkpoint.native import is_known
 from quantize8.errors import ArtifactError, DependencyError, SourceError
+from quantize8.model.comparison import Check as Check
 from quantize8.model.loading import find_tokenizer, quiet
 from quantize8.model.streaming import Weights, empty_model, streamed
 from quantize8.ops.reference import FLOAT16_MAX
@@ -38,20 +39,6 @@ _FLOOR = 4e-6  # an absmax below this gives Q8_0 a float16 scale of zero
 _ROUNDING = 2.0**-8  # bound on the relative error of rounding to bfloat16; that to float16 is smaller
 _SUBNORMAL = 2.0**-24  # the smallest positive float16
 _BROKEN = 0.5  # relative error of the outputs from which an artifact is broken; int8 weights cause at most 0.1
-
-
-@dataclass(frozen=True)
-class Check:
-    """The result of checking an artifact that is not broken; a broken one raises ArtifactError instead."""
-
-    parameters: int = 0  # number of parameters that were compared
-    tokens: int = 0  # number of tokens that went through both models
-    error: float | None = None  # ||y - y_source|| / ||y_source|| of the logits, or of the last hidden state
-    kl: float | None = None  # KL(source || artifact) of the logits, mean over tokens, in nats
-    top1: float | None = None  # share of tokens at which the largest logit of both models is the same
-    overflow: str | None = None  # a module whose output exceeds float16, if that is the model's dtype
-    skipped: str | None = None  # what was not checked, and why
-    seconds: float = 0.0
 
 
 def check(source: Checkpoint, artifact: Checkpoint) -> Check:

@@ -19,6 +19,7 @@ from quantize8.checkpoint.tokenizer import check_tokenizer
 from quantize8.errors import ArtifactError, DependencyError, Quantize8Error, SourceError, first_line
 from quantize8.ops.choice import resolve
 from quantize8.ops.reference import DEFAULT_THRESHOLD, MODES, OutlierMode
+from quantize8.optional import require
 
 _ADAPTER = "adapter_config.json"  # makes transformers read more weights, and not through quantize8's safe readers
 
@@ -61,10 +62,12 @@ def load(
         SourceError: The folder is missing or damaged, has a quantization that is not supported, holds an adapter, or
             needs code of its own to run; or the mode is unknown.
         ArtifactError: The stored outlier columns do not match the model.
-        DependencyError: The device cannot be used, or the tokenizer does not load.
+        DependencyError: torch, transformers or accelerate is missing, the device cannot be used, or the tokenizer does
+            not load.
     """
     if mode is not None and mode not in MODES:
         raise SourceError(f"mode {mode}: unknown; name one of {', '.join(MODES)}")
+    require("to run a model")
     with quiet():
         # opening reports missing, truncated or inconsistent files in one line, before transformers reads them
         checkpoint = open_checkpoint(str(path), revision=revision, token=token)

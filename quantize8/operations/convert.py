@@ -22,6 +22,8 @@ from quantize8.conversion.result import Conversion
 from quantize8.destinations.base import destination_of
 from quantize8.destinations.local import LocalFolder
 from quantize8.errors import ArtifactError, OutputError, Quantize8Error
+from quantize8.model.comparison import Check
+from quantize8.optional import problem, require
 
 LOCAL, RAY = ENGINES = ("local", "ray")
 # What a check takes: torch and transformers once, then some passes over the weights. Measured on two cores.
@@ -58,7 +60,7 @@ def convert(
         device: auto, cpu or cuda. auto is a GPU that the kernels can use, else the CPU; scales are searched on the CPU.
         workers: Threads that read, quantize and write side by side; None for one for each processor.
         check: Compare the finished artifact with its source (`model.check`); None to do so where that takes less time
-            than converting did.
+            than converting did, and torch and transformers are installed.
         dry_run: Settle all that headers tell, predict how long the rest takes, and write nothing.
         overwrite: Replace an artifact at `out`; start over what is unfinished there with other options.
         part: "2/4" to write the second quarter of the weight files, which `finalize` makes an artifact of when all
@@ -132,6 +134,8 @@ def _refuse(
         raise OutputError(f"check: part {share} is no artifact; leave --check out")
     if check and asked.stream:
         raise OutputError("check: reads the weights of the source again, which a stream does not keep; leave one out")
+    if check:
+        require("for --check")
     if store is not None and check:
         raise OutputError(f"check: reads an artifact that is here, not at {store}; leave it out")
     if store is not None and push_to_hub is not None:
@@ -141,12 +145,16 @@ def _refuse(
 def _check_artifact(result: Conversion, check: bool | None, seconds: float) -> None:
     """Check a whole artifact that is here, where that was asked for, or costs less than the `seconds` of converting.
 
-    One that is broken is marked, so that `verify` and `push` refuse it, and raises ArtifactError.
+    The check is skipped where nobody asked for it and a package that it needs is missing. An artifact that is broken is
+    marked, so that `verify` and `push` refuse it, and raises ArtifactError.
     """
     source, out = result.plan.checkpoint, result.out
     expected = _CHECK_SECONDS + result.plan.weights * _CHECK_SECONDS_A_WEIGHT
     wanted = not source.is_remote and expected <= seconds if check is None else check
     if not wanted or result.manifest is None or not isinstance(out, Path):
+        return
+    if check is None and (reason := problem("for a check")):
+        result.check = Check(skipped=reason)
         return
     from quantize8.model.check import check as compare
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from quantize8 import __version__
+from quantize8 import __version__, optional
 from quantize8.ops import choice, nvrtc, units
 
 _PACKAGES = ("torch", "transformers", "numpy", "safetensors", "huggingface_hub", "gguf", "accelerate")
+_RUN = "needed to run models, and to convert .bin files, from or to GGUF, and most architectures"
 _OPTIONAL = {
     "bitsandbytes": ("open artifacts without quantize8", "pip install bitsandbytes"),
     "matplotlib": ("write pages with --report", "pip install 'quantize8[report]'"),
@@ -45,10 +46,14 @@ def environment() -> Environment:
         for name, (purpose, command) in _OPTIONAL.items()
         if versions[name] is None
     }
-    advice |= {f"{name}: not installed": f"pip install {name}" for name in _PACKAGES if versions[name] is None}
+    faults = {name: reason for name in optional.RUN if (reason := optional.fault(name, versions[name]))}
+    if faults:
+        advice[f"{'; '.join(f'{name}: {reason}' for name, reason in faults.items())}, {_RUN}"] = optional.COMMAND
+    required = [name for name in _PACKAGES if name not in optional.RUN]
+    advice |= {f"{name}: not installed": f"pip install {name}" for name in required if versions[name] is None}
     if versions["cupy"] is None and versions["torch"]:
         advice["cupy: not installed, needed to compute on a GPU"] = nvrtc.advice()
-    cpu, gpus = _devices() if versions["torch"] else ("unknown", [])
+    cpu, gpus = _devices(bool(versions["torch"]))
     return Environment(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -63,6 +68,8 @@ def environment() -> Environment:
 
 
 def _version(package: str) -> str | None:
+    if package in optional.RUN:
+        return optional.installed(package)
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -74,13 +81,13 @@ def _kernels() -> str:
     return "correct results on GPU 0" if reason is None else reason.removeprefix("device cuda: ")
 
 
-def _devices() -> tuple[str, list[str]]:
-    """The int8 unit of the CPU and the vector extensions that torch uses on it, and the GPUs that torch finds."""
+def _devices(with_torch: bool) -> tuple[str, list[str]]:
+    """The CPU's int8 unit, its vector extensions as torch uses them, and the GPUs that torch sees."""
+    forced = f", by {units.VARIABLE}" if os.environ.get(units.VARIABLE) else ""
+    cpu = f"int8 by {units.MEANING[units.chosen()]}{forced}"
+    if not with_torch:
+        return cpu, []
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    forced = f", by {units.VARIABLE}" if os.environ.get(units.VARIABLE) else ""
-    return (
-        f"int8 by {units.MEANING[units.chosen()]}{forced}; torch uses {torch.backends.cpu.get_cpu_capability()}",
-        gpus,
-    )
+    return f"{cpu}; torch uses {torch.backends.cpu.get_cpu_capability()}", gpus

@@ -23,6 +23,7 @@ from quantize8.model.outliers import ActivationReport
 from quantize8.model.text import read_text
 from quantize8.ops import cpu
 from quantize8.ops.reference import DEFAULT_THRESHOLD, STATS_TILE_ROWS, ColumnStats
+from quantize8.optional import require
 
 DEFAULT_TOKENS = 1024
 
@@ -69,11 +70,14 @@ def inspect(
 
     Raises:
         SourceError: The model or the text cannot be read, no module matches `layer`, or a number is out of range.
+        DependencyError: A text is given, and torch or transformers is missing.
     """
     if not threshold > 0:
         raise SourceError(f"threshold {threshold:g}: must be positive, because an outlier is a value that reaches it")
     if not budget > 0:
         raise SourceError(f"budget {budget:g}: must be positive, because int8 always has an error")
+    if text is not None:
+        require("to inspect activations")
     content = None if text is None else read_text(Path(text))
     checkpoint = open_checkpoint(model, revision=revision, token=token)
     if content is not None:

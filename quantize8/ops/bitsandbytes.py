@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from quantize8.ops.reference import INT8_MAX
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from quantize8.ops.packed import PackedWeight
 
 _BOTH_SCALES = 6.200124e-05  # bitsandbytes' float32 constant for 1 / 127^2

@@ -17,6 +17,7 @@ import numpy as np
 from quantize8.errors import DependencyError, DeviceWarning
 from quantize8.ops import reference
 from quantize8.ops.reference import ColumnStats, Int8Weight, OutlierMode
+from quantize8.optional import installed
 
 DEVICES = ("auto", "cpu", "cuda")
 _ROUNDING = 1.05  # allowed error of a product, as a multiple of the error of rounding the exact result
@@ -25,7 +26,8 @@ _ROUNDING = 1.05  # allowed error of a product, as a multiple of the error of ro
 def resolve(device: str) -> str:
     """The device to use for a value of --device.
 
-    With auto, a GPU that is present but cannot be used gives a DeviceWarning with the reason, and the CPU is used.
+    With auto, a GPU that is present but cannot be used gives a DeviceWarning with the reason, and the CPU is used; so
+    it is, without a warning, where torch is not installed.
 
     Args:
         device: "auto", "cpu" or "cuda".
@@ -38,7 +40,7 @@ def resolve(device: str) -> str:
     """
     if device not in DEVICES:
         raise DependencyError(f"device {device}: unknown; use {', '.join(DEVICES[:-1])} or {DEVICES[-1]}")
-    if device == "cpu" or (device == "auto" and not _has_driver()):
+    if device == "cpu" or (device == "auto" and not (_has_driver() and installed("torch"))):
         return "cpu"
     reason = problem()
     if reason is None:

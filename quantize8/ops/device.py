@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quantize8.errors import DependencyError
 from quantize8.ops import nvrtc
 from quantize8.ops.kernels import MINIMUM, Kernel, pack
+from quantize8.optional import problem
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,6 +84,8 @@ def gpu_of(index: int) -> Gpu:
 
 def why_not(index: int = 0) -> str | None:
     """One line on why kernels cannot run on the GPU of this index and how to fix it; None if they can."""
+    if reason := problem("for --device cuda", "torch"):
+        return reason
     import torch
 
     if torch.version.cuda is None:
