@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from quantize8.commands.convert import convert
 from quantize8.demo import find_model
-from quantize8.operations.convert import convert
 
 TOKENIZER_SIZE = 49152  # vocabulary size of SmolLM2
 

@@ -30,12 +30,12 @@ import numpy as np
 
 from quantize8 import convert, plan
 from quantize8.artifact.manifest import MANIFEST_NAME, Quantized, TensorRecord, digest, read_manifest, summarize
-from quantize8.checkpoint.safetensors import INDEX_NAME
+from quantize8.commands.finalize import finalize
 from quantize8.conversion import driver
 from quantize8.conversion.driver import Writer
+from quantize8.kernels.reference import ColumnStats
 from quantize8.memory import peak_rss
-from quantize8.operations.finalize import finalize
-from quantize8.ops.reference import ColumnStats
+from quantize8.sources.safetensors import INDEX_NAME
 
 Header = dict[str, tuple[str, tuple[int, ...]]]  # tensor -> dtype, shape
 BLOCK = 128  # rows and columns of a weight block with one scale

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quantize8 import Int8Linear
-from quantize8.ops.reference import DECODE_TOKENS
+from quantize8.kernels.reference import DECODE_TOKENS
 
 
 @contextlib.contextmanager

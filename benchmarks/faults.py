@@ -26,21 +26,21 @@ from pathlib import Path
 from unittest import mock
 
 from quantize8.artifact.manifest import MANIFEST_NAME
-from quantize8.checkpoint import open_checkpoint
+from quantize8.commands.convert import convert
+from quantize8.commands.run import run
+from quantize8.commands.verify import verify
 from quantize8.destinations.local import partial_of
 from quantize8.errors import ArtifactError, OutputError, Quantize8Error
-from quantize8.operations.convert import convert
-from quantize8.operations.run import run
-from quantize8.operations.verify import verify
+from quantize8.sources import open_checkpoint
 
 SHARD_SIZE = "8MB"  # several files of the model below
 WARMED = """
 import sys
-from quantize8.ops.cpu import CpuQuantizer
-from quantize8.operations.convert import convert
+from quantize8.kernels.cpu import CpuQuantizer
+from quantize8.commands.convert import convert
 import numpy as np
-from quantize8.ops.cpu import quantize_rowwise
-from quantize8.ops.reference import ColumnStats
+from quantize8.kernels.cpu import quantize_rowwise
+from quantize8.kernels.reference import ColumnStats
 quantize_rowwise(np.ones((64, 64), np.float16), ColumnStats.empty(64))  # compiled before the clock starts
 print("ready", flush=True)
 sys.stdin.readline()

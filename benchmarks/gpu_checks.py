@@ -15,8 +15,9 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from quantize8.ops import gpu, kernels, operator, reference
-from quantize8.ops.reference import ColumnStats, Int8Weight
+from quantize8.kernels import cuda as kernels
+from quantize8.kernels import gpu, operator, reference
+from quantize8.kernels.reference import ColumnStats, Int8Weight
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ROUNDING = 1.05

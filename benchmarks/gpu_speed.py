@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from benchmarks.stack import Stack
 from benchmarks.timing import CACHE_BYTES, eager_time, graph_time
-from quantize8.ops import gpu
-from quantize8.ops.reference import DECODE_TOKENS, Int8Weight
+from quantize8.kernels import gpu
+from quantize8.kernels.reference import DECODE_TOKENS, Int8Weight
 
 QUANTIZE_SHAPES = ((4096, 4096), (14336, 4096), (28672, 8192), (128256, 4096))
 LINEAR_SHAPES = ((4096, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336))

@@ -17,8 +17,8 @@ import torch
 from torch.nn import functional
 
 from benchmarks.cpu import has, hold_torch_to_unit, interleaved, write
-from quantize8.ops import units
-from quantize8.ops.packed import PackedWeight
+from quantize8.kernels import isa as units
+from quantize8.kernels.packed import PackedWeight
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (1536, 576))  # out features, in features
 TOKENS = (1, 4, 16, 64, 256, 1024)

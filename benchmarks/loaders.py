@@ -30,9 +30,9 @@ from benchmarks.llama_cpp import served
 from benchmarks.loaders_table import table, worst
 from quantize8 import Quantize8Error, convert, load
 from quantize8.demo import find_model
-from quantize8.model.loading import quiet
-from quantize8.model.quantizer import Int8Quantizer
 from quantize8.resources import TEXT
+from quantize8.runtime.loading import quiet
+from quantize8.runtime.quantizer import Int8Quantizer
 
 TOKENS = 48
 STEP = 8  # llama.cpp is asked for logits after every so many tokens, because each takes a request

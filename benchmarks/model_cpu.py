@@ -30,12 +30,12 @@ import torch
 from benchmarks import convert as convert_benchmark
 from benchmarks.checkpoints import TOKENIZER_SIZE, add_tokenizer, make_llama
 from benchmarks.cpu import has, hold_torch_to_unit, spread, write
+from quantize8.commands.convert import convert
 from quantize8.demo import find_model
-from quantize8.model.cache import preallocated_cache
-from quantize8.model.linear import Int8Linear
-from quantize8.model.loading import load
-from quantize8.operations.convert import convert
-from quantize8.ops import units
+from quantize8.kernels import isa as units
+from quantize8.runtime.cache import preallocated_cache
+from quantize8.runtime.linear import Int8Linear
+from quantize8.runtime.loading import load
 
 PROMPT, STEPS = 512, 64
 CTRANSLATE2 = """

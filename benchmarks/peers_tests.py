@@ -39,11 +39,11 @@ import torch
 from torch import Tensor, nn
 
 import quantize8
-from quantize8.model.bitsandbytes import Int8Params
-from quantize8.model.bitsandbytes import Linear8bitLt as Int8Layer
-from quantize8.model.linear import quantize
-from quantize8.model.training import _Int8Product
-from quantize8.ops.operator import linear
+from quantize8.kernels.operator import linear
+from quantize8.runtime.bitsandbytes import Int8Params
+from quantize8.runtime.bitsandbytes import Linear8bitLt as Int8Layer
+from quantize8.runtime.linear import quantize
+from quantize8.runtime.training import _Int8Product
 
 WITH = "QUANTIZE8_PEERS_WITH"
 FOLDER = "QUANTIZE8_PEERS_MODELS"

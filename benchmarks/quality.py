@@ -30,11 +30,11 @@ from transformers import AutoModelForCausalLM
 from benchmarks.cpu import write
 from benchmarks.emulations import decode, exact, int8_layers
 from quantize8 import convert, load
-from quantize8.checkpoint import open_checkpoint
+from quantize8.calibration.scoring import Pairs, compare
 from quantize8.demo import MODEL, find_model
-from quantize8.model.loading import find_tokenizer, quiet
-from quantize8.model.scoring import Pairs, compare
 from quantize8.resources import TEXT
+from quantize8.runtime.loading import find_tokenizer, quiet
+from quantize8.sources import open_checkpoint
 
 TOKENS, CONTEXT = 2048, 1024  # scored in two windows; the text after them is for calibration
 ROUNDS, TIMED_TOKENS = 15, 512

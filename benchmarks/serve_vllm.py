@@ -27,11 +27,11 @@ from typing import Any
 import quantize8
 from benchmarks import vllm_server
 from benchmarks.cpu import write
+from quantize8.calibration.text import read_text
+from quantize8.commands.evaluate import perplexity
 from quantize8.demo import find_model
-from quantize8.model.loading import load
-from quantize8.model.text import read_text
-from quantize8.operations.evaluate import perplexity
 from quantize8.resources import TEXT
+from quantize8.runtime.loading import load
 
 SCHEMES = ("w8a8", "w8a16")
 NEW_TOKENS = 32

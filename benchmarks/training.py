@@ -24,8 +24,8 @@ from torch import Tensor
 from benchmarks.cpu import write
 from quantize8 import Int8Config
 from quantize8.demo import find_model
-from quantize8.model.loading import load
-from quantize8.model.training import merge_and_unload
+from quantize8.runtime.loading import load
+from quantize8.runtime.training import merge_and_unload
 
 STEPS, LAST = 100, 10  # the mean loss of the last 10 steps is compared
 BATCH, TOKENS, HELD_OUT = 2, 128, 16  # sequences per step, their length, and how many are held out

@@ -1,5 +1,5 @@
 /* Dequantizes llama.cpp's weight blocks to float16: bit for bit what its package `gguf` computes in float32, rounded
- * (ops/ggml.py).
+ * (kernels/ggml.py).
  *
  * A block begins or ends with its float16 scales; the layouts are those of ggml's ggml-common.h. Callers use one thread
  * per tensor, so nothing here is parallel.

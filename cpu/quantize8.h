@@ -1,7 +1,7 @@
 /* The CPU kernels of quantize8: definitions shared by all files.
  *
  * All sources are compiled once per unit (the int8 instructions of a processor), into one library per unit.
- * quantize8/ops/units.py loads the library of the best unit that the processor has. Outside multiply.h and vectors.h,
+ * quantize8/kernels/isa.py loads the library of the best unit that the processor has. Outside multiply.h and vectors.h,
  * the code depends on the unit only through macros that these define.
  *
  * Shapes: M tokens, N out features, K in features. A weight is packed in blocks of 32 out features and steps of 64 in
@@ -10,7 +10,7 @@
  *     weight [N / 32][K / 64][2 halves][16 groups of 4 in features][16 out features][4]      int8, zeros at the edges
  *
  * Activations are packed for each call, in tiles of TILE_M tokens: [M / TILE_M][K / 64][TILE_M][64], of code_t.
- * quantize8/ops/reference.py defines the arithmetic. Compile with -ffp-contract=off: fused operations are written
+ * quantize8/kernels/reference.py defines the arithmetic. Compile with -ffp-contract=off: fused operations are written
  * explicitly (fma_), and everything else rounds after each step, as the definition does.
  */
 #ifndef QUANTIZE8_H

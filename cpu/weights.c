@@ -160,7 +160,7 @@ EXPORT int q8_search_rows(int dtype, const void *weight, int64_t rows, int64_t c
   return 0;
 }
 
-/* ---- Q8_0: blocks of 32 weights with one float16 scale, 34 bytes (ops/q8_0.py) ---- */
+/* ---- Q8_0: blocks of 32 weights with one float16 scale, 34 bytes (kernels/q8_0.py) ---- */
 
 #define Q8_0_BLOCK 32
 #define Q8_0_BYTES 34

@@ -155,7 +155,7 @@ __device__ __forceinline__ void store_codes(int8_t* p, int count, const int8_t (
   }
 }
 
-// The formula for codes (quantize8/ops/reference.py): each step rounds to float. If a row's absmax is 0, tiny, infinite
+// The formula for codes (quantize8/kernels/reference.py): each step rounds to float. If a row's absmax is 0, tiny, infinite
 // or NaN, the inverse is 0, and so are the codes: infinity * 0 is NaN, and NaN converts to 0.
 __device__ __forceinline__ float inverse_of(uint32_t peak) {
   const float inverse = __fmul_rn(__fdiv_rn(1.f, __uint_as_float(peak)), (float)INT8_MAX);

@@ -1,7 +1,7 @@
 // Quantizes activations to int8 with one scale per token, and lists the outlier columns, in one launch and without the
 // host.
 //
-// Equal to quantize_activations of quantize8/ops/reference.py: an element with |x| >= threshold gets code 0, is left
+// Equal to quantize_activations of quantize8/kernels/reference.py: an element with |x| >= threshold gets code 0, is left
 // out of its token's absmax, and adds its column to the list. Columns are marked in a bit mask, where order does not
 // matter. The block that ends last turns the mask into an ascending list, so the list is the same on every run.
 #include "quantize8.cuh"

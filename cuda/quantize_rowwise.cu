@@ -1,6 +1,6 @@
 // Quantizes a weight to int8 with one scale per row and computes its column statistics, in one pass over memory.
 //
-// Equal, bit for bit, to quantize_rowwise and column_stats of quantize8/ops/reference.py. A block processes `tile_rows`
+// Equal, bit for bit, to quantize_rowwise and column_stats of quantize8/kernels/reference.py. A block processes `tile_rows`
 // rows, `rows_at_once` of them at a time. Each row is read three times (for its absmax, its codes and the columns), but
 // only the first read goes to memory; the others hit the nearest cache. One thread sums a column down a tile in row
 // order, and one thread sums it over tiles in tile order (add_tiles), so the sum does not depend on how blocks are

@@ -6,6 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from quantize8.commands.convert import convert
+    from quantize8.commands.evaluate import evaluate
+    from quantize8.commands.inspect import inspect
+    from quantize8.commands.plan import plan
+    from quantize8.commands.push import push
+    from quantize8.commands.run import run
+    from quantize8.commands.verify import verify
     from quantize8.errors import (
         ArtifactError,
         DependencyError,
@@ -16,17 +23,10 @@ if TYPE_CHECKING:
         SourceError,
         WeightError,
     )
-    from quantize8.model.linear import Int8Linear
-    from quantize8.model.loading import load
-    from quantize8.model.quantizer import Int8Config, enable
-    from quantize8.model.training import merge_and_unload
-    from quantize8.operations.convert import convert
-    from quantize8.operations.evaluate import evaluate
-    from quantize8.operations.inspect import inspect
-    from quantize8.operations.plan import plan
-    from quantize8.operations.push import push
-    from quantize8.operations.run import run
-    from quantize8.operations.verify import verify
+    from quantize8.runtime.linear import Int8Linear
+    from quantize8.runtime.loading import load
+    from quantize8.runtime.quantizer import Int8Config, enable
+    from quantize8.runtime.training import merge_and_unload
 
 __version__ = "0.1.0"
 
@@ -54,18 +54,18 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Int8Config": "model.quantizer",
-    "Int8Linear": "model.linear",
-    "convert": "operations.convert",
-    "enable": "model.quantizer",
-    "evaluate": "operations.evaluate",
-    "inspect": "operations.inspect",
-    "load": "model.loading",
-    "merge_and_unload": "model.training",
-    "plan": "operations.plan",
-    "push": "operations.push",
-    "run": "operations.run",
-    "verify": "operations.verify",
+    "Int8Config": "runtime.quantizer",
+    "Int8Linear": "runtime.linear",
+    "convert": "commands.convert",
+    "enable": "runtime.quantizer",
+    "evaluate": "commands.evaluate",
+    "inspect": "commands.inspect",
+    "load": "runtime.loading",
+    "merge_and_unload": "runtime.training",
+    "plan": "commands.plan",
+    "push": "commands.push",
+    "run": "commands.run",
+    "verify": "commands.verify",
 }
 
 
@@ -74,7 +74,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = _HOMES.get(name, "errors")
-    if home.startswith("model."):
+    if home.startswith("runtime."):
         from quantize8.optional import require
 
         require(f"for quantize8.{name}")

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantize8.calibration.outliers import ActivationReport
+from quantize8.calibration.text import open_for_text, read_text
+from quantize8.commands.convert import convert
+from quantize8.commands.evaluate import Perplexity, perplexity
+from quantize8.commands.inspect import DEFAULT_TOKENS
+from quantize8.commands.run import Comparison, Generation, compared, generate
 from quantize8.conversion.driver import Progress
 from quantize8.conversion.result import Conversion
-from quantize8.model.outliers import ActivationReport
-from quantize8.model.text import open_for_text, read_text
-from quantize8.operations.convert import convert
-from quantize8.operations.evaluate import Perplexity, perplexity
-from quantize8.operations.inspect import DEFAULT_TOKENS
-from quantize8.operations.run import Comparison, Generation, compared, generate
-from quantize8.ops.reference import DEFAULT_THRESHOLD
+from quantize8.kernels.reference import DEFAULT_THRESHOLD
 from quantize8.optional import require
 from quantize8.resources import TEXT
 
@@ -53,7 +53,7 @@ def demo(
         SourceError: The model is neither installed nor available on the hub.
     """
     require("for the demo")
-    from quantize8.model.activations import activations
+    from quantize8.calibration.activations import activations
 
     say = on_step or (lambda _: None)
     source = find_model()

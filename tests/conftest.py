@@ -67,8 +67,8 @@ def smollm2_int8(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def an_exact_product_for_cublas() -> Iterator[None]:
     """On a CPU torch._int_mm is a scalar loop, or saturates, unless the processor has AVX512-VNNI."""
     with pytest.MonkeyPatch.context() as patch:
-        if gpu := sys.modules.get("quantize8.ops.gpu"):
-            from quantize8.ops import cpu
+        if gpu := sys.modules.get("quantize8.kernels.gpu"):
+            from quantize8.kernels import cpu
 
             patch.setattr(gpu, "_int_mm", lambda a, b: cpu.int8_matmul(a, b.t()))
         yield

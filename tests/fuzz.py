@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 _GUIDES = (
-    "quantize8.checkpoint", "quantize8.artifact", "quantize8.conversion", "quantize8.destinations", "quantize8.formats",
+    "quantize8.sources", "quantize8.artifact", "quantize8.conversion", "quantize8.destinations", "quantize8.formats",
     "quantize8.recipe", "quantize8.limits",
 )  # fmt: skip
 _EVERY = 1000  # executions, after which they are counted

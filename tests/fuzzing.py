@@ -30,8 +30,8 @@ from unittest import mock
 
 import numpy as np
 
-from quantize8.checkpoint import base
 from quantize8.errors import OutputError, Quantize8Error, SourceError
+from quantize8.sources import base
 
 ROOT = Path(__file__).parent
 CORPUS = ROOT / "corpus"
@@ -243,7 +243,7 @@ def _get(value: Any, key: str, kind: type) -> Any:
 
 
 def _config(data: bytes, folder: Path) -> None:
-    from quantize8.checkpoint.structure import read_structure
+    from quantize8.sources.structure import read_structure
 
     (folder / "config.json").write_bytes(data[1:])
     config = base.read_config(folder)
@@ -254,7 +254,7 @@ def _config(data: bytes, folder: Path) -> None:
 
 
 def _config_model(data: bytes, folder: Path) -> None:
-    from quantize8.checkpoint.structure import read_structure
+    from quantize8.sources.structure import read_structure
 
     (folder / "config.json").write_bytes(data[1:])
     config = base.read_config(folder)
@@ -267,7 +267,7 @@ _SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num
 
 
 def _config_seeds() -> list[bytes]:
-    from quantize8.checkpoint.structure import read_structure
+    from quantize8.sources.structure import read_structure
 
     read_structure({}, {})  # imports transformers
     more = {"architectures": ["LlamaForCausalLM"], "dtype": "float16", "tie_word_embeddings": False}
@@ -287,8 +287,8 @@ def _warm() -> None:
     """Make transformers import what it needs for a first model, so that this is not watched."""
     from transformers.utils import logging
 
-    from quantize8.checkpoint.structure import read_structure
-    from quantize8.formats.gguf import complete
+    from quantize8.formats.gguf.writer import complete
+    from quantize8.sources.structure import read_structure
 
     logging.set_verbosity_error()
     for kind, name in _FAMILIES.items():
@@ -297,7 +297,7 @@ def _warm() -> None:
 
 
 def _index(data: bytes, folder: Path) -> None:
-    from quantize8.checkpoint.safetensors import INDEX_NAME, open_safetensors
+    from quantize8.sources.safetensors import INDEX_NAME, open_safetensors
 
     if not (folder / "a.safetensors").is_file():
         for name in ("a", "b"):
@@ -452,7 +452,7 @@ def _journal_seeds() -> list[bytes]:
 
 def _verify(data: bytes, folder: Path) -> None:
     """A manifest with a matching digest, next to files that it may or may not list."""
-    from quantize8.operations.verify import verify
+    from quantize8.commands.verify import verify
 
     if not (folder / "config.json").is_file():
         (folder / "config.json").write_text("{}")
@@ -528,7 +528,7 @@ def _tensor_file(data: bytes) -> bytes:
 
 
 def _safetensors(data: bytes, folder: Path) -> None:
-    from quantize8.checkpoint.safetensors import SINGLE_NAME, SafetensorsCheckpoint
+    from quantize8.sources.safetensors import SINGLE_NAME, SafetensorsCheckpoint
 
     (folder / SINGLE_NAME).write_bytes(_tensor_file(data))
     checkpoint = SafetensorsCheckpoint(folder, [SINGLE_NAME], {}, "x")
@@ -600,7 +600,7 @@ def _gguf_value(kind: int, content: Any) -> bytes:
 
 def _gguf(data: bytes, folder: Path) -> None:
     """A file, or, if the description is a list, the parts of a split one, of which the last is opened."""
-    from quantize8.checkpoint.gguf import GgufCheckpoint
+    from quantize8.formats.gguf.reader import GgufCheckpoint
 
     try:
         parsed = None if data[:1] == RAW else _parsed(data)
@@ -691,7 +691,7 @@ def _torch_file(data: bytes) -> bytes:
 
 
 def _torch(data: bytes, folder: Path) -> None:
-    from quantize8.checkpoint.torch_bin import SINGLE_NAME, TorchCheckpoint
+    from quantize8.sources.torch_bin import SINGLE_NAME, TorchCheckpoint
 
     if not (folder / "config.json").is_file():
         (folder / "config.json").write_text("{}")
@@ -755,7 +755,7 @@ class _Memory(base.Checkpoint):
 
 
 def _quantized(data: bytes, folder: Path) -> None:
-    from quantize8.checkpoint.quantized import QuantizedCheckpoint, decode
+    from quantize8.sources.quantized import QuantizedCheckpoint, decode
 
     checkpoint = decode(_Memory(folder, _parsed(data)))
     assert checkpoint.stored_bytes >= 0
@@ -864,8 +864,8 @@ def _tokenizer(data: bytes, folder: Path) -> None:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    from quantize8.artifact import gguf_tokenizer
-    from quantize8.checkpoint.tokenizer import check_tokenizer
+    from quantize8.formats.gguf.writer import tokenizer as gguf_tokenizer
+    from quantize8.sources.tokenizer import check_tokenizer
 
     value = _parsed(data)
     config = _get(value, "config", dict)

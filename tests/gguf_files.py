@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
+from quantize8.formats.gguf.tokenizer import tokenizer_fields
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from quantize8.artifact.gguf_tokenizer import tokenizer_fields
-from quantize8.checkpoint import open_checkpoint
-from quantize8.formats import gguf
-from quantize8.ops import q8_0
-from quantize8.ops.scales import ScaleSearch
+from quantize8.formats.gguf import writer as gguf
+from quantize8.kernels import q8_0
+from quantize8.kernels.scales import ScaleSearch
+from quantize8.sources import open_checkpoint
 
 SIZES = {
     "hidden_size": 64,

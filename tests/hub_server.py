@@ -322,10 +322,10 @@ def serving(hub: Hub, cache: Path, monkeypatch):
     }.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
     monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", endpoint)
-    monkeypatch.setattr("quantize8.checkpoint.ranges.WAIT", 0.01)
-    monkeypatch.setattr("quantize8.checkpoint.ranges.MAX_WAIT", 0.05)
+    monkeypatch.setattr("quantize8.sources.ranges.WAIT", 0.01)
+    monkeypatch.setattr("quantize8.sources.ranges.MAX_WAIT", 0.05)
     monkeypatch.setitem(huggingface_hub.utils.http_backoff.__kwdefaults__, "base_wait_time", 0.01)
-    monkeypatch.setattr("quantize8.checkpoint.fetch.cache_dir", lambda name: cache / name)
+    monkeypatch.setattr("quantize8.sources.fetch.cache_dir", lambda name: cache / name)
     huggingface_hub.utils.close_session()
     try:
         yield

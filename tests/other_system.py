@@ -86,10 +86,10 @@ def main(system: str, source: str, out: str) -> None:
     if system == "windows":
         make_windows(Path(out).parent)
     import quantize8
+    from quantize8.commands.finalize import finalize
     from quantize8.conversion.driver import Writer
     from quantize8.destinations import journal
     from quantize8.destinations.local import partial_of
-    from quantize8.operations.finalize import finalize
 
     size, original = {"max_shard_size": "6KB", "workers": 2}, Writer.write
     left = iter(range(5))

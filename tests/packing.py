@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from quantize8.checkpoint.safetensors import SINGLE_NAME, SafetensorsCheckpoint
+from quantize8.sources.safetensors import SINGLE_NAME, SafetensorsCheckpoint
 
 
 def opened(folder: Path, state: dict[str, torch.Tensor]) -> SafetensorsCheckpoint:

@@ -8,10 +8,9 @@ import torch
 from making import llama, mixtral, qwen3_moe
 
 from quantize8 import load
-from quantize8.checkpoint import open_checkpoint
-from quantize8.model.activations import activations, dense_weight, watch
-from quantize8.model.advice import recommend
-from quantize8.model.expected import (
+from quantize8.calibration.activations import activations, dense_weight, watch
+from quantize8.calibration.advice import recommend
+from quantize8.calibration.expected import (
     THRESHOLDS,
     input_errors,
     relative_error,
@@ -19,11 +18,19 @@ from quantize8.model.expected import (
     weight_error,
     without,
 )
-from quantize8.model.features import MAP_FEATURES, LayerInput, affected, comparable, emergent_features, feature_map
-from quantize8.model.outliers import ActivationReport, StaticColumns, ThresholdReport
-from quantize8.model.streaming import streamed
-from quantize8.ops import cpu, reference
-from quantize8.report import as_json
+from quantize8.calibration.features import (
+    MAP_FEATURES,
+    LayerInput,
+    affected,
+    comparable,
+    emergent_features,
+    feature_map,
+)
+from quantize8.calibration.outliers import ActivationReport, StaticColumns, ThresholdReport
+from quantize8.kernels import cpu, reference
+from quantize8.reports import as_json
+from quantize8.runtime.streaming import streamed
+from quantize8.sources import open_checkpoint
 
 LAYERS, TOKENS = 10, 100  # 20 layer inputs: 5 are a quarter, and 120 of 2000 places are 6%
 LOUD = {  # features -> in how many layer inputs their gain is large, and the positions where they are not quiet

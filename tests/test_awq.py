@@ -10,7 +10,7 @@ from compressed_tensors.entrypoints.convert.converters.ct_dequantizer import Com
 from packing import in_words, opened, rows_equal_the_whole
 
 from quantize8 import SourceError
-from quantize8.checkpoint import awq
+from quantize8.formats import awq
 
 SCALE_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -9,7 +9,7 @@ from cuda_on_cpu.emulation import EmulatedGpu
 
 from benchmarks import checkpoints, gpu_checks, gpu_speed, timing
 from benchmarks import gpu as script
-from quantize8.ops import gpu
+from quantize8.kernels import gpu
 
 SIZES = {
     "ceilings": {"size": 64, "copy_bytes": 4096},

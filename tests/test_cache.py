@@ -15,7 +15,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from quantize8 import load, run
-from quantize8.model.cache import PreallocatedLayer, preallocated_cache
+from quantize8.runtime.cache import PreallocatedLayer, preallocated_cache
 
 
 def states(tokens: int, seed: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,11 +8,11 @@ from test_encoders import t5
 from torch import nn
 
 from quantize8 import SourceError, load
-from quantize8.checkpoint import open_checkpoint
-from quantize8.checkpoint.structure import read_structure
-from quantize8.model.calibration import calibrate
-from quantize8.model.columns import choose_columns
-from quantize8.model.expected import weight_error
+from quantize8.calibration.calibrate import calibrate
+from quantize8.calibration.columns import choose_columns
+from quantize8.calibration.expected import weight_error
+from quantize8.sources import open_checkpoint
+from quantize8.sources.structure import read_structure
 
 TEXT = " ".join(f"w{i * i * 7 % 63}" for i in range(100))
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from quantize8 import ArtifactError, OutputError, convert, push, verify
 from quantize8.artifact.manifest import CHECK_FAILED
-from quantize8.checkpoint import open_checkpoint
+from quantize8.commands import convert as operation
 from quantize8.conversion import driver
-from quantize8.model.check import TOKENS, check
-from quantize8.operations import convert as operation
+from quantize8.runtime.check import TOKENS, check
+from quantize8.sources import open_checkpoint
 
 UP = "model.layers.1.mlp.up_proj"
 NORM = "model.layers.0.input_layernorm.weight"

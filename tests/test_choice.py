@@ -11,8 +11,10 @@ from cuda_on_cpu.emulation import EmulatedGpu
 
 from quantize8 import DependencyError
 from quantize8.errors import DeviceWarning
-from quantize8.ops import choice, device, gpu, kernels
-from quantize8.ops.device import Gpu, gpu_of, why_not
+from quantize8.kernels import cuda as kernels
+from quantize8.kernels import device, gpu
+from quantize8.kernels import devices as choice
+from quantize8.kernels.device import Gpu, gpu_of, why_not
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +35,7 @@ def a_gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
         monkeypatch.setattr(choice, "_has_driver", lambda: True)
-        monkeypatch.setattr("quantize8.ops.nvrtc.load_nvrtc", lambda: None)
+        monkeypatch.setattr("quantize8.kernels.nvrtc.load_nvrtc", lambda: None)
 
     return pretend
 

@@ -15,7 +15,7 @@ from making import llama, word_tokenizer
 
 from quantize8 import __version__, cli, optional
 from quantize8.cli import terminal
-from quantize8.ops.reference import MODES
+from quantize8.kernels.reference import MODES
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_json_of_evaluate(quantize8, scored):
 def test_env_names_versions_and_remedies(quantize8, monkeypatch):
     code, text, _ = quantize8("env")
     assert code == 0 and "torch" in text and __version__ in text
-    monkeypatch.setattr("quantize8.operations.environment._version", lambda _: None)
+    monkeypatch.setattr("quantize8.commands.environment._version", lambda _: None)
     text = quantize8("env")[1]
     assert "accelerate: not installed, needed to run models" in text and optional.COMMAND in text
     assert "open artifacts without quantize8: pip install bitsandbytes" in text
@@ -168,9 +168,9 @@ def test_env_names_versions_and_remedies(quantize8, monkeypatch):
 
 
 def test_env_says_what_a_gpu_needs(quantize8, monkeypatch):
-    monkeypatch.setattr("quantize8.operations.environment._version", lambda name: None if "cupy" in name else "1.0")
+    monkeypatch.setattr("quantize8.commands.environment._version", lambda name: None if "cupy" in name else "1.0")
     assert "cupy: not installed, needed to compute on a GPU: pip install 'quantize8[cuda1" in quantize8("env")[1]
-    monkeypatch.setattr("quantize8.ops.choice.problem", lambda: None)
+    monkeypatch.setattr("quantize8.kernels.devices.problem", lambda: None)
     assert "correct results on GPU 0" in quantize8("env")[1]
 
 
@@ -185,7 +185,7 @@ def test_version_help_and_usage_errors(quantize8):
 
 def test_defaults_are_the_operations_own():
     """cli repeats the defaults, so that --help need not import the operations."""
-    from quantize8.operations import convert, evaluate, inspect, run
+    from quantize8.commands import convert, evaluate, inspect, run
 
     pairs = (
         (cli.convert, convert.convert),

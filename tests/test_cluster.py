@@ -14,12 +14,12 @@ from making import llama, word_tokenizer
 
 from benchmarks.faults import digests
 from quantize8 import DependencyError, OutputError, WeightError, convert, verify
+from quantize8.commands.finalize import finalize
 from quantize8.conversion import cluster as module
 from quantize8.conversion.options import ConvertOptions
 from quantize8.conversion.plan import make_plan
 from quantize8.destinations.journal import SUFFIX, Journal
 from quantize8.destinations.local import LocalFolder, partial_of
-from quantize8.operations.finalize import finalize
 
 SIZE = {"max_shard_size": "6KB"}  # several files of the tiny Llama
 SMALL = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}

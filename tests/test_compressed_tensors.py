@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import deepseek
 from quantize8 import SourceError, convert, verify
-from quantize8.checkpoint import open_checkpoint
-from quantize8.ops import reference
+from quantize8.kernels import reference
+from quantize8.sources import open_checkpoint
 
 MODULE = "model.layers.0.mlp.down_proj"
 IDS = torch.arange(2, 42)[None]

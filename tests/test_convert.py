@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from quantize8 import convert, verify
 from quantize8.artifact.manifest import read_manifest
 from quantize8.artifact.outliers import Calibrated
-from quantize8.checkpoint import open_checkpoint
-from quantize8.checkpoint.decoders import plain_tensors
 from quantize8.conversion.driver import Writer, places
 from quantize8.destinations.local import WeightFile
 from quantize8.errors import OutputError
-from quantize8.ops import reference
-from quantize8.ops.cpu import CpuQuantizer
-from quantize8.ops.scales import ScaleSearch, search_absmax
+from quantize8.kernels import reference
+from quantize8.kernels.cpu import CpuQuantizer
+from quantize8.kernels.scales import ScaleSearch, search_absmax
+from quantize8.sources import open_checkpoint
+from quantize8.sources.decoders import plain_tensors
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -65,7 +65,7 @@ def test_the_file_is_what_the_safetensors_library_would_write(tmp_path):
 def test_blocks_do_not_show_in_the_result(tmp_path, monkeypatch):
     source = llama(tmp_path / "source", hidden=160)
     convert(str(source), tmp_path / "whole")
-    monkeypatch.setattr("quantize8.checkpoint.base.BLOCK_BYTES", 1)  # 64 rows, or one, at a time
+    monkeypatch.setattr("quantize8.sources.base.BLOCK_BYTES", 1)  # 64 rows, or one, at a time
     convert(str(source), tmp_path / "blocks", workers=3)
     assert digests(tmp_path / "whole") == digests(tmp_path / "blocks")
 
@@ -138,9 +138,9 @@ def test_searched_scales_pass_through_other_formats_untouched(tmp_path):
 def test_searched_scales_do_not_depend_on_workers_or_blocks(tmp_path, monkeypatch):
     source = llama(tmp_path / "source", hidden=160)
     convert(str(source), tmp_path / "whole", scale="mse", workers=1)
-    monkeypatch.setattr("quantize8.checkpoint.base.BLOCK_BYTES", 1)
+    monkeypatch.setattr("quantize8.sources.base.BLOCK_BYTES", 1)
     convert(str(source), tmp_path / "blocks", scale="mse", workers=3)
-    monkeypatch.setattr("quantize8.ops.units.chosen", lambda: "generic")
+    monkeypatch.setattr("quantize8.kernels.isa.chosen", lambda: "generic")
     convert(str(source), tmp_path / "generic", scale="mse")
     assert digests(tmp_path / "whole") == digests(tmp_path / "blocks") == digests(tmp_path / "generic")
 
@@ -155,7 +155,7 @@ def test_calibration_weighs_the_search(tmp_path, monkeypatch):
         wide = original[f"{name}.weight"].shape[1]
         mean_square = np.exp(2 * rng.normal(size=wide)).astype(np.float32)
         found[name] = Calibrated(rng.permutation(wide)[:9].astype(np.int32), 5, mean_square, mean_square)
-    monkeypatch.setattr("quantize8.model.calibration.calibrate", lambda *_, **__: found)
+    monkeypatch.setattr("quantize8.calibration.calibrate.calibrate", lambda *_, **__: found)
     (tmp_path / "text").write_text("words")
     convert(str(source), tmp_path / "out", scale="mse", calibrate=tmp_path / "text")
     stored, unlike = load_file(tmp_path / "out" / "model.safetensors"), 0
@@ -268,7 +268,7 @@ _PEAK = """
 import sys
 from quantize8 import convert
 convert(sys.argv[1], sys.argv[2], workers=2, check=False)
-from quantize8.operations.run import peak_rss
+from quantize8.commands.run import peak_rss
 print(peak_rss())
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 """

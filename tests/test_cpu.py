@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from quantize8.errors import WeightError
-from quantize8.ops import cpu, reference, units
-from quantize8.ops.reference import STATIC_MODES, ColumnStats, Int8Weight
+from quantize8.kernels import cpu, reference
+from quantize8.kernels import isa as units
+from quantize8.kernels.reference import STATIC_MODES, ColumnStats, Int8Weight
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32]
 SHAPES = [(1, 1), (3, 5), (64, 64), (65, 33), (130, 777), (7, 4096), (2, 0), (0, 4)]

@@ -11,8 +11,8 @@ from test_encoders import t5
 
 import quantize8
 from quantize8 import SourceError, convert, evaluate, load
-from quantize8.model.scoring import compare
-from quantize8.operations.evaluate import _student, interval, perplexity, standard_error
+from quantize8.calibration.scoring import compare
+from quantize8.commands.evaluate import _student, interval, perplexity, standard_error
 from quantize8.resources import TEXT
 
 WORDS = " ".join(f"w{i * i * 7 % 63}" for i in range(300))
@@ -228,7 +228,7 @@ def test_intervals_need_a_hundred_values():
 
 
 def test_a_perplexity_beyond_all_numbers():
-    from quantize8.operations.evaluate import _exp
+    from quantize8.commands.evaluate import _exp
 
     assert _exp(1e4) == math.inf
 

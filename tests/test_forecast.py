@@ -21,7 +21,7 @@ from quantize8.conversion.options import ConvertOptions
 from quantize8.conversion.parts import Part
 from quantize8.conversion.plan import make_plan
 from quantize8.destinations.local import LocalFolder
-from quantize8.ops.cpu import CpuQuantizer
+from quantize8.kernels.cpu import CpuQuantizer
 
 
 @pytest.fixture
@@ -261,7 +261,7 @@ def test_the_command_and_a_dry_run_say_it(source, tmp_path, monkeypatch, capsys)
 
 
 def test_times_are_written_in_their_unit():
-    from quantize8.report.tables import duration
+    from quantize8.reports.tables import duration
 
     assert [duration(value) for value in (0.04, 119.9, 120, 7199, 7200, 90000)] == [
         "0.0 s", "119.9 s", "2.0 min", "120.0 min", "2.0 h", "25.0 h",

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from quantize8 import OutputError, WeightError, convert, verify
-from quantize8.checkpoint import open_checkpoint
 from quantize8.formats import FORMATS
 from quantize8.formats.base import make_format
-from quantize8.ops import reference
+from quantize8.kernels import reference
+from quantize8.sources import open_checkpoint
 
 IDS = torch.arange(2, 42)[None]
 

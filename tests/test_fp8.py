@@ -9,7 +9,7 @@ from packing import opened, rows_equal_the_whole
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from quantize8 import SourceError
-from quantize8.checkpoint import fp8
+from quantize8.formats import fp8
 
 KINDS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 

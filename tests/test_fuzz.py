@@ -13,8 +13,8 @@ from fuzzing import CORPUS, READERS, attempt, described, kept
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from quantize8.checkpoint import base
-from quantize8.checkpoint.safetensors import SafetensorsCheckpoint
+from quantize8.sources import base
+from quantize8.sources.safetensors import SafetensorsCheckpoint
 
 SLOW = {"config-model": 20, "tokenizer": 40, "verify": 150, "torch": 200}  # executions of a seeded run; of others 500
 quick = settings(

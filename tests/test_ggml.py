@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
-from quantize8.ops import ggml, units
+from quantize8.kernels import ggml
+from quantize8.kernels import isa as units
 
 HALF = np.dtype(np.float16)
 

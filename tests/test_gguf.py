@@ -10,7 +10,7 @@ from gguf_files import HIDDEN, VOCABULARY, TinyGguf
 from safetensors.torch import load_file
 
 from quantize8 import SourceError, convert
-from quantize8.checkpoint import open_checkpoint
+from quantize8.sources import open_checkpoint
 
 KINDS = [GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0", "Q4_1")]
 ALL = ("attn_q", "attn_k", "attn_v", "attn_output")

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 from gguf_files import FAMILIES, assemble, config_of, folder_of, write_tokenizer
+from quantize8.formats.gguf.tokenizer import tokenizer_fields
 
 from quantize8 import ArtifactError, OutputError, SourceError, convert, verify
-from quantize8.artifact.gguf_tokenizer import tokenizer_fields
-from quantize8.checkpoint import open_checkpoint
-from quantize8.formats import gguf
+from quantize8.formats.gguf import writer as gguf
+from quantize8.sources import open_checkpoint
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

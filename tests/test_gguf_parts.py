@@ -8,7 +8,7 @@ from gguf import GGUFValueType
 from gguf_files import TinyGguf
 
 from quantize8 import SourceError, convert
-from quantize8.checkpoint import open_checkpoint
+from quantize8.sources import open_checkpoint
 
 
 def split(folder, per_part=8):

@@ -8,7 +8,7 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from quantize8 import SourceError
-from quantize8.checkpoint import open_checkpoint
+from quantize8.sources import open_checkpoint
 
 UINT32, FLOAT32, STRING, BOOL = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.STRING, GGUFValueType.BOOL
 

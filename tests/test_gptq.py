@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from quantize8 import SourceError
-from quantize8.checkpoint import gptq
-from quantize8.checkpoint.quantized import decode
+from quantize8.formats import gptq
+from quantize8.sources.quantized import decode
 
 BITS = (2, 3, 4, 8)
 FIXTURE = Path(__file__).parent / "gptqmodel.safetensors"

@@ -16,8 +16,8 @@ from making import llama
 from safetensors.torch import save_file
 
 from quantize8 import cli
-from quantize8.checkpoint import open_checkpoint
 from quantize8.destinations.local import Staging
+from quantize8.sources import open_checkpoint
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
@@ -89,7 +89,7 @@ def test_nan_in_a_tensor_that_is_copied(refused, tmp_path):
 
 
 def test_the_row_is_counted_over_all_blocks(refused, tmp_path, monkeypatch):
-    monkeypatch.setattr("quantize8.checkpoint.base.BLOCK_BYTES", 1)
+    monkeypatch.setattr("quantize8.sources.base.BLOCK_BYTES", 1)
     name = "model.embed_tokens.weight"
     source = llama(tmp_path / "source", edit=with_value(float("nan"), name, 61))
     assert f"{name} row 61" in refused(source)

@@ -58,7 +58,7 @@ def test_functions_are_short_and_take_few_parameters():
 
 
 def test_public_names_stay_functions_when_their_modules_are_imported():
-    import quantize8.operations.convert as module
+    import quantize8.commands.convert as module
 
     assert quantize8.convert is module.convert and callable(quantize8.inspect)
 

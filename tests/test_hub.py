@@ -8,8 +8,8 @@ import pytest
 from hub_server import COMMIT
 
 from quantize8 import SourceError, convert
-from quantize8.checkpoint import fetch, open_checkpoint, ordered
-from quantize8.checkpoint.hub import needed_files
+from quantize8.sources import fetch, open_checkpoint, ordered
+from quantize8.sources.hub import needed_files
 
 TOKEN = "hf_averysecrettoken"
 # huggingface_hub's own way of sending a body

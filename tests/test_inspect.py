@@ -10,12 +10,12 @@ from making import llama
 from safetensors.torch import load_file, save_file
 
 from quantize8 import SourceError, convert, inspect
-from quantize8.checkpoint import open_checkpoint
-from quantize8.model.activations import activations, watch
-from quantize8.model.loading import find_tokenizer
-from quantize8.model.streaming import streamed
-from quantize8.ops import cpu, reference
+from quantize8.calibration.activations import activations, watch
+from quantize8.kernels import cpu, reference
 from quantize8.resources import TEXT
+from quantize8.runtime.loading import find_tokenizer
+from quantize8.runtime.streaming import streamed
+from quantize8.sources import open_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from test_digests import CASES, DIGESTS, digest, sources
 
 import quantize8
 from quantize8 import DependencyError, convert, optional
-from quantize8.operations import convert as operation
-from quantize8.ops import choice
+from quantize8.commands import convert as operation
+from quantize8.kernels import devices as choice
 
 try:
     import tomllib

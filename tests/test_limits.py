@@ -14,16 +14,16 @@ import pytest
 import torch
 from fuzzing import gguf, torch_zip
 from making import llama, word_tokenizer
+from quantize8.formats.gguf.reader import GgufCheckpoint
 
 from quantize8 import ArtifactError, DependencyError, Quantize8Error, SourceError, convert, limits, load, verify
 from quantize8.artifact.manifest import digest, read_manifest
-from quantize8.checkpoint import open_checkpoint
-from quantize8.checkpoint.base import TensorInfo, check_settings
-from quantize8.checkpoint.gguf import GgufCheckpoint
-from quantize8.checkpoint.structure import build_meta_model, read_structure
-from quantize8.checkpoint.tokenizer import check_tokenizer
 from quantize8.errors import one_line
 from quantize8.recipe import load_recipe
+from quantize8.sources import open_checkpoint
+from quantize8.sources.base import TensorInfo, check_settings
+from quantize8.sources.structure import build_meta_model, read_structure
+from quantize8.sources.tokenizer import check_tokenizer
 
 TOKEN = "hf_" + "abcdefghijklmnop"
 
@@ -445,14 +445,14 @@ def test_a_source_with_a_password_is_not_repeated():
 
 
 def test_a_token_is_in_no_file_result_or_page(model, tmp_path, monkeypatch):
-    from quantize8 import report
-    from quantize8.operations.inspect import inspect
-    from quantize8.page import build
+    from quantize8 import reports
+    from quantize8.commands.inspect import inspect
+    from quantize8.reports.pages import build
 
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     result = convert(str(model), tmp_path / "out", token=TOKEN)
     build.write(str(tmp_path / "page.html"), inspect(str(tmp_path / "out"), token=TOKEN), str(tmp_path / "out"))
-    shown = json.dumps(report.as_json(result)) + repr(asdict(read_manifest(tmp_path / "out")))
+    shown = json.dumps(reports.as_json(result)) + repr(asdict(read_manifest(tmp_path / "out")))
     written = b"".join(
         path.read_bytes() for path in [*(tmp_path / "out").rglob("*"), tmp_path / "page.html"] if path.is_file()
     )

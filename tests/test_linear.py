@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from quantize8 import Int8Linear
-from quantize8.ops import reference
-from quantize8.ops.reference import Int8Weight
+from quantize8.kernels import reference
+from quantize8.kernels.reference import Int8Weight
 
 MODES = ("static", *reference.MODES)
 COLUMNS = [7, 39, 0]

@@ -7,13 +7,13 @@ the wrong order, lost biases or wrong rotary frequencies make them differ as muc
 import pytest
 import torch
 from gguf_files import FAMILIES, assemble, config_of, dequantized, folder_of
+from quantize8.formats.gguf.tokenizer import tokenizer_fields
 
 from benchmarks.llama_cpp import served
 from quantize8 import convert
-from quantize8.artifact.gguf_tokenizer import tokenizer_fields
-from quantize8.checkpoint import open_checkpoint
-from quantize8.formats import gguf
-from quantize8.ops.scales import ScaleSearch
+from quantize8.formats.gguf import writer as gguf
+from quantize8.kernels.scales import ScaleSearch
+from quantize8.sources import open_checkpoint
 
 ROPES = {
     "linear": {"rope_type": "linear", "factor": 4.0},

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantize8.model.training import dithered_codes
+from quantize8.runtime.training import dithered_codes
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from quantize8 import DependencyError
-from quantize8.ops import kernels, nvrtc
-from quantize8.ops.kernels import Kernel
+from quantize8.kernels import cuda as kernels
+from quantize8.kernels import nvrtc
+from quantize8.kernels.cuda import Kernel
 
 RECORD = Path(__file__).parent / "cuda_on_cpu" / "resources.json"
 HAS_CUPY = pytest.mark.skipif(

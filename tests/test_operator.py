@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from quantize8 import Int8Linear
-from quantize8.ops.operator import linear, packed_linear
+from quantize8.kernels.operator import linear, packed_linear
 
 
 def layer(out_features: int = 12, in_features: int = 32, bias: bool = True) -> Int8Linear:

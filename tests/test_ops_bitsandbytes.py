@@ -5,9 +5,9 @@ import pytest
 import torch
 from test_packed import UNITS
 
-from quantize8.ops import bitsandbytes as ours
-from quantize8.ops import reference
-from quantize8.ops.packed import PackedWeight
+from quantize8.kernels import bitsandbytes as ours
+from quantize8.kernels import reference
+from quantize8.kernels.packed import PackedWeight
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 

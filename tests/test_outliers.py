@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 from quantize8 import ArtifactError, Int8Linear, OutputError, SourceError, convert, evaluate, load, report, run, verify
 from quantize8.artifact.manifest import read_manifest
 from quantize8.artifact.outliers import OUTLIERS_NAME, read_outliers
-from quantize8.checkpoint import open_checkpoint
-from quantize8.checkpoint.hub import needed_files
-from quantize8.operations.run import Comparison
+from quantize8.commands.run import Comparison
 from quantize8.resources import TEXT as ADDRESS
+from quantize8.sources import open_checkpoint
+from quantize8.sources.hub import needed_files
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 
@@ -101,7 +101,7 @@ def test_stored_columns_are_those_of_the_source_in_float16(dtype, tmp_path):
 
 
 def test_blocks_do_not_show_in_the_columns(sound, tmp_path, monkeypatch):
-    monkeypatch.setattr("quantize8.checkpoint.base.BLOCK_BYTES", 1)
+    monkeypatch.setattr("quantize8.sources.base.BLOCK_BYTES", 1)
     options = {"calibrate": sound / "text", "recipe": "int8-all"}
     convert(str(sound / "source"), tmp_path / "blocks", workers=3, **options)
     convert(str(sound / "source"), tmp_path / "one", workers=1, **options)
@@ -236,7 +236,7 @@ def test_arguments_that_are_wrong(options, message, sound, tmp_path, monkeypatch
 
 
 def test_a_dry_run_does_not_calibrate_and_says_so(sound, tmp_path, monkeypatch):
-    monkeypatch.setattr("quantize8.model.calibration.calibrate", lambda *_, **__: pytest.fail("calibrated"))
+    monkeypatch.setattr("quantize8.calibration.calibrate.calibrate", lambda *_, **__: pytest.fail("calibrated"))
     options = {"calibrate": sound / "text", "recipe": "int8-all", "dry_run": True}
     result = convert(str(sound / "source"), tmp_path / "out", **options)
     assert result.to_calibrate and result.plan.outliers is None and not list(tmp_path.iterdir())

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from quantize8 import Int8Linear
-from quantize8.ops import packed, reference, units
-from quantize8.ops.packed import PackedWeight
-from quantize8.ops.reference import Int8Weight
+from quantize8.kernels import isa as units
+from quantize8.kernels import packed, reference
+from quantize8.kernels.packed import PackedWeight
+from quantize8.kernels.reference import Int8Weight
 
 UNITS = units.available()
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -174,7 +175,7 @@ def test_our_own_pool_of_threads_computes_the_same(tmp_path):
 import os
 from concurrent.futures import ThreadPoolExecutor
 import torch
-from quantize8.ops import packed, units
+from quantize8.kernels import packed, isa as units
 units.share_threads = lambda loaded: None
 weight = packed.PackedWeight(torch.randint(-127, 128, (400, 200), dtype=torch.int8), torch.rand(400))
 x = torch.randn(300, 200)

@@ -12,12 +12,12 @@ from making import llama, mixtral, qwen3_moe
 from test_cli import quantize8  # noqa: F401
 
 from quantize8 import cli
+from quantize8.commands.convert import convert
+from quantize8.commands.evaluate import Agreement, Divergence, Estimate, Evaluation, Positions
+from quantize8.commands.inspect import WeightReport, inspect
 from quantize8.errors import DependencyError, OutputError
-from quantize8.operations.convert import convert
-from quantize8.operations.evaluate import Agreement, Divergence, Estimate, Evaluation, Positions
-from quantize8.operations.inspect import WeightReport, inspect
-from quantize8.page import markup, names
-from quantize8.page.build import check, page, write
+from quantize8.reports.pages import markup, names
+from quantize8.reports.pages.build import check, page, write
 
 EVIL = "model.layers.0.</style><script>alert(1)</script>&amp;\"'.q_proj"
 VOID = {"meta"}
@@ -113,7 +113,7 @@ def test_a_conversion_shows_sizes_errors_and_what_was_kept(converted):
 
 
 def test_sizes_by_part_add_up_to_the_files(converted, tmp_path):
-    from quantize8.page.weights import _stored, _written
+    from quantize8.reports.pages.weights import _stored, _written
 
     experts = convert(str(mixtral(tmp_path / "mixtral")), tmp_path / "a", format="compressed-tensors", dry_run=True)
     int8 = convert(str(converted.out), tmp_path / "b", format="compressed-tensors", dry_run=True)
@@ -231,8 +231,8 @@ def activated(tmp_path_factory):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from quantize8.model.activations import activations
-    from quantize8.model.advice import recommend
+    from quantize8.calibration.activations import activations
+    from quantize8.calibration.advice import recommend
 
     def outlier(state):
         for layer in range(2):

@@ -13,12 +13,12 @@ from making import llama, mixtral, word_tokenizer
 
 from benchmarks.faults import digests, opens
 from quantize8 import OutputError, SourceError, cli, convert, verify
+from quantize8.commands.finalize import finalize
 from quantize8.conversion import driver
 from quantize8.conversion.driver import Writer
 from quantize8.conversion.parts import Part, parse_part
 from quantize8.destinations.journal import SUFFIX, _line
 from quantize8.destinations.local import LocalFolder, Staging, partial_of
-from quantize8.operations.finalize import finalize
 
 SIZE = {"max_shard_size": "6KB"}  # several files of the tiny Llama
 
@@ -55,7 +55,7 @@ def test_outlier_columns_are_brought_together(options, source, text, tmp_path, m
     options = {**SIZE, **options, "calibrate": text, "outlier_columns": 3}
     convert(source, tmp_path / "whole", **options)
     convert(source, tmp_path / "out", part="2/2", **options)
-    monkeypatch.setattr("quantize8.model.calibration.calibrate", lambda *_, **__: pytest.fail("measured twice"))
+    monkeypatch.setattr("quantize8.calibration.calibrate.calibrate", lambda *_, **__: pytest.fail("measured twice"))
     convert(source, tmp_path / "out", part="1/2", **options)
     text.unlink()  # what it said is known
     finalize(tmp_path / "out")

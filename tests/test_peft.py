@@ -8,7 +8,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from transformers import AutoModelForCausalLM
 
 from quantize8 import Int8Config, Int8Linear, WeightError, merge_and_unload
-from quantize8.model import quantizer
+from quantize8.runtime import quantizer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:(Merge|Unmerge) .* module to 8-bit linear"),

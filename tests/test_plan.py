@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import deepseek
 from quantize8 import convert
-from quantize8.checkpoint import open_checkpoint
-from quantize8.checkpoint.structure import is_skipped
 from quantize8.conversion.options import ConvertOptions
 from quantize8.conversion.plan import plan_of as plan_with
 from quantize8.recipe import Recipe, load_recipe
+from quantize8.sources import open_checkpoint
+from quantize8.sources.structure import is_skipped
 
 
 def plan_of(source, recipe=None):

@@ -11,8 +11,8 @@ import pytest
 from matplotlib.image import imread
 
 from quantize8.errors import DependencyError
-from quantize8.page import plots
-from quantize8.page.plots import Series
+from quantize8.reports.pages import plots
+from quantize8.reports.pages.plots import Series
 
 
 def parse(svg: str) -> ElementTree.Element:

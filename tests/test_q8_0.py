@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 
-from quantize8.ops import q8_0, units
-from quantize8.ops.scales import ScaleSearch
+from quantize8.kernels import isa as units
+from quantize8.kernels import q8_0
+from quantize8.kernels.scales import ScaleSearch
 
 
 @pytest.fixture(params=units.available())

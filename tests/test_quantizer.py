@@ -14,8 +14,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 import quantize8
 from quantize8 import Int8Config, Int8Linear, WeightError
 from quantize8.errors import DeviceWarning
-from quantize8.ops import gpu, reference
-from quantize8.ops.reference import Int8Weight
+from quantize8.kernels import gpu, reference
+from quantize8.kernels.reference import Int8Weight
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 

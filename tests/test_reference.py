@@ -4,8 +4,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from quantize8.ops import reference
-from quantize8.ops.reference import ColumnStats, Int8Weight
+from quantize8.kernels import reference
+from quantize8.kernels.reference import ColumnStats, Int8Weight
 
 
 def weight_of(values, **fields):

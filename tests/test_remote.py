@@ -10,9 +10,9 @@ import torch
 from making import llama, mixtral, word_tokenizer
 
 from quantize8 import DependencyError, SourceError, convert
-from quantize8.checkpoint import open_checkpoint, ordered, ranges
-from quantize8.checkpoint.ordered import OrderedFile, Transfers
-from quantize8.checkpoint.ranges import Digest, Interrupted, RemoteFile
+from quantize8.sources import open_checkpoint, ordered, ranges
+from quantize8.sources.ordered import OrderedFile, Transfers
+from quantize8.sources.ranges import Digest, Interrupted, RemoteFile
 
 TOKEN = "hf_averysecrettoken"
 

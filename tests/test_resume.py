@@ -23,7 +23,7 @@ from quantize8 import OutputError, SourceError, WeightError, convert, verify
 from quantize8.conversion import driver
 from quantize8.conversion.driver import Writer
 from quantize8.destinations.local import partial_of
-from quantize8.ops.cpu import CpuQuantizer
+from quantize8.kernels.cpu import CpuQuantizer
 
 TEXT = "w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 " * 8
 
@@ -308,7 +308,7 @@ def test_what_calibration_measured_is_not_measured_again(tmp_path, stop_after, m
         convert(str(source), out, **options)
     stop_after(None)
     with monkeypatch.context() as patch:
-        patch.setattr("quantize8.model.calibration.calibrate", lambda *_, **__: pytest.fail("measured again"))
+        patch.setattr("quantize8.calibration.calibrate.calibrate", lambda *_, **__: pytest.fail("measured again"))
         assert not list(partial_of(out).glob("*.journal")) and (partial_of(out) / "calibration.safetensors").exists()
         with pytest.raises(OutputError, match="is of other options or another source; start over with --overwrite"):
             convert(str(source), out, calibrate=text_in(tmp_path), smooth=0.4)

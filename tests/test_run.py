@@ -5,8 +5,8 @@ import torch
 from making import llama, word_tokenizer
 
 from quantize8 import DependencyError, SourceError, convert, load, run
-from quantize8.model.text import open_for_text
-from quantize8.operations.run import Comparison, Generation, compared
+from quantize8.calibration.text import open_for_text
+from quantize8.commands.run import Comparison, Generation, compared
 
 PROMPT = "The capital of France is"
 
@@ -116,7 +116,7 @@ def test_chat_without_a_template(smollm2_int8, monkeypatch):
     monkeypatch.setattr("transformers.PreTrainedTokenizerBase.chat_template", None, raising=False)
     model, tokenizer = open_for_text(str(smollm2_int8), "cpu")
     tokenizer.chat_template = None
-    from quantize8.operations.run import generate
+    from quantize8.commands.run import generate
 
     with pytest.raises(SourceError, match="no chat template"):
         generate("m", model, tokenizer, "x", 1, chat=True)

@@ -12,8 +12,8 @@ from making import llama
 from safetensors.torch import load_file, save_file
 
 from quantize8 import SourceError
-from quantize8.checkpoint import open_checkpoint
-from quantize8.checkpoint.safetensors import read_header
+from quantize8.sources import open_checkpoint
+from quantize8.sources.safetensors import read_header
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.bool, torch.int64]
 

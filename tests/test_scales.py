@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from test_cpu import DTYPES, SHAPES, hostile
 
-from quantize8.ops import cpu, reference, units
-from quantize8.ops.reference import ColumnStats
-from quantize8.ops.scales import CLIPS, ScaleSearch, folded, search_absmax
+from quantize8.kernels import cpu, reference
+from quantize8.kernels import isa as units
+from quantize8.kernels.reference import ColumnStats
+from quantize8.kernels.scales import CLIPS, ScaleSearch, folded, search_absmax
 
 FLOAT32_SUMS = 1 + 1e-5  # errors are summed in float32: candidates so near may be taken for one another
 

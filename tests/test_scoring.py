@@ -8,8 +8,8 @@ import torch
 from making import llama
 
 from quantize8 import SourceError, convert, load
-from quantize8.model import scoring
-from quantize8.model.scoring import compare, compare_continuation, likelihoods
+from quantize8.calibration import scoring
+from quantize8.calibration.scoring import compare, compare_continuation, likelihoods
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from making import GPT2, MAMBA2, SIZES, llama, mixtral, saved, word_tokenizer
 from safetensors.torch import load_file, save_file
 
 from quantize8 import SourceError, WeightError, convert, load, plan, run, verify
-from quantize8.checkpoint import open_checkpoint
+from quantize8.sources import open_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 TOKENS = torch.arange(2, 34)[None]

@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 from quantize8 import SourceError, convert, load, report, verify
 from quantize8.artifact.manifest import digest, read_manifest
 from quantize8.artifact.outliers import Calibrated
-from quantize8.checkpoint import base, open_checkpoint
-from quantize8.checkpoint.decoders import FAMILIES
-from quantize8.checkpoint.smoothing import Factors, SmoothedCheckpoint
+from quantize8.calibration import smoothing
+from quantize8.calibration.calibrate import calibrate
+from quantize8.calibration.smoothing import smooth
 from quantize8.errors import OutputError
-from quantize8.model import smoothing
-from quantize8.model.calibration import calibrate
-from quantize8.model.smoothing import smooth
-from quantize8.model.streaming import streamed
-from quantize8.ops import reference
+from quantize8.kernels import reference
+from quantize8.runtime.streaming import streamed
+from quantize8.sources import base, open_checkpoint
+from quantize8.sources.decoders import FAMILIES
+from quantize8.sources.smoothing import Factors, SmoothedCheckpoint
 
 IDS = torch.arange(5, 45)[None]
 TEXT = " ".join(f"w{(7 * i) % 60}" for i in range(90))

@@ -16,14 +16,14 @@ from benchmarks.checkpoints import make_llama
 from benchmarks.faults import SHARD_SIZE, kill_and_resume_to_a_store
 from quantize8 import ArtifactError, DependencyError, OutputError, SourceError, cli, convert, verify
 from quantize8.artifact.manifest import MANIFEST_NAME
-from quantize8.checkpoint.address import reason, without_secrets
+from quantize8.commands.finalize import finalize
 from quantize8.conversion.driver import Writer
 from quantize8.destinations.base import destination_of
 from quantize8.destinations.journal import SUFFIX, _line
 from quantize8.destinations.local import LocalFolder, WeightFile
 from quantize8.destinations.store import PARTIAL
 from quantize8.destinations.store import ObjectStore as Store
-from quantize8.operations.finalize import finalize
+from quantize8.sources.address import reason, without_secrets
 
 SIZE = {"max_shard_size": "6KB"}  # several files of the tiny Llama
 TEXT = "w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 " * 8
@@ -342,7 +342,7 @@ def test_parts(options, address, source, tmp_path, monkeypatch):
     with pytest.raises(OutputError, match=r"no part of it is here \(in .partial\)"):
         finalize(address)
     first = convert(source, address, part="3/3", **options)
-    monkeypatch.setattr("quantize8.model.calibration.calibrate", lambda *_, **__: pytest.fail("measured twice"))
+    monkeypatch.setattr("quantize8.calibration.calibrate.calibrate", lambda *_, **__: pytest.fail("measured twice"))
     assert first.manifest is None and "config.json" not in content(address)
     convert(source, address, part="1/3", **options)
     with pytest.raises(OutputError, match="not finished: model-0000") as caught:

@@ -10,10 +10,10 @@ from cuda_on_cpu.emulation import EmulatedGpu
 from making import llama
 
 from quantize8 import WeightError, convert
-from quantize8.ops import gpu, stream
-from quantize8.ops.cpu import CpuQuantizer
-from quantize8.ops.reference import ColumnStats
-from quantize8.ops.stream import GpuQuantizer
+from quantize8.kernels import gpu, stream
+from quantize8.kernels.cpu import CpuQuantizer
+from quantize8.kernels.reference import ColumnStats
+from quantize8.kernels.stream import GpuQuantizer
 
 
 @pytest.fixture

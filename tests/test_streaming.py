@@ -14,8 +14,8 @@ from making import llama, mixtral, qwen3_moe
 from safetensors.torch import load_file, save_file
 
 from quantize8 import SourceError, convert, load
-from quantize8.checkpoint import open_checkpoint
-from quantize8.model.streaming import streamed
+from quantize8.runtime.streaming import streamed
+from quantize8.sources import open_checkpoint
 
 IDS = torch.arange(5, 45)[None]
 
@@ -151,9 +151,9 @@ def test_a_config_that_makes_no_model_is_refused(tmp_path):
 
 PEAK = """
 import sys, torch
-from quantize8.checkpoint import open_checkpoint
-from quantize8.model.streaming import streamed
-from quantize8.operations.run import peak_rss
+from quantize8.sources import open_checkpoint
+from quantize8.runtime.streaming import streamed
+from quantize8.commands.run import peak_rss
 
 ids = torch.arange(8)[None]
 for source in sys.argv[1:]:  # the first warms what is loaded once

@@ -6,9 +6,9 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 
 from quantize8 import SourceError
-from quantize8.checkpoint import decoders, structure
-from quantize8.checkpoint.base import TensorInfo
-from quantize8.checkpoint.structure import CONV1D, LINEAR, is_skipped, read_structure
+from quantize8.sources import decoders, structure
+from quantize8.sources.base import TensorInfo
+from quantize8.sources.structure import CONV1D, LINEAR, is_skipped, read_structure
 
 TINY = {
     "hidden_size": 32,

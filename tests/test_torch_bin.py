@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from quantize8 import SourceError
-from quantize8.checkpoint import open_checkpoint
+from quantize8.sources import open_checkpoint
 
 
 def folder_of(tmp_path, state, config=None, **options):

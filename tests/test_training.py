@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from quantize8 import Int8Linear
-from quantize8.model import training
-from quantize8.model.training import TrainableInt8Linear, weight_gradient
-from quantize8.ops import reference
+from quantize8.kernels import reference
+from quantize8.runtime import training
+from quantize8.runtime.training import TrainableInt8Linear, weight_gradient
 
 N, K = 24, 33
 THRESHOLD = 6.0

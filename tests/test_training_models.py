@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from quantize8 import Int8Config, Int8Linear, SourceError, WeightError, convert
 from quantize8 import load as load_artifact
-from quantize8.model import linear
-from quantize8.model.training import TrainableInt8Linear, dithered_codes, merge_and_unload
+from quantize8.runtime import linear
+from quantize8.runtime.training import TrainableInt8Linear, dithered_codes, merge_and_unload
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:MatMul8bitLt"),

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 from quantize8 import DependencyError
-from quantize8.ops import packed, q8_0, reference, units
+from quantize8.kernels import isa as units
+from quantize8.kernels import packed, q8_0, reference
 
 SOURCES = Path(__file__).parent.parent / "cpu"
 
 
 def chosen(**environment: str) -> subprocess.CompletedProcess[str]:
     """The unit that a new process chooses."""
-    script = "from quantize8.ops import units; print(units.chosen(), *units.available())"
+    script = "from quantize8.kernels import units; print(units.chosen(), *units.available())"
     rest = {name: value for name, value in os.environ.items() if name != units.VARIABLE}
     command = [sys.executable, "-c", script]
     return subprocess.run(command, env=rest | environment, capture_output=True, text=True)

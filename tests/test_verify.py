@@ -10,7 +10,7 @@ from making import llama
 
 from quantize8 import ArtifactError, convert, verify
 from quantize8.artifact.manifest import Manifest, TensorRecord, digest, read_manifest
-from quantize8.checkpoint.safetensors import read_header
+from quantize8.sources.safetensors import read_header
 
 
 @pytest.fixture(scope="module")

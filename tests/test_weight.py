@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from quantize8 import Int8Linear, WeightError
-from quantize8.model import linear
-from quantize8.model.weight import Int8Weight
+from quantize8.runtime import linear
+from quantize8.runtime.weight import Int8Weight
 
 N, K = 24, 33
 

@@ -6,9 +6,10 @@ import torch
 from test_packed import numpy, tokens_of
 
 from quantize8.errors import WeightError
-from quantize8.ops import reference, units
-from quantize8.ops.packed import PackedWeight
-from quantize8.ops.reference import DECODE_TOKENS, STATIC_MODES, Int8Weight
+from quantize8.kernels import isa as units
+from quantize8.kernels import reference
+from quantize8.kernels.packed import PackedWeight
+from quantize8.kernels.reference import DECODE_TOKENS, STATIC_MODES, Int8Weight
 
 UNITS = units.available()
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -2,8 +2,8 @@
 
 from unittest.mock import create_autospec
 
-from quantize8.checkpoint.base import Checkpoint
-from quantize8.checkpoint.wrapper import Wrapper
+from quantize8.sources.base import Checkpoint
+from quantize8.sources.wrapper import Wrapper
 
 
 def test_all_that_a_checkpoint_offers_is_handed_on_but_blocks():

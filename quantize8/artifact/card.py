@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from quantize8.artifact.manifest import Manifest
-from quantize8.checkpoint import bitsandbytes, compressed_tensors
-from quantize8.checkpoint.base import CONFIG_NAME
 from quantize8.formats import GGUF
+from quantize8.sources import bitsandbytes, compressed_tensors
+from quantize8.sources.base import CONFIG_NAME
 
 CARD_NAME = "README.md"
 _MB = 1e6

@@ -18,10 +18,10 @@ import numpy as np
 from blake3 import blake3
 
 from quantize8 import limits
-from quantize8.checkpoint.base import contained
 from quantize8.errors import ArtifactError, SourceError
-from quantize8.ops import ABSMAX
-from quantize8.ops.reference import ColumnStats
+from quantize8.kernels import ABSMAX
+from quantize8.kernels.reference import ColumnStats
+from quantize8.sources.base import contained
 
 MANIFEST_NAME = "quantize8.json"
 CHECK_FAILED = "check-failed.txt"  # beside the manifest of an artifact that failed `convert --check`: the reason

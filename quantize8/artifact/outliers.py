@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from quantize8.checkpoint.base import TensorInfo, contained
-from quantize8.checkpoint.safetensors import SafetensorsCheckpoint
 from quantize8.errors import ArtifactError
 from quantize8.formats.base import OutTensor
-from quantize8.ops.reference import Array
-from quantize8.ops.scales import ScaleSearch
+from quantize8.kernels.reference import Array
+from quantize8.kernels.scales import ScaleSearch
+from quantize8.sources.base import TensorInfo, contained
+from quantize8.sources.safetensors import SafetensorsCheckpoint
 
 OUTLIERS_NAME = "outliers.safetensors"
 PART_SUFFIX = ".outliers"  # of the files, one for each weight file, that are merged into it at the end

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from quantize8.artifact.card import CARD_NAME, card
 from quantize8.artifact.manifest import MANIFEST_NAME, Manifest, read_manifest
-from quantize8.checkpoint.hub import clean
 from quantize8.errors import ArtifactError, OutputError, Quantize8Error
+from quantize8.sources.hub import clean
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

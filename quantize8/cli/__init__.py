@@ -29,11 +29,11 @@ for _command in (convert, plan, finalize, inspect, run, evaluate, verify, push):
 @app.command()
 def env(as_json: Json = False) -> None:
     """Show versions and devices, and how to install what is missing."""
-    from quantize8 import report
-    from quantize8.operations.environment import environment
+    from quantize8 import reports
+    from quantize8.commands.environment import environment
 
     result = environment()
-    show(result, report.environment(result), as_json)
+    show(result, reports.environment(result), as_json)
 
 
 @app.command()
@@ -42,12 +42,12 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Convert, inspect and run SmolLM2-135M-Instruct, and compare int8 with its source."""
-    from quantize8 import report
+    from quantize8 import reports
     from quantize8.demo import demo as operation
 
     with progress_bar("converting") as progress:
         result = operation(out, on_step=lambda step: typer.echo(step, err=True), progress=progress)
-    show(result, report.demo(result), as_json)
+    show(result, reports.demo(result), as_json)
 
 
 def _print_version(asked: bool) -> None:

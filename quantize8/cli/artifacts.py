@@ -41,9 +41,9 @@ def convert(
     **options: Any,
 ) -> None:
     """Write an int8 artifact that other loaders open directly, or a plain one from a quantized source."""
-    from quantize8 import report
-    from quantize8.operations.convert import convert as operation
-    from quantize8.page import build
+    from quantize8 import reports
+    from quantize8.commands.convert import convert as operation
+    from quantize8.reports.pages import build
 
     build.check(page)
     with progress_bar("converting") as progress:
@@ -52,7 +52,7 @@ def convert(
             engine=engine, address=address, push_to_hub=push_to_hub, private=private, token=token, progress=progress,
             **options,
         )  # fmt: skip
-    show(result, report.conversion(result), as_json)
+    show(result, reports.conversion(result), as_json)
     build.write(page, result, options["source"])
 
 
@@ -67,11 +67,11 @@ def plan(
     **options: Any,
 ) -> None:
     """Plan a conversion, and predict its time, memory and disk space."""
-    from quantize8 import report
-    from quantize8.operations.plan import plan as operation
+    from quantize8 import reports
+    from quantize8.commands.plan import plan as operation
 
     result = operation(out=out, machines=_numbers(machines), device=device, workers=workers, token=token, **options)
-    show(result, report.conversion(result), as_json)
+    show(result, reports.conversion(result), as_json)
 
 
 def finalize(
@@ -81,11 +81,11 @@ def finalize(
     as_json: Json = False,
 ) -> None:
     """Make an artifact of the weight files that convert --part wrote."""
-    from quantize8 import report
-    from quantize8.operations.finalize import finalize as operation
+    from quantize8 import reports
+    from quantize8.commands.finalize import finalize as operation
 
     result = operation(out, overwrite=overwrite, token=token)
-    show(result, report.conversion(result), as_json)
+    show(result, reports.conversion(result), as_json)
 
 
 def verify(
@@ -93,11 +93,11 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check every byte of an artifact against its manifest."""
-    from quantize8 import report
-    from quantize8.operations.verify import verify as operation
+    from quantize8 import reports
+    from quantize8.commands.verify import verify as operation
 
     result = operation(artifact)
-    show(result, report.verification(result), as_json)
+    show(result, reports.verification(result), as_json)
 
 
 def push(
@@ -109,7 +109,7 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Upload an artifact to the Hugging Face hub, with a model card."""
-    from quantize8.operations.push import push as operation
+    from quantize8.commands.push import push as operation
 
     result = operation(artifact, repo, private=private, revision=revision, token=token)
     show(

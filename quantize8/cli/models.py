@@ -27,17 +27,17 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show outlier statistics of the weights, or with --text of the activations."""
-    from quantize8 import report
-    from quantize8.model.outliers import ActivationReport
-    from quantize8.operations.inspect import inspect as operation
-    from quantize8.page import build
+    from quantize8 import reports
+    from quantize8.calibration.outliers import ActivationReport
+    from quantize8.commands.inspect import inspect as operation
+    from quantize8.reports.pages import build
 
     build.check(page)
     result = operation(
         model, text=text, threshold=threshold, layer=layer, tokens=tokens, budget=budget, revision=revision, token=token
     )
     show(
-        result, report.activations(result) if isinstance(result, ActivationReport) else report.weights(result), as_json
+        result, reports.activations(result) if isinstance(result, ActivationReport) else reports.weights(result), as_json
     )
     build.write(page, result, model)
 
@@ -55,9 +55,9 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Generate text greedily as a quick check, and show the speed."""
-    from quantize8 import report
-    from quantize8.operations.run import Comparison
-    from quantize8.operations.run import run as operation
+    from quantize8 import reports
+    from quantize8.commands.run import Comparison
+    from quantize8.commands.run import run as operation
 
     write = None if as_json else stream
     result = operation(
@@ -74,7 +74,7 @@ def run(
     )
     if write is not None:
         write("\n\n")
-    show(result, report.comparison(result) if isinstance(result, Comparison) else report.generation(result), as_json)
+    show(result, reports.comparison(result) if isinstance(result, Comparison) else reports.generation(result), as_json)
 
 
 def evaluate(
@@ -95,14 +95,14 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure perplexity on a text, and with --reference the KL divergence from that model."""
-    from quantize8 import report
-    from quantize8.operations.evaluate import evaluate as operation
-    from quantize8.page import build
+    from quantize8 import reports
+    from quantize8.commands.evaluate import evaluate as operation
+    from quantize8.reports.pages import build
 
     build.check(page)
     result = operation(
         model, text=text, reference=reference, context=context, tokens=tokens, layers=layers, device=device,
         mode=mode, threshold=threshold, revision=revision, token=token,
     )  # fmt: skip
-    show(result, report.evaluation(result), as_json)
+    show(result, reports.evaluation(result), as_json)
     build.write(page, result, model)

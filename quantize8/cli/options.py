@@ -12,7 +12,7 @@ import typer
 from quantize8.conversion.options import ConvertOptions
 
 if TYPE_CHECKING:
-    from quantize8.ops.reference import OutlierMode
+    from quantize8.kernels.reference import OutlierMode
 else:
     OutlierMode = str  # `load` refuses another word, without NumPy loaded for it here
 

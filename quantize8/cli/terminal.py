@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 def show(result: Any, rendered: RenderableType, as_json: bool) -> None:
     """Print a result as it is rendered, or as JSON."""
-    from quantize8 import report
+    from quantize8 import reports
 
     if as_json:
-        typer.echo(json.dumps(report.as_json(result), indent=1, ensure_ascii=False))
+        typer.echo(json.dumps(reports.as_json(result), indent=1, ensure_ascii=False))
         return
     from rich.console import Console
 

@@ -19,13 +19,13 @@ import numpy as np
 
 from quantize8.artifact.manifest import digest
 from quantize8.artifact.outliers import Calibrated
-from quantize8.checkpoint.base import Checkpoint
-from quantize8.checkpoint.smoothing import Factors, SmoothedCheckpoint
 from quantize8.conversion.options import ConvertOptions
 from quantize8.conversion.plan import Plan
 from quantize8.errors import OutputError
 from quantize8.files import flush
-from quantize8.ops.reference import Array
+from quantize8.kernels.reference import Array
+from quantize8.sources.base import Checkpoint
+from quantize8.sources.smoothing import Factors, SmoothedCheckpoint
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Calibration:
 
 def calibration_entry(options: ConvertOptions, text: str) -> dict[str, Any]:
     """What the manifest says of a calibration."""
-    from quantize8.model.calibration import DEFAULT_TOKENS
+    from quantize8.calibration.calibrate import DEFAULT_TOKENS
 
     columns = "auto" if options.column_count is None else options.column_count
     asked: dict[str, Any] = {"outlier_columns": columns, "smooth": options.smooth}
@@ -89,8 +89,8 @@ def calibrated(plan: Plan, path: Path, decisions: dict[str, Any], start_over: bo
 
 
 def _measure(plan: Plan, text: str) -> Calibration:
-    from quantize8.model.calibration import calibrate
-    from quantize8.model.smoothing import smooth
+    from quantize8.calibration.calibrate import calibrate
+    from quantize8.calibration.smoothing import smooth
 
     alpha, count = plan.options.smooth, plan.options.column_count
     weights = [*plan.quantized, *(f"{name}.weight" for name in plan.modules)]

@@ -25,7 +25,6 @@ from blake3 import blake3
 from quantize8 import __version__
 from quantize8.artifact.manifest import MANIFEST_NAME, Manifest, TensorRecord, digest
 from quantize8.artifact.outliers import OUTLIERS_NAME
-from quantize8.checkpoint.base import CONFIG_NAME
 from quantize8.conversion.parts import Part
 from quantize8.conversion.plan import Plan, WorkUnit, recorded_plan
 from quantize8.conversion.result import Conversion, errors_of
@@ -35,10 +34,11 @@ from quantize8.destinations.local import Staging, WeightFile, weight_files, writ
 from quantize8.errors import OutputError
 from quantize8.files import flush, write_at
 from quantize8.formats.base import OutTensor, Shard, WeightQuantizer, index
-from quantize8.ops import MSE
-from quantize8.ops.choice import resolve
-from quantize8.ops.cpu import CpuQuantizer
-from quantize8.ops.reference import as_bytes
+from quantize8.kernels import MSE
+from quantize8.kernels.cpu import CpuQuantizer
+from quantize8.kernels.devices import resolve
+from quantize8.kernels.reference import as_bytes
+from quantize8.sources.base import CONFIG_NAME
 
 Progress = Callable[[int, int], None]  # called with bytes of the source done, and bytes in all
 _Lane = list[tuple[int, str]]  # tensors that one thread writes, in this order: unit, source tensor
@@ -135,7 +135,7 @@ def make_quantizers(device: str, scale: str, workers: int | None) -> list[Weight
         return [CpuQuantizer() for _ in range(count)]
     import torch
 
-    from quantize8.ops.stream import GpuQuantizer
+    from quantize8.kernels.stream import GpuQuantizer
 
     gpus = torch.cuda.device_count()
     return [GpuQuantizer(torch.device("cuda", i % gpus)) for i in range(max(count, gpus))]

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from quantize8.errors import OutputError
 from quantize8.files import is_url
 from quantize8.formats import DEFAULT_FORMAT, DEFAULT_SHARD_SIZE, FORMATS, MOE_LOADERS, SCHEMES
-from quantize8.ops import ABSMAX, MSE, SCALES
+from quantize8.kernels import ABSMAX, MSE, SCALES
 from quantize8.recipe import DEFAULT_RECIPE
 
 _AUTO = "auto"
@@ -45,7 +45,7 @@ class ConvertOptions:
         outlier_columns: How many outlier columns each weight gets, or "auto" for as many as are worth their cost.
         smooth: SmoothQuant's alpha between 0 and 1; moves outliers of activations into the weights.
         recipe: Name of a shipped recipe, or a .toml file.
-        scale: absmax, or mse to search the scale with the least squared error (`ops.scales`).
+        scale: absmax, or mse to search the scale with the least squared error (`kernels.scales`).
         max_shard_size: Largest weight file, such as 5GB or 512MiB.
         stream: Read remote weights by byte range instead of downloading them; the artifact is the same.
 
@@ -119,7 +119,7 @@ class ConvertOptions:
         """The fields as a journal records them: absolute paths, and no secrets of an address."""
         values = vars(self.absolute()).copy()
         if is_url(self.source):
-            from quantize8.checkpoint.address import without_secrets
+            from quantize8.sources.address import without_secrets
 
             values["source"] = without_secrets(self.source)
         return values

@@ -19,19 +19,19 @@ import numpy as np
 from quantize8 import __version__
 from quantize8.artifact.manifest import digest, fits
 from quantize8.artifact.outliers import OUTLIERS_NAME, PART_SUFFIX, Calibrated
-from quantize8.checkpoint import open_checkpoint
-from quantize8.checkpoint.base import FLOATING, QUANTIZABLE, Checkpoint, TensorInfo, main_dtype, model_dtype
-from quantize8.checkpoint.gguf import GgufCheckpoint
-from quantize8.checkpoint.smoothing import SmoothedCheckpoint
-from quantize8.checkpoint.structure import CONV1D, LINEAR, Structure, structure_of
 from quantize8.conversion.options import ConvertOptions
 from quantize8.errors import OutputError, SourceError
 from quantize8.formats.base import Format, Int8Format, OutTensor, Shard, make_format, place
-from quantize8.ops import MSE
-from quantize8.ops.reference import Array
-from quantize8.ops.scales import ScaleSearch
+from quantize8.formats.gguf.reader import GgufCheckpoint
+from quantize8.kernels import MSE
+from quantize8.kernels.reference import Array
+from quantize8.kernels.scales import ScaleSearch
 from quantize8.optional import require
 from quantize8.recipe import Recipe, load_recipe
+from quantize8.sources import open_checkpoint
+from quantize8.sources.base import FLOATING, QUANTIZABLE, Checkpoint, TensorInfo, main_dtype, model_dtype
+from quantize8.sources.smoothing import SmoothedCheckpoint
+from quantize8.sources.structure import CONV1D, LINEAR, Structure, structure_of
 
 if TYPE_CHECKING:
     from quantize8.conversion.calibration import Calibration
@@ -229,8 +229,8 @@ def make_plan(options: ConvertOptions, token: str | None = None, *, download: bo
     recipe, text, calibration = load_recipe(options.recipe, options.threshold), None, {}
     if options.calibrate is not None:
         require("for --calibrate")
+        from quantize8.calibration.text import read_text
         from quantize8.conversion.calibration import calibration_entry
-        from quantize8.model.text import read_text
 
         text = read_text(Path(options.calibrate))
         calibration = calibration_entry(options, text)
@@ -267,7 +267,7 @@ def plan_of(
     if output.is_folder and isinstance(checkpoint.origin, GgufCheckpoint):
         checkpoint.origin.require_tokenizer()  # before hours of work: its files are written last
     if options.smooth is not None:
-        from quantize8.model.smoothing import check_smoothable
+        from quantize8.calibration.smoothing import check_smoothable
 
         check_smoothable(checkpoint)
     if options.scale == MSE:

@@ -13,7 +13,7 @@ from quantize8.conversion.plan import Plan
 
 if TYPE_CHECKING:
     from quantize8.conversion.forecast import Forecast
-    from quantize8.model.check import Check
+    from quantize8.runtime.check import Check
 
 
 @dataclass

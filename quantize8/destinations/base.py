@@ -121,7 +121,7 @@ def path_of(artifact: str | Path) -> Path:
     """The folder of an artifact on this machine; raises ArtifactError for an address of any other place."""
     text = str(artifact).removeprefix(_FILE)
     if is_url(text):
-        from quantize8.checkpoint.address import without_secrets
+        from quantize8.sources.address import without_secrets
 
         raise ArtifactError(f"{without_secrets(text)}: only convert and finalize take addresses; copy it here first")
     return Path(text)

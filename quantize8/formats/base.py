@@ -19,18 +19,18 @@ import numpy as np
 from blake3 import blake3
 
 from quantize8.artifact.manifest import Quantized, summarize
-from quantize8.checkpoint.base import DTYPES, FLOATING, TensorInfo
-from quantize8.checkpoint.safetensors import INDEX_NAME, SINGLE_NAME
 from quantize8.errors import OutputError, WeightError
 from quantize8.formats import COMPRESSED_TENSORS, DEFAULT_FORMAT, FORMATS, GGUF, MOE_LOADERS, SCHEMES
-from quantize8.ops import ABSMAX, MSE, cpu
-from quantize8.ops.cpu import CpuQuantizer
-from quantize8.ops.q8_0 import BLOCK, BLOCK_BYTES, Q8_0
-from quantize8.ops.reference import FLOAT16_MAX, STATS_TILE_ROWS, Array, ColumnStats, as_bytes, dequantize
+from quantize8.kernels import ABSMAX, MSE, cpu
+from quantize8.kernels.cpu import CpuQuantizer
+from quantize8.kernels.q8_0 import BLOCK, BLOCK_BYTES, Q8_0
+from quantize8.kernels.reference import FLOAT16_MAX, STATS_TILE_ROWS, Array, ColumnStats, as_bytes, dequantize
+from quantize8.sources.base import DTYPES, FLOATING, TensorInfo
+from quantize8.sources.safetensors import INDEX_NAME, SINGLE_NAME
 
 if TYPE_CHECKING:
-    from quantize8.checkpoint.structure import Structure
     from quantize8.conversion.plan import Plan
+    from quantize8.sources.structure import Structure
 
 # The order in which the safetensors library writes tensors: wide dtypes first, so that all stay aligned.
 _DTYPE_ORDER = [*("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16")]
@@ -255,7 +255,7 @@ def make_format(name: str, scheme: str | None = None, moe: str | None = None) ->
 
         return BitsAndBytes()
     if name == GGUF:
-        from quantize8.formats.gguf import Gguf  # the gguf package takes a while to import
+        from quantize8.formats.gguf.writer import Gguf  # the gguf package takes a while to import
 
         return Gguf()
     if name in FORMATS:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from quantize8.checkpoint.bitsandbytes import LAYOUT, SCALE
-from quantize8.checkpoint.structure import Structure, is_skipped
 from quantize8.formats import BITSANDBYTES
 from quantize8.formats.base import Int8Format, OutTensor
-from quantize8.ops.reference import Array
+from quantize8.kernels.reference import Array
+from quantize8.sources.bitsandbytes import LAYOUT, SCALE
+from quantize8.sources.structure import Structure, is_skipped
 
 if TYPE_CHECKING:
     from quantize8.conversion.plan import Plan

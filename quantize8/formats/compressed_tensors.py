@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quantize8.checkpoint.compressed_tensors import PACKED, SCALE, SHAPE
-from quantize8.checkpoint.structure import CONV1D, EXPERT, Structure
 from quantize8.formats import COMPRESSED_TENSORS, MoeLoader, Scheme
 from quantize8.formats.base import Int8Format, OutTensor, in_float
-from quantize8.ops.reference import Array, scale_of
+from quantize8.kernels.reference import Array, scale_of
+from quantize8.sources.compressed_tensors import PACKED, SCALE, SHAPE
+from quantize8.sources.structure import CONV1D, EXPERT, Structure
 
 if TYPE_CHECKING:
     from quantize8.conversion.plan import Plan

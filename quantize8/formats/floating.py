@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from quantize8.checkpoint.base import FLOAT_NAMES
 from quantize8.formats.base import Format
+from quantize8.sources.base import FLOAT_NAMES
 
 if TYPE_CHECKING:
     from quantize8.conversion.plan import Plan

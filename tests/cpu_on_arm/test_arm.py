@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from quantize8.ops import reference, units
-from quantize8.ops.packed import _DTYPES, _MODES, PackedWeight, _second_digits
+from quantize8.kernels import isa as units
+from quantize8.kernels import reference
+from quantize8.kernels.packed import _DTYPES, _MODES, PackedWeight, _second_digits
 
 HERE = Path(__file__).parent
 UNITS = {"generic": [], "neon-dotprod": ["-march=armv8.2-a+dotprod"], "neon-i8mm": ["-march=armv8.2-a+dotprod+i8mm"]}

@@ -8,7 +8,7 @@ import threading
 from functools import cache
 from pathlib import Path
 
-from quantize8.ops.kernels import Capability, Kernel, pack
+from quantize8.kernels.cuda import Capability, Kernel, pack
 from quantize8.resources import resource_dir
 
 HERE = Path(__file__).parent

@@ -62,7 +62,7 @@ def main(what: str) -> None:
     import numpy as np
     from cuda_on_cpu.emulation import EmulatedGpu
 
-    from quantize8.ops import kernels
+    from quantize8.kernels import cuda as kernels
 
     random = np.random.default_rng(0)
 

@@ -7,8 +7,9 @@ import torch
 from cuda_on_cpu.emulation import ORDERS, EmulatedGpu
 
 from quantize8.errors import DeviceWarning
-from quantize8.ops import gpu, kernels, reference
-from quantize8.ops.reference import ColumnStats, Int8Weight
+from quantize8.kernels import cuda as kernels
+from quantize8.kernels import gpu, reference
+from quantize8.kernels.reference import ColumnStats, Int8Weight
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HALVES = DTYPES[:2]

@@ -8,9 +8,9 @@ from making import llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantize8 import Int8Linear, convert, load
-from quantize8.model import linear
-from quantize8.ops import cpu, gpu, operator
-from quantize8.ops.reference import Int8Weight
+from quantize8.kernels import cpu, gpu, operator
+from quantize8.kernels.reference import Int8Weight
+from quantize8.runtime import linear
 
 WAITS = {
     "_local_scalar_dense",

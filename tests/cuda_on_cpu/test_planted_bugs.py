@@ -11,7 +11,7 @@ import torch
 from cuda_on_cpu import test_kernels
 from cuda_on_cpu.emulation import SOURCES, EmulatedGpu, LaunchError
 
-from quantize8.ops import gpu
+from quantize8.kernels import gpu
 
 WAIT = "    wait_copies<STAGES - 2>();\n"
 PIPELINE_BARRIER = "    __syncthreads();  // all threads see this stage, and have finished with the previous one\n"

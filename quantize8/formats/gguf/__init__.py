@@ -1,0 +1,1 @@
+"""GGUF, llama.cpp's format: read by `reader`, written by `writer`."""

@@ -1,0 +1,399 @@
+"""The format gguf: one file in Q8_0 that llama.cpp runs, for Llama, Mistral, Qwen2 and Qwen3.
+
+llama.cpp gets names, row order and settings of its own, and knows less than transformers: what it would compute
+otherwise is refused. The place of every byte follows from headers alone, so that tensors can be written in any order.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+from blake3 import blake3
+from gguf import (
+    GGML_QUANT_VERSION,
+    MODEL_ARCH,
+    MODEL_ARCH_NAMES,
+    GGMLQuantizationType,
+    GGUFValueType,
+    GGUFWriter,
+    Keys,
+    LlamaFileType,
+    get_tensor_name_map,
+)
+
+from quantize8.artifact.manifest import summarize
+from quantize8.errors import SourceError, first_line
+from quantize8.formats import GGUF
+from quantize8.formats.base import (
+    Format,
+    Layout,
+    OutTensor,
+    Piece,
+    Pieces,
+    Shard,
+    WeightQuantizer,
+    cannot_hold,
+    check_finite,
+)
+from quantize8.formats.gguf.header import Header as GgufHeader
+from quantize8.formats.gguf.reader import GgufCheckpoint
+from quantize8.formats.gguf.settings import rope_factors
+from quantize8.kernels import ABSMAX, MSE, cpu, q8_0
+from quantize8.kernels.q8_0 import BLOCK, Q8_0
+from quantize8.kernels.reference import STATS_TILE_ROWS, Array, ColumnStats, as_bytes
+from quantize8.optional import require
+from quantize8.sources.guard import guarded
+from quantize8.sources.native import architecture_of
+
+if TYPE_CHECKING:
+    from quantize8.conversion.plan import Plan
+
+F32 = "F32"
+ROUTE = "write bfloat16 or compressed-tensors instead, which llama.cpp's convert_hf_to_gguf.py can make a GGUF of"
+
+_ARCHITECTURES = {
+    "LlamaForCausalLM": MODEL_ARCH.LLAMA,
+    "MistralForCausalLM": MODEL_ARCH.LLAMA,
+    "Qwen2ForCausalLM": MODEL_ARCH.QWEN2,
+    "Qwen3ForCausalLM": MODEL_ARCH.QWEN3,
+}
+_ATTENTION = {name: f"self_attn.{name}_proj" for name in "qkvo"}
+_MLP = {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+_IGNORED = ".rotary_emb.inv_freq"  # a buffer that old checkpoints hold and transformers computes
+_ROPE_KEYS = {
+    "default": set(),
+    "linear": {"factor"},
+    "yarn": {"factor", "original_max_position_embeddings"},
+    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+}
+_ROPE_NEUTRAL = {"partial_rotary_factor": 1, "truncate": True, "beta_fast": 32, "beta_slow": 1}  # change nothing
+_OWN_KEYS = {Keys.General.ARCHITECTURE, Keys.General.FILE_TYPE, Keys.General.QUANTIZATION_VERSION}
+_OWN_KEYS |= {Keys.General.ALIGNMENT, Keys.Split.LLM_KV_SPLIT_NO, Keys.Split.LLM_KV_SPLIT_COUNT}
+_OWN_KEYS.add(Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT)
+
+
+class Field(NamedTuple):
+    """An entry of the file's metadata; `items` is the type of the items of an array."""
+
+    key: str
+    value: Any
+    kind: GGUFValueType
+    items: GGUFValueType | None = None
+
+
+@dataclass(frozen=True)
+class GgufTensor(OutTensor):
+    """A tensor to be written, in Q8_0 or F32; its shape is [N, K] as in NumPy.
+
+    Attributes:
+        source: The tensor of the checkpoint; None for one that is computed and whose `values` are here.
+        head: Rows of an attention head, where llama.cpp interleaves them; 0 elsewhere.
+        values: Of a computed tensor.
+    """
+
+    source: str | None = None
+    head: int = 0
+    values: Array | None = field(default=None, compare=False)
+
+    def arrange(self, rows: Array) -> Array:
+        """Rows [n, ...] of the source in llama.cpp's order; for one with `head`, n and their start are multiples of it.
+
+        llama.cpp rotates neighbours where transformers rotates the halves of a head.
+        """
+        if not self.head:
+            return rows
+        halves = rows.reshape(-1, 2, self.head // 2, *rows.shape[1:])
+        return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
+
+
+class Header(NamedTuple):
+    """What a file begins with, the place of each tensor from its start, and its size; gaps are zeros."""
+
+    content: bytes
+    offsets: dict[str, int]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Gguf(Format):
+    """One file in which every matrix is Q8_0 and every vector float32, with llama.cpp's names and settings."""
+
+    name: str = GGUF
+    suffix: str = GGUF
+    options: ClassVar[frozenset[str]] = frozenset({"scale"})
+
+    @property
+    def is_folder(self) -> bool:
+        """See `Format.is_folder`."""
+        return False
+
+    def lay_out(self, plan: Plan, max_shard_size: str) -> Layout:
+        """See `Format.lay_out`: one file whatever its size, as llama.cpp reads one."""
+        from quantize8.formats.gguf.tokenizer import tokenizer_fields
+
+        checkpoint = plan.checkpoint
+        config, where = checkpoint.config, checkpoint.name
+        tensors = tensors_of(config, {name: info.shape for name, info in checkpoint.tensors.items()}, where)
+        if isinstance(checkpoint, GgufCheckpoint):
+            fields = carried(checkpoint.header)
+        else:
+            fields = [*settings(config, where, where), *tokenizer_fields(checkpoint.folder, config)]
+        start = header(architecture(config, where), fields, tensors)
+        outputs: dict[str, list[OutTensor]] = {tensor.source or tensor.name: [tensor] for tensor in tensors}
+        return Layout(outputs, [Shard(f"{where}-{Q8_0}.gguf", [*tensors], *start)])
+
+    def quantizes(self, plan: Plan) -> list[str]:
+        """See `Format.quantizes`: every matrix."""
+        return [name for name, (tensor,) in plan.outputs.items() if tensor.dtype == Q8_0]
+
+    def encode(self, plan: Plan, name: str, quantizer: WeightQuantizer) -> Pieces:
+        """See `Format.encode`: a vector in float32, a matrix in Q8_0, with the codes of one that is int8 already."""
+        (tensor,) = plan.outputs[name]
+        assert isinstance(tensor, GgufTensor)
+        if tensor.values is not None:
+            yield Piece(tensor.name, tensor.values)
+            return None
+        checkpoint, info = plan.checkpoint, plan.checkpoint.tensors[name]
+        measured = _Measured(ColumnStats.empty(info.shape[-1]))
+        for first_row, block in plan.blocks(info, None, math.lcm(STATS_TILE_ROWS, tensor.head or 1)):
+            check_finite(block, info, first_row)
+            measured.source.update(as_bytes(block))
+            values = data = np.ascontiguousarray(tensor.arrange(block), np.float32)
+            if tensor.dtype == Q8_0:
+                if checkpoint.is_int8(name):
+                    rows = checkpoint.int8_rows(name, first_row, first_row + len(block))
+                    data = q8_0.carry_rows(*map(tensor.arrange, rows))
+                else:
+                    data = q8_0.quantize_rows(values, plan.searches.get(name))
+                if (row := q8_0.first_unfit(data)) is not None:
+                    raise cannot_hold(info, first_row + row, "Q8_0's float16 scale")
+                measured.add(values, data)
+            yield Piece(tensor.name, data, block.nbytes)
+        if tensor.dtype != Q8_0:
+            return None
+        stats, peaks = measured.complete()
+        scale = MSE if name in plan.searches else ABSMAX
+        return summarize(stats, peaks, checkpoint.stored_dtype(name), measured.source.hexdigest(), False, scale)
+
+    def edit_config(self, config: dict[str, Any], plan: Plan) -> dict[str, Any]:
+        """Not called: the settings are in the file."""
+        raise NotImplementedError(self.name)
+
+
+@dataclass
+class _Measured:
+    """Statistics of a matrix, which grow by its blocks."""
+
+    stats: ColumnStats
+    source: Any = field(default_factory=blake3)  # digest of the values as they are read
+    peaks: list[Array] = field(default_factory=list)
+    squares: list[Array] = field(default_factory=list)
+    errors: list[Array] = field(default_factory=list)
+
+    def add(self, values: Array, data: Array) -> None:
+        """Count rows of float32 [n, K] and what they are in Q8_0."""
+        cpu.quantize_rowwise(values, self.stats)
+        self.peaks.append(np.abs(values).max(axis=1, initial=0))
+        for sums, rows in zip((self.squares, self.errors), q8_0.row_errors(values, data), strict=True):
+            sums.append(rows)
+
+    def complete(self) -> tuple[ColumnStats, Array]:
+        """Statistics with Q8_0's own error, by row, and the absmax of each row."""
+        self.stats.sum_square, self.stats.sum_error = np.concatenate(self.squares), np.concatenate(self.errors)
+        return self.stats, np.concatenate(self.peaks)
+
+
+def architecture(config: Mapping[str, Any], where: object) -> str:
+    """llama.cpp's name of a model's architecture; SourceError where llama.cpp would not compute the same."""
+    full = complete(config, where)
+    kind = _kind(config, where)
+    rope = full["rope_parameters"]
+    known = _ROPE_KEYS.get(rope.get("rope_type", "default"))
+    if known is None or (kind != MODEL_ARCH.LLAMA and rope["rope_type"] == "llama3"):
+        raise SourceError(f"{where}: rope type {rope.get('rope_type')!r} is not written for {_name(kind)}; {ROUTE}")
+    for key, value in rope.items():
+        if key not in known | {"rope_type", "type", "rope_theta"} and value not in (None, _ROPE_NEUTRAL.get(key)):
+            raise SourceError(f"{where}: rope has {key} = {value!r}, which GGUF's {_name(kind)} has not; {ROUTE}")
+    window = full.get("sliding_window")
+    if window is not None and window < full["max_position_embeddings"]:
+        raise SourceError(
+            f"{where}: attention looks back {window} tokens, in llama.cpp's {_name(kind)} it would look at all; "
+            f"set max_position_embeddings in config.json to {window}, within which both are the same"
+        )
+    if full["hidden_act"] != "silu":
+        raise SourceError(f"{where}: activation {full['hidden_act']!r} is not llama.cpp's {_name(kind)}; {ROUTE}")
+    if kind == MODEL_ARCH.QWEN3 and full.get("attention_bias"):
+        raise SourceError(f"{where}: attention biases, which llama.cpp's qwen3 has not, would be lost; {ROUTE}")
+    if kind == MODEL_ARCH.QWEN2 and _head_dim(full) * full["num_attention_heads"] != full["hidden_size"]:
+        raise SourceError(
+            f"{where}: heads of {_head_dim(full)} do not make hidden_size, as llama.cpp's qwen2 needs; {ROUTE}"
+        )
+    return _name(kind)
+
+
+def complete(config: Mapping[str, Any], where: object) -> dict[str, Any]:
+    """config.json with the defaults that transformers gives it."""
+    _kind(config, where)
+    require("to write GGUF", "transformers", "torch")
+    from transformers import AutoConfig
+
+    try:
+        rest = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
+        with guarded():
+            full: dict[str, Any] = AutoConfig.for_model(config["model_type"], **rest).to_dict()
+    except Exception as error:  # of any kind, as what a config.json may say
+        raise SourceError(
+            f"{where}: transformers cannot read its config.json ({first_line(error)}); repair it"
+        ) from None
+    return full
+
+
+def tensors_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: object) -> list[GgufTensor]:
+    """What becomes of a checkpoint's tensors, in their order, from their shapes alone.
+
+    Raises SourceError where one is missing, unknown to the architecture, or has K that is no multiple of 32.
+    """
+    architecture(config, where)
+    kind, full = _kind(config, where), complete(config, where)
+    head = full["head_dim"] if kind == MODEL_ARCH.LLAMA else 0
+    names = get_tensor_name_map(kind, full["num_hidden_layers"])
+    expected = set(_expected(full, kind))
+    spare = {name for name in shapes if name.endswith(_IGNORED)}
+    if full["tie_word_embeddings"]:
+        spare.add("lm_head.weight")
+    if missing := sorted(expected - set(shapes)):
+        raise SourceError(f"{where}: lacks {missing[0]}, which {_name(kind)} needs; fetch the checkpoint again")
+    if unknown := [name for name in shapes if name not in expected | spare]:
+        raise SourceError(f"{where}: tensor {unknown[0]} is not of llama.cpp's {_name(kind)}; {ROUTE}")
+    tensors = _rope_tensors(full)
+    for source in shapes:
+        if source in expected:
+            shape, (module, _, end) = shapes[source], source.rpartition(".")
+            stored = f"{names.get_name(module)}.{end}"
+            turned = head if module.endswith((_ATTENTION["q"], _ATTENTION["k"])) else 0
+            tensors.append(GgufTensor(stored, Q8_0 if len(shape) == 2 else F32, shape, source, turned))
+            _check_shape(tensors[-1], where)
+    return tensors
+
+
+def settings(config: Mapping[str, Any], name: str, where: object) -> list[Field]:
+    """The metadata that comes from config.json: sizes, norms and rope. `name` is the model's."""
+    arch, full = architecture(config, where), complete(config, where)
+    whole = {
+        Keys.LLM.BLOCK_COUNT: full["num_hidden_layers"],
+        Keys.LLM.CONTEXT_LENGTH: full["max_position_embeddings"],
+        Keys.LLM.EMBEDDING_LENGTH: full["hidden_size"],
+        Keys.LLM.FEED_FORWARD_LENGTH: full["intermediate_size"],
+        Keys.Attention.HEAD_COUNT: full["num_attention_heads"],
+        Keys.Attention.HEAD_COUNT_KV: full["num_key_value_heads"],
+        Keys.Attention.KEY_LENGTH: _head_dim(full),
+        Keys.Attention.VALUE_LENGTH: _head_dim(full),
+        Keys.Rope.DIMENSION_COUNT: _head_dim(full),
+        Keys.LLM.VOCAB_SIZE: full["vocab_size"],
+    }
+    rope = full["rope_parameters"]
+    real = {Keys.Attention.LAYERNORM_RMS_EPS: full["rms_norm_eps"], Keys.Rope.FREQ_BASE: rope["rope_theta"]}
+    fields = [Field(Keys.General.TYPE, "model", GGUFValueType.STRING)]
+    fields.append(Field(Keys.General.NAME, name, GGUFValueType.STRING))
+    if (scaling := rope.get("rope_type")) in ("linear", "yarn"):
+        fields.append(Field(Keys.Rope.SCALING_TYPE.format(arch=arch), scaling, GGUFValueType.STRING))
+        original = rope.get("original_max_position_embeddings") or full["max_position_embeddings"]
+        real[Keys.Rope.SCALING_FACTOR] = rope.get("factor") or full["max_position_embeddings"] / original
+        if scaling == "yarn":
+            whole[Keys.Rope.SCALING_ORIG_CTX_LEN] = original
+    for entries, kind in ((whole, GGUFValueType.UINT32), (real, GGUFValueType.FLOAT32)):
+        fields += [Field(key.format(arch=arch), value, kind) for key, value in entries.items()]
+    return fields
+
+
+def carried(source: GgufHeader) -> list[Field]:
+    """The metadata of a GGUF file as it is, tokenizer included, but for what says how weights are stored."""
+    fields = []
+    for key, entry in source.entries.items():
+        if key not in _OWN_KEYS:
+            items = None if entry.items is None else GGUFValueType(entry.items)
+            fields.append(Field(key, source.value(key), GGUFValueType(entry.kind), items))
+    return fields
+
+
+def header(arch: str, fields: Iterable[Field], tensors: Sequence[GgufTensor]) -> Header:
+    """The beginning of a file, by llama.cpp's own writer; the same bytes for the same arguments."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "header"
+        writer = GGUFWriter(path, arch)
+        for entry in fields:
+            if not (entry.kind == GGUFValueType.ARRAY and not entry.value):  # an empty array has no type
+                writer.add_key_value(entry.key, entry.value, entry.kind, entry.items)
+        writer.add_file_type(LlamaFileType.MOSTLY_Q8_0)
+        writer.add_quantization_version(GGML_QUANT_VERSION)
+        for tensor in tensors:
+            kind = GGMLQuantizationType[tensor.dtype]
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        content = path.read_bytes()
+    content += bytes(-len(content) % writer.data_alignment)
+    offsets, position = {}, len(content)
+    for tensor in tensors:
+        offsets[tensor.name] = position
+        position += GGUFWriter.ggml_pad(tensor.nbytes, writer.data_alignment)
+    return Header(content, offsets, position)
+
+
+def _kind(config: Mapping[str, Any], where: object) -> MODEL_ARCH:
+    named = architecture_of(config)
+    if named not in _ARCHITECTURES:
+        known = ", ".join(_ARCHITECTURES)
+        raise SourceError(f"{where}: architecture {named} is not written as gguf (only {known}); {ROUTE}")
+    return _ARCHITECTURES[named]
+
+
+def _name(kind: MODEL_ARCH) -> str:
+    return str(MODEL_ARCH_NAMES[kind])
+
+
+def _head_dim(full: Mapping[str, Any]) -> int:
+    return int(full.get("head_dim") or full["hidden_size"] // full["num_attention_heads"])
+
+
+def _expected(full: Mapping[str, Any], kind: MODEL_ARCH) -> Iterable[str]:
+    """The tensors of a model, under transformers' names."""
+    yield from ("model.embed_tokens.weight", "model.norm.weight")
+    if not full["tie_word_embeddings"]:
+        yield "lm_head.weight"
+    biased = [*_ATTENTION.values()] if full.get("attention_bias") else []
+    if kind == MODEL_ARCH.QWEN2:
+        biased = [_ATTENTION[name] for name in "qkv"]
+    biased += [*_MLP.values()] if full.get("mlp_bias") else []
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    norms += ["self_attn.q_norm", "self_attn.k_norm"] if kind == MODEL_ARCH.QWEN3 else []
+    for layer in range(full["num_hidden_layers"]):
+        for module in (*_ATTENTION.values(), *_MLP.values(), *norms):
+            yield f"model.layers.{layer}.{module}.weight"
+        yield from (f"model.layers.{layer}.{module}.bias" for module in biased)
+
+
+def _check_shape(tensor: GgufTensor, where: object) -> None:
+    if len(tensor.shape) not in (1, 2) or (tensor.head and tensor.shape[0] % tensor.head):
+        raise SourceError(f"{where}: {tensor.source} has the shape {list(tensor.shape)}; fetch the checkpoint again")
+    if tensor.dtype == Q8_0 and tensor.shape[1] % BLOCK:
+        raise SourceError(
+            f"{where}: {tensor.source} has {tensor.shape[1]} columns, no multiple of the {BLOCK} of Q8_0; {ROUTE}"
+        )
+
+
+def _rope_tensors(full: Mapping[str, Any]) -> list[GgufTensor]:
+    """What llama.cpp divides the rotary frequencies by, where a model has llama3 scaling."""
+    rope = full["rope_parameters"]
+    if rope.get("rope_type") != "llama3":
+        return []
+    values = rope_factors(rope["rope_theta"], _head_dim(full), rope)
+    return [GgufTensor("rope_freqs.weight", F32, values.shape, values=values)]

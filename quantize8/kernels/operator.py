@@ -1,0 +1,99 @@
+"""The linear layer as torch operators: `quantize8::linear`, on the device of its tensors, and
+`quantize8::packed_linear`, on a weight in the layout of a CPU's int8 unit.
+
+Both have shape functions (fake implementations), so torch.compile and torch.export can trace them without a graph
+break. `quantize8::linear` has a gradient, so that adapters can be trained. Importing this module registers both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantize8.kernels.reference import INT8_MAX, Int8Weight, LayerMode
+
+_LIBRARY = torch.library.Library("quantize8", "DEF")
+_LIBRARY.define(
+    "linear(Tensor x, Tensor codes, Tensor absmax, Tensor? bias, float threshold, str mode, "
+    "Tensor? outlier_columns=None, Tensor? outlier_weight=None) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_LIBRARY.define(
+    "packed_linear(Tensor x, Tensor[] packed, Tensor? bias, int out_features, float threshold, str mode) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def _on_cpu(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    mode: LayerMode,
+    *outliers: Tensor | None,
+) -> Tensor:
+    from quantize8.kernels import bitsandbytes, cpu
+    from quantize8.kernels.packed import PackedWeight
+
+    if mode == "bitsandbytes":
+        return bitsandbytes.linear(x, PackedWeight(codes, absmax), absmax, bias, threshold)
+    with torch.autocast("cpu", enabled=False):  # as in bitsandbytes.linear: it would round products to 16-bit
+        return cpu.linear(x, Int8Weight(codes, absmax, *outliers), bias, threshold, mode)
+
+
+def _on_gpu(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    mode: LayerMode,
+    *outliers: Tensor | None,
+) -> Tensor:
+    from quantize8.kernels import gpu
+
+    return gpu.linear(x, Int8Weight(codes, absmax, *outliers), bias, threshold, mode)
+
+
+def _packed(x: Tensor, parts: list[Tensor], *rest: Any) -> Tensor:
+    from quantize8.kernels import packed
+
+    return packed.linear(x, parts, *rest)
+
+
+_LIBRARY.impl("linear", _on_cpu, "CPU")
+_LIBRARY.impl("linear", _on_gpu, "CUDA")
+_LIBRARY.impl("packed_linear", _packed, "CPU")
+
+
+@torch.library.register_fake("quantize8::linear", lib=_LIBRARY)
+def _shape(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((x.shape[0], codes.shape[0]))
+
+
+@torch.library.register_fake("quantize8::packed_linear", lib=_LIBRARY)
+def _packed_shape(x: Tensor, parts: list[Tensor], bias: Tensor | None, out_features: int, *_: Any) -> Tensor:
+    return x.new_empty((x.shape[0], out_features))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1], inputs[2])
+    ctx.bias = None if inputs[3] is None else inputs[3].dtype
+
+
+def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of x, through the dequantized weight, and of the bias. Codes are exact in every float dtype."""
+    codes, absmax = ctx.saved_tensors
+    scaled = gradient.float() * (absmax / INT8_MAX)
+    numbers = gradient.dtype if gradient.is_cuda else torch.float32  # on a CPU 16-bit is not faster
+    to_x = (scaled.to(numbers) @ codes.to(numbers)).to(gradient.dtype) if ctx.needs_input_grad[0] else None
+    to_bias = gradient.float().sum(0).to(ctx.bias) if ctx.needs_input_grad[3] else None
+    return to_x, None, None, to_bias, None, None, None, None
+
+
+torch.library.register_autograd("quantize8::linear", _gradient, setup_context=_keep, lib=_LIBRARY)
+linear = torch.ops.quantize8.linear.default
+packed_linear = torch.ops.quantize8.packed_linear.default

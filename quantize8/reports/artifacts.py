@@ -1,0 +1,116 @@
+"""Tables of the results of convert, plan, finalize and verify."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from quantize8.commands.verify import Verification
+from quantize8.conversion.forecast import Forecast
+from quantize8.conversion.result import Conversion
+from quantize8.formats.base import Int8Format
+from quantize8.reports.tables import duration, size, table
+
+if TYPE_CHECKING:
+    from quantize8.runtime.check import Check
+
+
+def conversion(result: Conversion) -> RenderableType:
+    """What a conversion did, or what a dry run or plan found."""
+    plan, numbers = result.plan, result.as_json()
+    rows = table(("", "left"), ("", "left"))
+    rows.add_row(*_artifact(result))
+    rows.add_row("format", plan.format.title + (", scales with the least squared error" if plan.searches else ""))
+    if isinstance(plan.format, Int8Format):
+        rows.add_row("recipe", f"{plan.recipe.name}, threshold {plan.recipe.threshold:g}")
+    rows.add_row("size", f"{size(plan.source_bytes)} -> {size(plan.output_bytes)} in {len(plan.shards)} file(s)")
+    share, density = plan.int8_weights / max(1, plan.weights), f"{numbers['bits_per_weight']} bits per weight"
+    layers = f"{len(plan.modules)} layers, {share:.1%} of the weights; {density}"
+    rows.add_row(*(("int8", layers) if plan.modules else ("weights", density)))
+    if plan.smoothed:
+        rows.add_row("smoothed", plan.smoothed)
+    if result.to_calibrate:
+        rows.add_row("outliers", "columns are chosen from the text when the conversion runs, not in this plan")
+    if plan.outliers is not None:
+        wide = sum(len(found.columns) for found in plan.calibrated.values())
+        exact = sum(found.exact for found in plan.calibrated.values())
+        rows.add_row("outliers", f"{wide} columns, {exact} of them stored exactly: {size(plan.outliers.nbytes)}")
+    if plan.guessed:
+        rows.add_row("guessed", f"which layers are Linear, from their names: {plan.guessed}")
+    for title, found in (("left in float", plan.kept), ("left out", plan.left_out)):
+        for reason, names in sorted(_by_reason(found).items()):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            rows.add_row(title, f"{names[0]}{more}: {reason}")
+    if plan.carries:
+        rows.add_row("codes", "copied from the source")
+    elif result.errors:
+        rows.add_row("relative error", f"{numbers['mean_relative_error']:.4f} mean, {numbers['worst']}")
+    if result.resumed:
+        resumed = f"{result.resumed} tensors ({size(result.resumed_bytes)})"
+        rows.add_row("resumed", f"{resumed} were already written and are valid")
+    if result.check is not None:
+        rows.add_row("check", _check(result.check))
+    if result.forecast is not None:
+        return Group(rows, Text(), *_forecast(result.forecast, result.to_calibrate))
+    rows.add_row("time", f"{result.seconds:.1f} s")
+    return rows
+
+
+def verification(result: Verification) -> RenderableType:
+    """What was verified."""
+    return Text(f"{result.artifact}: {result.tensors} tensors, {result.files} files, {size(result.nbytes)}: all good")
+
+
+def _check(found: Check) -> str:
+    parts = [f"{found.parameters} parameters equal the source's"] if found.parameters else []
+    if found.error is not None:
+        outputs = f"{found.tokens} tokens: outputs differ by {found.error:.1%}"
+        if found.kl is not None and found.top1 is not None:
+            outputs += f", KL {found.kl:.4f} nats, top-1 agreement {found.top1:.0%}"
+        parts.append(outputs)
+    if found.overflow is not None:
+        parts.append(f"{found.overflow} overflows in float16, the model's dtype: load it in bfloat16 or float32")
+    if found.skipped is not None:
+        parts.append(f"not checked: {found.skipped}")
+    return f"{'; '.join(parts)}; {found.seconds:.1f} s"
+
+
+def _artifact(result: Conversion) -> tuple[str, str]:
+    """The first row: the artifact, or the weight files of a part."""
+    if result.part is None:
+        where = f"{result.out} {result.pushed or ''}".rstrip()
+        return "would write" if result.dry_run else "artifact", where
+    if not result.files:
+        count = len(result.plan.shards)
+        return f"part {result.part}", f"nothing to do: {result.out} has {count} weight file{'s' * (count > 1)}"
+    files = ", ".join(result.files)
+    if result.dry_run:
+        return f"part {result.part}", f"would write {files}"
+    return f"part {result.part}", f"wrote {files}; when all parts are written, run quantize8 finalize {result.out}"
+
+
+def _forecast(found: Forecast, to_calibrate: bool) -> list[RenderableType]:
+    columns = ("machines", "files per machine", "written per machine", "time")
+    shares = table(*((column, "right") for column in columns))
+    for share in found.shares:
+        counts = (f"{share.machines:,}", f"{share.files:,}")
+        shares.add_row(*counts, size(share.written_bytes), duration(share.seconds))
+    needs = table(("", "left"), ("", "left"))
+    needs.add_row("memory", f"{size(found.memory)} with {found.threads} thread(s)")
+    more = f", and {size(found.download)} for the download, none with --stream" if found.download else ""
+    needs.add_row("disk", f"{size(found.disk)}{more}; {size(found.free)} are free")
+    for kind, rate in sorted(found.rates.items()):
+        needs.add_row("measured", f"{kind}: {size(rate)}/s")
+    needs.add_row("", f"disk: {size(found.disk_rate)}/s")
+    if to_calibrate:
+        needs.add_row("not included", "the time and memory of --calibrate")
+    return [shares, Text(), needs]
+
+
+def _by_reason(kept: dict[str, str]) -> dict[str, list[str]]:
+    reasons: dict[str, list[str]] = {}
+    for name, reason in kept.items():
+        reasons.setdefault(reason, []).append(name)
+    return reasons

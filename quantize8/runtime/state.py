@@ -1,0 +1,83 @@
+"""A checkpoint as a state_dict for transformers: under the names of our layers' tensors, each read when requested."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantize8.kernels.reference import Array
+from quantize8.runtime.experts import SCALE as EXPERT_SCALE
+from quantize8.sources import Checkpoint
+from quantize8.sources.bitsandbytes import LAYOUT, SCALE
+from quantize8.sources.structure import structure_of
+
+_DTYPES = {"BF16": torch.bfloat16}  # dtypes that torch.from_numpy does not take
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor of a state_dict that is read when it is indexed with `...`, as transformers reads from safetensors."""
+
+    read: Callable[[], Array]
+    dtype: str  # safetensors' name of the dtype
+
+    def __getitem__(self, _: Any) -> Tensor:
+        return to_torch(self.read(), self.dtype)
+
+    def get_dtype(self) -> str:
+        """safetensors' name of the dtype."""
+        return self.dtype
+
+
+def to_torch(values: Array, dtype: str) -> Tensor:
+    """An array as a tensor that shares its memory; dtype is safetensors' name."""
+    if dtype in _DTYPES:
+        return torch.from_numpy(values.view(np.int16)).view(_DTYPES[dtype])
+    return torch.from_numpy(values)
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """What from_pretrained needs to load a checkpoint through quantize8's readers."""
+
+    state: dict[str, LazyTensor]  # tensors by name
+    skip_modules: list[str]  # Linear modules that are not int8
+    int8_experts: bool  # whether experts are int8
+
+
+def plan_loading(checkpoint: Checkpoint) -> LoadPlan:
+    """Plan the loading of a checkpoint.
+
+    Linear weights and experts that are stored as int8 stay int8. Everything else is loaded in floating point, and
+    decoded if it is quantized in another way.
+    """
+    structure = structure_of(checkpoint)
+    linears = {name for name in (*structure.linears, *structure.kept) if checkpoint.is_int8(f"{name}.weight")}
+    int8_experts = bool(structure.experts) and all(checkpoint.is_int8(f"{name}.weight") for name in structure.experts)
+    experts = set(structure.experts if int8_experts else ())
+    state: dict[str, LazyTensor] = {}
+    for name in checkpoint.tensors:
+        module = name.removesuffix(".weight")
+        if name != module and module in linears | experts:
+            scale = f"{module}.{SCALE}" if module in linears else f"{name}{EXPERT_SCALE}"
+            state[name] = LazyTensor(_int8(checkpoint, name, 0), "I8")
+            state[scale] = LazyTensor(_int8(checkpoint, name, 1), "F32")
+            if module in linears:
+                state[f"{module}.{LAYOUT}"] = LazyTensor(lambda: np.zeros((), np.uint8), "U8")
+        else:
+            state[name] = LazyTensor(_rows(checkpoint, name), checkpoint.tensors[name].dtype)
+    return LoadPlan(state, structure.skip_list(linears), int8_experts)
+
+
+def _int8(checkpoint: Checkpoint, name: str, part: int) -> Callable[[], Array]:
+    return lambda: checkpoint.int8_rows(name, 0, checkpoint.tensors[name].shape[0])[part]
+
+
+def _rows(checkpoint: Checkpoint, name: str) -> Callable[[], Array]:
+    shape = checkpoint.tensors[name].shape
+    return lambda: checkpoint.rows(name, 0, shape[0] if shape else 1)

@@ -1,0 +1,91 @@
+"""The base of checkpoints that read through another one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from quantize8.kernels.reference import Array
+from quantize8.sources.base import Checkpoint, TensorInfo
+
+
+class Wrapper(Checkpoint):
+    """A checkpoint that delegates to another one whatever a subclass does not override.
+
+    Only `blocks` is not delegated, so that it reads through the subclass's `rows`.
+
+    Args:
+        inner: The checkpoint to delegate to.
+        tensors: The tensors of the wrapper by name.
+    """
+
+    def __init__(self, inner: Checkpoint, tensors: dict[str, TensorInfo]) -> None:
+        super().__init__(inner.folder, inner.name, inner.identity, tensors)
+        self.inner = inner
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """See `Checkpoint.config`."""
+        return self.inner.config
+
+    @property
+    def is_remote(self) -> bool:
+        """See `Checkpoint.is_remote`."""
+        return self.inner.is_remote
+
+    @property
+    def is_encoder(self) -> bool:
+        """See `Checkpoint.is_encoder`."""
+        return self.inner.is_encoder
+
+    @property
+    def origin(self) -> Checkpoint:
+        """See `Checkpoint.origin`."""
+        return self.inner.origin
+
+    @property
+    def decoded(self) -> frozenset[str]:
+        """See `Checkpoint.decoded`."""
+        return self.inner.decoded
+
+    @property
+    def stored_bytes(self) -> int:
+        """See `Checkpoint.stored_bytes`."""
+        return self.inner.stored_bytes
+
+    def fingerprint(self) -> dict[str, list[Any]]:
+        """See `Checkpoint.fingerprint`."""
+        return self.inner.fingerprint()
+
+    def stored_dtype(self, name: str) -> str:
+        """See `Checkpoint.stored_dtype`."""
+        return self.inner.stored_dtype(name)
+
+    def is_int8(self, name: str) -> bool:
+        """See `Checkpoint.is_int8`."""
+        return self.inner.is_int8(name)
+
+    def int8_rows(self, name: str, start: int, stop: int) -> tuple[Array, Array]:
+        """See `Checkpoint.int8_rows`."""
+        return self.inner.int8_rows(name, start, stop)
+
+    def rows(self, name: str, start: int, stop: int) -> Array:
+        """See `Checkpoint.rows`."""
+        return self.inner.rows(name, start, stop)
+
+    @property
+    def one_reader_a_file(self) -> bool:
+        """See `Checkpoint.one_reader_a_file`."""
+        return self.inner.one_reader_a_file
+
+    def confirm(self, file: str | None = None) -> None:
+        """See `Checkpoint.confirm`."""
+        self.inner.confirm(file)
+
+    def left_behind(self) -> dict[str, str]:
+        """See `Checkpoint.left_behind`."""
+        return self.inner.left_behind()
+
+    def write_companions(self, folder: Path) -> None:
+        """See `Checkpoint.write_companions`."""
+        self.inner.write_companions(folder)
