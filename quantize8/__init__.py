@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from quantize8.commands.push import push
     from quantize8.commands.run import run
     from quantize8.commands.verify import verify
+    from quantize8.conversion.options import ConvertOptions
     from quantize8.errors import (
         ArtifactError,
         DependencyError,
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ArtifactError",
+    "ConvertOptions",
     "DependencyError",
     "DeviceWarning",
     "Int8Config",
@@ -54,6 +56,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ConvertOptions": "conversion.options",
     "Int8Config": "runtime.quantizer",
     "Int8Linear": "runtime.linear",
     "convert": "commands.convert",

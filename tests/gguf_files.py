@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
-from quantize8.formats.gguf.tokenizer import tokenizer_fields
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantize8.formats.gguf import writer as gguf
+from quantize8.formats.gguf.tokenizer import tokenizer_fields
 from quantize8.kernels import q8_0
 from quantize8.kernels.scales import ScaleSearch
 from quantize8.sources import open_checkpoint

@@ -11,8 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from quantize8 import convert
-from quantize8.formats.bitsandbytes import quantization_config
-from quantize8.sources.bitsandbytes import is_int8
+from quantize8.formats.bitsandbytes import is_int8, quantization_config
 
 # bitsandbytes says so when it casts its input, which is how LLM.int8() works
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 from gguf_files import FAMILIES, assemble, config_of, folder_of, write_tokenizer
-from quantize8.formats.gguf.tokenizer import tokenizer_fields
 
 from quantize8 import ArtifactError, OutputError, SourceError, convert, verify
 from quantize8.formats.gguf import writer as gguf
+from quantize8.formats.gguf.tokenizer import tokenizer_fields
 from quantize8.sources import open_checkpoint
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from gguf import GGUFReader
 from gguf_files import FAMILIES, MERGED, assemble, config_of, dequantized, folder_of, write_tokenizer
-from quantize8.formats.gguf.settings import llama3_scaling
-from quantize8.formats.gguf.tokenizer import tokenizer_fields
 from transformers import AutoModelForCausalLM
 
 from quantize8 import SourceError
 from quantize8.formats.gguf import writer as gguf
+from quantize8.formats.gguf.settings import llama3_scaling
+from quantize8.formats.gguf.tokenizer import tokenizer_fields
 from quantize8.kernels import q8_0
 from quantize8.kernels.reference import quantize_rowwise
 from quantize8.sources import open_checkpoint

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from dataclasses import fields
 from inspect import getdoc, isfunction, signature
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from quantize8.resources import resource_dir
 
 ROOT = Path(quantize8.__file__).parent.parent
 FUNCTIONS = [name for name in quantize8.__all__ if isfunction(getattr(quantize8, name))]
+OPTIONS = [field.name for field in fields(quantize8.ConvertOptions)]
 # The longest body has 46 lines and no function takes more than 8 parameters: about as much as fits on a screen, and as
 # a caller can keep apart. The public operations, and the commands of their names, have a parameter for each option.
 MOST_LINES, MOST_PARAMETERS = 50, 8
@@ -26,7 +28,7 @@ MOST_LINES, MOST_PARAMETERS = 50, 8
 
 def test_public_names_are_sorted_importable_and_documented():
     classes = [name for name, value in vars(errors).items() if isinstance(value, type)]
-    assert quantize8.__all__ == sorted(quantize8.__all__) and len(set(quantize8.__all__) - set(classes)) <= 12
+    assert quantize8.__all__ == sorted(quantize8.__all__) and len(set(quantize8.__all__) - set(classes)) <= 13
     for name in quantize8.__all__:
         assert (getattr(quantize8, name).__doc__ or "").strip(), name
     assert set(quantize8.__all__) <= set(dir(quantize8))
@@ -34,17 +36,28 @@ def test_public_names_are_sorted_importable_and_documented():
         _ = quantize8.nonsense
 
 
-@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in ("convert", "plan")])
+def described(documented, section: str) -> list[str]:
+    """The names that a section of a Google-style docstring describes, in order."""
+    _, _, rest = getdoc(documented).partition(f"\n{section}:\n")
+    return re.findall(r"^    (\w+): \S", re.split(r"^\w", rest, maxsplit=1, flags=re.MULTILINE)[0], re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_public_functions_document_each_parameter(name):
-    function = getattr(quantize8, name)
-    head, _, rest = getdoc(function).partition("\nArgs:\n")
-    described = re.findall(r"^    (\w+): \S", re.split(r"^\w", rest, maxsplit=1, flags=re.MULTILINE)[0], re.MULTILINE)
-    assert head.strip() and described == list(signature(function).parameters)
+    """Those that take the fields of ConvertOptions leave these to its docstring."""
+    function, names = getattr(quantize8, name), list(signature(getattr(quantize8, name)).parameters)
+    own = [name for name in names if not (set(names) >= set(OPTIONS[1:]) and name in OPTIONS[1:])]
+    assert getdoc(function).partition("\n")[0].strip() and described(function, "Args") == own
+    assert (own != names) == (name in ("convert", "plan"))
+
+
+def test_every_option_is_documented_where_it_is_defined():
+    assert described(quantize8.ConvertOptions, "Attributes") == OPTIONS
 
 
 def test_functions_are_short_and_take_few_parameters():
     for path in (ROOT / "quantize8").rglob("*.py"):
-        options = path.parent.name in ("operations", "cli")
+        options = path.parent.name in ("commands", "cli")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue

@@ -14,11 +14,11 @@ import pytest
 import torch
 from fuzzing import gguf, torch_zip
 from making import llama, word_tokenizer
-from quantize8.formats.gguf.reader import GgufCheckpoint
 
 from quantize8 import ArtifactError, DependencyError, Quantize8Error, SourceError, convert, limits, load, verify
 from quantize8.artifact.manifest import digest, read_manifest
 from quantize8.errors import one_line
+from quantize8.formats.gguf.reader import GgufCheckpoint
 from quantize8.recipe import load_recipe
 from quantize8.sources import open_checkpoint
 from quantize8.sources.base import TensorInfo, check_settings

@@ -7,11 +7,11 @@ the wrong order, lost biases or wrong rotary frequencies make them differ as muc
 import pytest
 import torch
 from gguf_files import FAMILIES, assemble, config_of, dequantized, folder_of
-from quantize8.formats.gguf.tokenizer import tokenizer_fields
 
 from benchmarks.llama_cpp import served
 from quantize8 import convert
 from quantize8.formats.gguf import writer as gguf
+from quantize8.formats.gguf.tokenizer import tokenizer_fields
 from quantize8.kernels.scales import ScaleSearch
 from quantize8.sources import open_checkpoint
 

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from quantize8.artifact.manifest import Manifest
-from quantize8.formats import GGUF
-from quantize8.sources import bitsandbytes, compressed_tensors
+from quantize8.formats.base import Format, make_format
 from quantize8.sources.base import CONFIG_NAME
 
 CARD_NAME = "README.md"
 _MB = 1e6
-_PACKAGES = {bitsandbytes.METHOD: "bitsandbytes", compressed_tensors.METHOD: "compressed-tensors"}
 _TRANSFORMERS = """With transformers (`pip install {packages}`):
 
 ```python
@@ -44,6 +42,7 @@ _QUANTIZE8 = """With quantize8:
 quantize8 run {repo} --prompt "The capital of France is"
 ```
 """
+_HOW_TO_OPEN = {"transformers": _TRANSFORMERS, "vllm": _VLLM, "llama.cpp": _LLAMA_CPP, "quantize8": _QUANTIZE8}
 _CARD = """# {title}
 
 {source}, converted by [quantize8](https://pypi.org/project/quantize8/) {version}.
@@ -74,14 +73,15 @@ def card(folder: Path, manifest: Manifest, repo_id: str, license: str | None) ->
     """
     from huggingface_hub import ModelCardData
 
-    causal = _architecture(folder).endswith("ForCausalLM") or manifest.format == GGUF
+    output = make_format(manifest.format)
+    causal = _architecture(folder).endswith("ForCausalLM") or not output.is_folder
     from_hub = "revision" in manifest.source
     quantized = any(record.quantized for record in manifest.tensors.values())
     data = ModelCardData(
         base_model=manifest.source["id"] if from_hub else None,
         base_model_relation="quantized" if from_hub and quantized else None,
         license=license,
-        library_name=None if manifest.format == GGUF else "transformers",
+        library_name="transformers" if output.is_folder else None,
         pipeline_tag="text-generation" if causal else None,
         tags=["quantize8", *(["int8", "8-bit"] if quantized else []), manifest.format],
     )
@@ -92,7 +92,7 @@ def card(folder: Path, manifest: Manifest, repo_id: str, license: str | None) ->
         version=manifest.version,
         rows=rows,
         error_note=_ERROR_NOTE if quantized else "",
-        loaders="\n".join(_loaders(manifest, repo_id, causal)),
+        loaders="\n".join(_loaders(manifest, output, repo_id, causal)),
     )
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
 
@@ -131,17 +131,16 @@ def _calibration(asked: dict[str, Any]) -> str:
     return f"{text}; outlier columns: {asked['outlier_columns']}{smooth}"
 
 
-def _loaders(manifest: Manifest, repo_id: str, causal: bool) -> list[str]:
-    """How to open the artifact in each loader of its format."""
-    if manifest.format == GGUF:
-        (file,) = manifest.headers
-        return [_LLAMA_CPP.format(repo=repo_id, file=file), _QUANTIZE8.format(repo=repo_id)]
-    packages = f"transformers accelerate {_PACKAGES.get(manifest.format, '')}".strip()
-    auto = "AutoModelForCausalLM" if causal else "AutoModel"
-    found = [_TRANSFORMERS.format(repo=repo_id, packages=packages, auto=auto)]
-    if manifest.format == compressed_tensors.METHOD:
-        found.insert(0, _VLLM.format(repo=repo_id))
-    return [*found, _QUANTIZE8.format(repo=repo_id)] if causal else found
+def _loaders(manifest: Manifest, output: Format, repo_id: str, causal: bool) -> list[str]:
+    """How to open the artifact in each loader of its format; quantize8 runs causal language models alone."""
+    names = [name for name in output.loaders if causal or name != "quantize8"]
+    facts = {
+        "repo": repo_id,
+        "file": next(iter(manifest.headers), ""),
+        "packages": f"transformers accelerate {output.package}".strip(),
+        "auto": "AutoModelForCausalLM" if causal else "AutoModel",
+    }
+    return [_HOW_TO_OPEN[name].format(**facts) for name in names]
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -155,8 +154,7 @@ def _architecture(folder: Path) -> str:
 
 def _scheme(folder: Path) -> str:
     """The scheme of compressed-tensors, as its loaders name it; empty for other formats."""
-    entry = _config(folder).get("quantization_config") or {}
-    return str(entry.get("format", "")) if entry.get("quant_method") == compressed_tensors.METHOD else ""
+    return str((_config(folder).get("quantization_config") or {}).get("format", ""))
 
 
 def _cell(text: str) -> str:

@@ -37,7 +37,9 @@ def inspect(
         model, text=text, threshold=threshold, layer=layer, tokens=tokens, budget=budget, revision=revision, token=token
     )
     show(
-        result, reports.activations(result) if isinstance(result, ActivationReport) else reports.weights(result), as_json
+        result,
+        reports.activations(result) if isinstance(result, ActivationReport) else reports.weights(result),
+        as_json,
     )
     build.write(page, result, model)
 

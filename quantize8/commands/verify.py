@@ -15,16 +15,16 @@ from quantize8.artifact.card import CARD_NAME
 from quantize8.artifact.manifest import MANIFEST_NAME, Manifest, TensorRecord, check_inside, digest, read_manifest
 from quantize8.artifact.outliers import open_outliers, read_outliers
 from quantize8.destinations.base import path_of
-from quantize8.errors import ArtifactError, SourceError
-from quantize8.formats import GGUF
+from quantize8.errors import ArtifactError, OutputError, SourceError
+from quantize8.formats.base import Format, make_format
 from quantize8.formats.encoding import Encoding, RowwiseInt8
 from quantize8.formats.gguf.header import read_header
 from quantize8.formats.gguf.settings import ARCHITECTURES
 from quantize8.kernels.reference import INT8_MAX, as_bytes
 from quantize8.limits import HEADER_BYTES, is_file
-from quantize8.sources import Checkpoint, QuantizedCheckpoint, bitsandbytes, compressed_tensors
+from quantize8.sources import Checkpoint
 from quantize8.sources.base import BLOCK_BYTES, CONFIG_NAME, READERS
-from quantize8.sources.quantized import decode
+from quantize8.sources.quantized import QuantizedCheckpoint, decode
 from quantize8.sources.safetensors import open_safetensors
 
 
@@ -53,16 +53,20 @@ def verify(artifact: str | Path) -> Verification:
     """
     folder = path_of(artifact)
     manifest = read_manifest(folder)
-    nbytes = _check_files(folder, manifest)
     try:
-        check = _check_gguf if manifest.format == GGUF else _check_folder
-        nbytes += check(folder, manifest)
+        output = make_format(manifest.format)
+    except OutputError as error:
+        raise ArtifactError(f"{folder / MANIFEST_NAME}: {error}") from None
+    # the header of a single file is checked with its tensors
+    nbytes = _check_files(folder, manifest, manifest.headers if output.is_folder else {})
+    try:
+        nbytes += _check_folder(folder, manifest, output) if output.is_folder else _check_gguf(folder, manifest)
     except SourceError as error:
         raise ArtifactError(str(error)) from None
     return Verification(folder, len(manifest.tensors), len(manifest.files) + len(manifest.headers), nbytes)
 
 
-def _check_folder(folder: Path, manifest: Manifest) -> int:
+def _check_folder(folder: Path, manifest: Manifest, output: Format) -> int:
     """Compare the tensors of a safetensors folder with their records, and config.json with the format."""
     stored = open_safetensors(folder, {"id": folder.name}, folder.name)
     beside = open_outliers(folder) if manifest.calibration else None
@@ -70,7 +74,9 @@ def _check_folder(folder: Path, manifest: Manifest) -> int:
     if stored is None or {*stored.tensors, *apart} != set(manifest.tensors):
         raise ArtifactError(f"{folder}: its weight files do not contain the tensors that {MANIFEST_NAME} lists")
     decoded = decode(stored)
-    _check_config(stored, manifest)
+    if not output.accepts(stored.config, manifest.recipe):
+        where = folder / CONFIG_NAME
+        raise ArtifactError(f"{where}: its quantization_config does not match the format and recipe in the manifest")
     encodings = decoded.encodings if isinstance(decoded, QuantizedCheckpoint) else {}
     codes = {encoding.tensors[0]: encoding for encoding in encodings.values()}
     records = manifest.tensors.items()
@@ -132,28 +138,12 @@ def _pieces(file: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
         start += len(piece)
 
 
-def _check_config(stored: Checkpoint, manifest: Manifest) -> None:
-    """Compare config.json with what the format and the recipe require."""
-    entry = stored.config.get("quantization_config")
-    if manifest.format == bitsandbytes.METHOD:
-        threshold = entry.get("llm_int8_threshold") if isinstance(entry, dict) else None
-        good = bitsandbytes.is_int8(stored.config) and threshold == manifest.recipe.get("threshold")
-    elif manifest.format == compressed_tensors.METHOD:
-        good = isinstance(entry, dict) and entry.get("quant_method") == manifest.format
-    else:
-        good = entry is None
-    if not good:
-        where = stored.folder / CONFIG_NAME
-        raise ArtifactError(f"{where}: its quantization_config does not match the format and recipe in the manifest")
-
-
-def _check_files(folder: Path, manifest: Manifest) -> int:
+def _check_files(folder: Path, manifest: Manifest, headers: dict[str, str]) -> int:
     """Compare small files and headers with their digests, and refuse files that the manifest does not list.
 
     A model card is accepted: it is written for the hub, after the artifact, and no loader reads it.
     """
     nbytes = 0
-    headers = {} if manifest.format == GGUF else manifest.headers  # that of a GGUF file is checked with its tensors
     for name, expected in [*manifest.files.items(), *headers.items()]:
         path = folder / name
         if not is_file(path):

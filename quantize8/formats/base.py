@@ -111,11 +111,15 @@ class Format(ABC):
         name: What `--format` calls it.
         suffix: The end of the default name of an artifact's folder.
         options: The options of `convert` that this format has a place for, of recipe, threshold, calibrate and scale.
+        loaders: What opens an artifact, the best first: keys of `artifact.card`'s instructions.
+        package: What transformers needs besides itself to open it.
     """
 
     name: str
     suffix: str
     options: ClassVar[frozenset[str]] = frozenset()
+    loaders: ClassVar[tuple[str, ...]] = ("transformers", "quantize8")
+    package: ClassVar[str] = ""
 
     @property
     def title(self) -> str:
@@ -166,6 +170,10 @@ class Format(ABC):
     @abstractmethod
     def edit_config(self, config: dict[str, Any], plan: Plan) -> dict[str, Any]:
         """The artifact's config.json, from the source's without its quantization."""
+
+    def accepts(self, config: dict[str, Any], recipe: dict[str, Any]) -> bool:
+        """Whether a config.json is one that `edit_config` writes for this recipe, as the manifest has it."""
+        return config.get("quantization_config") is None
 
 
 class Int8Format(Format):

@@ -1,4 +1,7 @@
-"""The bitsandbytes format: what transformers writes for LLM.int8(), and opens without knowing quantize8."""
+"""The bitsandbytes format: what transformers writes for LLM.int8(), and opens without knowing quantize8.
+
+A module `M` has `M.weight`, int8 codes [N, K], `M.SCB`, the absmax of each row, and `M.weight_format`.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from quantize8.errors import SourceError
 from quantize8.formats import BITSANDBYTES
 from quantize8.formats.base import Int8Format, OutTensor
+from quantize8.formats.encoding import Encoding, RowwiseInt8
 from quantize8.kernels.reference import Array
-from quantize8.sources.bitsandbytes import LAYOUT, SCALE
+from quantize8.sources.base import Checkpoint
 from quantize8.sources.structure import Structure, is_skipped
 
 if TYPE_CHECKING:
     from quantize8.conversion.plan import Plan
+
+SCALE = "SCB"  # absmax of each row, float32 [N]: bitsandbytes stores it undivided
+LAYOUT = "weight_format"  # uint8, no dimensions; 0 = row-major, the only layout that is still read
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,7 @@ class BitsAndBytes(Int8Format):
     name: str = BITSANDBYTES
     suffix: str = "int8"
     options: ClassVar[frozenset[str]] = Int8Format.options | {"threshold"}
+    package: ClassVar[str] = "bitsandbytes"
 
     def linears(self, structure: Structure) -> tuple[dict[str, str], dict[str, str]]:
         """See `Int8Format.linears`."""
@@ -52,6 +61,11 @@ class BitsAndBytes(Int8Format):
         """See `Format.edit_config`."""
         return {**config, "quantization_config": quantization_config(plan.recipe.threshold, plan.skip_list)}
 
+    def accepts(self, config: dict[str, Any], recipe: dict[str, Any]) -> bool:
+        """See `Format.accepts`: int8, with the recipe's threshold."""
+        entry = config.get("quantization_config") or {}
+        return is_int8(config) and entry.get("llm_int8_threshold") == recipe.get("threshold")
+
 
 def quantization_config(threshold: float, skip_modules: list[str]) -> dict[str, Any]:
     """The entry of config.json. A list of modules, even an empty one, replaces transformers' own choice."""
@@ -64,3 +78,54 @@ def quantization_config(threshold: float, skip_modules: list[str]) -> dict[str, 
         "llm_int8_has_fp16_weight": False,
         "llm_int8_enable_fp32_cpu_offload": False,  # stored as true, int8 weights would load as plain Linear ones
     }
+
+
+def is_int8(config: dict[str, Any]) -> bool:
+    """Whether a config.json says that its folder holds int8 weights in this format."""
+    entry = config.get("quantization_config")
+    return (
+        isinstance(entry, dict)
+        and entry.get("quant_method", BITSANDBYTES) == BITSANDBYTES
+        and entry.get("load_in_8bit") is True
+    )
+
+
+def find(stored: Checkpoint, entry: dict[str, Any]) -> dict[str, Encoding]:
+    """Find the modules that have codes and scales.
+
+    Args:
+        stored: The checkpoint as it is stored.
+        entry: The quantization_config of its config.json.
+
+    Returns:
+        The encoding of each module, by module name.
+
+    Raises:
+        SourceError: The folder is in bitsandbytes' 4-bit format, or a module is not int8 [N, K] with SCB [N].
+    """
+    if entry.get("load_in_8bit") is not True:
+        raise SourceError(
+            f"{stored.folder}: is in bitsandbytes' 4-bit format, which is not read; use the original checkpoint"
+        )
+    names = [name.removesuffix(f".{SCALE}") for name in stored.tensors if name.endswith(f".{SCALE}")]
+    return {name: _module(stored, name) for name in names}
+
+
+class _Int8Module(RowwiseInt8):
+    def codes(self, start: int, stop: int) -> Array:
+        return self.stored.rows(self.tensors[0], start, stop)
+
+    def absmax(self, start: int, stop: int) -> Array:
+        return self.stored.rows(self.tensors[1], start, stop)
+
+
+def _module(stored: Checkpoint, module: str) -> Encoding:
+    names = tuple(f"{module}.{part}" for part in ("weight", SCALE, LAYOUT))
+    weight, scale = stored.tensors.get(names[0]), stored.tensors[names[1]]
+    if weight is None:
+        raise SourceError(f"{stored.folder / scale.file}: {module} has {SCALE} but no weight; fetch the folder again")
+    rows, columns = (*weight.shape, 0, 0)[:2]
+    encoding = _Int8Module(stored, module, tuple(name for name in names if name in stored.tensors), (rows, columns))
+    if (weight.dtype, len(weight.shape), scale.dtype, scale.shape) != ("I8", 2, "F32", weight.shape[:1]):
+        raise encoding.refuse(f"is not int8 [N, K] with float32 {SCALE} [N]")
+    return encoding

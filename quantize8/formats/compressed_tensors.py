@@ -3,26 +3,41 @@
 w8a8: codes as they are, and activations quantized by token at run time (`int-quantized`). w8a16: codes packed into
 words, activations in floating point (`pack-quantized`). Experts are stored one by one, as checkpoints have them.
 transformers joins experts into one tensor, and can only do that with packed ones.
+
+Reading: int, float and packed weights with one scale per tensor, row, group or block.
+The layout is that of the package's compressors (compressed-tensors 0.20, `naive_quantized` and `pack_quantized`).
+A module has `weight` (int8 or float8), or `weight_packed` (int32 words of 4-bit or 8-bit numbers, lowest bits first,
+each stored with half its range added). It also has `weight_scale`; `weight_zero_point` if the quantization is
+asymmetric; and `weight_g_idx` if the columns were reordered.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from quantize8.errors import SourceError
 from quantize8.formats import COMPRESSED_TENSORS, MoeLoader, Scheme
 from quantize8.formats.base import Int8Format, OutTensor, in_float
+from quantize8.formats.encoding import Encoding, RowwiseInt8, absmax_of, require, unpack_int32
 from quantize8.kernels.reference import Array, scale_of
-from quantize8.sources.compressed_tensors import PACKED, SCALE, SHAPE
+from quantize8.sources.base import FLOATING, Checkpoint
 from quantize8.sources.structure import CONV1D, EXPERT, Structure
 
 if TYPE_CHECKING:
     from quantize8.conversion.plan import Plan
 
+SCALE, PACKED, SHAPE = "weight_scale", "weight_packed", "weight_shape"
+_ZERO, _ORDER = "weight_zero_point", "weight_g_idx"
+_UNUSED = ("input_scale", "input_zero_point", "weight_global_scale")  # of activations, or of formats refused below
+_CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale")  # of an 8-bit key-value cache
+_VALUES = ("I8", "F8_E4M3")
+_PACKED_BITS = (4, 8)
 _OFFSET = 128  # added to codes, so that packed ones are unsigned
 _WORD = 4  # codes in an int32
 # vLLM multiplies by these at once, and wants one scheme for them; q_a and kv_a are multi-head latent attention's
@@ -38,6 +53,8 @@ class CompressedTensors(Int8Format):
     suffix: str = "w8a8"
     scheme: Scheme = "w8a8"
     moe: MoeLoader = "vllm"
+    loaders: ClassVar[tuple[str, ...]] = ("vllm", "transformers", "quantize8")
+    package: ClassVar[str] = "compressed-tensors"
 
     @property
     def title(self) -> str:
@@ -116,6 +133,11 @@ class CompressedTensors(Int8Format):
         }
         return {**config, "quantization_config": entry}
 
+    def accepts(self, config: dict[str, Any], recipe: dict[str, Any]) -> bool:
+        """See `Format.accepts`."""
+        entry = config.get("quantization_config")
+        return isinstance(entry, dict) and entry.get("quant_method") == self.name
+
     def _packs(self, kind: str) -> bool:
         return self.scheme == "w8a16" or (kind == EXPERT and self.moe == "transformers")
 
@@ -128,3 +150,200 @@ class CompressedTensors(Int8Format):
             "input_activations": None if packed else {**shared, "strategy": "token", "dynamic": True},
             "output_activations": None,
         }
+
+
+@dataclass
+class _Scaled(Encoding):
+    """Integers or float8 numbers, minus their zero points if there are any, times their scales."""
+
+    bits: int = 0  # of a packed number; 0 if the numbers are not packed
+    block: tuple[int, int] = (1, 1)  # rows and columns that share a scale
+
+    def values(self, start: int, stop: int) -> Array:
+        """The stored numbers of rows start..stop, as int8 or float8 [n, K]."""
+        numbers = self.stored.rows(self.tensors[0], start, stop)
+        return _signed(numbers, self.bits)[:, : self.shape[1]] if self.bits else numbers
+
+    def rows(self, start: int, stop: int) -> Array:
+        """See `Encoding.rows`."""
+        down, across = self.block
+        groups = np.arange(self.shape[1]) // across
+        if (order := self.part(_ORDER)) is not None and order.min(initial=0) >= 0:  # -1 means that it is not used
+            groups = order
+        row_blocks = np.arange(start, stop) // down
+        values = self.values(start, stop).astype(np.float32)
+        if (zero := self.zero_points()) is not None:
+            values -= zero.astype(np.float32).reshape(self.grid)[row_blocks][:, groups]
+        scale = self.whole(f"{self.module}.{SCALE}").astype(np.float32)
+        values *= scale.reshape(self.grid)[row_blocks][:, groups]
+        return values
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """How many scales there are along the rows and along the columns."""
+        down, across = (*self.stored.tensors[f"{self.module}.{SCALE}"].shape, 1, 1)[:2]
+        return down, across
+
+    def part(self, name: str) -> Array | None:
+        """A tensor of the module by the last part of its name, or None if the module does not have it."""
+        full = f"{self.module}.{name}"
+        return self.whole(full) if full in self.tensors else None
+
+    def zero_points(self) -> Array | None:
+        """What is subtracted before scaling, in the shape of the scales; None for nothing.
+
+        If the weight is packed, zero points are stored packed as well, but along the rows.
+        """
+        zero = self.part(_ZERO)
+        if zero is None or not self.bits:
+            return zero
+        points: Array = _signed(np.ascontiguousarray(zero.T), self.bits)[:, : self.grid[0]].T
+        return points
+
+
+class _RowwiseInt8(_Scaled, RowwiseInt8):
+    """Symmetric int8 with one scale per row, or one for the tensor."""
+
+    def codes(self, start: int, stop: int) -> Array:
+        return self.values(start, stop)
+
+    def absmax(self, start: int, stop: int) -> Array:
+        scale = self.whole(f"{self.module}.{SCALE}").reshape(-1)
+        return absmax_of(np.broadcast_to(scale, self.shape[0])[start:stop])
+
+
+def find(stored: Checkpoint, entry: dict[str, Any]) -> dict[str, Encoding]:
+    """Find the modules that have scales.
+
+    Args:
+        stored: The checkpoint as it is stored.
+        entry: The quantization_config of its config.json.
+
+    Returns:
+        The encoding of each module, by module name.
+
+    Raises:
+        SourceError: The format is not int-, naive-, float- or pack-quantized, the weights are sparse or rotated, or the
+            shapes of a module do not fit together.
+    """
+    where = str(stored.folder)
+    require(entry, {"quantization_status": ("compressed",)}, where)
+    for name in ("sparsity_config", "transform_config"):
+        asked = entry.get(name) or {}
+        if not isinstance(asked, dict) or asked.get("format", "dense") != "dense" or asked.get("config_groups"):
+            raise SourceError(f"{where}: is compressed with a {name}, which is not read; use the original checkpoint")
+    arguments = _weight_arguments(entry, where)
+    modules = [name.removesuffix(f".{SCALE}") for name in stored.tensors if name.endswith(f".{SCALE}")]
+    return {name: _module(stored, name, arguments) for name in modules}
+
+
+def unused(name: str) -> bool:
+    """Whether a tensor is for quantized activations or caches, which no other format here has."""
+    return name.endswith(_CACHE_SCALES) or name.rpartition(".")[2] in _UNUSED
+
+
+def _weight_arguments(entry: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    groups = entry.get("config_groups")
+    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
+        raise SourceError(f"{where}: its quantization_config has no config_groups; fetch it again")
+    known = ("int-quantized", "naive-quantized", "float-quantized", "pack-quantized", "mixed-precision")
+    for group in (entry, *groups.values()):
+        if group.get("format") not in (None, *known):
+            raise SourceError(
+                f"{where}: is {group['format']}, which is not read (only {', '.join(known)}); "
+                "use the original checkpoint"
+            )
+    arguments = [group["weights"] for group in groups.values() if isinstance(group.get("weights"), dict)]
+    for given in arguments:
+        size, block = given.get("group_size"), given.get("block_structure")
+        sizes = [*([] if size is None else [size]), *(block if isinstance(block, list) else [1, 1])]
+        if not all(type(number) is int for number in sizes) or not 2 <= len(sizes) <= 3:
+            raise SourceError(
+                f"{where}: its group_size {size!r} or block_structure {block!r} is not a size; fetch config.json again"
+            )
+    return arguments
+
+
+def _module(stored: Checkpoint, module: str, arguments: list[dict[str, Any]]) -> Encoding:
+    names = tuple(f"{module}.{part}" for part in (SCALE, SHAPE, _ZERO, _ORDER))
+    values = next((name for name in (f"{module}.{PACKED}", f"{module}.weight") if name in stored.tensors), None)
+    if values is None:
+        file = stored.folder / stored.tensors[names[0]].file
+        raise SourceError(f"{file}: {module} has {SCALE} but no weight; fetch the folder again")
+    tensors = (values, *(name for name in names if name in stored.tensors))
+    info = stored.tensors[values]
+    rows, columns = (*info.shape, 0, 0)[:2]
+    encoding = _Scaled(stored, module, tensors, (rows, columns))
+    packed = values.endswith(PACKED)
+    if len(info.shape) != 2 or info.dtype not in (("I32",) if packed else _VALUES):
+        raise encoding.refuse(f"stores its weight as {info.dtype} {list(info.shape)}, which is not read")
+    if packed:
+        _read_packed_shape(encoding, arguments)
+    _read_blocks(encoding, arguments)
+    _check_parts(encoding)
+    zero = names[2] in tensors and bool(encoding.zero_points().any())  # type: ignore[union-attr]
+    encoding.release()
+    rowwise = encoding.block in ((1, encoding.shape[1]), encoding.shape) and not zero
+    if rowwise and (encoding.bits == 8 or info.dtype == "I8"):
+        return _RowwiseInt8(stored, module, tensors, encoding.shape, bits=encoding.bits, block=encoding.block)
+    return encoding
+
+
+def _read_packed_shape(encoding: _Scaled, arguments: list[dict[str, Any]]) -> None:
+    """Set the shape and the bits of packed numbers, from weight_shape and the config's num_bits."""
+    rows, words = encoding.shape
+    shape = encoding.part(SHAPE)
+    if shape is None or shape.shape != (2,) or int(shape[0]) != rows:
+        raise encoding.refuse(f"has no {SHAPE} [N, K] that matches its weight")
+    columns = int(shape[1])
+    for bits in _PACKED_BITS:
+        if any(given.get("num_bits") == bits for given in arguments) and words == -(-columns * bits // 32):
+            encoding.shape, encoding.bits = (rows, columns), bits
+            return
+    raise encoding.refuse(f"packs {columns} columns into {words} words, which matches no num_bits of config.json")
+
+
+def _read_blocks(encoding: _Scaled, arguments: list[dict[str, Any]]) -> None:
+    """Set how many rows and columns share a scale.
+
+    The shapes alone decide, unless the last block of a row or column is smaller; then the config decides.
+    """
+    (rows, columns), scale = encoding.shape, encoding.stored.tensors[f"{encoding.module}.{SCALE}"].shape
+    if scale in ((), (1,), (1, 1)):
+        encoding.block = (max(1, rows), max(1, columns))
+        return
+    down, across = (*scale, 1)[:2]
+    candidates = [(1, columns if across == 1 else columns // max(1, across))]
+    candidates += [(1, given["group_size"]) for given in arguments if given.get("group_size")]
+    candidates += [
+        tuple(given["block_structure"]) for given in arguments if isinstance(given.get("block_structure"), list)
+    ]
+    for block in candidates:
+        if min(block) > 0 and (-(-rows // block[0]), -(-columns // block[1])) == (down, across):
+            encoding.block = block
+            return
+    raise encoding.refuse(f"is {rows}x{columns} with scales {list(scale)}, which do not fit")
+
+
+def _check_parts(encoding: _Scaled) -> None:
+    """Raise SourceError if scales, zero points or g_idx have a shape, dtype or groups that do not fit."""
+    tensors, (down, across), bits = encoding.stored.tensors, encoding.grid, encoding.bits
+    scale = tensors[f"{encoding.module}.{SCALE}"]
+    if scale.dtype not in FLOATING or len(scale.shape) > 2:
+        raise encoding.refuse(f"has {scale.dtype} scales {list(scale.shape)}, which are not read")
+    zero = tensors.get(f"{encoding.module}.{_ZERO}")
+    wanted = (-(-down * bits // 32), across) if bits else (down, across)
+    short = [] if bits else [wanted[:i] for i in range(2) if math.prod(wanted[i:]) == 1]  # scales may be shorter, too
+    if zero is not None and (zero.shape not in (wanted, *short) or (bits and zero.dtype != "I32")):
+        raise encoding.refuse(f"has zero points {zero.dtype} {list(zero.shape)} for {down}x{across} scales")
+    order = tensors.get(f"{encoding.module}.{_ORDER}")
+    if order is not None:
+        fits = order.dtype in ("I32", "I64") and order.shape == encoding.shape[1:]
+        if not fits or (values := encoding.whole(order.name)).max(initial=-1) >= across or values.min(initial=0) < -1:
+            raise encoding.refuse(f"has a {_ORDER} that does not fit its {across} groups")
+
+
+def _signed(packed: Array, bits: int) -> Array:
+    """Unpack signed int8 numbers from int32 words."""
+    values: Array = (unpack_int32(packed, bits).astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)
+    return values

@@ -95,15 +95,10 @@ def find(stored: Checkpoint, entry: dict[str, Any]) -> dict[str, Encoding]:
 def uncast(stored: Checkpoint) -> Checkpoint:
     """Wrap a checkpoint whose tensors were only cast to float8 so that they are read as bfloat16.
 
-    Returns:
-        The checkpoint itself if none of its tensors is float8, otherwise the wrapper.
-
     Raises:
         SourceError: The checkpoint has scales that config.json does not explain.
     """
     cast = {name for name, info in stored.tensors.items() if info.dtype in _VALUES}
-    if not cast:
-        return stored
     scale = next((name for name in stored.tensors if name.rpartition(".")[2] in _LOOSE_SCALES), None)
     if scale is not None:
         raise SourceError(

@@ -10,9 +10,8 @@ from transformers.quantizers import register_quantization_config
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quantize8.formats.bitsandbytes import quantization_config
+from quantize8.formats.bitsandbytes import is_int8, quantization_config
 from quantize8.kernels.reference import DEFAULT_THRESHOLD, MODES, OutlierMode
-from quantize8.sources.bitsandbytes import is_int8
 
 METHOD = "quantize8"  # never written to a folder: a loader without quantize8 would then read the weights as noise
 

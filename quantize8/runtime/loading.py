@@ -9,15 +9,16 @@ from typing import Any
 
 from quantize8.artifact.outliers import has_outliers, read_outliers
 from quantize8.errors import ArtifactError, DependencyError, Quantize8Error, SourceError, first_line
+from quantize8.formats.bitsandbytes import is_int8
 from quantize8.formats.gguf.reader import GgufCheckpoint
 from quantize8.kernels.devices import resolve
 from quantize8.kernels.reference import DEFAULT_THRESHOLD, MODES, OutlierMode
 from quantize8.optional import require
-from quantize8.sources import Checkpoint, QuantizedCheckpoint, open_checkpoint
+from quantize8.sources import Checkpoint, open_checkpoint
 from quantize8.sources.base import FLOAT_NAMES
-from quantize8.sources.bitsandbytes import is_int8
 from quantize8.sources.guard import guarded
 from quantize8.sources.native import Native, is_known, native_class
+from quantize8.sources.quantized import QuantizedCheckpoint
 from quantize8.sources.structure import structure_of
 from quantize8.sources.tokenizer import check_tokenizer
 

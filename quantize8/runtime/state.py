@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantize8.formats.bitsandbytes import LAYOUT, SCALE
 from quantize8.kernels.reference import Array
 from quantize8.runtime.experts import SCALE as EXPERT_SCALE
 from quantize8.sources import Checkpoint
-from quantize8.sources.bitsandbytes import LAYOUT, SCALE
 from quantize8.sources.structure import structure_of
 
 _DTYPES = {"BF16": torch.bfloat16}  # dtypes that torch.from_numpy does not take

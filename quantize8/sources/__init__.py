@@ -6,60 +6,90 @@ from pathlib import Path
 
 from quantize8.errors import SourceError
 from quantize8.files import is_url
-from quantize8.formats.gguf.parts import find_gguf, is_gguf
-from quantize8.formats.gguf.reader import GgufCheckpoint
-from quantize8.sources.address import without_secrets
 from quantize8.sources.base import CONFIG_NAME, Checkpoint, TensorInfo, companions, read_config
-from quantize8.sources.fetch import download, is_stored
-from quantize8.sources.quantized import QuantizedCheckpoint, decode
-from quantize8.sources.remote import open_stream
 from quantize8.sources.safetensors import SafetensorsCheckpoint, open_safetensors
-from quantize8.sources.torch_bin import TorchCheckpoint, open_torch
 
-__all__ = ["Checkpoint", "QuantizedCheckpoint", "TensorInfo", "is_url", "locate", "open_checkpoint"]
+__all__ = ["Checkpoint", "TensorInfo", "locate", "open_checkpoint"]
+
+
+_ADAPTER = "adapter_config.json"
 
 
 def open_checkpoint(
     source: str, *, revision: str | None = None, token: str | None = None, stream: bool | None = False
 ) -> Checkpoint:
-    """Open a model by folder, file or hub id; headers are read and checked, values are not.
+    """Open a model by folder, file or hub id. Headers are read and checked, values are not.
 
-    With `stream` the weights of a hub model stay there, and are read by range; so are those at an address such as
-    s3://bucket/model, always. What is on this machine is read from there. With None they are if they are not stored
-    here, and can be. Raises SourceError, in one line, where the source is missing, incomplete, damaged or unsafe.
+    Args:
+        source: Folder, file, hub id, or address such as s3://bucket/model.
+        revision: Branch, tag or commit of a hub model.
+        token: Hub token.
+        stream: Leave the weights of a hub model on the hub and read them by byte range; None to do so where they are
+            not stored on this machine. Weights at an address are always read that way, and those of a folder or file
+            never.
+
+    Raises:
+        SourceError: The source is missing, incomplete, damaged or unsafe.
     """
     if is_url(source) or not Path(source).expanduser().exists():
+        from quantize8.sources.fetch import is_stored
+
         _check_id(source)
-        stream = (is_url(source) or not is_stored(source, revision, token)) if stream is None else stream
-    else:
-        stream = False
-    if stream:
-        return decode(open_stream(source, revision, token))
+        if (is_url(source) or not is_stored(source, revision, token)) if stream is None else stream:
+            from quantize8.sources.quantized import decode
+            from quantize8.sources.remote import open_stream
+
+            return decode(open_stream(source, revision, token))
     path, identity = locate(source, revision=revision, token=token)
     name = identity["id"].rpartition("/")[2]
-    if path.is_file():
-        return _open_file(path, identity, name.removesuffix(path.suffix))
-    if (gguf := find_gguf(path)) is not None:
-        return GgufCheckpoint(gguf, identity, name)
-    _refuse_adapter(path)
-    read_config(path)
-    companions(path)
-    checkpoint = open_safetensors(path, identity, name) or open_torch(path, identity, name)
-    if checkpoint is None:
-        raise SourceError(f"{path}: has a config.json but no weights (*.safetensors or pytorch_model.bin); fetch them")
-    return decode(checkpoint)
+    return _open_folder(path, identity, name) if path.is_dir() else _open_file(path, identity, name)
 
 
 def locate(source: str, *, revision: str | None = None, token: str | None = None) -> tuple[Path, dict[str, str]]:
-    """Where a source lies on this machine, downloaded if need be, and what to call it in the manifest."""
+    """Where a source lies on this machine, downloaded if need be, and what the manifest calls it.
+
+    Args:
+        source: Folder, file or hub id.
+        revision: Branch, tag or commit of a hub model.
+        token: Hub token.
+
+    Returns:
+        The path, and {"id"}, for a hub model {"id", "revision"}.
+    """
     path = Path(source).expanduser()
     if path.exists():
         return path, {"id": path.resolve().name}
     if is_url(source):
+        from quantize8.sources.address import without_secrets
+
         raise SourceError(f"{without_secrets(source)}: only convert reads addresses; copy the model here first")
+    from quantize8.sources.fetch import download
+
     _check_id(source)
     folder, commit = download(source, revision, token)
     return folder, {"id": source, "revision": commit}
+
+
+def _open_folder(path: Path, identity: dict[str, str], name: str) -> Checkpoint:
+    from quantize8.sources.quantized import decode
+
+    if any(file.suffix.lower() == ".gguf" for file in path.iterdir()):
+        from quantize8.formats.gguf.parts import find_gguf
+        from quantize8.formats.gguf.reader import GgufCheckpoint
+
+        if (gguf := find_gguf(path)) is not None:
+            return GgufCheckpoint(gguf, identity, name)
+    if (path / _ADAPTER).is_file():
+        _refuse_adapter(path)
+    read_config(path)
+    companions(path)
+    if (stored := open_safetensors(path, identity, name)) is not None:
+        return decode(stored)
+    from quantize8.sources.torch_bin import open_torch
+
+    if (pickled := open_torch(path, identity, name)) is not None:
+        return decode(pickled)
+    raise SourceError(f"{path}: has a config.json but no weights (*.safetensors or pytorch_model.bin); fetch them")
 
 
 def _check_id(source: str) -> None:
@@ -70,10 +100,10 @@ def _check_id(source: str) -> None:
 
 
 def _refuse_adapter(folder: Path) -> None:
-    """Name an adapter as what it is: a folder with its settings and without a model's, or with no other weights."""
+    """Refuse an adapter: a folder with an adapter's settings and without a model's, or without other weights."""
     weights = [path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".gguf")]
     alone = bool(weights) and all(name.startswith("adapter_model.") for name in weights)
-    if (folder / "adapter_config.json").is_file() and (alone or not (folder / CONFIG_NAME).is_file()):
+    if alone or not (folder / CONFIG_NAME).is_file():
         raise SourceError(
             f"{folder}: holds an adapter, not a model; merge it into its base model (PEFT: merge_and_unload), "
             "save that, and convert it"
@@ -81,7 +111,13 @@ def _refuse_adapter(folder: Path) -> None:
 
 
 def _open_file(path: Path, identity: dict[str, str], name: str) -> Checkpoint:
+    from quantize8.formats.gguf.parts import is_gguf
+    from quantize8.sources.quantized import decode
+
+    name = name.removesuffix(path.suffix)
     if is_gguf(path):
+        from quantize8.formats.gguf.reader import GgufCheckpoint
+
         return GgufCheckpoint(path, identity, name)
     if path.suffix not in (".safetensors", ".bin"):
         raise SourceError(f"{path}: not a checkpoint file; name a .safetensors, .bin or .gguf file, or a folder")
@@ -89,5 +125,8 @@ def _open_file(path: Path, identity: dict[str, str], name: str) -> Checkpoint:
         raise SourceError(f"{path}: has no {CONFIG_NAME} beside it, which says what model it is; put the model's there")
     read_config(path.parent)
     companions(path.parent)
-    kind = SafetensorsCheckpoint if path.suffix == ".safetensors" else TorchCheckpoint
-    return decode(kind(path.parent, [path.name], identity, name))
+    if path.suffix == ".safetensors":
+        return decode(SafetensorsCheckpoint(path.parent, [path.name], identity, name))
+    from quantize8.sources.torch_bin import TorchCheckpoint
+
+    return decode(TorchCheckpoint(path.parent, [path.name], identity, name))

@@ -7,16 +7,15 @@ from typing import Any
 
 from quantize8 import limits
 from quantize8.errors import SourceError
-from quantize8.formats import awq, fp8, gptq
+from quantize8.formats import BITSANDBYTES, COMPRESSED_TENSORS, awq, bitsandbytes, compressed_tensors, fp8, gptq
 from quantize8.formats.encoding import Encoding, RowwiseInt8
 from quantize8.kernels.reference import Array
-from quantize8.sources import bitsandbytes, compressed_tensors
 from quantize8.sources.base import Checkpoint, TensorInfo, contained
 from quantize8.sources.wrapper import Wrapper
 
 _FORMATS: dict[str, Callable[[Checkpoint, dict[str, Any]], dict[str, Encoding]]] = {
-    bitsandbytes.METHOD: bitsandbytes.find,
-    compressed_tensors.METHOD: compressed_tensors.find,
+    BITSANDBYTES: bitsandbytes.find,
+    COMPRESSED_TENSORS: compressed_tensors.find,
     fp8.METHOD: fp8.find,
     awq.METHOD: awq.find,
     gptq.METHOD: gptq.find,
@@ -111,8 +110,9 @@ def decode(stored: Checkpoint) -> Checkpoint:
     """
     entry = _entry(stored)
     if entry is None:
-        return fp8.uncast(stored)
-    method = entry.get("quant_method", bitsandbytes.METHOD if "load_in_8bit" in entry else None)
+        is_cast = any(info.dtype.startswith("F8") for info in stored.tensors.values())
+        return fp8.uncast(stored) if is_cast else stored
+    method = entry.get("quant_method", BITSANDBYTES if "load_in_8bit" in entry else None)
     if method is None and "group_size" in entry:
         method = "MLX"
     if not isinstance(method, str) or method not in _FORMATS:

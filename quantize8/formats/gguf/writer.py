@@ -127,6 +127,7 @@ class Gguf(Format):
     name: str = GGUF
     suffix: str = GGUF
     options: ClassVar[frozenset[str]] = frozenset({"scale"})
+    loaders: ClassVar[tuple[str, ...]] = ("llama.cpp", "quantize8")
 
     @property
     def is_folder(self) -> bool:

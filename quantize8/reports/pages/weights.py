@@ -18,7 +18,7 @@ from quantize8.formats.base import Int8Format
 from quantize8.kernels.reference import OUTLIER_SIGMAS
 from quantize8.reports import size
 from quantize8.reports.pages import charts, markup, names, plots
-from quantize8.sources import QuantizedCheckpoint
+from quantize8.sources.quantized import QuantizedCheckpoint
 
 _LARGE_ERROR = 2  # times the median error, from which a layer is named: 4 times the squared error of the others
 _SHOWN = 3  # names listed in a sentence
