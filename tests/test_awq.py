@@ -7,7 +7,7 @@ import pytest
 import torch
 from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter
 from compressed_tensors.entrypoints.convert.converters.ct_dequantizer import CompressedTensorsDequantizer
-from packing import in_words, opened, rows_equal_the_whole
+from helpers.packing import in_words, opened, rows_equal_the_whole
 
 from quantize8 import SourceError
 from quantize8.formats import awq

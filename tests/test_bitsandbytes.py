@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from making import llama
+from helpers.making import llama
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D

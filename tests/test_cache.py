@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from making import llama, word_tokenizer
+from helpers.making import llama, word_tokenizer
 from transformers import (
     DynamicCache,
     Gemma3ForCausalLM,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from making import llama, mixtral, word_tokenizer
+from helpers.making import llama, mixtral, word_tokenizer
 from test_encoders import t5
 from torch import nn
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from gguf_files import config_of, folder_of
-from making import GPT2, MAMBA2, SIZES, llama, mixtral, saved, word_tokenizer
+from helpers.gguf_files import config_of, folder_of
+from helpers.making import GPT2, MAMBA2, SIZES, llama, mixtral, saved, word_tokenizer
 from safetensors.torch import load_file, save_file
 
 from quantize8 import ArtifactError, OutputError, convert, push, verify

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from making import llama, word_tokenizer
+from helpers.making import llama, word_tokenizer
 
 from quantize8 import __version__, cli, optional
 from quantize8.cli import terminal

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from making import llama, word_tokenizer
+from helpers.artifacts import digests
+from helpers.making import llama, word_tokenizer
 
-from benchmarks.faults import digests
 from quantize8 import DependencyError, OutputError, WeightError, convert, verify
 from quantize8.commands.finalize import finalize
 from quantize8.conversion import cluster as module

@@ -10,7 +10,7 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.entrypoints.convert import CompressedTensorsDequantizer
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from making import llama
+from helpers.making import llama
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from making import llama
+from helpers.making import llama
 from safetensors.torch import load_file, save_file
 
 from quantize8 import convert, verify

@@ -137,7 +137,7 @@ def written(folder: Path, config: dict[str, object], shapes: dict[str, tuple[int
 
 def sources(root: Path, minilm: Path) -> dict[str, Path]:
     """The sources by their names in CASES."""
-    from gguf_files import write_tokenizer
+    from helpers.gguf_files import write_tokenizer
 
     from quantize8 import convert
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from making import llama, word_tokenizer
+from helpers.making import llama, word_tokenizer
 from test_encoders import t5
 
 import quantize8

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from making import llama, word_tokenizer
+from helpers.making import llama, word_tokenizer
 from test_docs import ROOT, fenced
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING

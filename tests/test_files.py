@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from making import llama, word_tokenizer
-from other_system import FUNCTIONS, MODULES
+from helpers.artifacts import digests
+from helpers.making import llama, word_tokenizer
+from helpers.other_system import FUNCTIONS, MODULES
 
-from benchmarks.faults import digests
 from quantize8 import files
 from quantize8.destinations.journal import Journal, is_locked, read_heading
 from quantize8.resources import cache_dir
@@ -54,7 +54,7 @@ def test_another_system_makes_the_same_bytes(system, tmp_path):
     source = word_tokenizer(llama(tmp_path / "source", shards=2))
     texts = []
     for name in ("posix", system):
-        command = [sys.executable, "other_system.py", name, str(source), str(tmp_path / name / "out")]
+        command = [sys.executable, "helpers/other_system.py", name, str(source), str(tmp_path / name / "out")]
         (tmp_path / name).mkdir()
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True)

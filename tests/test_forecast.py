@@ -8,8 +8,8 @@ import time
 
 import pytest
 import torch
-from gguf_files import assemble, config_of, folder_of, write_tokenizer
-from making import llama, mixtral, word_tokenizer
+from helpers.gguf_files import assemble, config_of, folder_of, write_tokenizer
+from helpers.making import llama, mixtral, word_tokenizer
 from safetensors.torch import load_file, save_file
 
 from benchmarks import deepseek

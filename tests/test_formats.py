@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from making import llama, mixtral, qwen3_moe
+from helpers.making import llama, mixtral, qwen3_moe
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from compressed_tensors.entrypoints.convert.converters import FP8BlockDequantizer
-from packing import opened, rows_equal_the_whole
+from helpers.packing import opened, rows_equal_the_whole
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from quantize8 import SourceError

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flipping import FORMATS, artifacts, flip
-from fuzzing import CORPUS, READERS, attempt, described, kept
+from helpers.flipping import FORMATS, artifacts, flip
+from helpers.fuzzing import CORPUS, READERS, attempt, described, kept
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -91,7 +91,7 @@ shapes = st.lists(st.integers(0, 4), max_size=3)
 @quick
 @given(tensors=st.dictionaries(st.text("ab.0", min_size=1, max_size=6), st.tuples(dtypes, shapes), max_size=5))
 def test_every_sound_safetensors_file_is_read_as_the_library_reads_it(tensors, tmp_path):
-    from fuzzing import safetensors
+    from helpers.fuzzing import safetensors
 
     path = tmp_path / "model.safetensors"
     path.write_bytes(safetensors({name: [dtype, list(shape)] for name, (dtype, shape) in tensors.items()}))

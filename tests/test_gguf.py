@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
-from gguf_files import HIDDEN, VOCABULARY, TinyGguf
+from helpers.gguf_files import HIDDEN, VOCABULARY, TinyGguf
 from safetensors.torch import load_file
 
 from quantize8 import SourceError, convert

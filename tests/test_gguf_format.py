@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from gguf import GGUFReader
-from gguf_files import FAMILIES, assemble, config_of, folder_of, write_tokenizer
+from helpers.gguf_files import FAMILIES, assemble, config_of, folder_of, write_tokenizer
 
 from quantize8 import ArtifactError, OutputError, SourceError, convert, verify
 from quantize8.formats.gguf import writer as gguf

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 from gguf import GGUFValueType
-from gguf_files import TinyGguf
+from helpers.gguf_files import TinyGguf
 
 from quantize8 import SourceError, convert
 from quantize8.sources import open_checkpoint

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFValueType
-from gguf_files import HEAD, HIDDEN, TinyGguf
+from helpers.gguf_files import HEAD, HIDDEN, TinyGguf
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

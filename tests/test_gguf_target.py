@@ -4,12 +4,12 @@ import contextlib
 import json
 from types import SimpleNamespace
 
-import gguf_files
 import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
-from gguf_files import FAMILIES, MERGED, assemble, config_of, dequantized, folder_of, write_tokenizer
+from helpers import gguf_files
+from helpers.gguf_files import FAMILIES, MERGED, assemble, config_of, dequantized, folder_of, write_tokenizer
 from transformers import AutoModelForCausalLM
 
 from quantize8 import SourceError

@@ -5,12 +5,12 @@ import json
 import pytest
 import transformers
 from gguf import GGUFValueType
-from gguf_files import VOCABULARY, TinyGguf, assemble, config_of, folder_of
+from helpers.gguf_files import VOCABULARY, TinyGguf, assemble, config_of, folder_of
 from transformers import AutoTokenizer
 
 from quantize8 import SourceError, convert, load
+from quantize8.formats.gguf import vocabulary as gguf_vocabulary
 from quantize8.formats.gguf.settings import ARCHITECTURES
-from quantize8.formats.gguf.writer import vocabulary as gguf_vocabulary
 from quantize8.runtime.loading import find_tokenizer
 from quantize8.sources import open_checkpoint
 

@@ -14,7 +14,7 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from packing import in_words, opened, rows_equal_the_whole
+from helpers.packing import in_words, opened, rows_equal_the_whole
 from safetensors import safe_open
 from safetensors.torch import load_file
 

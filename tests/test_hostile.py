@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from making import llama
+from helpers.making import llama
 from safetensors.torch import save_file
 
 from quantize8 import cli

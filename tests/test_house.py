@@ -135,7 +135,7 @@ def test_a_wheel_is_named_after_the_machine_that_its_kernels_are_for(system, mac
 
 def test_the_wheel_converts_in_an_environment_of_its_own(wheel, tmp_path):
     """Installed away from the checkout, with the dependencies of this environment and nothing else of the project."""
-    from making import llama
+    from helpers.making import llama
 
     target = tmp_path / "site"
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(wheel)]

@@ -5,7 +5,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from hub_server import COMMIT
+from helpers.hub_server import COMMIT
 
 from quantize8 import SourceError, convert
 from quantize8.sources import fetch, open_checkpoint, ordered
@@ -95,7 +95,7 @@ def test_a_model_without_weights(hub, tmp_path):
 
 
 def test_models_in_gguf(hub, tmp_path):
-    from gguf_files import TinyGguf
+    from helpers.gguf_files import TinyGguf
 
     (tmp_path / "several").mkdir()
     for name in ("a-Q4_0.gguf", "a-Q8_0.gguf"):
@@ -221,7 +221,7 @@ def test_what_another_tool_downloaded_is_hashed_once(hub, tmp_path, monkeypatch)
 
 
 def test_a_small_weight_file_in_git_is_compared_too(hub, monkeypatch):
-    monkeypatch.setattr("hub_server.LARGE", (".bin",))
+    monkeypatch.setattr("helpers.hub_server.LARGE", (".bin",))
     folder = open_checkpoint("org/tiny").folder
     weight = (folder / WEIGHT).resolve()
     weight.write_bytes(weight.read_bytes()[:-1] + b"x")

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 import pytest
 import torch
-from making import llama
+from helpers.making import llama
 from safetensors.torch import load_file, save_file
 
 from quantize8 import SourceError, convert, inspect

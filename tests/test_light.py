@@ -11,10 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import light
 import pytest
 import torch
-from making import llama
+from helpers import light
+from helpers.making import llama
 from test_digests import CASES, DIGESTS, digest, sources
 
 import quantize8

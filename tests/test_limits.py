@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzzing import gguf, torch_zip
-from making import llama, word_tokenizer
+from helpers.fuzzing import gguf, torch_zip
+from helpers.making import llama, word_tokenizer
 
 from quantize8 import ArtifactError, DependencyError, Quantize8Error, SourceError, convert, limits, load, verify
 from quantize8.artifact.manifest import digest, read_manifest

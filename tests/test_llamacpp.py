@@ -6,7 +6,7 @@ the wrong order, lost biases or wrong rotary frequencies make them differ as muc
 
 import pytest
 import torch
-from gguf_files import FAMILIES, assemble, config_of, dequantized, folder_of
+from helpers.gguf_files import FAMILIES, assemble, config_of, dequantized, folder_of
 
 from benchmarks.llama_cpp import served
 from quantize8 import convert

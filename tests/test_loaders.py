@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf_files import config_of, folder_of, write_tokenizer
-from making import mixtral, qwen3_moe
+from helpers.gguf_files import config_of, folder_of, write_tokenizer
+from helpers.making import mixtral, qwen3_moe
 from safetensors.torch import load_file, save_file
 
 from benchmarks import loaders, loaders_table

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from making import llama, mixtral, word_tokenizer
+from helpers.making import llama, mixtral, word_tokenizer
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -403,7 +403,7 @@ def test_a_sequence_has_the_same_logits_alone_and_in_a_batch(mode, tmp_path, mon
 
     torch computes SiLU in vectors of 32 numbers, and treats the rest of a tensor differently.
     """
-    monkeypatch.setattr("making.INNER", 64)
+    monkeypatch.setattr("helpers.making.INNER", 64)
     model = in_mode(load(made(tmp_path, recipe="int8-all")[1], "cpu")[0], mode)
     for length in LENGTHS:
         ids = torch.arange(8 * length).view(8, length) * 7 % 60

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from making import llama, mixtral, qwen3_moe
+from helpers.making import llama, mixtral, qwen3_moe
 from test_cli import quantize8  # noqa: F401
 
 from quantize8 import cli

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from gguf_files import assemble, config_of, folder_of
-from making import llama, mixtral, word_tokenizer
+from helpers.artifacts import digests, opens
+from helpers.gguf_files import assemble, config_of, folder_of
+from helpers.making import llama, mixtral, word_tokenizer
 
-from benchmarks.faults import digests, opens
 from quantize8 import OutputError, SourceError, cli, convert, verify
 from quantize8.commands.finalize import finalize
 from quantize8.conversion import driver

@@ -4,7 +4,7 @@ import json
 import math
 
 import torch
-from making import llama
+from helpers.making import llama
 from safetensors.torch import load_file, save_file
 
 from benchmarks import deepseek

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import yaml
-from hub_server import COMMIT
+from helpers.hub_server import COMMIT
+from helpers.making import llama, word_tokenizer
 from huggingface_hub import ModelCard, snapshot_download
-from making import llama, word_tokenizer
 
 from quantize8 import ArtifactError, OutputError, convert, push, run, verify
 from quantize8.artifact.card import card

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cuda_on_cpu.emulation import EmulatedGpu
-from making import llama, mixtral, qwen3_moe, saved
+from helpers.making import llama, mixtral, qwen3_moe, saved
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode

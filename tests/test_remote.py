@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from making import llama, mixtral, word_tokenizer
+from helpers.making import llama, mixtral, word_tokenizer
 
 from quantize8 import DependencyError, SourceError, convert
 from quantize8.sources import open_checkpoint, ordered, ranges

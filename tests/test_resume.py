@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf_files import assemble, config_of, folder_of, write_tokenizer
-from making import llama, word_tokenizer
+from helpers.artifacts import digests, opens
+from helpers.gguf_files import assemble, config_of, folder_of, write_tokenizer
+from helpers.making import llama, word_tokenizer
 from safetensors.torch import load_file, save_file
 
 from benchmarks.checkpoints import make_llama
-from benchmarks.faults import SHARD_SIZE, begin, digests, kill_and_resume, opens
+from benchmarks.faults import SHARD_SIZE, begin, kill_and_resume
 from quantize8 import OutputError, SourceError, WeightError, convert, verify
 from quantize8.conversion import driver
 from quantize8.conversion.driver import Writer

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from making import llama, word_tokenizer
+from helpers.making import llama, word_tokenizer
 
 from quantize8 import DependencyError, SourceError, convert, load, run
 from quantize8.calibration.text import open_for_text

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from making import llama
+from helpers.making import llama
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel

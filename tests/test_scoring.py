@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from making import llama
+from helpers.making import llama
 
 from quantize8 import SourceError, convert, load
 from quantize8.calibration import scoring

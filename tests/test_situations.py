@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from making import GPT2, MAMBA2, SIZES, llama, mixtral, saved, word_tokenizer
+from helpers.making import GPT2, MAMBA2, SIZES, llama, mixtral, saved, word_tokenizer
 from safetensors.torch import load_file, save_file
 
 from quantize8 import SourceError, WeightError, convert, load, plan, run, verify

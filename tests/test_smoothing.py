@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf_files import assemble, config_of, folder_of, write_tokenizer
-from making import llama, mixtral, word_tokenizer
+from helpers.gguf_files import assemble, config_of, folder_of, write_tokenizer
+from helpers.making import llama, mixtral, word_tokenizer
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from gguf_files import assemble, config_of, folder_of
-from making import llama, word_tokenizer
+from helpers.gguf_files import assemble, config_of, folder_of
+from helpers.making import llama, word_tokenizer
 
 from benchmarks.checkpoints import make_llama
 from benchmarks.faults import SHARD_SIZE, kill_and_resume_to_a_store

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from cuda_on_cpu.emulation import EmulatedGpu
-from making import llama
+from helpers.making import llama
 
 from quantize8 import WeightError, convert
 from quantize8.kernels import gpu, stream

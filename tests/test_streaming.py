@@ -9,8 +9,8 @@ import sys
 
 import pytest
 import torch
-from gguf_files import assemble, config_of, folder_of
-from making import llama, mixtral, qwen3_moe
+from helpers.gguf_files import assemble, config_of, folder_of
+from helpers.making import llama, mixtral, qwen3_moe
 from safetensors.torch import load_file, save_file
 
 from quantize8 import SourceError, convert, load

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from bitsandbytes.functional import int8_vectorwise_dequant
-from making import llama, mixtral, word_tokenizer
+from helpers.making import llama, mixtral, word_tokenizer
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from making import llama
+from helpers.making import llama
 
 from quantize8 import ArtifactError, convert, verify
 from quantize8.artifact.manifest import Manifest, TensorRecord, digest, read_manifest

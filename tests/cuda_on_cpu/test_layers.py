@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from cuda_on_cpu.emulation import EmulatedGpu
-from making import llama
+from helpers.making import llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantize8 import Int8Linear, convert, load

@@ -6,8 +6,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from gguf_files import config_of, folder_of
-from making import llama, word_tokenizer
+from helpers.gguf_files import config_of, folder_of
+from helpers.making import llama, word_tokenizer
 
 from quantize8 import ArtifactError, convert, verify
 

@@ -33,7 +33,7 @@ import numpy as np
 from quantize8.errors import OutputError, Quantize8Error, SourceError
 from quantize8.sources import base
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 CORPUS = ROOT / "corpus"
 EXECUTIONS = CORPUS / "executions.json"
 RAW, MADE = b"\0", b"\1"
