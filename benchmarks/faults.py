@@ -12,7 +12,6 @@ Run: python -m benchmarks.faults [--kills 100] [--stores 20] [--disks 20] [--see
 from __future__ import annotations
 
 import argparse
-import hashlib
 import random
 import shutil
 import signal
@@ -27,11 +26,10 @@ from unittest import mock
 
 from quantize8.artifact.manifest import MANIFEST_NAME
 from quantize8.commands.convert import convert
-from quantize8.commands.run import run
 from quantize8.commands.verify import verify
 from quantize8.destinations.local import partial_of
-from quantize8.errors import ArtifactError, OutputError, Quantize8Error
-from quantize8.sources import open_checkpoint
+from quantize8.errors import OutputError
+from tests.helpers.artifacts import digests, opens
 
 SHARD_SIZE = "8MB"  # several files of the model below
 WARMED = """
@@ -167,25 +165,6 @@ def state_of(out: Path) -> str:
     return "resumable" if any(path.stat().st_size for path in journals) else "absent"
 
 
-def opens(folder: Path) -> bool:
-    """Whether any loader accepts a folder as a model: transformers, verify, run, or our reader of checkpoints."""
-    from transformers import AutoModelForCausalLM
-
-    calls = (
-        (lambda: AutoModelForCausalLM.from_pretrained(folder, local_files_only=True), (OSError, ValueError)),
-        (lambda: verify(folder), ArtifactError),
-        (lambda: run(str(folder), "a", max_new_tokens=1), Quantize8Error),
-        (lambda: open_checkpoint(str(folder)), Quantize8Error),
-    )
-    for call, refusals in calls:
-        try:
-            call()
-        except refusals:
-            continue
-        return True
-    return False
-
-
 def fill_disks(source: Path, whole: Path, disk: Path, count: int, failures: list[str]) -> Counter[str]:
     """Convert onto `count` file systems of different sizes that are too small, and again after enlarging them."""
     found = Counter[str]()
@@ -223,12 +202,6 @@ def _fill(source: Path, whole: Path, disk: Path) -> str:
     assert digests(out) == digests(whole), "the artifact differs"
     assert digests(source) == before, "the source differs"
     return f"stopped in one line with {kept} kept, then went on" if not kept.startswith("all") else kept
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def begin(source: Path, out: Path | str) -> subprocess.Popen[bytes]:

@@ -864,7 +864,7 @@ def _tokenizer(data: bytes, folder: Path) -> None:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    from quantize8.formats.gguf.writer import tokenizer as gguf_tokenizer
+    from quantize8.formats.gguf import tokenizer as gguf_tokenizer
     from quantize8.sources.tokenizer import check_tokenizer
 
     value = _parsed(data)
