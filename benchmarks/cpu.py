@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from quantize8.kernels import isa as units
+from quantize8.kernels import cpu
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "bitsandbytes", "compressed-tensors", "xllamacpp", "ctranslate2", "numpy")
@@ -42,8 +42,8 @@ def about_machine() -> dict[str, Any]:
     command = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     return {
-        "machine": f"{os.cpu_count()} processors, {platform.machine()}, {', '.join(units.available())}",
-        "unit": units.chosen(),
+        "machine": f"{os.cpu_count()} processors, {platform.machine()}, {', '.join(cpu.available())}",
+        "unit": cpu.chosen(),
         "versions": versions,
         "commit": commit or "unknown",
         "date": time.strftime("%Y-%m-%d"),
@@ -52,7 +52,7 @@ def about_machine() -> dict[str, Any]:
 
 def hold_torch_to_unit(module: str) -> None:
     """If a unit without AVX-512 is forced, restart the module with torch restricted to AVX2, as on such a CPU."""
-    if units.chosen() in ("avx2", "avxvnni") and not AVX2_ONLY.items() <= os.environ.items():
+    if cpu.chosen() in ("avx2", "avxvnni") and not AVX2_ONLY.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], os.environ | AVX2_ONLY)
 
 

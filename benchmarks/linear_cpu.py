@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.cpu import has, hold_torch_to_unit, interleaved, write
-from quantize8.kernels import isa as units
+from quantize8.kernels import cpu
 from quantize8.kernels.packed import PackedWeight
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (1536, 576))  # out features, in features
@@ -39,8 +39,8 @@ def main() -> None:
             rows.append(row)
             print(line(row), flush=True)
     if not quick:
-        values = {"unit": units.chosen(), "threads": torch.get_num_threads(), "rows": rows}
-        print(f"written to {write(f'linear-cpu-{units.chosen()}', values)}")
+        values = {"unit": cpu.chosen(), "threads": torch.get_num_threads(), "rows": rows}
+        print(f"written to {write(f'linear-cpu-{cpu.chosen()}', values)}")
 
 
 def measure(out_features: int, in_features: int, tokens: tuple[int, ...], rounds: int | None) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ from benchmarks.checkpoints import TOKENIZER_SIZE, add_tokenizer, make_llama
 from benchmarks.cpu import has, hold_torch_to_unit, spread, write
 from quantize8.commands.convert import convert
 from quantize8.demo import find_model
-from quantize8.kernels import isa as units
+from quantize8.kernels import cpu
 from quantize8.runtime.cache import preallocated_cache
 from quantize8.runtime.linear import Int8Linear
 from quantize8.runtime.loading import load
@@ -90,13 +90,13 @@ def main() -> None:
             row = measure(model, folder / str(number), chosen.rounds, chosen.compile)
             rows.append(row)
             print(line(row), flush=True)
-    values = {"unit": units.chosen(), "dtype": dtype(), "threads": torch.get_num_threads(), "rows": rows}
-    print(f"written to {write(f'model-cpu-{units.chosen()}', values)}")
+    values = {"unit": cpu.chosen(), "dtype": dtype(), "threads": torch.get_num_threads(), "rows": rows}
+    print(f"written to {write(f'model-cpu-{cpu.chosen()}', values)}")
 
 
 def dtype() -> str:
     """The fast dtype outside the int8 layers: without AVX-512, bfloat16 is many times slower than float32."""
-    return "bfloat16" if units.chosen() in ("amx", "avx512vnni") else "float32"
+    return "bfloat16" if cpu.chosen() in ("amx", "avx512vnni") else "float32"
 
 
 def measure(source: Path, folder: Path, rounds: int, compiled: bool = False) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 /* The CPU kernels of quantize8: definitions shared by all files.
  *
  * All sources are compiled once per unit (the int8 instructions of a processor), into one library per unit.
- * quantize8/kernels/isa.py loads the library of the best unit that the processor has. Outside multiply.h and vectors.h,
+ * quantize8/kernels/cpu.py loads the library of the best unit that the processor has. Outside multiply.h and vectors.h,
  * the code depends on the unit only through macros that these define.
  *
  * Shapes: M tokens, N out features, K in features. A weight is packed in blocks of 32 out features and steps of 64 in

@@ -140,7 +140,7 @@ def test_searched_scales_do_not_depend_on_workers_or_blocks(tmp_path, monkeypatc
     convert(str(source), tmp_path / "whole", scale="mse", workers=1)
     monkeypatch.setattr("quantize8.sources.base.BLOCK_BYTES", 1)
     convert(str(source), tmp_path / "blocks", scale="mse", workers=3)
-    monkeypatch.setattr("quantize8.kernels.isa.chosen", lambda: "generic")
+    monkeypatch.setattr("quantize8.kernels.cpu.chosen", lambda: "generic")
     convert(str(source), tmp_path / "generic", scale="mse")
     assert digests(tmp_path / "whole") == digests(tmp_path / "blocks") == digests(tmp_path / "generic")
 

@@ -10,7 +10,6 @@ import torch
 
 from quantize8.errors import WeightError
 from quantize8.kernels import cpu, reference
-from quantize8.kernels import isa as units
 from quantize8.kernels.reference import STATIC_MODES, ColumnStats, Int8Weight
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32]
@@ -21,10 +20,10 @@ TWO_DIGITS = (2e-3, 2e-2)
 ROUNDING = 1.05  # a product may err by this much more than rounding the exact result to the output type does
 
 
-@pytest.fixture(params=units.available(), autouse=True)
+@pytest.fixture(params=cpu.available(), autouse=True)
 def unit(request, monkeypatch):
     """Every test here runs for each unit that this machine has."""
-    monkeypatch.setattr(units, "chosen", lambda: request.param)
+    monkeypatch.setattr(cpu, "chosen", lambda: request.param)
 
 
 def hostile(rows: int, columns: int, dtype, seed: int = 0):
@@ -168,7 +167,7 @@ def test_int8_products_are_exact(tokens, columns):
     np.testing.assert_array_equal(cpu.int8_matmul(a, b).numpy(), reference.int8_matmul(a.numpy(), b.numpy()))
 
 
-@pytest.mark.parametrize("columns", [65_538, units.LARGEST_K])
+@pytest.mark.parametrize("columns", [65_538, cpu.LARGEST_K])
 def test_sums_are_exact_at_the_largest_columns_and_values(columns):
     """Every product at its limit, with either sign: saturation and overflow show here."""
     a, b = torch.full((7, columns), 127, dtype=torch.int8), torch.full((33, columns), 127, dtype=torch.int8)
@@ -179,7 +178,7 @@ def test_sums_are_exact_at_the_largest_columns_and_values(columns):
 
 
 def test_a_layer_that_sums_cannot_hold_is_refused():
-    codes = torch.zeros(1, 1, dtype=torch.int8).expand(1, units.LARGEST_K + 1)
+    codes = torch.zeros(1, 1, dtype=torch.int8).expand(1, cpu.LARGEST_K + 1)
     with pytest.raises(WeightError, match="133145 input features: int32 sums hold at most 133144"):
         cpu.int8_matmul(codes, codes)
 

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
-from quantize8.kernels import ggml
-from quantize8.kernels import isa as units
+from quantize8.kernels import cpu, ggml
 
 HALF = np.dtype(np.float16)
 
@@ -23,10 +22,10 @@ def definition(stored: np.ndarray, kind: str, dtype: np.dtype) -> np.ndarray:
         return quants.dequantize(stored, GGMLQuantizationType[kind]).astype(dtype)
 
 
-@pytest.mark.parametrize("unit", units.available())
+@pytest.mark.parametrize("unit", cpu.available())
 @pytest.mark.parametrize("kind", ggml._COMPILED)
 def test_equals_the_definition(kind, unit, monkeypatch):
-    monkeypatch.setattr(units, "chosen", lambda: unit)
+    monkeypatch.setattr(cpu, "chosen", lambda: unit)
     stored, weights = blocks(kind, 500, 3)
     found, expected = ggml.decode(stored, kind, (weights,), HALF), definition(stored, kind, HALF)
     assert found.shape == (500, weights) and found.dtype == HALF and found.flags.c_contiguous

@@ -12,12 +12,11 @@ import torch
 from torch import nn
 
 from quantize8 import Int8Linear
-from quantize8.kernels import isa as units
-from quantize8.kernels import packed, reference
+from quantize8.kernels import cpu, packed, reference
 from quantize8.kernels.packed import PackedWeight
 from quantize8.kernels.reference import Int8Weight
 
-UNITS = units.available()
+UNITS = cpu.available()
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ROUNDING = 1.05
 
@@ -28,9 +27,7 @@ def numpy(tensor: torch.Tensor):
     return tensor.numpy()
 
 
-def weight_of(
-    rows: int, columns: int, unit: units.Unit | None = None, seed: int = 0
-) -> tuple[Int8Weight, PackedWeight]:
+def weight_of(rows: int, columns: int, unit: cpu.Unit | None = None, seed: int = 0) -> tuple[Int8Weight, PackedWeight]:
     random = np.random.default_rng(seed)
     values = random.normal(size=(rows, columns)).astype(np.float32)
     values[:, ::7] *= 5
@@ -75,7 +72,7 @@ def test_linear_equals_the_reference_up_to_rounding(unit, tokens, mode, threshol
 @pytest.mark.parametrize("unit", UNITS)
 def test_sums_are_exact_at_the_largest_columns_and_values(unit):
     """Every product at its limit."""
-    columns = units.LARGEST_K
+    columns = cpu.LARGEST_K
     codes = torch.full((33, columns), -127, dtype=torch.int8)
     codes[1::2] = 127
     x = torch.full((40, columns), 3.0)
@@ -175,8 +172,8 @@ def test_our_own_pool_of_threads_computes_the_same(tmp_path):
 import os
 from concurrent.futures import ThreadPoolExecutor
 import torch
-from quantize8.kernels import packed, isa as units
-units.share_threads = lambda loaded: None
+from quantize8.kernels import packed, cpu
+cpu.share_threads = lambda loaded: None
 weight = packed.PackedWeight(torch.randint(-127, 128, (400, 200), dtype=torch.int8), torch.rand(400))
 x = torch.randn(300, 200)
 packed._threads = lambda: 1

@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 
-from quantize8.kernels import isa as units
-from quantize8.kernels import q8_0
+from quantize8.kernels import cpu, q8_0
 from quantize8.kernels.scales import ScaleSearch
 
 
-@pytest.fixture(params=units.available())
+@pytest.fixture(params=cpu.available())
 def way(request, monkeypatch):
-    monkeypatch.setattr(units, "chosen", lambda: request.param)
+    monkeypatch.setattr(cpu, "chosen", lambda: request.param)
 
 
 def hostile(rows=64, columns=1024):

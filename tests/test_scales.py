@@ -6,7 +6,6 @@ import pytest
 from test_cpu import DTYPES, SHAPES, hostile
 
 from quantize8.kernels import cpu, reference
-from quantize8.kernels import isa as units
 from quantize8.kernels.reference import ColumnStats
 from quantize8.kernels.scales import CLIPS, ScaleSearch, folded, search_absmax
 
@@ -65,9 +64,9 @@ def test_each_row_has_the_candidate_with_the_least_error(columns, kind):
 @pytest.mark.parametrize("kind", searches(1))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[1]])
-@pytest.mark.parametrize("unit", units.available())
+@pytest.mark.parametrize("unit", cpu.available())
 def test_the_pass_equals_the_definition_in_every_bit(unit, shape, dtype, kind, monkeypatch):
-    monkeypatch.setattr(units, "chosen", lambda: unit)
+    monkeypatch.setattr(cpu, "chosen", lambda: unit)
     weight, search = hostile(*shape, dtype), searches(shape[1])[kind]
     got = ColumnStats.empty(shape[1])
     codes, absmax = cpu.quantize_rowwise(weight, got, search)
@@ -78,10 +77,10 @@ def test_the_pass_equals_the_definition_in_every_bit(unit, shape, dtype, kind, m
         np.testing.assert_array_equal(getattr(got, field), getattr(stats, field), field)
 
 
-@pytest.mark.parametrize("unit", units.available())
+@pytest.mark.parametrize("unit", cpu.available())
 def test_extremes(unit, monkeypatch):
     """The least float16, whose clips are itself; the largest; exact columns far above all others."""
-    monkeypatch.setattr(units, "chosen", lambda: unit)
+    monkeypatch.setattr(cpu, "chosen", lambda: unit)
     weight = np.zeros((4, 6), np.float16)
     weight[0, 2], weight[1], weight[2, :2] = 6e-8, 65504, [65504, -6e-8]
     weight[3] = [1, 0, 0, 0, 0, 0]
@@ -92,9 +91,9 @@ def test_extremes(unit, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 70000.0])
-@pytest.mark.parametrize("unit", units.available())
+@pytest.mark.parametrize("unit", cpu.available())
 def test_rows_that_cannot_be_quantized_are_told(unit, bad, dtype, monkeypatch):
-    monkeypatch.setattr(units, "chosen", lambda: unit)
+    monkeypatch.setattr(cpu, "chosen", lambda: unit)
     weight = hostile(5, 40, dtype)
     clean = cpu.quantize_rowwise(weight, None, ScaleSearch())
     with np.errstate(over="ignore"):

@@ -6,12 +6,11 @@ import torch
 from test_packed import numpy, tokens_of
 
 from quantize8.errors import WeightError
-from quantize8.kernels import isa as units
-from quantize8.kernels import reference
+from quantize8.kernels import cpu, reference
 from quantize8.kernels.packed import PackedWeight
 from quantize8.kernels.reference import DECODE_TOKENS, STATIC_MODES, Int8Weight
 
-UNITS = units.available()
+UNITS = cpu.available()
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 EPSILON = 2.0**-23  # of float32
 HALF_A_STEP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # rounding an output
@@ -23,7 +22,7 @@ SHAPES = [
 ]  # fmt: skip
 
 
-def weight_of(rows: int, columns: int, count: int, stored: int, unit: units.Unit) -> tuple[Int8Weight, PackedWeight]:
+def weight_of(rows: int, columns: int, count: int, stored: int, unit: cpu.Unit) -> tuple[Int8Weight, PackedWeight]:
     """A weight with columns of several sizes and a row of zeros, with `count` outlier columns in any order."""
     random = np.random.default_rng(rows + columns)
     values = random.normal(size=(rows, columns)).astype(np.float32) * 0.05

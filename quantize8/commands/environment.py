@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 import psutil
 
 from quantize8 import __version__, optional
+from quantize8.kernels import cpu, nvrtc
 from quantize8.kernels import devices as choice
-from quantize8.kernels import isa as units
-from quantize8.kernels import nvrtc
 
 _PACKAGES = ("torch", "transformers", "numpy", "safetensors", "huggingface_hub", "gguf", "accelerate")
 _RUN = "needed to run models, and to convert .bin files, from or to GGUF, and most architectures"
@@ -85,11 +84,11 @@ def _kernels() -> str:
 
 def _devices(with_torch: bool) -> tuple[str, list[str]]:
     """The CPU's int8 unit, its vector extensions as torch uses them, and the GPUs that torch sees."""
-    forced = f", by {units.VARIABLE}" if os.environ.get(units.VARIABLE) else ""
-    cpu = f"int8 by {units.MEANING[units.chosen()]}{forced}"
+    forced = f", by {cpu.VARIABLE}" if os.environ.get(cpu.VARIABLE) else ""
+    processor = f"int8 by {cpu.MEANING[cpu.chosen()]}{forced}"
     if not with_torch:
-        return cpu, []
+        return processor, []
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return f"{cpu}; torch uses {torch.backends.cpu.get_cpu_capability()}", gpus
+    return f"{processor}; torch uses {torch.backends.cpu.get_cpu_capability()}", gpus

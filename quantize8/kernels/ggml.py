@@ -12,8 +12,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from quantize8.kernels import isa as units
-from quantize8.kernels.isa import pointer
+from quantize8.kernels import cpu
+from quantize8.kernels.cpu import pointer
 from quantize8.kernels.reference import Array
 
 _BLOCKS = re.compile(r"Q([45]_[01]|8_0)|Q[2-6]_K|TQ[12]_0|(MX|NV)FP4|IQ[1-4]_\w+")  # what the package dequantizes
@@ -77,5 +77,5 @@ def _halves(stored: Array, kind: str) -> Array:
     count = stored.size // size
     values = np.empty(count * weights, np.float16)
     stored = np.ascontiguousarray(stored)
-    units.library().q8_ggml_halves(number, pointer(stored), count, pointer(values))
+    cpu.library().q8_ggml_halves(number, pointer(stored), count, pointer(values))
     return values

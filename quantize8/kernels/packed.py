@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from quantize8.errors import WeightError
-from quantize8.kernels import isa as units
-from quantize8.kernels.isa import BLOCK_N, GROUP_K, LARGEST_K, STEP_BYTES, STEP_K, LinearCall, Unit
+from quantize8.kernels import cpu
+from quantize8.kernels.cpu import BLOCK_N, GROUP_K, LARGEST_K, STEP_BYTES, STEP_K, LinearCall, Unit
 from quantize8.kernels.reference import INT8_MAX, LayerMode
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum dtype of cpu/quantize8.h
@@ -53,7 +53,7 @@ class PackedWeight:
                 f"a layer with {codes.shape[1]} input features: int32 sums hold at most {LARGEST_K}; keep it in float"
             )
         self.shape = (codes.shape[0], codes.shape[1])
-        self._library = _library(unit or units.chosen())
+        self._library = _library(unit or cpu.chosen())
         self.scale = _blocks(absmax / INT8_MAX)
         self.static: StaticColumns | None = None
         if wide is None or exact is None:
@@ -102,7 +102,7 @@ class PackedWeight:
     def multiply(self, codes: Tensor) -> Tensor:
         """The product of codes int8 [M, K] and the weight's transposed codes: int32 [M, N], exact."""
         codes, sums = codes.contiguous(), torch.empty(len(codes), self.shape[0], dtype=torch.int32)
-        units.check(
+        cpu.check(
             self._library.q8_multiply(
                 codes.data_ptr(), *codes.shape, self.tiles.data_ptr(), self.code_sums.data_ptr(), self.shape[0],
                 _threads(), sums.data_ptr(),
@@ -166,7 +166,7 @@ class StaticColumns:
 
 def encode(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Codes int8 [M, K] of x [M, K] and their scale float32 [M]; elements with |x| >= threshold > 0 get the code 0."""
-    codes, _, scale, _ = _encode(_library(units.chosen()), LinearCall(columns=x.shape[1]), x, threshold, "dynamic")
+    codes, _, scale, _ = _encode(_library(cpu.chosen()), LinearCall(columns=x.shape[1]), x, threshold, "dynamic")
     return codes, scale
 
 
@@ -191,7 +191,7 @@ def linear(
         wide, exact, tiles, sums = parts[3:]
         static = StaticColumns(wide, len(exact), tiles, sums)
     return _linear(
-        _library(units.chosen()), _call_of(parts, (out_features, x.shape[1]), static), x, bias, threshold, mode
+        _library(cpu.chosen()), _call_of(parts, (out_features, x.shape[1]), static), x, bias, threshold, mode
     )
 
 
@@ -215,7 +215,7 @@ def _linear(library: Any, call: LinearCall, x: Tensor, bias: Tensor | None, thre
         call.bias = bias.data_ptr()
     call.out = out.data_ptr()
     _set_input(call, x, threshold, mode)
-    units.check(library.q8_linear(byref(call)))
+    cpu.check(library.q8_linear(byref(call)))
     return out
 
 
@@ -226,7 +226,7 @@ def _encode(
     low, high = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape, dtype=torch.int8)
     scale, counts = torch.empty(len(x)), torch.zeros(x.shape[1], dtype=torch.int32)
     _set_input(call, x, threshold, mode)
-    units.check(library.q8_encode(byref(call), *(output.data_ptr() for output in (low, high, scale, counts))))
+    cpu.check(library.q8_encode(byref(call), *(output.data_ptr() for output in (low, high, scale, counts))))
     return low, high, scale, counts > 0
 
 
@@ -237,9 +237,9 @@ def _set_input(call: LinearCall, x: Tensor, threshold: float, mode: str) -> None
 
 def _library(unit: Unit) -> Any:
     """The kernels of a unit, set up to run on torch's threads."""
-    loaded = units.library(unit)
+    loaded = cpu.library(unit)
     if unit not in _SHARING:
-        units.share_threads(loaded)
+        cpu.share_threads(loaded)
         _SHARING.add(unit)
     return loaded
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from quantize8.kernels import isa as units
-from quantize8.kernels.isa import pointer
+from quantize8.kernels import cpu
+from quantize8.kernels.cpu import pointer
 from quantize8.kernels.reference import INT8_MAX, Array, scale_of
 from quantize8.kernels.scales import ScaleSearch, folded
 
@@ -45,7 +45,7 @@ def quantize_rows(values: Array, search: ScaleSearch | None = None) -> Array:
         if search is not None:
             scales = _searched(blocks, search.weights(values.shape[1]).reshape(-1, BLOCK))
         inverses = _inverses(scales)
-        units.library().q8_0_encode(pointer(blocks), pointer(inverses), len(blocks), pointer(packed))
+        cpu.library().q8_0_encode(pointer(blocks), pointer(inverses), len(blocks), pointer(packed))
         _put_scales(packed, scales)
     return packed.reshape(len(values), values.shape[1] // BLOCK * BLOCK_BYTES)
 
@@ -100,7 +100,7 @@ def row_errors(values: Array, packed: Array) -> tuple[Array, Array]:
     """
     squares, errors = np.zeros((len(values), BLOCK)), np.zeros((len(values), BLOCK))
     scales, blocks = _scales(packed), values.shape[1] // BLOCK
-    units.library().q8_0_add_squares(
+    cpu.library().q8_0_add_squares(
         *map(pointer, (values, packed, scales)), len(values), blocks, pointer(squares), pointer(errors)
     )
     return np.cumsum(squares, axis=1)[:, -1], np.cumsum(errors, axis=1)[:, -1]
@@ -109,7 +109,7 @@ def row_errors(values: Array, packed: Array) -> tuple[Array, Array]:
 def _absmax(blocks: Array) -> Array:
     """The largest magnitude of each block [B, 32]: float32 [B], NaN where the block holds a NaN."""
     peaks = np.empty(len(blocks), np.uint32)
-    units.library().q8_0_peaks(pointer(blocks), len(blocks), pointer(peaks))
+    cpu.library().q8_0_peaks(pointer(blocks), len(blocks), pointer(peaks))
     return peaks.view(np.float32)
 
 
@@ -126,7 +126,7 @@ def _searched(blocks: Array, weights: Array) -> Array:
     """
     scales, inverses, stored = _candidates(blocks)
     best, weights = np.zeros(len(blocks), np.int64), np.ascontiguousarray(weights)
-    units.library().q8_0_search(
+    cpu.library().q8_0_search(
         pointer(blocks), len(blocks), pointer(weights), len(weights), pointer(inverses), pointer(stored), len(scales),
         pointer(best),
     )  # fmt: skip

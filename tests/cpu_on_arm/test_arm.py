@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantize8.kernels import isa as units
-from quantize8.kernels import reference
+from quantize8.kernels import cpu, reference
 from quantize8.kernels.packed import _DTYPES, _MODES, PackedWeight, _second_digits
 
 HERE = Path(__file__).parent
@@ -112,9 +111,9 @@ def test_an_arm_unit_computes_what_this_machines_does(shape, mode, dtype, driver
     np.testing.assert_array_equal(sums, reference.int8_matmul(x_codes, codes))
     np.testing.assert_array_equal(found[1:], codes[1:])
     np.testing.assert_array_equal(peaks, absmax)
-    assert has & units._BITS["neon-dotprod"] or NATIVE
+    assert has & cpu._BITS["neon-dotprod"] or NATIVE
     expected = packed.linear(x, None, 6.0, mode)
-    if tokens <= reference.DECODE_TOKENS and {unit, units.chosen()} & {"avx2", "generic"}:  # which decode in float32
+    if tokens <= reference.DECODE_TOKENS and {unit, cpu.chosen()} & {"avx2", "generic"}:  # which decode in float32
         torch.testing.assert_close(y, expected, rtol=1e-2 if dtype != torch.float32 else 1e-4, atol=1e-4)
     else:
         assert torch.equal(y, expected)
