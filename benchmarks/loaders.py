@@ -30,7 +30,7 @@ from benchmarks.llama_cpp import served
 from benchmarks.loaders_table import table, worst
 from quantize8 import Quantize8Error, convert, load
 from quantize8.demo import find_model
-from quantize8.resources import TEXT
+from quantize8.files import TEXT
 from quantize8.runtime.loading import quiet
 from quantize8.runtime.quantizer import Int8Quantizer
 

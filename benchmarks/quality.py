@@ -32,7 +32,7 @@ from benchmarks.emulations import decode, exact, int8_layers
 from quantize8 import convert, load
 from quantize8.calibration.scoring import Pairs, compare
 from quantize8.demo import MODEL, find_model
-from quantize8.resources import TEXT
+from quantize8.files import TEXT
 from quantize8.runtime.loading import find_tokenizer, quiet
 from quantize8.sources import open_checkpoint
 

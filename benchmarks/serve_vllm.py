@@ -30,7 +30,7 @@ from benchmarks.cpu import write
 from quantize8.calibration.text import read_text
 from quantize8.commands.evaluate import perplexity
 from quantize8.demo import find_model
-from quantize8.resources import TEXT
+from quantize8.files import TEXT
 from quantize8.runtime.loading import load
 
 SCHEMES = ("w8a8", "w8a16")

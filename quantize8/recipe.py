@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from quantize8.errors import RecipeError
+from quantize8.files import resource_dir
 from quantize8.limits import RECIPE_BYTES, read_bytes
-from quantize8.resources import resource_dir
 
 if sys.version_info >= (3, 11):
     import tomllib

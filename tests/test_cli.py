@@ -103,7 +103,7 @@ def test_run_streams_the_text_and_then_the_speed(quantize8, smollm2_int8, smollm
 
 
 def test_inspect_text_names_the_emergent_feature(quantize8, smollm2, tmp_path):
-    from quantize8.resources import TEXT
+    from quantize8.files import TEXT
 
     code, text, _ = quantize8("inspect", smollm2, "--text", TEXT, "--layer", "*12.self_attn.q_proj")
     assert code == 0 and "1 of 576" in text and "247 (layers 25%" in text and "at least one of them: in 25%" in text

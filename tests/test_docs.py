@@ -14,12 +14,12 @@ import typer
 import quantize8
 from quantize8.artifact.manifest import Manifest, Quantized, TensorRecord
 from quantize8.cli import app
+from quantize8.files import resource_dir
 from quantize8.formats import FORMATS, Scheme, bitsandbytes
 from quantize8.formats.bitsandbytes import BitsAndBytes
 from quantize8.formats.compressed_tensors import CompressedTensors
 from quantize8.kernels import reference
 from quantize8.recipe import load_recipe
-from quantize8.resources import resource_dir
 from quantize8.sources import quantized
 from quantize8.sources.structure import LINEAR
 

@@ -13,7 +13,7 @@ import quantize8
 from quantize8 import SourceError, convert, evaluate, load
 from quantize8.calibration.scoring import compare
 from quantize8.commands.evaluate import _student, interval, perplexity, standard_error
-from quantize8.resources import TEXT
+from quantize8.files import TEXT
 
 WORDS = " ".join(f"w{i * i * 7 % 63}" for i in range(300))
 

@@ -14,7 +14,7 @@ from helpers.other_system import FUNCTIONS, MODULES
 
 from quantize8 import files
 from quantize8.destinations.journal import Journal, is_locked, read_heading
-from quantize8.resources import cache_dir
+from quantize8.files import cache_dir
 
 ROOT = Path(__file__).parent.parent
 RANDOM = os.urandom(1 << 16)

@@ -16,7 +16,7 @@ import pytest
 
 import quantize8
 from quantize8 import errors
-from quantize8.resources import resource_dir
+from quantize8.files import resource_dir
 
 ROOT = Path(quantize8.__file__).parent.parent
 FUNCTIONS = [name for name in quantize8.__all__ if isfunction(getattr(quantize8, name))]

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from quantize8 import SourceError, convert, inspect
 from quantize8.calibration.activations import activations, watch
+from quantize8.files import TEXT
 from quantize8.kernels import cpu, reference
-from quantize8.resources import TEXT
 from quantize8.runtime.loading import find_tokenizer
 from quantize8.runtime.streaming import streamed
 from quantize8.sources import open_checkpoint

@@ -15,7 +15,7 @@ from quantize8 import ArtifactError, Int8Linear, OutputError, SourceError, conve
 from quantize8.artifact.manifest import read_manifest
 from quantize8.artifact.outliers import OUTLIERS_NAME, read_outliers
 from quantize8.commands.run import Comparison
-from quantize8.resources import TEXT as ADDRESS
+from quantize8.files import TEXT as ADDRESS
 from quantize8.sources import open_checkpoint
 from quantize8.sources.hub import needed_files
 

@@ -3,8 +3,8 @@
 import pytest
 
 from quantize8 import RecipeError
+from quantize8.files import resource_dir
 from quantize8.recipe import Recipe, load_recipe
-from quantize8.resources import resource_dir
 
 
 def test_shipped_recipes():

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoModel
 
 from quantize8 import Int8Linear, SourceError, WeightError, convert, load
+from quantize8.files import TEXT
 from quantize8.kernels.reference import INT8_MAX
-from quantize8.resources import TEXT
 
 THRESHOLD = 6.0
 

@@ -27,8 +27,8 @@ import numpy as np
 from quantize8.calibration.scoring import Pairs, check_context, compare, likelihoods
 from quantize8.calibration.text import open_for_text, read_text
 from quantize8.errors import SourceError
+from quantize8.files import TEXT
 from quantize8.kernels.reference import Array, OutlierMode
-from quantize8.resources import TEXT
 from quantize8.runtime.loading import quiet
 
 if TYPE_CHECKING:

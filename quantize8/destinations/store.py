@@ -23,7 +23,7 @@ from quantize8.destinations.base import Batch, Build, Destination
 from quantize8.destinations.journal import SUFFIX, Heading, Records, agrees, begun, parse, records_of
 from quantize8.destinations.local import LocalFolder, Staging, check_disk, unlike
 from quantize8.errors import OutputError, Quantize8Error
-from quantize8.resources import cache_dir
+from quantize8.files import cache_dir
 from quantize8.sources.address import HUB_SCHEME, file_system, reason, scheme_of, without_secrets
 from quantize8.sources.base import CONFIG_NAME
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from quantize8.errors import DependencyError, first_line
+from quantize8.files import cache_dir, resource_dir
 from quantize8.kernels.cuda import Kernel
-from quantize8.resources import cache_dir, resource_dir
 
 _OPTIONS = ("-std=c++17", "-default-device", "--ptxas-options=-v", "--ptxas-options=-warn-spills")
 _OPENING = threading.Lock()  # only one thread may do the first compilation

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from quantize8.errors import ArtifactError, DependencyError, SourceError
+from quantize8.files import TEXT
 from quantize8.formats.gguf.reader import GgufCheckpoint
 from quantize8.kernels.reference import FLOAT16_MAX
-from quantize8.resources import TEXT
 from quantize8.runtime.comparison import Check as Check
 from quantize8.runtime.loading import find_tokenizer, quiet
 from quantize8.runtime.streaming import Weights, empty_model, streamed

@@ -34,6 +34,12 @@ OPTIONAL_BIASES = {  # setting of config.json -> the Linear layers to which it g
 }
 
 
+def architecture_of(config: Mapping[str, Any]) -> str | None:
+    """The model class that a config.json names first; None if it names none."""
+    names = config.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+
+
 def plain_tensors(architecture: str | None, config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of each tensor of a plain decoder, in the order of the model.
 

@@ -16,8 +16,7 @@ from typing import BinaryIO
 from filelock import FileLock
 
 from quantize8.errors import SourceError
-from quantize8.files import flush
-from quantize8.resources import cache_dir
+from quantize8.files import cache_dir, flush
 from quantize8.sources import hub, ordered
 from quantize8.sources.ordered import OrderedFile, Transfers
 from quantize8.sources.ranges import HubFile

@@ -14,6 +14,7 @@ from typing import Any
 
 from quantize8 import limits
 from quantize8.errors import SourceError, first_line
+from quantize8.sources.decoders import architecture_of
 from quantize8.sources.guard import guarded
 
 _FLOAT = "__float__"  # transformers 5 writes {"__float__": "Infinity"}, as JSON has no infinity
@@ -44,12 +45,6 @@ class Native:
         """Build the model with initial weights, on torch's default device; transformers' errors are passed on."""
         make = getattr(self.kind, "_from_config", None) or self.kind.from_config
         return make(self.settings, **self.arguments, **given)
-
-
-def architecture_of(config: Mapping[str, Any]) -> str | None:
-    """The model class that a config.json names first; None if it names none."""
-    names = config.get("architectures")
-    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
 
 
 def is_known(config: Mapping[str, Any]) -> bool:

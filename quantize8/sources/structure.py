@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 from quantize8.errors import SourceError
 from quantize8.optional import require
 from quantize8.sources.base import Checkpoint, TensorInfo
-from quantize8.sources.decoders import EMBEDDING, HEAD, plain_tensors
-from quantize8.sources.native import architecture_of, build_meta_model, is_known
+from quantize8.sources.decoders import EMBEDDING, HEAD, architecture_of, plain_tensors
+from quantize8.sources.native import build_meta_model, is_known
 
 LINEAR, CONV1D = "Linear", "Conv1D"  # Conv1D is GPT-2's Linear, with its weight stored [in, out]
 EXPERT = "expert"  # a matrix of one expert, which checkpoints store separately and transformers joins with the others

@@ -8,8 +8,8 @@ import threading
 from functools import cache
 from pathlib import Path
 
+from quantize8.files import resource_dir
 from quantize8.kernels.cuda import Capability, Kernel, pack
-from quantize8.resources import resource_dir
 
 HERE = Path(__file__).parent
 SOURCES = resource_dir("cuda")

@@ -48,8 +48,8 @@ from quantize8.kernels import ABSMAX, MSE, cpu, q8_0
 from quantize8.kernels.q8_0 import BLOCK, Q8_0
 from quantize8.kernels.reference import STATS_TILE_ROWS, Array, ColumnStats, as_bytes
 from quantize8.optional import require
+from quantize8.sources.decoders import architecture_of
 from quantize8.sources.guard import guarded
-from quantize8.sources.native import architecture_of
 
 if TYPE_CHECKING:
     from quantize8.conversion.plan import Plan
