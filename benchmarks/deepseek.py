@@ -159,8 +159,8 @@ class SparseWriter(Writer):
             file = self._places[out.name].name
             records[out.name] = TensorRecord(file, out.dtype, out.shape, digest(out.name.encode()))
         if source.removesuffix(".weight") in self._plan.modules:
-            info, dtype = self._plan.checkpoint.tensors[source], self._plan.checkpoint.stored_dtype(source)
-            next(iter(records.values())).quantized = _of_zeros(info.shape, dtype)
+            info = self._plan.checkpoint.tensors[source]
+            next(iter(records.values())).quantized = _of_zeros(info.shape, info.stored_dtype)
         return records
 
 

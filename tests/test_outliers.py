@@ -11,7 +11,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from quantize8 import ArtifactError, Int8Linear, OutputError, SourceError, convert, evaluate, load, report, run, verify
+from quantize8 import ArtifactError, Int8Linear, OutputError, SourceError, convert, evaluate, load, reports, run, verify
 from quantize8.artifact.manifest import read_manifest
 from quantize8.artifact.outliers import OUTLIERS_NAME, read_outliers
 from quantize8.commands.run import Comparison
@@ -242,7 +242,7 @@ def test_a_dry_run_does_not_calibrate_and_says_so(sound, tmp_path, monkeypatch):
     assert result.to_calibrate and result.plan.outliers is None and not list(tmp_path.iterdir())
     console = Console(width=160)
     with console.capture() as shown:
-        console.print(report.conversion(result))
+        console.print(reports.conversion(result))
     assert "columns are chosen from the text when the conversion runs, not in this plan" in shown.get()
 
 

@@ -341,7 +341,7 @@ def test_float8_that_was_only_cast(tmp_path):
     assert result.as_json()["bits_per_weight"] == pytest.approx(16, abs=1)
     made = convert(str(source), tmp_path / "int8")
     assert len(made.plan.modules) == 14
-    assert open_checkpoint(str(tmp_path / "int8")).is_int8("model.layers.0.mlp.up_proj.weight")
+    assert open_checkpoint(str(tmp_path / "int8")).tensors["model.layers.0.mlp.up_proj.weight"].is_int8
 
 
 def test_float8_with_scales_that_nothing_explains(tmp_path):

@@ -11,7 +11,7 @@ from helpers.making import llama, mixtral, word_tokenizer
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from quantize8 import SourceError, convert, load, report, verify
+from quantize8 import SourceError, convert, load, reports, verify
 from quantize8.artifact.manifest import digest, read_manifest
 from quantize8.artifact.outliers import Calibrated
 from quantize8.calibration import smoothing
@@ -233,7 +233,7 @@ def test_codes_of_an_int8_weight_are_not_those_of_the_product(tmp_path):
     stored = open_checkpoint(str(tmp_path / "int8"))
     name, other = f"{FEED}.down_proj.weight", f"{FEED}.up_proj.weight"
     smoothed = SmoothedCheckpoint(stored, {name: Factors(rows=np.full(32, 2, np.float32))})
-    assert not smoothed.is_int8(name) and smoothed.is_int8(other) and smoothed.decoded == stored.decoded
+    assert not smoothed.tensors[name].is_int8 and smoothed.tensors[other].is_int8 and smoothed.decoded == stored.decoded
     np.testing.assert_array_equal(smoothed.rows(name, 0, 32), 2 * stored.rows(name, 0, 32))
     np.testing.assert_array_equal(smoothed.int8_rows(other, 0, 9)[0], stored.int8_rows(other, 0, 9)[0])
 
@@ -264,7 +264,7 @@ def test_the_report_says_how_much_is_smoothed(tmp_path):
     assert left
     console = Console(width=160)
     with console.capture() as shown:
-        console.print(report.conversion(result))
+        console.print(reports.conversion(result))
     whole = 2 * (32 + 32 + 16 + 48)
     assert f"{whole - left} features; {left} left, whose weights would overflow or lose digits" in shown.get()
     planned = convert(str(source), tmp_path / "new", calibrate=tmp_path / "text", smooth=0.9, dry_run=True)

@@ -171,7 +171,7 @@ def _kind(plan: Plan, name: str) -> str:
     if checkpoint.one_reader_a_file:
         return _STREAMED
     what = "matrices" if len(checkpoint.tensors[name].shape) > 1 else "vectors"
-    return f"{checkpoint.stored_dtype(name)} to {plan.outputs[name][0].dtype}, {what}"
+    return f"{checkpoint.tensors[name].stored_dtype} to {plan.outputs[name][0].dtype}, {what}"
 
 
 def _seconds(plan: Plan, units: Sequence[WorkUnit], rates: dict[str, float]) -> float:

@@ -148,12 +148,12 @@ class Plan:
     @property
     def carries(self) -> bool:
         """Whether every int8 module keeps the codes that the source stores."""
-        return bool(self.modules) and all(self.checkpoint.is_int8(f"{name}.weight") for name in self.modules)
+        return bool(self.modules) and all(self.checkpoint.tensors[f"{name}.weight"].is_int8 for name in self.modules)
 
     @property
     def quantized(self) -> list[str]:
         """Source tensors that become int8 and are not int8 already."""
-        return [name for name in self.format.quantizes(self) if not self.checkpoint.is_int8(name)]
+        return [name for name in self.format.quantizes(self) if not self.checkpoint.tensors[name].is_int8]
 
     @property
     def weights(self) -> int:
@@ -308,7 +308,7 @@ def _choose(
     tensors, head = checkpoint.tensors, structure.output_head
     linears, refused = output.linears(structure)
     modules, kept = dict(linears), structure.kept | refused
-    if head is not None and (recipe.output_head or checkpoint.is_int8(f"{head}.weight")):
+    if head is not None and (recipe.output_head or checkpoint.tensors[f"{head}.weight"].is_int8):
         modules[head] = LINEAR
         del kept[head]
     for name in list(modules):

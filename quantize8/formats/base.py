@@ -220,7 +220,7 @@ class Int8Format(Format):
         stats, source = ColumnStats.empty(columns), blake3()
         absmax: list[Array] = []
         exact: list[Array] = []
-        read = _carried if plan.checkpoint.is_int8(name) else _quantized
+        read = _carried if plan.checkpoint.tensors[name].is_int8 else _quantized
         for values, codes, peaks in read(plan, info, quantizer, stats, source):
             if not np.isfinite(peaks).all():
                 raise _unfit(values, peaks, info, sum(map(len, absmax)))
@@ -236,7 +236,7 @@ class Int8Format(Format):
             for tensor, array in zip(calibrated.tensors(module, rows), arrays, strict=True):
                 yield Piece(tensor.name, array)
         return summarize(
-            stats, scales, plan.checkpoint.stored_dtype(name), source.hexdigest(), name in plan.transposed,
+            stats, scales, plan.checkpoint.tensors[name].stored_dtype, source.hexdigest(), name in plan.transposed,
             MSE if name in plan.searches else ABSMAX,
         )  # fmt: skip
 

@@ -112,10 +112,6 @@ def uncast(stored: Checkpoint) -> Checkpoint:
 class _Uncast(Wrapper):
     """Float8 tensors without scales, read as bfloat16."""
 
-    def stored_dtype(self, name: str) -> str:
-        """See `Checkpoint.stored_dtype`."""
-        return self.inner.tensors[name].dtype
-
     def rows(self, name: str, start: int, stop: int) -> Array:
         """See `Checkpoint.rows`."""
         values = self.inner.rows(name, start, stop)

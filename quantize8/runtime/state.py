@@ -57,8 +57,10 @@ def plan_loading(checkpoint: Checkpoint) -> LoadPlan:
     decoded if it is quantized in another way.
     """
     structure = structure_of(checkpoint)
-    linears = {name for name in (*structure.linears, *structure.kept) if checkpoint.is_int8(f"{name}.weight")}
-    int8_experts = bool(structure.experts) and all(checkpoint.is_int8(f"{name}.weight") for name in structure.experts)
+    linears = {name for name in (*structure.linears, *structure.kept) if checkpoint.tensors[f"{name}.weight"].is_int8}
+    int8_experts = bool(structure.experts) and all(
+        checkpoint.tensors[f"{name}.weight"].is_int8 for name in structure.experts
+    )
     experts = set(structure.experts if int8_experts else ())
     state: dict[str, LazyTensor] = {}
     for name in checkpoint.tensors:

@@ -1,4 +1,10 @@
-"""What every source of weights offers: names, shapes and dtypes at once, values a block of rows at a time."""
+"""What every source of weights offers: names, shapes and dtypes at once, values a block of rows at a time.
+
+Also, which files of a model folder are copied into an artifact: all that are not known to be something else.
+Tokenizers, processors and templates have names of every kind (`source.spm`, `bpe.codes`, `tokenizer.model.v3`), so a
+list of them is never complete. Weights, leftovers of other tools, and files that only describe the model are left out.
+Names alone decide, so the result is the same for a folder, the hub and an object store.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +16,8 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import ml_dtypes
@@ -20,7 +27,6 @@ from blake3 import blake3
 from quantize8 import limits
 from quantize8.errors import SourceError
 from quantize8.kernels.reference import Array
-from quantize8.sources.companions import files_left_out, files_to_copy
 
 # safetensors' names of dtypes, as NumPy knows them
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -51,57 +57,90 @@ FLOATING = ("F64", *QUANTIZABLE)
 FLOAT_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # in a config.json
 CONFIG_NAME = "config.json"
 _MODULES_NAME = "modules.json"  # of sentence-transformers: the parts that a text goes through, the model first
-_HEAD_BYTES = 2**20  # of a weight file whose header has no known size
+
+# Files of a model folder, by name
+_OURS = ("config.json", "*.index.json", "quantize8.json")  # which an artifact has of its own
+_WEIGHTS = (
+    *(".safetensors", ".bin", ".gguf", ".ggml", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot"),
+    *(".onnx", ".onnx_data", ".tflite", ".nemo", ".mlmodel", ".mlpackage", ".xml", ".engine"),
+    *(".tar", ".gz", ".zip", ".7z", ".parquet", ".arrow"),
+)
+_ADAPTERS = ("adapter_config.json",)  # by which transformers would look for further weights
+_TRAINING = ("trainer_state.json", "events.out.tfevents.*", "*.log", "*.lock", "*.incomplete", "zero_to_fp32.py")
+_PICKLES = (".pkl", ".pickle", ".joblib")  # which run code when they are opened
+_ABOUT = ("README.md", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp", "*.mp4", "*.webm", "*.pdf", "*.ipynb")
+_MODULE = re.compile(r"\d+_\w+/.+")  # a module of sentence-transformers, such as 2_Dense, whose weights are its own
 
 _LAYER_COUNT = re.compile(r"(^|_)(layers?|depths?|blocks)$")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A stored tensor: dtype by its safetensors name, shape, and the file (relative to the model) that holds it.
+    """A tensor of a checkpoint, known from a header.
 
-    Raises SourceError for a name or a shape beyond the limits.
+    Attributes:
+        name: Its name.
+        dtype: The dtype in which `Checkpoint.rows` returns it, by its safetensors name.
+        shape: Its shape.
+        file: The file that holds it, relative to the model folder.
+        stored_dtype: The dtype in which its values are stored; `dtype` by default.
+        is_int8: Whether it is stored as int8 codes with one scale for each row; `Checkpoint.int8_rows` returns these.
+        nbytes: Size of the values in bytes.
+
+    Raises:
+        SourceError: The name or the shape exceeds a limit.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: str
+    stored_dtype: str = ""
+    is_int8: bool = False
+    nbytes: int = field(init=False)
 
     def __post_init__(self) -> None:
-        limits.check_tensor(self.name, self.shape, DTYPES[self.dtype].itemsize, self.file, SourceError)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the values."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        itemsize = DTYPES[self.dtype].itemsize
+        limits.check_tensor(self.name, self.shape, itemsize, self.file, SourceError)
+        object.__setattr__(self, "nbytes", math.prod(self.shape) * itemsize)
+        object.__setattr__(self, "stored_dtype", self.stored_dtype or self.dtype)
 
 
 @dataclass
 class Checkpoint(ABC):
-    """A model's weights and small files. `tensors` is in the order of storage; nothing else is read until asked."""
+    """A model's weights and small files. Headers are read when it is opened; values when they are asked for.
+
+    Attributes:
+        folder: The model folder.
+        name: The name of the model: the last part of its hub id, or of its folder or file.
+        identity: What the manifest says of the source: its id, and its revision if it is a hub model.
+        tensors: The tensors by name, in the order in which they are stored.
+        files: Weight file -> how many of its first bytes identify its content.
+        decoded: Weights [N, K] that are stored quantized, and that `rows` returns in float32.
+        is_remote: Whether the weights are read from elsewhere, and not stored on this machine.
+        one_reader_a_file: Whether each file should be read by one thread, tensor by tensor in the order of `tensors`.
+    """
 
     folder: Path
-    name: str  # of the model: the last part of its hub id, or its folder or file name
-    identity: dict[str, str]  # what the manifest says of the source: id, and revision where there is one
+    name: str
+    identity: dict[str, str]
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
+    decoded: frozenset[str] = frozenset()
+    is_remote: bool = False
+    one_reader_a_file: bool = False
 
     @abstractmethod
     def rows(self, name: str, start: int, stop: int) -> Array:
-        """Rows start..stop along the first dimension, contiguous, in the dtype of `tensors[name]`.
+        """Read rows start..stop along the first dimension, contiguous, in the dtype of `tensors[name]`.
 
-        A tensor without dimensions is one row. Safe to call from several threads.
+        A tensor without dimensions is one row. May be called from several threads.
         """
 
     @property
     def config(self) -> dict[str, Any]:
         """The model's config.json, without an entry on quantization that reading undoes."""
         return read_config(self.folder)
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether the weights are read from elsewhere, and kept nowhere."""
-        return False
 
     @property
     def is_encoder(self) -> bool:
@@ -118,86 +157,70 @@ class Checkpoint(ABC):
 
     @property
     def origin(self) -> Checkpoint:
-        """The checkpoint as it was opened, by whose kind its settings and tokenizer are found."""
+        """The checkpoint as it was opened; its kind decides where settings and tokenizer are found."""
         return self
 
     @property
-    def decoded(self) -> frozenset[str]:
-        """Weights [N, K] that are stored quantized, and that `rows` gives in float32."""
-        return frozenset()
-
-    @property
     def stored_bytes(self) -> int:
-        """Bytes of all tensors as they are stored."""
+        """Size of all tensors as they are stored, in bytes."""
         return sum(info.nbytes for info in self.tensors.values())
 
     def fingerprint(self) -> dict[str, list[Any]]:
-        """What tells whether a weight file has changed: {file: [bytes, time of change in ns, BLAKE3 of its head]}.
+        """Identify the content of the weight files: {file: [bytes, time of change in ns, BLAKE3 of its head]}.
 
-        A hub model's revision says more than the time, which differs between copies of it: there it is 0.
+        For a hub model the time is 0: it differs between copies of a revision, which says more.
+
+        Raises:
+            SourceError: A file cannot be read.
         """
-        pinned, files = "revision" in self.identity, sorted(self._files())
-        return {file: _stamp(self.folder / file, self._head_bytes(file), pinned) for file in files}
-
-    def _files(self) -> Collection[str]:
-        """The weight files, relative to the folder."""
-        return {info.file for info in self.tensors.values()}
-
-    def _head_bytes(self, file: str) -> int:
-        """How much of a weight file tells what is in it."""
-        return _HEAD_BYTES
-
-    def stored_dtype(self, name: str) -> str:
-        """The dtype that a tensor's values are stored in."""
-        return self.tensors[name].dtype
-
-    def is_int8(self, name: str) -> bool:
-        """Whether a weight is stored as int8 codes with one scale per row, which `int8_rows` gives as they are."""
-        return False
+        stamps: dict[str, list[Any]] = {}
+        for name in sorted(self.files):
+            path = self.folder / name
+            try:
+                with path.open("rb") as file:
+                    status = os.fstat(file.fileno())
+                    head = blake3(file.read(self.files[name])).hexdigest()
+            except OSError as error:
+                raise SourceError(f"{path}: cannot be read ({error.strerror}); fetch the checkpoint again") from None
+            stamps[name] = [status.st_size, 0 if "revision" in self.identity else status.st_mtime_ns, head]
+        return stamps
 
     def int8_rows(self, name: str, start: int, stop: int) -> tuple[Array, Array]:
-        """Rows start..stop of a weight that `is_int8`: codes int8 [n, K] in -127..127, absmax float32 [n]."""
+        """Read rows start..stop of a weight that `is_int8`: codes int8 [n, K] in -127..127, absmax float32 [n]."""
         raise NotImplementedError(name)
 
-    @property
-    def one_reader_a_file(self) -> bool:
-        """Whether each file should be read by one thread, tensor by tensor in the order of `tensors`."""
-        return False
-
     def confirm(self, file: str | None = None) -> None:  # noqa: B027 - most sources promise nothing
-        """Refuse a file, or all, whose content is not what its source promised. Called when it was read.
+        """Raise SourceError if a file, or any file, is not what its source promised. Called after it was read.
 
-        Only where that is not known beforehand: a stream is hashed on its way.
+        Only a stream does so, which is hashed while it is read; all other sources are checked before.
         """
 
     def left_behind(self) -> dict[str, str]:
-        """Files of the model's folder that neither are read nor go into an artifact -> why."""
-        return left_behind(self.folder, self._files())
+        """Files of the model's folder that are neither read nor copied into an artifact -> why."""
+        about = ("hidden", "about")  # every model has some of these
+        left = files_left_out(_names(self.folder))
+        return {name: why for name, why in left.items() if not why.startswith(about) and name not in self.files}
 
     def write_companions(self, folder: Path) -> None:
-        """Put the tokenizer and the other small files into `folder`, unchanged."""
+        """Copy the tokenizer and the other small files into `folder`, unchanged."""
         for path in companions(self.folder):
             target = folder / path.relative_to(self.folder)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
 
     def blocks(self, name: str, block_bytes: int | None = None, multiple: int = 1) -> Iterator[Array]:
-        """All rows of a tensor in order, in blocks of about so many bytes, a multiple of `multiple` rows each."""
+        """Read all rows of a tensor in order, block by block.
+
+        Args:
+            name: The tensor.
+            block_bytes: Approximate size of a block; None for BLOCK_BYTES.
+            multiple: Every block but the last has a multiple of so many rows.
+        """
         info = self.tensors[name]
         count = info.shape[0] if info.shape else 1
         step = max(1, (block_bytes or BLOCK_BYTES) * count // max(1, info.nbytes) // multiple) * multiple
         for start in range(0, count, step):
             yield self.rows(name, start, min(start + step, count))
-
-
-def _stamp(path: Path, head_bytes: int, pinned: bool) -> list[Any]:
-    try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            head = blake3(file.read(head_bytes)).hexdigest()
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror}); fetch the checkpoint again") from None
-    return [status.st_size, 0 if pinned else status.st_mtime_ns, head]
 
 
 def model_dtype(config: dict[str, Any], tensors: Iterable[TensorInfo]) -> str:
@@ -243,7 +266,11 @@ def check_settings(config: dict[str, Any], path: Path) -> None:
 
 
 def companions(folder: Path) -> list[Path]:
-    """Files of a model folder that belong to it whatever its weights' format, sorted; see `companions.py`."""
+    """The files of a model folder that belong to it whatever its weights' format, sorted.
+
+    Raises:
+        SourceError: One lies outside the folder, or is too large to be copied.
+    """
     paths = [contained(folder / name, folder) for name in files_to_copy(_names(folder))]
     for path in paths:
         if path.stat().st_size > limits.SMALL_BYTES:
@@ -251,11 +278,47 @@ def companions(folder: Path) -> list[Path]:
     return paths
 
 
-def left_behind(folder: Path, used: Collection[str]) -> dict[str, str]:
-    """Files of a model folder that do not go into an artifact, besides the weight files `used` -> why."""
-    quiet = ("hidden", "about")  # every model has some of these
-    found = {name: why for name, why in files_left_out(_names(folder)).items() if not why.startswith(quiet)}
-    return {name: why for name, why in found.items() if name not in used}
+def files_to_copy(names: Collection[str]) -> list[str]:
+    """The files of a model folder that an artifact gets unchanged, sorted.
+
+    Args:
+        names: All files of the folder, as POSIX paths relative to it.
+    """
+    left = files_left_out(names)
+    ours = {name for name in names if "/" not in name and any(fnmatch(name, pattern) for pattern in _OURS)}
+    return sorted({*names} - left.keys() - ours)
+
+
+def files_left_out(names: Collection[str]) -> dict[str, str]:
+    """The files of a model folder that an artifact does not get, with the reason for each.
+
+    Files that an artifact has of its own, such as config.json, are not among them.
+
+    Args:
+        names: All files of the folder, as POSIX paths relative to it.
+    """
+    with_weights = {name.rpartition("/")[0] for name in names if PurePosixPath(name).suffix.lower() in _WEIGHTS}
+    left: dict[str, str] = {}
+    for name in sorted(names):
+        path, folder = PurePosixPath(name), name.rpartition("/")[0]
+        kinds = ((_ADAPTERS, "an adapter's"), (_TRAINING, "left by training"), (_ABOUT, "about the model"))
+        if not folder and any(fnmatch(name, pattern) for pattern in _OURS):
+            continue
+        if any(part.startswith(".") or part == "__pycache__" for part in path.parts) or len(path.parts) > 2:
+            left[name] = "hidden, or deeper in the folder than a model's files"
+        elif _MODULE.fullmatch(name):
+            continue
+        elif path.suffix.lower() in _WEIGHTS:
+            left[name] = "weights that are not read"
+        elif folder and folder in with_weights:
+            left[name] = "beside weights of another format or model"
+        elif path.suffix.lower() in _PICKLES:
+            left[name] = "a pickle, which runs code when it is opened"
+        else:
+            for patterns, reason in kinds:
+                if any(fnmatch(path.name, pattern) for pattern in patterns):
+                    left.setdefault(name, reason)
+    return left
 
 
 def _names(folder: Path) -> list[str]:

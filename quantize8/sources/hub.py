@@ -11,8 +11,7 @@ from pathlib import Path
 from quantize8.errors import SourceError, first_line
 from quantize8.formats.gguf.parts import group_parts
 from quantize8.sources import safetensors, torch_bin
-from quantize8.sources.base import CONFIG_NAME
-from quantize8.sources.companions import files_to_copy
+from quantize8.sources.base import CONFIG_NAME, files_to_copy
 from quantize8.sources.ranges import Digest, HubFile, Interrupted
 
 _MANIFEST = "quantize8.json"

@@ -36,7 +36,7 @@ class QuantizedCheckpoint(Wrapper):
     def __init__(self, stored: Checkpoint, encodings: dict[str, Encoding]) -> None:
         super().__init__(stored, {})
         self.encodings = {f"{module}.weight": encoding for module, encoding in encodings.items()}
-        self._decoded = frozenset(self.encodings)  # `decoded` is read once per tensor, and there may be 92,000
+        self.decoded = frozenset(self.encodings)
         parts = {part: name for name, encoding in self.encodings.items() for part in encoding.tensors}
         for info in stored.tensors.values():
             name = parts.get(info.name)
@@ -44,26 +44,14 @@ class QuantizedCheckpoint(Wrapper):
                 self._check_plain(info)
                 self.tensors[info.name] = info
             elif name is not None and name not in self.tensors:
-                self.tensors[name] = TensorInfo(name, "F32", self.encodings[name].shape, info.file)
+                encoding = self.encodings[name]
+                stored_dtype, is_int8 = stored.tensors[encoding.tensors[0]].dtype, isinstance(encoding, RowwiseInt8)
+                self.tensors[name] = TensorInfo(name, "F32", encoding.shape, info.file, stored_dtype, is_int8)
 
     @property
     def config(self) -> dict[str, Any]:
         """The config.json of the model, without its quantization."""
         return {key: value for key, value in super().config.items() if key not in _CONFIG_KEYS}
-
-    @property
-    def decoded(self) -> frozenset[str]:
-        """See `Checkpoint.decoded`."""
-        return self._decoded
-
-    def stored_dtype(self, name: str) -> str:
-        """See `Checkpoint.stored_dtype`."""
-        encoding = self.encodings.get(name)
-        return self.inner.tensors[name if encoding is None else encoding.tensors[0]].dtype
-
-    def is_int8(self, name: str) -> bool:
-        """See `Checkpoint.is_int8`."""
-        return isinstance(self.encodings.get(name), RowwiseInt8)
 
     def int8_rows(self, name: str, start: int, stop: int) -> tuple[Array, Array]:
         """See `Checkpoint.int8_rows`."""

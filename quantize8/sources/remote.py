@@ -59,24 +59,15 @@ class StreamedCheckpoint(SafetensorsCheckpoint):
         try:
             self._heads = dict(zip(known, self._transfers.fetching.map(self._header, known), strict=True))
             super().__init__(folder, files, identity, name)
+            self.is_remote = self.one_reader_a_file = True
         except BaseException:
             self._transfers.close()
             raise
-
-    @property
-    def one_reader_a_file(self) -> bool:
-        """See `Checkpoint.one_reader_a_file`."""
-        return True
 
     def confirm(self, file: str | None = None) -> None:
         """See `Checkpoint.confirm`."""
         for name in self._ordered if file is None else [file]:
             self._ordered[name].confirm()
-
-    @property
-    def is_remote(self) -> bool:
-        """See `Checkpoint.is_remote`."""
-        return True
 
     def fingerprint(self) -> dict[str, list[Any]]:
         """See `Checkpoint.fingerprint`; a header identifies a file as well as that of a local file does."""

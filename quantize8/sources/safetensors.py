@@ -32,7 +32,6 @@ class SafetensorsCheckpoint(Checkpoint):
         super().__init__(folder, name, identity)
         self._offsets: dict[str, int] = {}  # of a tensor's first byte, from the start of its file
         self._descriptors: dict[str, int] = {}
-        self._starts: dict[str, int] = {}  # of a file's data
         for file in files:
             self._add(file)
 
@@ -57,9 +56,6 @@ class SafetensorsCheckpoint(Checkpoint):
         if not whole:
             raise SourceError(f"{where} ends early; the file changed while it was read")
 
-    def _head_bytes(self, file: str) -> int:
-        return self._starts[file]
-
     def __del__(self) -> None:
         for descriptor in getattr(self, "_descriptors", {}).values():
             os.close(descriptor)
@@ -67,7 +63,7 @@ class SafetensorsCheckpoint(Checkpoint):
     def _add(self, file: str) -> None:
         path = self.folder / file
         header, data_start = self._open(file)
-        self._starts[file] = data_start
+        self.files[file] = data_start
         for name, entry in header.items():
             if name in self.tensors:
                 raise SourceError(f"{path}: {name} is also in {self.tensors[name].file}; keep one of the two files")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -49,7 +49,9 @@ class SmoothedCheckpoint(Wrapper):
     """
 
     def __init__(self, inner: Checkpoint, factors: Mapping[str, Factors], features: int = 0, left: int = 0) -> None:
-        super().__init__(inner, inner.tensors)
+        # the codes of a multiplied weight differ from those of the source
+        changed = {name: replace(inner.tensors[name], is_int8=False) for name in factors}
+        super().__init__(inner, {**inner.tensors, **changed})
         self.factors = factors
         self.features, self.left = features, left
 
@@ -58,10 +60,6 @@ class SmoothedCheckpoint(Wrapper):
         """How many features are smoothed, for a report."""
         left = f"; {self.left} left, whose weights would overflow or lose digits" if self.left else ""
         return f"{self.features - self.left} features{left}"
-
-    def is_int8(self, name: str) -> bool:
-        """See `Checkpoint.is_int8`; the codes of a multiplied weight differ from those of the source."""
-        return name not in self.factors and super().is_int8(name)
 
     def rows(self, name: str, start: int, stop: int) -> Array:
         """See `Checkpoint.rows`."""

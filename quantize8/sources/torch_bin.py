@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "pytorch_model.bin.index.json"
 SINGLE_NAME = "pytorch_model.bin"
+_HEAD_BYTES = 2**20  # identify the content of a file, which has no header of a known size
 _SHARDS = "pytorch_model-*.bin"
 _PICKLES_BEFORE = 4  # before torch 1.6: a magic number, version, machine, tensors; then the storages' keys and values
 
@@ -49,6 +50,7 @@ class TorchCheckpoint(Checkpoint):
         tied = self.config.get("tie_word_embeddings", True)  # transformers' default
         seen: set[tuple[Any, ...]] = set()
         for file in files:
+            self.files[file] = _HEAD_BYTES
             for tensor, value in _load(contained(folder / file, folder)).items():
                 check_tensor(tensor, value.shape, value.element_size(), str(folder / file), SourceError)
                 if value.numel() * value.element_size() > value.untyped_storage().nbytes():

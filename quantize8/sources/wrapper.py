@@ -20,18 +20,14 @@ class Wrapper(Checkpoint):
     """
 
     def __init__(self, inner: Checkpoint, tensors: dict[str, TensorInfo]) -> None:
-        super().__init__(inner.folder, inner.name, inner.identity, tensors)
+        facts = inner.files, inner.decoded, inner.is_remote, inner.one_reader_a_file
+        super().__init__(inner.folder, inner.name, inner.identity, tensors, *facts)
         self.inner = inner
 
     @property
     def config(self) -> dict[str, Any]:
         """See `Checkpoint.config`."""
         return self.inner.config
-
-    @property
-    def is_remote(self) -> bool:
-        """See `Checkpoint.is_remote`."""
-        return self.inner.is_remote
 
     @property
     def is_encoder(self) -> bool:
@@ -44,11 +40,6 @@ class Wrapper(Checkpoint):
         return self.inner.origin
 
     @property
-    def decoded(self) -> frozenset[str]:
-        """See `Checkpoint.decoded`."""
-        return self.inner.decoded
-
-    @property
     def stored_bytes(self) -> int:
         """See `Checkpoint.stored_bytes`."""
         return self.inner.stored_bytes
@@ -57,14 +48,6 @@ class Wrapper(Checkpoint):
         """See `Checkpoint.fingerprint`."""
         return self.inner.fingerprint()
 
-    def stored_dtype(self, name: str) -> str:
-        """See `Checkpoint.stored_dtype`."""
-        return self.inner.stored_dtype(name)
-
-    def is_int8(self, name: str) -> bool:
-        """See `Checkpoint.is_int8`."""
-        return self.inner.is_int8(name)
-
     def int8_rows(self, name: str, start: int, stop: int) -> tuple[Array, Array]:
         """See `Checkpoint.int8_rows`."""
         return self.inner.int8_rows(name, start, stop)
@@ -72,11 +55,6 @@ class Wrapper(Checkpoint):
     def rows(self, name: str, start: int, stop: int) -> Array:
         """See `Checkpoint.rows`."""
         return self.inner.rows(name, start, stop)
-
-    @property
-    def one_reader_a_file(self) -> bool:
-        """See `Checkpoint.one_reader_a_file`."""
-        return self.inner.one_reader_a_file
 
     def confirm(self, file: str | None = None) -> None:
         """See `Checkpoint.confirm`."""

@@ -760,10 +760,10 @@ def _quantized(data: bytes, folder: Path) -> None:
     checkpoint = decode(_Memory(folder, _parsed(data)))
     assert checkpoint.stored_bytes >= 0
     for name, info in checkpoint.tensors.items():
-        assert checkpoint.stored_dtype(name) in base.DTYPES
+        assert checkpoint.tensors[name].stored_dtype in base.DTYPES
         for block in checkpoint.blocks(name):
             assert block.shape[1:] == info.shape[1:]
-        if isinstance(checkpoint, QuantizedCheckpoint) and checkpoint.is_int8(name):
+        if isinstance(checkpoint, QuantizedCheckpoint) and checkpoint.tensors[name].is_int8:
             codes, absmax = checkpoint.int8_rows(name, 0, info.shape[0])
             assert codes.dtype == np.int8 and absmax.shape == info.shape[:1]
 

@@ -61,6 +61,7 @@ class GgufCheckpoint(Checkpoint):
         for name, tensor in self._stored.items():
             self.tensors[name] = TensorInfo(name, self.dtype, tensor.shape, tensor.file)
             self._check(name, tensor)
+        self.files = {header.path.name: header.data_offset for header in self.headers}
         self._descriptors = {header.path.name: open_file(header.path, os.O_RDONLY) for header in self.headers}
 
     def __del__(self) -> None:
@@ -120,12 +121,6 @@ class GgufCheckpoint(Checkpoint):
         """Write the tokenizer's files."""
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
-
-    def _files(self) -> list[str]:
-        return [header.path.name for header in self.headers]
-
-    def _head_bytes(self, file: str) -> int:
-        return next(header.data_offset for header in self.headers if header.path.name == file)
 
     def _match(self, stored: dict[str, StoredTensor]) -> dict[str, str]:
         """Map llama.cpp's names to transformers'.
