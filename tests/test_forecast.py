@@ -217,13 +217,13 @@ def test_only_the_beginnings_of_files_are_streamed(hub, tmp_path, monkeypatch):
     read = []
     write = Writer.write
     monkeypatch.setattr(
-        Writer, "write", lambda self, info, quantizer: read.append(info) or write(self, info, quantizer)
+        Writer, "write", lambda self, name, quantizer: read.append(name) or write(self, name, quantizer)
     )
     found = plan("org/tiny", tmp_path / "out", workers=2)
     first = {}
     for info in found.plan.checkpoint.tensors.values():
         first.setdefault(info.file, info)
-    assert {info.name for info in read} == {info.name for info in first.values()} and len(first) == 2
+    assert {*read} == {info.name for info in first.values()} and len(first) == 2
 
 
 def test_a_hub_model_that_is_no_safetensors_is_fetched(hub, tmp_path):

@@ -116,7 +116,7 @@ def test_a_weight_of_another_shape_is_refused(tmp_path):
     config = json.loads((source / "config.json").read_text()) | {"intermediate_size": 40}
     (source / "config.json").write_text(json.dumps(config))
     with (
-        pytest.raises(SourceError, match=r"_proj\.weight has the shape \[\d+, \d+\], and config\.json says \[.*40"),
+        pytest.raises(SourceError, match=r"_proj\.weight has the shape \[\d+, \d+\], but config\.json says \[.*40"),
         streamed(open_checkpoint(str(source))),
     ):
         pass
