@@ -155,11 +155,11 @@ class SparseWriter(Writer):
     def write(self, source: str, quantizer: Any) -> Any:
         """See `Writer.write`."""
         records = {}
-        for out in self._plan.outputs[source]:
-            file = self._places[out.name].name
+        for out in self.plan.outputs[source]:
+            file = self.places[out.name].name
             records[out.name] = TensorRecord(file, out.dtype, out.shape, digest(out.name.encode()))
-        if source.removesuffix(".weight") in self._plan.modules:
-            info = self._plan.checkpoint.tensors[source]
+        if source.removesuffix(".weight") in self.plan.modules:
+            info = self.plan.checkpoint.tensors[source]
             next(iter(records.values())).quantized = _of_zeros(info.shape, info.stored_dtype)
         return records
 

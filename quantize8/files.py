@@ -81,17 +81,14 @@ def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     view = memoryview(data).cast("B") if len(data) else memoryview(b"")
     done = 0
     while done < len(view):
-        done += _write_some(descriptor, view[done:], offset + done)
+        if hasattr(os, "pwrite"):
+            done += os.pwrite(descriptor, view[done:], offset + done)
+            continue
+        with _MOVING:
+            os.lseek(descriptor, offset + done, os.SEEK_SET)
+            done += os.write(descriptor, view[done:])
     if _START_WRITING is not None:  # or the system would wait for the end, and then there is nothing else to do
         _START_WRITING(descriptor, ctypes.c_int64(offset), ctypes.c_int64(len(view)), _WRITE)
-
-
-def _write_some(descriptor: int, data: memoryview, position: int) -> int:
-    if hasattr(os, "pwrite"):
-        return os.pwrite(descriptor, data, position)
-    with _MOVING:
-        os.lseek(descriptor, position, os.SEEK_SET)
-        return os.write(descriptor, data)
 
 
 def flush(path: Path) -> None:

@@ -73,14 +73,15 @@ def parse_object(data: bytes, path: Path, error: type[Quantize8Error]) -> dict[s
         raise error(f"{path}: holds no JSON object; fetch the file again")
     level: list[Any] = [value]
     for _ in range(JSON_DEPTH):
-        level = [inner for outer in level for inner in _inside(outer) if isinstance(inner, dict | list)]
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
         if not level:
             return value
     raise error(f"{path}: is nested deeper than {JSON_DEPTH} levels; fetch the file again")
-
-
-def _inside(value: Any) -> Any:
-    return value.values() if isinstance(value, dict) else value
 
 
 def check_tensor(name: str, shape: Sequence[int], itemsize: int, where: str, error: type[Quantize8Error]) -> None:

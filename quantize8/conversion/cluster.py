@@ -79,8 +79,8 @@ def write_all(
     ray = _ray()
     check_workers(nodes.workers)
     if isinstance(out, LocalFolder):
-        check_disk(out.path, out.missing_bytes(plan.units))
-        out = LocalFolder(out.path.absolute())
+        check_disk(out.out, out.missing_bytes(plan.units))
+        out = LocalFolder(out.out.absolute())
     task = _Task(plan.options.absolute(), out, nodes, token, plan.decisions())
     resumed = resumed_bytes = 0
     with _connected(ray, nodes.address):

@@ -16,6 +16,7 @@ import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, BinaryIO, NamedTuple
@@ -27,7 +28,7 @@ from quantize8.artifact.manifest import MANIFEST_NAME, Manifest, TensorRecord, d
 from quantize8.artifact.outliers import OUTLIERS_NAME
 from quantize8.conversion.parts import Part
 from quantize8.conversion.plan import Plan, WorkUnit, recorded_plan
-from quantize8.conversion.result import Conversion, errors_of
+from quantize8.conversion.result import Conversion
 from quantize8.destinations.base import Destination, Session
 from quantize8.destinations.journal import Heading, Journal, Records
 from quantize8.destinations.local import Staging, WeightFile, weight_files, write_file
@@ -90,8 +91,8 @@ def write(
             if progress is not None and batch.records is not None:
                 progress(done, total)
         if part is None:
-            result.manifest = _finalize(plan, session, heading, destination.out, overwrite)
-    result.plan, result.errors = plan, errors_of(records)
+            result.manifest = _publish(plan, session, records, overwrite)
+    result.plan, result.records = plan, records
     return result
 
 
@@ -113,9 +114,14 @@ def finalize(
     destination.check(source, overwrite)
     with destination.open(plan.units, decisions, source, overwrite, start_over=False) as session:
         plan, heading = _calibrated(plan, session, decisions)
-        manifest = _finalize(plan, session, heading, out, overwrite)
-    files = [unit.shard.file for unit in plan.units]
-    return Conversion(out, plan, manifest=manifest, errors=errors_of(manifest.tensors), files=files)
+        records, missing = session.collect(plan.units, heading)
+        if missing:
+            files = ", ".join(unit.shard.file for unit in missing)
+            again = f"{plan.options.command(out)} --part {missing[0].number}/{len(plan.units)}"
+            raise OutputError(f"{out}: not finished: {files}; run {again}")
+        manifest = _publish(plan, session, records, overwrite)
+    names = [unit.shard.file for unit in plan.units]
+    return Conversion(out, plan, manifest=manifest, records=manifest.tensors, files=names)
 
 
 def make_quantizers(device: str, scale: str, workers: int | None) -> list[WeightQuantizer]:
@@ -165,44 +171,52 @@ def places(unit: WorkUnit, files: Sequence[WeightFile]) -> dict[str, Place]:
     return found
 
 
+@dataclass(frozen=True)
 class Writer:
-    """Writes one source tensor at a time to its places in the output, from any thread."""
+    """Writes one source tensor at a time to its places in the output, from any thread.
 
-    def __init__(self, plan: Plan, places: Mapping[str, Place], advance: Callable[[int], None] | None = None) -> None:
-        self._plan, self._places, self._advance = plan, places, advance
+    Attributes:
+        plan: What becomes of each tensor.
+        places: Tensor of the artifact -> its place.
+        advance: Called with the bytes of the source that were read.
+    """
+
+    plan: Plan
+    places: Mapping[str, Place]
+    advance: Callable[[int], None] | None = None
 
     def holds(self, source: str, records: Mapping[str, TensorRecord]) -> bool:
         """Whether what a source tensor becomes is there already, by the digests of its bytes."""
         for name, record in records.items():
-            place = self._places.get(name)
+            place = self.places.get(name)
             if place is None or (place.tensor.dtype, place.tensor.shape) != (record.dtype, record.shape):
                 return False
             if place.file.digest(place.offset, place.tensor.nbytes) != record.blake3:
                 return False
-        if self._advance is not None and source in self._plan.checkpoint.tensors:
-            self._advance(self._plan.checkpoint.tensors[source].nbytes)
+        if self.advance is not None and source in self.plan.checkpoint.tensors:
+            self.advance(self.plan.checkpoint.tensors[source].nbytes)
         return True
 
     def write(self, source: str, quantizer: WeightQuantizer) -> Records:
         """Encode a source tensor, write the tensors that it becomes, and return their records."""
-        digests = {tensor.name: blake3() for tensor in self._plan.tensors_of(source)}
+        digests = {tensor.name: blake3() for tensor in self.plan.tensors_of(source)}
         positions = dict.fromkeys(digests, 0)
-        pieces, quantized = self._plan.format.encode(self._plan, source, quantizer), None
+        pieces, quantized = self.plan.format.encode(self.plan, source, quantizer), None
         while True:
             try:
                 name, values, read = next(pieces)
             except StopIteration as end:
                 quantized = end.value
                 break
-            data, place = as_bytes(values), self._places[name]
+            data, place = as_bytes(values), self.places[name]
             digests[name].update(data)
             write_at(place.file.descriptor, data, place.offset + positions[name])
             positions[name] += len(data)
-            if self._advance is not None:
-                self._advance(read)
+            if self.advance is not None:
+                self.advance(read)
         records: Records = {}
         for name, content in digests.items():
-            _, _, file, tensor = self._places[name]
+            _, _, file, tensor = self.places[name]
             records[name] = TensorRecord(file, tensor.dtype, tensor.shape, content.hexdigest(), quantized)
             quantized = None  # of the first tensor alone
         return records
@@ -357,13 +371,8 @@ def _calibrated(
     return plan, {"decisions": decisions, "request": plan.options.recorded(), "calibration_blake3": measured}
 
 
-def _finalize(plan: Plan, session: Session, heading: Heading, out: object, overwrite: bool) -> Manifest:
+def _publish(plan: Plan, session: Session, records: Records, overwrite: bool) -> Manifest:
     """Make an artifact of weight files that are all there. Stopped at any moment, it can be called again."""
-    records, missing = session.collect(plan.units, heading)
-    if missing:
-        files = ", ".join(unit.shard.file for unit in missing)
-        again = f"{plan.options.command(out)} --part {missing[0].number}/{len(plan.units)}"
-        raise OutputError(f"{out}: not finished: {files}; run {again}")
     return session.publish(plan.units, lambda files, parts: assemble(plan, files, parts, records), overwrite)
 
 

@@ -7,7 +7,6 @@ can go on. To add one, add a field, and use it.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import shlex
 from collections.abc import Callable
@@ -89,7 +88,8 @@ class ConvertOptions:
             raise OutputError(f"calibrate {self.calibrate}: {name} has no place for outlier columns; leave it out")
         if self.scale == MSE and not searches:
             raise OutputError(f"scale {MSE}: {no_place}")
-        self._check_calibration()
+        if self.calibrate is None or self.outlier_columns != _AUTO or self.smooth is not None:
+            self._check_calibration()
         parse_size(self.max_shard_size)
 
     def _check_calibration(self) -> None:
@@ -154,10 +154,5 @@ def takes_options(function: _Function) -> _Function:
     known = inspect.signature(ConvertOptions, eval_str=True).parameters
     kept = [each for each in own.parameters.values() if each.kind is not each.VAR_KEYWORD]
     added = [known[each.name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in fields(ConvertOptions)[1:]]
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
-
-    call.__signature__ = own.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
-    return call  # type: ignore[return-value]
+    function.__signature__ = own.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
+    return function

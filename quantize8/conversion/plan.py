@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,8 +81,6 @@ class Plan:
         guessed: Why modules were recognized by their names alone; empty where the architecture's code was used.
         skip_list: Linear modules that stay in floating point, by the names that loaders see.
         transposed: Tensors whose two dimensions are swapped on the way.
-        decoded_dtype: Dtype of a quantized weight that becomes floating point.
-        main_dtype: Dtype of most floating-point tensors, which a floating-point format changes.
         calibration: What the manifest says of the calibration; empty without one.
         text: The text to calibrate with, where this process has read it.
         outputs: Source tensor, or one that is computed -> the tensors of the artifact that it becomes.
@@ -100,8 +99,6 @@ class Plan:
     guessed: str
     skip_list: list[str]
     transposed: set[str]
-    decoded_dtype: str
-    main_dtype: str
     calibration: dict[str, Any] = field(default_factory=dict)
     text: str | None = field(default=None, repr=False)
     outputs: Mapping[str, list[OutTensor]] = field(default_factory=dict)
@@ -109,6 +106,20 @@ class Plan:
     searches: dict[str, ScaleSearch] = field(default_factory=dict)
     calibrated: dict[str, Calibrated] = field(default_factory=dict)
     outliers: Shard | None = None
+
+    @cached_property
+    def main_dtype(self) -> str:
+        """Dtype of most tensors that are stored in floating point, which a floating-point format changes."""
+        return main_dtype(self._plain)
+
+    @cached_property
+    def decoded_dtype(self) -> str:
+        """Dtype of a quantized weight that becomes floating point: the model's."""
+        return model_dtype(self.checkpoint.config, self._plain)
+
+    @property
+    def _plain(self) -> list[TensorInfo]:
+        return [info for info in self.checkpoint.tensors.values() if info.name not in self.checkpoint.decoded]
 
     @property
     def default_out(self) -> Path:
@@ -254,10 +265,9 @@ def plan_of(
     # an int8 Conv1D is stored [out, in] in every format, a floating-point one [in, out]
     conv1d = {f"{name}.weight" for name, kind in structure.linears.items() if kind == CONV1D}
     transposed = {name for name in conv1d if (name in checkpoint.decoded) != (name.removesuffix(".weight") in modules)}
-    plain = [info for info in checkpoint.tensors.values() if info.name not in checkpoint.decoded]
     plan = Plan(
         options, checkpoint, output, recipe, modules, kept, structure.guessed, structure.skip_list(set(modules)),
-        transposed, model_dtype(checkpoint.config, plain), main_dtype(plain), calibration or {}, text,
+        transposed, calibration or {}, text,
     )  # fmt: skip
     outputs, shards = output.lay_out(plan, options.max_shard_size)
     names = [tensor.name for group in outputs.values() for tensor in group]
@@ -354,7 +364,7 @@ def _units(plan: Plan, shards: list[Shard]) -> list[WorkUnit]:
     units = []
     for number, (shard, names) in enumerate(zip(shards, sources, strict=True), 1):
         read_bytes = sum(tensors[name].nbytes for name in names if name in tensors)
-        outliers = _outlier_tensors(plan, names)
+        outliers = _outlier_tensors(plan, names) if plan.calibrated else []
         file = place(f"{shard.file}{PART_SUFFIX}", outliers) if outliers else None
         units.append(WorkUnit(number, shard, names, read_bytes, file))
     return units

@@ -24,7 +24,7 @@ class Conversion:
     plan: Plan
     seconds: float = 0.0
     manifest: Manifest | None = None  # None while there is no artifact: after a dry run, and after a part
-    errors: dict[str, Quantized] = field(default_factory=dict)  # by weight
+    records: Mapping[str, TensorRecord] = field(default_factory=dict)  # of the tensors that were written
     dry_run: bool = False
     part: Part | None = None  # the share of the weight files that was written
     files: list[str] = field(default_factory=list)  # these
@@ -34,6 +34,11 @@ class Conversion:
     forecast: Forecast | None = None  # of a dry run
     check: Check | None = None  # of a whole artifact, where it was checked
     to_calibrate: bool = False  # a dry run, which does not choose the outlier columns that converting would
+
+    @property
+    def errors(self) -> dict[str, Quantized]:
+        """What quantizing did to each weight, by name."""
+        return {name: record.quantized for name, record in self.records.items() if record.quantized}
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values, without the plan of every byte."""
@@ -64,8 +69,3 @@ class Conversion:
             "seconds": round(self.seconds, 3),
             "forecast": None if self.forecast is None else asdict(self.forecast),
         }
-
-
-def errors_of(records: Mapping[str, TensorRecord]) -> dict[str, Quantized]:
-    """What quantizing did to each weight, by its name."""
-    return {name: record.quantized for name, record in records.items() if record.quantized}

@@ -59,12 +59,9 @@ class Session(Protocol):
 
 
 class Destination(ABC):
-    """Where an artifact goes."""
+    """Where an artifact goes: `out` is its path, or its address without secrets."""
 
-    @property
-    @abstractmethod
-    def out(self) -> Path | str:
-        """Its path, or its address without secrets."""
+    out: Path | str
 
     @property
     @abstractmethod

@@ -36,28 +36,23 @@ _READ_BYTES = 4 * 2**20
 
 @dataclass(frozen=True)
 class LocalFolder(Destination):
-    """The folder at `path`, which is not there yet, or is an artifact to be replaced."""
+    """The folder `out`, which is not there yet, or is an artifact to be replaced."""
 
-    path: Path
-
-    @property
-    def out(self) -> Path:
-        """See `Destination.out`."""
-        return self.path
+    out: Path
 
     @property
     def partial(self) -> Path:
         """See `Destination.partial`."""
-        return partial_of(self.path)
+        return partial_of(self.out)
 
     @property
     def scratch(self) -> Path:
         """See `Destination.scratch`."""
-        return self.path
+        return self.out
 
     def check(self, source: Path, overwrite: bool) -> None:
         """See `Destination.check`."""
-        out = self.path
+        out = self.out
         if source.resolve().is_relative_to(out.resolve()):
             raise OutputError(f"{out}: holds the source; name another folder with --out")
         if not (out.exists() or out.is_symlink()):
@@ -74,13 +69,14 @@ class LocalFolder(Destination):
 
     def recorded(self) -> Heading | None:
         """See `Destination.recorded`."""
-        paths = sorted(partial_of(self.path).glob(f"*{SUFFIX}"))
+        paths = sorted(partial_of(self.out).glob(f"*{SUFFIX}"))
         return next((heading for heading in map(read_heading, paths) if heading), None)
 
     def missing_bytes(self, units: Sequence[WorkUnit]) -> int:
         """What the disk must still hold for these weight files."""
-        held = sum(file.held_bytes for unit in units for file in weight_files(self.path, unit))
-        return self.disk_bytes(units) - held
+        files = [file for unit in units for file in weight_files(self.out, unit)]
+        merged = sum(unit.outliers.nbytes for unit in units if unit.outliers)
+        return merged + sum(file.nbytes - file.held_bytes for file in files)
 
     @contextlib.contextmanager
     def open(
@@ -95,7 +91,7 @@ class LocalFolder(Destination):
 
         When the block fails with nothing finished, all that it made is removed; else it stays, for the next run.
         """
-        out = self.path
+        out = self.out
         check_disk(out, self.missing_bytes(units))
         try:
             staging = Staging(self, [unit.shard.file for unit in units])
@@ -131,7 +127,7 @@ class Staging:
     """
 
     def __init__(self, destination: LocalFolder, names: Sequence[str]) -> None:
-        self._destination, self.out = destination, destination.path
+        self._destination, self.out = destination, destination.out
         self.folder = partial_of(self.out)
         self.files, self._replaced = self.folder / "files", self.folder / "replaced"
         self.journals: dict[str, Journal] = {}
@@ -262,20 +258,20 @@ class WeightFile:
 
     def __init__(self, path: Path, header: bytes, nbytes: int) -> None:
         self.path, self._unfinished = path, path.with_name(path.name + _UNFINISHED)
-        self._header, self._nbytes = header, nbytes
+        self._header, self.nbytes = header, nbytes
         self._opening = threading.Lock()
         self._descriptor: int | None = None
 
     @property
     def is_whole(self) -> bool:
         """Whether the file has its name."""
-        return self.path.is_file() and self.path.stat().st_size == self._nbytes
+        return self.path.is_file() and self.path.stat().st_size == self.nbytes
 
     @property
     def held_bytes(self) -> int:
         """Bytes of the disk that it has already."""
         there = [path for path in (self.path, self._unfinished) if path.is_file()]
-        return sum(min(stored_bytes(path), self._nbytes) for path in there[:1])
+        return sum(min(stored_bytes(path), self.nbytes) for path in there[:1])
 
     def reserve(self) -> bool:
         """Reserve disk space for it; returns whether something of it was there, which is not whole any more."""
@@ -286,8 +282,8 @@ class WeightFile:
         descriptor = open_file(self._unfinished, os.O_RDWR | os.O_CREAT)
         try:
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(descriptor, 0, self._nbytes)
-            os.ftruncate(descriptor, self._nbytes)
+                os.posix_fallocate(descriptor, 0, self.nbytes)
+            os.ftruncate(descriptor, self.nbytes)
             write_at(descriptor, self._header, 0)
             if there and hasattr(os, "posix_fadvise"):
                 # what is cached may be what the disk has refused: it is read anew

@@ -49,7 +49,7 @@ class ObjectStore(Destination):
 
     def __init__(self, address: str, token: str | None = None) -> None:
         self._address, self._token = address.rstrip("/"), token
-        self.shown = without_secrets(self._address)
+        self.out = self.shown = without_secrets(self._address)
         self._is_hub = address.startswith(HUB_SCHEME)
         options = {"token": token} if self._is_hub and token else {}
         self._system, root = file_system(self._address, OutputError, **options)
@@ -60,11 +60,6 @@ class ObjectStore(Destination):
         return ObjectStore, (self._address, self._token)
 
     def __str__(self) -> str:
-        return self.shown
-
-    @property
-    def out(self) -> str:
-        """See `Destination.out`."""
         return self.shown
 
     @property
@@ -260,7 +255,7 @@ class StoreSession:
         batches = [Batch([unit], self._records(unit, heading)) for unit in units]
         scratch = LocalFolder(self._store.scratch)
         needed = [scratch.missing_bytes(batch.units) for batch in batches if batch.records is None]
-        check_disk(scratch.path, max(needed, default=0), _OTHERWISE)
+        check_disk(scratch.out, max(needed, default=0), _OTHERWISE)
         return batches
 
     @contextmanager
@@ -285,7 +280,7 @@ class StoreSession:
             store.put(staging.journals[file].path, journal)
             staging.discard()
         with suppress(OSError):
-            scratch.path.parent.rmdir()
+            scratch.out.parent.rmdir()
 
     def collect(self, units: Sequence[WorkUnit], heading: Heading) -> tuple[Records, list[WorkUnit]]:
         """See `Session.collect`."""
@@ -302,6 +297,7 @@ class StoreSession:
     def publish(self, units: Sequence[WorkUnit], build: Build, overwrite: bool) -> Manifest:
         """See `Session.publish`; a loader finds no config.json before all else is there."""
         parts = [unit.outliers for unit in units if unit.outliers is not None]
+        self._content = look(self._store)  # with what was put since it was opened
         with _folder(self._store) as folder:
             if parts:  # those of each weight file, and all together
                 check_disk(folder, 2 * sum(part.nbytes for part in parts), _OTHERWISE)

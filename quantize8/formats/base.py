@@ -111,6 +111,7 @@ class Format(ABC):
         name: What `--format` calls it.
         suffix: The end of the default name of an artifact's folder.
         options: The options of `convert` that this format has a place for, of recipe, threshold, calibrate and scale.
+        is_folder: Whether an artifact is a transformers model folder, with config.json and tokenizer files.
         loaders: What opens an artifact, the best first: keys of `artifact.card`'s instructions.
         package: What transformers needs besides itself to open it.
     """
@@ -118,6 +119,7 @@ class Format(ABC):
     name: str
     suffix: str
     options: ClassVar[frozenset[str]] = frozenset()
+    is_folder: ClassVar[bool] = True
     loaders: ClassVar[tuple[str, ...]] = ("transformers", "quantize8")
     package: ClassVar[str] = ""
 
@@ -126,11 +128,6 @@ class Format(ABC):
         """The name with the chosen variant of the format."""
         return self.name
 
-    @property
-    def is_folder(self) -> bool:
-        """Whether an artifact is a transformers model folder, with config.json and tokenizer files."""
-        return True
-
     def lay_out(self, plan: Plan, max_shard_size: str) -> Layout:
         """Decide the output tensors and the place of every byte of them, from headers alone."""
         outputs = {info.name: self.outputs(plan, info) for info in plan.checkpoint.tensors.values()}
@@ -138,15 +135,8 @@ class Format(ABC):
 
     def outputs(self, plan: Plan, info: TensorInfo) -> list[OutTensor]:
         """The tensors that a source tensor becomes: by default itself, in the model's dtype if it is decoded."""
-        decoded = info.name in plan.checkpoint.decoded
-        dtype = plan.decoded_dtype if decoded else info.dtype
-        if dtype in FLOATING:
-            dtype = self.float_dtype(dtype, decoded or dtype == plan.main_dtype)
+        dtype = plan.decoded_dtype if info.name in plan.checkpoint.decoded else info.dtype
         return [OutTensor(info.name, dtype, plan.shape_of(info))]
-
-    def float_dtype(self, dtype: str, main: bool) -> str:
-        """The dtype to write a floating-point tensor in; `main` says that `dtype` is the model's own."""
-        return dtype
 
     def quantizes(self, plan: Plan) -> list[str]:
         """Source tensors that become int8."""
@@ -220,8 +210,11 @@ class Int8Format(Format):
         stats, source = ColumnStats.empty(columns), blake3()
         absmax: list[Array] = []
         exact: list[Array] = []
-        read = _carried if plan.checkpoint.tensors[name].is_int8 else _quantized
-        for values, codes, peaks in read(plan, info, quantizer, stats, source):
+        if search := plan.searches.get(name):
+            quantizer = CpuQuantizer(search)
+        blocks = (block for _, block in plan.blocks(info, quantizer.block_bytes, STATS_TILE_ROWS))
+        for values, codes, peaks in _carried(plan, info, stats) if info.is_int8 else quantizer.quantize(blocks, stats):
+            source.update(as_bytes(codes if info.is_int8 else values))
             if not np.isfinite(peaks).all():
                 raise _unfit(values, peaks, info, sum(map(len, absmax)))
             absmax.append(peaks)
@@ -356,31 +349,14 @@ def cannot_hold(info: TensorInfo, row: int, holder: str) -> WeightError:
     )
 
 
-_Rows = Iterator[tuple[Array, Array, Array]]  # blocks [n, K] of a weight, their codes int8 [n, K] and absmax [n]
-
-
-def _quantized(plan: Plan, info: TensorInfo, quantizer: WeightQuantizer, stats: ColumnStats, source: Any) -> _Rows:
-    """The rows of a floating-point weight, quantized; `source` gets the digest of the values."""
-    search = plan.searches.get(info.name)
-    quantizer = CpuQuantizer(search) if search else quantizer
-
-    def rows() -> Iterator[Array]:
-        for _, block in plan.blocks(info, quantizer.block_bytes, STATS_TILE_ROWS):
-            source.update(as_bytes(block))
-            yield block
-
-    return quantizer.quantize(rows(), stats)
-
-
-def _carried(plan: Plan, info: TensorInfo, _: WeightQuantizer, stats: ColumnStats, source: Any) -> _Rows:
-    """The codes of an int8 source, unchanged.
+def _carried(plan: Plan, info: TensorInfo, stats: ColumnStats) -> Iterator[tuple[Array, Array, Array]]:
+    """Blocks [n, K] of an int8 source dequantized, with their codes int8 [n, K] as they are and absmax [n].
 
     Statistics describe the dequantized values; there is no error, except in rows that hold the code -128.
     """
     errors = np.zeros_like(stats.sum_error)
     for first_row, block in plan.blocks(info, None, STATS_TILE_ROWS):
         codes, absmax = plan.checkpoint.int8_rows(info.name, first_row, first_row + len(block))
-        source.update(as_bytes(codes))
         cpu.quantize_rowwise(block, stats)
         difference = block - dequantize(codes, absmax)
         if difference.any():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from quantize8.formats.base import Format
-from quantize8.sources.base import FLOAT_NAMES
+from quantize8.formats.base import Format, OutTensor
+from quantize8.sources.base import FLOAT_NAMES, FLOATING, TensorInfo
 
 if TYPE_CHECKING:
     from quantize8.conversion.plan import Plan
@@ -14,9 +15,11 @@ if TYPE_CHECKING:
 class Floating(Format):
     """Tensors of the model's own dtype are rounded to another; those it stores apart in a wider one are left alone."""
 
-    def float_dtype(self, dtype: str, main: bool) -> str:
-        """See `Format.float_dtype`."""
-        return FLOAT_NAMES[self.name] if main else dtype
+    def outputs(self, plan: Plan, info: TensorInfo) -> list[OutTensor]:
+        """See `Format.outputs`."""
+        (out,) = super().outputs(plan, info)
+        is_main = info.name in plan.checkpoint.decoded or out.dtype == plan.main_dtype
+        return [replace(out, dtype=FLOAT_NAMES[self.name])] if is_main and out.dtype in FLOATING else [out]
 
     def edit_config(self, config: dict[str, Any], plan: Plan) -> dict[str, Any]:
         """See `Format.edit_config`: the dtype, at the top and in the parts of a model of several."""

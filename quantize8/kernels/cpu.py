@@ -15,6 +15,7 @@ import ctypes
 import os
 import sys
 from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -132,22 +133,22 @@ def all_finite(values: Array) -> bool:
     return bool(library().q8_all_finite(_DTYPES[values.dtype], pointer(values), values.size))
 
 
+@dataclass(frozen=True)
 class CpuQuantizer:
     """Quantizes the rows of a weight on the CPU, for one thread at a time; also with searched scales.
 
-    Args:
+    Attributes:
         search: What the scales are searched for; None for those of the absolute maximum.
+        block_bytes: It takes blocks of any size.
     """
 
-    block_bytes = None  # takes blocks of any size
-
-    def __init__(self, search: ScaleSearch | None = None) -> None:
-        self._search = search
+    search: ScaleSearch | None = None
+    block_bytes: int | None = None
 
     def quantize(self, blocks: Iterator[Array], stats: ColumnStats) -> Iterator[tuple[Array, Array, Array]]:
         """Yield (block, codes, absmax) for each block [n, K], n a multiple of 64 in all but the last."""
         for block in blocks:
-            yield (block, *quantize_rowwise(block, stats, self._search))
+            yield (block, *quantize_rowwise(block, stats, self.search))
 
 
 def quantize_activations(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,15 @@ class SafetensorsCheckpoint(Checkpoint):
         self._offsets: dict[str, int] = {}  # of a tensor's first byte, from the start of its file
         self._descriptors: dict[str, int] = {}
         for file in files:
-            self._add(file)
+            path, (header, self.files[file]) = folder / file, self._open(file)
+            for tensor, entry in header.items():
+                if tensor in self.tensors:
+                    other = self.tensors[tensor].file
+                    raise SourceError(f"{path}: {tensor} is also in {other}; keep one of the two files")
+                if entry["dtype"] not in DTYPES:
+                    raise SourceError(f"{path}: {tensor} has dtype {entry['dtype']}, which quantize8 cannot read")
+                self.tensors[tensor] = TensorInfo(tensor, entry["dtype"], tuple(entry["shape"]), file)
+                self._offsets[tensor] = self.files[file] + entry["data_offsets"][0]
 
     def rows(self, name: str, start: int, stop: int) -> Array:
         """See `Checkpoint.rows`."""
@@ -59,18 +67,6 @@ class SafetensorsCheckpoint(Checkpoint):
     def __del__(self) -> None:
         for descriptor in getattr(self, "_descriptors", {}).values():
             os.close(descriptor)
-
-    def _add(self, file: str) -> None:
-        path = self.folder / file
-        header, data_start = self._open(file)
-        self.files[file] = data_start
-        for name, entry in header.items():
-            if name in self.tensors:
-                raise SourceError(f"{path}: {name} is also in {self.tensors[name].file}; keep one of the two files")
-            if entry["dtype"] not in DTYPES:
-                raise SourceError(f"{path}: {name} has dtype {entry['dtype']}, which quantize8 cannot read")
-            self.tensors[name] = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), file)
-            self._offsets[name] = data_start + entry["data_offsets"][0]
 
     def _open(self, file: str) -> tuple[dict[str, Any], int]:
         """Open a file: what `read_header` says of it."""

@@ -116,7 +116,11 @@ def read_structure(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo],
     Raises:
         SourceError: transformers cannot build the model from config.json.
     """
-    weights = [name.removesuffix(".weight") for name, info in tensors.items() if _is_matrix(info)]
+    weights = [
+        name.removesuffix(".weight")
+        for name, info in tensors.items()
+        if name.endswith(".weight") and len(info.shape) == 2
+    ]
     if not encoder and _is_plain_decoder(config, tensors):
         linears = {name: LINEAR for name in weights if name not in (EMBEDDING, HEAD)}
         untied = HEAD in weights and not config.get("tie_word_embeddings", False)
@@ -169,10 +173,6 @@ def _is_plain_decoder(config: Mapping[str, Any], tensors: Mapping[str, TensorInf
     if config.get("tie_word_embeddings", False) and head not in found:
         del expected[head]
     return found == expected
-
-
-def _is_matrix(info: TensorInfo) -> bool:
-    return info.name.endswith(".weight") and len(info.shape) == 2
 
 
 def _from_model(model: Any, tensors: Mapping[str, TensorInfo], weights: list[str]) -> Structure:

@@ -127,12 +127,8 @@ class Gguf(Format):
     name: str = GGUF
     suffix: str = GGUF
     options: ClassVar[frozenset[str]] = frozenset({"scale"})
+    is_folder: ClassVar[bool] = False
     loaders: ClassVar[tuple[str, ...]] = ("llama.cpp", "quantize8")
-
-    @property
-    def is_folder(self) -> bool:
-        """See `Format.is_folder`."""
-        return False
 
     def lay_out(self, plan: Plan, max_shard_size: str) -> Layout:
         """See `Format.lay_out`: one file whatever its size, as llama.cpp reads one."""
