@@ -23,7 +23,7 @@ from quantize8.kernels import reference
 from quantize8.kernels.cpu import CpuQuantizer
 from quantize8.kernels.scales import ScaleSearch, search_absmax
 from quantize8.sources import open_checkpoint
-from quantize8.sources.decoders import plain_tensors
+from quantize8.sources.structure import plain_tensors
 
 
 def digests(folder: Path) -> dict[str, str]:

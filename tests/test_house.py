@@ -148,3 +148,15 @@ def test_the_wheel_converts_in_an_environment_of_its_own(wheel, tmp_path):
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
     assert (tmp_path / "out" / "quantize8.json").is_file()
+
+
+# What a newcomer must open to follow one tensor. The aim is 20 modules and 100 functions; 279da47 had 32 and 168.
+MOST_MODULES, MOST_FUNCTIONS = 20, 150
+
+
+def test_a_simple_conversion_runs_through_few_modules_and_functions():
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.helpers.trace"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    modules, functions = map(int, re.findall(r"\d+", done.stdout.splitlines()[-1]))
+    assert 10 < modules <= MOST_MODULES and 50 < functions <= MOST_FUNCTIONS, done.stdout

@@ -21,8 +21,8 @@ from quantize8.errors import OutputError
 from quantize8.kernels import reference
 from quantize8.runtime.streaming import streamed
 from quantize8.sources import base, open_checkpoint
-from quantize8.sources.decoders import FAMILIES
 from quantize8.sources.smoothing import Factors, SmoothedCheckpoint
+from quantize8.sources.structure import FAMILIES
 
 IDS = torch.arange(5, 45)[None]
 TEXT = " ".join(f"w{(7 * i) % 60}" for i in range(90))

@@ -6,7 +6,7 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 
 from quantize8 import SourceError
-from quantize8.sources import decoders, structure
+from quantize8.sources import structure
 from quantize8.sources.base import TensorInfo
 from quantize8.sources.structure import CONV1D, LINEAR, is_skipped, read_structure
 
@@ -36,7 +36,7 @@ def meta(config):
     }
 
 
-@pytest.mark.parametrize("architecture", sorted(decoders.FAMILIES))
+@pytest.mark.parametrize("architecture", sorted(structure.FAMILIES))
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 def test_names_give_the_same_answer_as_transformers_where_they_are_trusted(architecture, tied, biased, monkeypatch):
@@ -49,7 +49,7 @@ def test_names_give_the_same_answer_as_transformers_where_they_are_trusted(archi
     for name in tensors:  # each of them is needed
         assert not structure._is_plain_decoder(config, {key: info for key, info in tensors.items() if key != name})
     by_names = read_structure(config, tensors)
-    monkeypatch.setattr(decoders, "FAMILIES", {})
+    monkeypatch.setattr(structure, "FAMILIES", {})
     by_model = read_structure(config, tensors)
     assert by_names.linears == by_model.linears and len(by_names.linears) == 14
     assert by_names.output_head == by_model.output_head == (None if tied else "lm_head")

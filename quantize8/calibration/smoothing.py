@@ -28,8 +28,7 @@ from quantize8.artifact.outliers import Calibrated
 from quantize8.errors import SourceError
 from quantize8.kernels.reference import Array
 from quantize8.sources import Checkpoint
-from quantize8.sources.base import QUANTIZABLE
-from quantize8.sources.decoders import architecture_of
+from quantize8.sources.base import QUANTIZABLE, architecture_of
 from quantize8.sources.smoothing import Factors, SmoothedCheckpoint
 
 # They have norms with a plain gain that only these layers read, and a gated feed-forward. Gemma's stored gains lack 1.

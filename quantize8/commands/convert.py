@@ -84,8 +84,10 @@ def convert(
     asked, share = options_of(source, options), None if part is None else parse_part(part)
     destination = None if out is None else destination_of(out, token)
     is_local = destination is None or isinstance(destination, LocalFolder)
-    _check_engine(engine, address, share)
-    _refuse(check, push_to_hub, asked, share, None if is_local else destination)
+    if engine != LOCAL or address is not None:
+        _check_engine(engine, address, share)
+    if check or push_to_hub is not None:
+        _refuse(check, push_to_hub, asked, share, None if is_local else destination)
     quantizers = make_quantizers(device, asked.scale, workers) if engine == LOCAL or dry_run else []
     if dry_run:
         from quantize8.conversion.forecast import look_ahead
@@ -108,7 +110,9 @@ def convert(
         result = cluster.write_all(
             plan, destination, cluster.Nodes(address, device, workers), overwrite, token, progress
         )
-    _check_artifact(result, check, time.perf_counter() - start)
+    elapsed = time.perf_counter() - start
+    if check or (check is None and elapsed >= _CHECK_SECONDS):
+        _check_artifact(result, check, elapsed)
     if push_to_hub is not None and isinstance(result.out, Path):
         result.pushed = upload(result.out, push_to_hub, private=private, token=token)
     result.seconds = time.perf_counter() - start
@@ -150,7 +154,7 @@ def _check_artifact(result: Conversion, check: bool | None, seconds: float) -> N
     """
     source, out = result.plan.checkpoint, result.out
     expected = _CHECK_SECONDS + result.plan.weights * _CHECK_SECONDS_A_WEIGHT
-    wanted = not source.is_remote and expected <= seconds if check is None else check
+    wanted = check or (not source.is_remote and expected <= seconds)
     if not wanted or result.manifest is None or not isinstance(out, Path):
         return
     if check is None and (reason := problem("for a check")):

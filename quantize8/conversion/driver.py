@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, BinaryIO, NamedTuple
@@ -91,7 +92,7 @@ def write(
             if progress is not None and batch.records is not None:
                 progress(done, total)
         if part is None:
-            result.manifest = _publish(plan, session, records, overwrite)
+            result.manifest = session.publish(plan.units, partial(assemble, plan, records), overwrite)
     result.plan, result.records = plan, records
     return result
 
@@ -119,7 +120,7 @@ def finalize(
             files = ", ".join(unit.shard.file for unit in missing)
             again = f"{plan.options.command(out)} --part {missing[0].number}/{len(plan.units)}"
             raise OutputError(f"{out}: not finished: {files}; run {again}")
-        manifest = _publish(plan, session, records, overwrite)
+        manifest = session.publish(plan.units, partial(assemble, plan, records), overwrite)
     names = [unit.shard.file for unit in plan.units]
     return Conversion(out, plan, manifest=manifest, records=manifest.tensors, files=names)
 
@@ -243,16 +244,19 @@ class _Work:
         self._done, self._total, self._progress = done, total, progress
         self._places = {name: each for unit in units for name, each in places(unit, self._files[unit.number]).items()}
         self._writer = Writer(plan, self._places, self._advance if progress else None)
+        self._free: SimpleQueue[WeightQuantizer] = SimpleQueue()
+        self._stopped = threading.Event()
         self.records, self.resumed, self.held = Records(), 0, 0
 
     def run(self, heading: Heading, quantizers: list[WeightQuantizer]) -> None:
         """Write these weight files, or finish them; each has its name in the staging folder when it is whole."""
+        for quantizer in quantizers:
+            self._free.put(quantizer)
         for unit in self._units:
             journal, there = self._journals[unit.number], [file.reserve() for file in self._files[unit.number]]
             journal.begin(heading, self._usable(journal, heading) if all(there) else {})
         try:
-            for records in _in_threads(self._write, self._lanes(), quantizers):
-                self.records.update(records)
+            self._in_threads(self._lanes(), len(quantizers))
         finally:
             for file in (file for files in self._files.values() for file in files):
                 file.close()
@@ -285,28 +289,45 @@ class _Work:
     def _file_of(self, name: str) -> str:
         return self._tensors[name].file if name in self._tensors else ""
 
-    def _write(self, lane: _Lane, quantizer: WeightQuantizer, stopped: threading.Event) -> Records:
+    def _in_threads(self, lanes: list[_Lane], threads: int) -> None:
+        """Write all lanes, as many at once as there are threads; the first failure stops the rest."""
+        with ThreadPoolExecutor(threads) as pool:
+            futures: list[Future[Records]] = [pool.submit(self._write, lane) for lane in lanes]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+            finally:
+                self._stopped.set()
+                for future in futures:
+                    future.cancel()
+            # of several failures the earliest in storage order, so that the message does not depend on the threads
+            failed = [future for future in futures if not future.cancelled() and future.exception()]
+            for future in failed or futures:
+                self.records.update(future.result())
+
+    def _write(self, lane: _Lane) -> Records:
         """Write the tensors of a lane, or find that they are there; noted when their source file is confirmed."""
-        made: list[tuple[int, str, Records]] = []
-        result: Records = {}
-        for number, name in lane:
-            if stopped.is_set():
-                return {}
-            records = self._journals[number].entries.get(name)
-            if records is not None and self._writer.holds(name, records):
-                with self._count:
-                    self.resumed += 1
-                    self.held += sum(self._places[record].tensor.nbytes for record in records)
+        quantizer, made, result = self._free.get(), list[tuple[int, str, Records]](), Records()
+        try:
+            for number, name in lane:
+                if self._stopped.is_set():
+                    return {}
+                records = self._journals[number].entries.get(name)
+                if records is not None and self._writer.holds(name, records):
+                    with self._count:
+                        self.resumed += 1
+                        self.held += sum(self._places[record].tensor.nbytes for record in records)
+                    self._one_done(number)
+                else:
+                    records = self._writer.write(name, quantizer)
+                    made.append((number, name, records))
+                result |= records
+            if made and self._checkpoint.one_reader_a_file and made[0][1] in self._tensors:
+                self._checkpoint.confirm(self._file_of(made[0][1]))
+            for number, name, records in made:
+                self._journals[number].append(name, records)
                 self._one_done(number)
-            else:
-                records = self._writer.write(name, quantizer)
-                made.append((number, name, records))
-            result |= records
-        if made and self._checkpoint.one_reader_a_file and made[0][1] in self._tensors:
-            self._checkpoint.confirm(self._file_of(made[0][1]))
-        for number, name, records in made:
-            self._journals[number].append(name, records)
-            self._one_done(number)
+        finally:
+            self._free.put(quantizer)
         return result
 
     def _one_done(self, number: int) -> None:
@@ -322,37 +343,6 @@ class _Work:
         self._done += nbytes  # a lost update between threads only makes the progress bar late
         if self._progress is not None:
             self._progress(self._done, self._total)
-
-
-def _in_threads(
-    work: Callable[[_Lane, WeightQuantizer, threading.Event], Records],
-    items: list[_Lane],
-    quantizers: list[WeightQuantizer],
-) -> list[Records]:
-    """Results of `work` on each item, as many at once as there are quantizers; the first failure stops the rest."""
-    free: SimpleQueue[WeightQuantizer] = SimpleQueue()
-    stopped = threading.Event()
-    for quantizer in quantizers:
-        free.put(quantizer)
-
-    def with_one(item: _Lane) -> Records:
-        quantizer = free.get()
-        try:
-            return work(item, quantizer, stopped)
-        finally:
-            free.put(quantizer)
-
-    with ThreadPoolExecutor(len(quantizers)) as pool:
-        futures: list[Future[Records]] = [pool.submit(with_one, item) for item in items]
-        try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            stopped.set()
-            for future in futures:
-                future.cancel()
-        # of several failures the earliest in storage order, so that the message does not depend on the threads
-        failed = [future for future in futures if not future.cancelled() and future.exception()]
-        return [future.result() for future in (failed or futures)]
 
 
 def _calibrated(
@@ -371,19 +361,16 @@ def _calibrated(
     return plan, {"decisions": decisions, "request": plan.options.recorded(), "calibration_blake3": measured}
 
 
-def _publish(plan: Plan, session: Session, records: Records, overwrite: bool) -> Manifest:
-    """Make an artifact of weight files that are all there. Stopped at any moment, it can be called again."""
-    return session.publish(plan.units, lambda files, parts: assemble(plan, files, parts, records), overwrite)
-
-
-def assemble(plan: Plan, folder: Path, parts: Path, records: Records) -> Manifest:
+def assemble(plan: Plan, records: Records, folder: Path, parts: Path) -> Manifest:
     """Put all other files of an artifact into `folder`; the manifest is written last.
+
+    Stopped at any moment, it can be called again.
 
     Args:
         plan: What was written.
+        records: Of all tensors.
         folder: The artifact's files; the weight files may be elsewhere.
         parts: The folder with the outlier columns of each weight file.
-        records: Of all tensors.
     """
     checkpoint = plan.checkpoint
     for path in folder.iterdir():  # of an earlier end of this conversion, which was stopped
@@ -396,11 +383,11 @@ def assemble(plan: Plan, folder: Path, parts: Path, records: Records) -> Manifes
         plan.format.name,
         checkpoint.identity,
         plan.recipe.as_json(),
-        plan.source_bytes,
+        checkpoint.stored_bytes,
         kept=plan.kept,
         calibration=plan.calibration,
         tensors=records,
-        headers={shard.file: digest(shard.header) for shard in plan.files},
+        headers={shard.file: digest(shard.header) for shard in (*plan.shards, plan.outliers) if shard is not None},
     )
     if plan.outliers is not None:
         _merge(plan.outliers, plan.units, folder, parts)

@@ -88,7 +88,7 @@ class ConvertOptions:
             raise OutputError(f"calibrate {self.calibrate}: {name} has no place for outlier columns; leave it out")
         if self.scale == MSE and not searches:
             raise OutputError(f"scale {MSE}: {no_place}")
-        if self.calibrate is None or self.outlier_columns != _AUTO or self.smooth is not None:
+        if self.outlier_columns != _AUTO or self.smooth is not None:
             self._check_calibration()
         parse_size(self.max_shard_size)
 

@@ -57,10 +57,9 @@ def plan_loading(checkpoint: Checkpoint) -> LoadPlan:
     decoded if it is quantized in another way.
     """
     structure = structure_of(checkpoint)
-    linears = {name for name in (*structure.linears, *structure.kept) if checkpoint.tensors[f"{name}.weight"].is_int8}
-    int8_experts = bool(structure.experts) and all(
-        checkpoint.tensors[f"{name}.weight"].is_int8 for name in structure.experts
-    )
+    int8 = {info.name.removesuffix(".weight") for info in checkpoint.tensors.values() if info.is_int8}
+    linears = {name for name in (*structure.linears, *structure.kept) if name in int8}
+    int8_experts = int8 >= set(structure.experts)
     experts = set(structure.experts if int8_experts else ())
     state: dict[str, LazyTensor] = {}
     for name in checkpoint.tensors:

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -221,6 +221,12 @@ class Checkpoint(ABC):
         step = max(1, (block_bytes or BLOCK_BYTES) * count // max(1, info.nbytes) // multiple) * multiple
         for start in range(0, count, step):
             yield self.rows(name, start, min(start + step, count))
+
+
+def architecture_of(config: Mapping[str, Any]) -> str | None:
+    """The model class that a config.json names first; None if it names none."""
+    names = config.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
 
 
 def model_dtype(config: dict[str, Any], tensors: Iterable[TensorInfo]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from quantize8 import limits
 from quantize8.errors import SourceError, first_line
-from quantize8.sources.decoders import architecture_of
+from quantize8.sources.base import architecture_of
 from quantize8.sources.guard import guarded
 
 _FLOAT = "__float__"  # transformers 5 writes {"__float__": "Infinity"}, as JSON has no infinity

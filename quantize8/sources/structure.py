@@ -18,14 +18,13 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from quantize8.errors import SourceError
 from quantize8.optional import require
-from quantize8.sources.base import Checkpoint, TensorInfo
-from quantize8.sources.decoders import EMBEDDING, HEAD, architecture_of, plain_tensors
+from quantize8.sources.base import Checkpoint, TensorInfo, architecture_of
 from quantize8.sources.native import build_meta_model, is_known
 
 LINEAR, CONV1D = "Linear", "Conv1D"  # Conv1D is GPT-2's Linear, with its weight stored [in, out]
@@ -39,6 +38,30 @@ _FURTHER = re.compile(r"(^|\.)mtp")  # a list of layers for multi-token predicti
 READ_DIRECTLY = ("dt_proj",)
 _FOREIGN = "not part of transformers' model"
 _NOT_LINEAR = re.compile(r"embed|wte|wpe|norm|ln_|position|token_type|shared|relative_attention|router|gate$|head$")
+
+
+class Family(NamedTuple):
+    """What distinguishes the layers of one model class from those of the others."""
+
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")  # each [hidden_size]
+    biased: tuple[str, ...] = ()  # Linear layers that have a bias without a setting in config.json
+    head_norms: tuple[str, ...] = ()  # each [head_dim]
+
+
+EMBEDDING, FINAL_NORM, HEAD, LAYERS = "model.embed_tokens", "model.norm", "lm_head", "model.layers"
+FAMILIES = {
+    "LlamaForCausalLM": Family(),
+    "MistralForCausalLM": Family(),
+    "Qwen2ForCausalLM": Family(biased=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    "Qwen3ForCausalLM": Family(head_norms=("self_attn.q_norm", "self_attn.k_norm")),
+    "Gemma2ForCausalLM": Family(
+        ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+    ),
+}
+OPTIONAL_BIASES = {  # setting of config.json -> the Linear layers to which it gives a bias
+    "attention_bias": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    "mlp_bias": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+}
 
 
 @dataclass
@@ -154,6 +177,51 @@ def is_skipped(module: str, patterns: list[str]) -> bool:
         patterns: The entries.
     """
     return any(re.match(entry, module) or module.endswith(entry) for entry in patterns)
+
+
+def plain_tensors(architecture: str | None, config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of each tensor of a plain decoder, in the order of the model.
+
+    Args:
+        architecture: The model class, such as "LlamaForCausalLM".
+        config: The settings of config.json.
+
+    Yields:
+        The embedding [V, H], each layer, the final norm [H], and the output head [V, H] whether or not it is tied.
+
+    Raises:
+        KeyError: The architecture is not a plain decoder, or a setting is missing.
+        TypeError, ValueError, ArithmeticError: A setting is not a usable number.
+    """
+    norms, biased, head_norms = FAMILIES[architecture or ""]
+    hidden, inner, layers, vocabulary = (
+        int(config[key]) for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+    )
+    heads = int(config["num_attention_heads"])
+    head_dim = int(config.get("head_dim") or hidden // heads)
+    queries, keys = heads * head_dim, int(config.get("num_key_value_heads") or heads) * head_dim
+    linears: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    biased += tuple(name for setting, names in OPTIONAL_BIASES.items() if config.get(setting) for name in names)
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (hidden,) for name in norms}
+    for name, shape in linears.items():
+        shapes[f"{name}.weight"] = shape
+        if name in biased:
+            shapes[f"{name}.bias"] = shape[:1]
+    shapes |= {f"{name}.weight": (head_dim,) for name in head_norms}
+    yield f"{EMBEDDING}.weight", (vocabulary, hidden)
+    for layer in range(layers):
+        for name, shape in shapes.items():
+            yield f"{LAYERS}.{layer}.{name}", shape
+    yield f"{FINAL_NORM}.weight", (hidden,)
+    yield f"{HEAD}.weight", (vocabulary, hidden)
 
 
 def _by_names(weights: list[str], why: str) -> Structure:

@@ -15,7 +15,7 @@ from quantize8 import limits
 from quantize8.errors import SourceError
 from quantize8.formats.gguf.header import Header
 from quantize8.kernels.reference import Array
-from quantize8.sources.decoders import EMBEDDING, FINAL_NORM, HEAD, LAYERS, OPTIONAL_BIASES, plain_tensors
+from quantize8.sources.structure import EMBEDDING, FINAL_NORM, HEAD, LAYERS, OPTIONAL_BIASES, plain_tensors
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _COUNTS = {  # key of the metadata -> key of config.json

@@ -48,7 +48,7 @@ from quantize8.kernels import ABSMAX, MSE, cpu, q8_0
 from quantize8.kernels.q8_0 import BLOCK, Q8_0
 from quantize8.kernels.reference import STATS_TILE_ROWS, Array, ColumnStats, as_bytes
 from quantize8.optional import require
-from quantize8.sources.decoders import architecture_of
+from quantize8.sources.base import architecture_of
 from quantize8.sources.guard import guarded
 
 if TYPE_CHECKING:
