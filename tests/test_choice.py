@@ -12,9 +12,9 @@ from cuda_on_cpu.emulation import EmulatedGpu
 from quantize8 import DependencyError
 from quantize8.errors import DeviceWarning
 from quantize8.kernels import cuda as kernels
-from quantize8.kernels import device, gpu
 from quantize8.kernels import devices as choice
-from quantize8.kernels.device import Gpu, gpu_of, why_not
+from quantize8.kernels import gpu, launch
+from quantize8.kernels.launch import Gpu, gpu_of, why_not
 
 
 @pytest.fixture(autouse=True)
@@ -157,7 +157,7 @@ def fake_gpu(monkeypatch) -> tuple[Gpu, FakeDriver]:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: types.SimpleNamespace(cuda_stream=777))
-    monkeypatch.setattr(device.nvrtc, "cubin", lambda kernel, architecture: architecture.encode())
+    monkeypatch.setattr(launch.nvrtc, "cubin", lambda kernel, architecture: architecture.encode())
     return Gpu(0), driver
 
 

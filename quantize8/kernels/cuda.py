@@ -1,7 +1,7 @@
 """The CUDA kernels: their source files, number types, GPUs and sizes, all of which are defined in this module alone.
 
 The sources are in `cuda/`. Everything that a kernel needs at compile time is passed as a definition on the compiler's
-command line. `device.Gpu` runs a kernel on the GPU; tests run the same `Kernel` with the same arguments on an emulator.
+command line. `launch.Gpu` runs a kernel on the GPU; tests run the same `Kernel` with the same arguments on an emulator.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def default_mode(device_type: str) -> OutlierMode:
 @cache
 def problem(index: int = 0) -> str | None:
     """One line on why the GPU of this index cannot be used and how to fix it; None if it can be used."""
-    from quantize8.kernels.device import why_not
+    from quantize8.kernels.launch import why_not
 
     if reason := why_not(index):
         return reason

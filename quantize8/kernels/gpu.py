@@ -20,7 +20,7 @@ from torch import Tensor
 from quantize8.errors import DeviceWarning
 from quantize8.kernels import cuda as kernels
 from quantize8.kernels.cuda import CHUNK, TENSOR_CORES, WARP, Capability, ceil_div
-from quantize8.kernels.device import gpu_of
+from quantize8.kernels.launch import gpu_of
 from quantize8.kernels.reference import (
     DECODE_TOKENS,
     INT8_MAX,

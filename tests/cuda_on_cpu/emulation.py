@@ -26,7 +26,7 @@ class LaunchError(Exception):
 
 
 class EmulatedGpu:
-    """Replaces `device.Gpu`: tensors are in main memory, and a launch has ended when it returns."""
+    """Replaces `launch.Gpu`: tensors are in main memory, and a launch has ended when it returns."""
 
     index = 0
 
