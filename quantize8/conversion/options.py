@@ -21,6 +21,9 @@ from quantize8.kernels import ABSMAX, MSE, SCALES
 from quantize8.recipe import DEFAULT_RECIPE
 
 _AUTO = "auto"
+# Options whose effect on the bytes a plan records as its source, format, recipe, calibration or layout
+_RECORDED = {"source", "revision", "stream", "format", "scheme", "moe", "recipe", "threshold", "max_shard_size"}
+_RECORDED |= {"calibrate", "outlier_columns", "smooth"}
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -107,6 +110,10 @@ class ConvertOptions:
     def column_count(self) -> int | None:
         """How many outlier columns each weight gets; None where calibration decides."""
         return None if self.outlier_columns == _AUTO else int(self.outlier_columns)
+
+    def decisions(self) -> dict[str, Any]:
+        """The options that decide bytes by themselves, for `Plan.decisions`."""
+        return {name: value for name, value in vars(self).items() if name not in _RECORDED}
 
     def absolute(self) -> ConvertOptions:
         """The same with absolute paths, for a process with another working directory."""

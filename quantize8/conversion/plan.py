@@ -209,7 +209,7 @@ class Plan:
             "source": source,
             "format": asdict(self.format),
             "recipe": self.recipe.as_json(),
-            "scale": self.options.scale,
+            **self.options.decisions(),
             "calibration": self.calibration,
             "layout": digest(layout.encode()),
         }

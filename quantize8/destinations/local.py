@@ -377,12 +377,13 @@ def difference(before: Any, now: dict[str, Any]) -> str:
     if not isinstance(before, dict):
         return "other options"
     words = {"layout": "another layout of files", "calibration": "another calibration"}
-    for key in ("version", "format", "recipe", "scale", "calibration", "source", "layout"):
+    first = ("version", "format", "recipe", "scale", "calibration", "source")
+    for key in (*first, *(key for key in now if key not in (*first, "layout")), "layout"):
         old, new = before.get(key), now.get(key)
         if old != new and key == "source" and old and new:
             return _source_difference(old, new)
         if old != new:
-            plain = isinstance(old, str) and key in ("version", "scale")
+            plain = isinstance(old, str) and key not in ("calibration", "layout")
             return words.get(key, f"{key} {old}" if plain else f"another {key}")
     return "other options"
 
