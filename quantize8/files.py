@@ -13,9 +13,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from filelock import lock_descriptor
-from platformdirs import user_cache_path
-
 _PACKAGE = Path(__file__).parent
 TEXT = _PACKAGE / "texts" / "sotu-1981.txt"  # the address's beginning: public domain (US government)
 WINDOWS = os.name == "nt"
@@ -43,6 +40,8 @@ def resource_dir(name: str) -> Path:
 
 def cache_dir(name: str) -> Path:
     """A folder of the user's cache, which need not be there yet."""
+    from platformdirs import user_cache_path
+
     return user_cache_path("quantize8", appauthor=False) / name
 
 
@@ -112,6 +111,8 @@ def lock(descriptor: int) -> None:
 
     On a file system without locks nothing is locked.
     """
+    from filelock import lock_descriptor  # which takes a while to import
+
     try:
         locked = lock_descriptor(descriptor, blocking=False)
     except OSError:

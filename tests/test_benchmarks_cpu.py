@@ -33,7 +33,7 @@ def test_a_forced_unit_without_avx512_holds_torch_to_avx2(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(cpu.os, "execve", lambda *given: runs.append(given))
     for unit in ("amx", "avx2"):
-        monkeypatch.setattr(cpu.units, "chosen", lambda unit=unit: unit)
+        monkeypatch.setattr("quantize8.kernels.cpu.chosen", lambda unit=unit: unit)
         cpu.hold_torch_to_unit("benchmarks.linear_cpu")
     ((_, command, environment),) = runs
     assert command[1:3] == ["-m", "benchmarks.linear_cpu"] and environment["MKL_ENABLE_INSTRUCTIONS"] == "AVX2"

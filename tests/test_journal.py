@@ -3,9 +3,9 @@
 import errno
 import os
 
+import filelock
 import pytest
 
-from quantize8 import files
 from quantize8.artifact.manifest import Quantized, TensorRecord
 from quantize8.destinations.journal import Journal, read_heading
 
@@ -76,14 +76,14 @@ def test_one_at_a_time(path):
 
 
 def test_one_that_was_removed_while_it_was_opened_is_made_anew(path, monkeypatch):
-    lock, removed = files.lock_descriptor, []
+    lock, removed = filelock.lock_descriptor, []
 
     def late(descriptor, **options):
         if not removed:
             removed.append(path.unlink())
         return lock(descriptor, **options)
 
-    monkeypatch.setattr(files, "lock_descriptor", late)
+    monkeypatch.setattr(filelock, "lock_descriptor", late)
     journal = reopened(path)
     assert removed and journal.entries == {} and path.exists()
 
@@ -92,7 +92,7 @@ def test_file_systems_without_locks(path, monkeypatch):
     def refuses(*_, **__):
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
-    monkeypatch.setattr(files, "lock_descriptor", refuses)
+    monkeypatch.setattr(filelock, "lock_descriptor", refuses)
     assert reopened(path).entries == ENTRIES
 
 

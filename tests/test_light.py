@@ -42,9 +42,10 @@ LIGHT = [
 ]
 # Modules that compute on torch tensors, and none that a conversion on the CPU imports
 NEED_TORCH = {
-    *("model.activations", "model.bitsandbytes", "model.cache", "model.calibration", "model.check", "model.columns"),
-    *("model.config", "model.expected", "model.experts", "model.linear", "model.quantizer", "model.state"),
-    *("model.streaming", "model.training", "model.weight", "ops.gpu", "ops.operator", "ops.packed", "ops.stream"),
+    *(f"calibration.{name}" for name in ("activations", "calibrate", "columns", "expected")),
+    *(f"runtime.{name}" for name in ("bitsandbytes", "cache", "check", "config", "experts", "linear", "quantizer")),
+    *(f"runtime.{name}" for name in ("state", "streaming", "training", "weight")),
+    *(f"kernels.{name}" for name in ("gpu", "operator", "packed", "stream")),
 }
 
 
