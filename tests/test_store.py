@@ -562,7 +562,7 @@ def test_a_model_on_the_hub(hub, source, tmp_path, calls):
 
 
 def test_push_takes_files_that_are_here(source, address):
-    with pytest.raises(OutputError, match="push-to-hub me/model: takes files that are here, not at"):
+    with pytest.raises(OutputError, match="push-to-hub me/model: needs files on this machine, not at"):
         convert(source, address, push_to_hub="me/model")
 
 

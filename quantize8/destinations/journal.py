@@ -1,4 +1,4 @@
-"""A journal records which tensors of a weight file are finished: one line of JSON for each, appended when it is written.
+"""A journal records the finished tensors of a weight file: one line of JSON for each, appended when it is written.
 
 The first line, the heading, records what decides the bytes. Lines are not flushed to the disk. An entry counts only if
 the bytes that it describes have the digests that it records, so a journal need not be trusted, not even after a power
