@@ -63,7 +63,7 @@ def read_bytes(path: Path, limit: int, error: type[Quantize8Error]) -> bytes:
     except OSError as failure:
         raise error(f"{path}: cannot be read ({failure.strerror}); check the file and its permissions") from None
     if len(data) > limit:
-        raise error(f"{path}: is larger than {limit:,} bytes, the limit for such a file; fetch it again")
+        raise error(f"{path}: is larger than the {limit:,} bytes that such a file may have; fetch it again")
     return data
 
 

@@ -304,7 +304,7 @@ def check_settings(config: dict[str, Any], path: Path) -> None:
             raise SourceError(f"{path}: {key} names code on the hub, which quantize8 does not run; remove the entry")
         limit = limits.LAYERS if _LAYER_COUNT.search(str(key)) else limits.VOCABULARY if key == "vocab_size" else None
         if limit and isinstance(value, int | float) and not value <= limit:
-            raise SourceError(f"{path}: {key} is {value!r}, above the limit of {limit:,}; fetch it again")
+            raise SourceError(f"{path}: {key} is {value!r}, more than the limit of {limit:,}; fetch it again")
 
 
 def companions(folder: Path) -> list[Path]:
