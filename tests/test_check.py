@@ -243,9 +243,9 @@ def test_it_runs_by_itself_where_it_costs_less_than_converting(whole, tmp_path, 
 
 def test_it_is_refused_where_there_is_nothing_to_compare(whole, tmp_path):
     source, _ = whole
-    with pytest.raises(OutputError, match="part 1/2 is no artifact"):
+    with pytest.raises(OutputError, match="part 1/2 is not an artifact"):
         convert(str(source), tmp_path / "out", part="1/2", check=True)
-    with pytest.raises(OutputError, match="does not keep"):
+    with pytest.raises(OutputError, match="does not store"):
         convert("me/model", tmp_path / "out", stream=True, check=True)
 
 

@@ -197,7 +197,7 @@ def test_conv1d_and_importance_by_column(mgm, tmp_path):
     [
         ({"scale": "l2"}, "scale l2: unknown; name one of absmax, mse"),
         ({"scale": "mse", "device": "cuda"}, "scale mse: is searched on the CPU; leave out --device cuda"),
-        ({"scale": "mse", "format": "float16"}, "scale mse: --format float16 has no place for it; leave it out"),
+        ({"scale": "mse", "format": "float16"}, "scale mse: --format float16 does not support it; leave it out"),
     ],
 )
 def test_scales_that_cannot_be_are_refused(options, message, tmp_path):

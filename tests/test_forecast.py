@@ -254,7 +254,7 @@ def test_the_command_and_a_dry_run_say_it(source, tmp_path, monkeypatch, capsys)
     assert [share["machines"] for share in shares] == [1, 3]
     assert len(json.loads(said("convert", source, *out, "--dry-run", "--json"))["forecast"]["shares"]) == 1
     assert "machines 1;2: not a list of numbers" in said("plan", source, *out, "--machines", "1;2")
-    assert "machines: must be numbers from 1" in said("plan", source, *out, "--machines", "8,0")
+    assert "machines: must be numbers of at least 1" in said("plan", source, *out, "--machines", "8,0")
     (tmp_path / "text").write_text("w1 w2 w3")
     planned = said("convert", source, *out, "--dry-run", "--calibrate", tmp_path / "text")
     assert "the time and memory of --calibrate" in planned and not (tmp_path / "out").exists()

@@ -223,7 +223,7 @@ def test_folders_that_must_not_be_replaced(refused, tmp_path):
     assert "is not an artifact" in refused(source, "--overwrite", out=thesis / "chapter")
     assert "holds the source" in refused(source, "--overwrite", out=source)
     assert "holds the source" in refused(source, "--overwrite", out=tmp_path)
-    assert "cannot be made" in refused(source, out=thesis / "chapter" / "out")
+    assert "cannot be created" in refused(source, out=thesis / "chapter" / "out")
 
 
 def test_an_artifact_is_replaced_when_asked(tmp_path):

@@ -408,7 +408,7 @@ def test_a_disk_that_fills_at_a_small_file(name, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(driver, "write_file", full)
-        with pytest.raises(OutputError, match=r"not written .No space left on device at .* which goes on from here"):
+        with pytest.raises(OutputError, match=r"not written .No space left on device at .* which resumes from here"):
             convert(str(source), out, max_shard_size="10KB")
     assert not out.exists() and not opens(partial_of(out))
     assert convert(str(source), out, max_shard_size="10KB").resumed == 22 - 1 and verify(out)
@@ -444,7 +444,7 @@ def test_an_output_folder_that_cannot_be_written_to(tmp_path):
     with immutable(place) as kept:
         done = subprocess.run(command, capture_output=True, text=True)
     if kept:
-        assert done.returncode == 1 and done.stderr.count("\n") == 1 and "cannot be made" in done.stderr
+        assert done.returncode == 1 and done.stderr.count("\n") == 1 and "cannot be created" in done.stderr
         assert list(place.iterdir()) == []
 
 

@@ -294,8 +294,8 @@ def test_a_layer_that_is_not_whole_is_left_alone(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"smooth": 0.5}, r"smooth 0.5: is measured on a text; add --calibrate FILE"),
-        *(({"smooth": alpha, "calibrate": "text"}, "must lie between 0 and 1") for alpha in (0, 1, -1, float("nan"))),
+        ({"smooth": 0.5}, r"smooth 0.5: needs calibration; add --calibrate FILE"),
+        *(({"smooth": alpha, "calibrate": "text"}, "must be between 0 and 1") for alpha in (0, 1, -1, float("nan"))),
     ],
 )
 def test_options_that_do_not_fit(options, message, tmp_path):

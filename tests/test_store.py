@@ -376,7 +376,7 @@ def test_a_disk_without_room_for_a_weight_file(source, address, tmp_path, monkey
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free[0]))
     convert(source, address, **SIZE)  # though it has no room for all of them
     free[0] = 16 * 2**20
-    with pytest.raises(OutputError, match=r"the disk has .* make room, or set XDG_CACHE_HOME"):
+    with pytest.raises(OutputError, match=r"the disk has .* free some space, or set XDG_CACHE_HOME"):
         convert(source, f"{address}-2", **SIZE)
     assert not content(f"{address}-2")
 
@@ -562,7 +562,7 @@ def test_a_model_on_the_hub(hub, source, tmp_path, calls):
 
 
 def test_push_takes_files_that_are_here(source, address):
-    with pytest.raises(OutputError, match="push-to-hub me/model: takes files that are here, not at"):
+    with pytest.raises(OutputError, match="push-to-hub me/model: needs files on this machine, not at"):
         convert(source, address, push_to_hub="me/model")
 
 

@@ -20,27 +20,29 @@ def convert(
         bool | None,
         typer.Option(
             "--check/--no-check",
-            help="Compare the artifact with its source.  [default: where it costs less than converting]",
+            help="Compare the artifact with its source.  [default: if that takes less time than converting]",
             show_default=False,
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and convert nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan without converting.")] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an artifact at --out; start an unfinished one over.")
+        bool, typer.Option("--overwrite", help="Replace the artifact at --out, or restart an unfinished one.")
     ] = False,
-    part: Annotated[str | None, typer.Option(help="Write only a share of the weight files: 2/4, or auto.")] = None,
-    engine: Annotated[str, typer.Option(help="local, or ray for the nodes of a Ray cluster.")] = "local",
+    part: Annotated[str | None, typer.Option(help="Write only this share of the weight files: 2/4, or auto.")] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray to convert on a Ray cluster.")] = "local",
     address: Annotated[
         str | None, typer.Option(help="Ray cluster address (with --engine ray).  [default: a cluster on this machine]")
     ] = None,
-    push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Upload the artifact to this model.")] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload the artifact to this model on the hub.")
+    ] = None,
     private: Private = False,
     page: Page = None,
     token: Token = None,
     as_json: Json = False,
     **options: Any,
 ) -> None:
-    """Write an int8 artifact that other loaders open directly, or a plain one from a quantized source."""
+    """Convert a checkpoint to an int8 artifact that other loaders open directly, or dequantize one."""
     from quantize8 import reports
     from quantize8.commands.convert import convert as operation
     from quantize8.reports.pages import build
@@ -59,7 +61,7 @@ def convert(
 @with_convert_options
 def plan(
     out: Out = None,
-    machines: Annotated[str, typer.Option(help="Numbers of machines that share the work.")] = "1,8,64",
+    machines: Annotated[str, typer.Option(help="Numbers of machines to predict the time for.")] = "1,8,64",
     device: Device = "auto",
     workers: Workers = None,
     token: Token = None,
@@ -75,12 +77,12 @@ def plan(
 
 
 def finalize(
-    out: Annotated[str, typer.Argument(help="Folder or address that convert --part was given.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact there.")] = False,
+    out: Annotated[str, typer.Argument(help="The --out of convert --part: folder or address.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing artifact.")] = False,
     token: Token = None,
     as_json: Json = False,
 ) -> None:
-    """Make an artifact of the weight files that convert --part wrote."""
+    """Combine the weight files that convert --part wrote into an artifact."""
     from quantize8 import reports
     from quantize8.commands.finalize import finalize as operation
 
@@ -102,9 +104,9 @@ def verify(
 
 def push(
     artifact: Annotated[str, typer.Argument(help="Folder that convert wrote.")],
-    repo: Annotated[str, typer.Argument(help="Model on the hub, like me/model; made where there is none.")],
+    repo: Annotated[str, typer.Argument(help="Model on the hub, such as me/model; created if missing.")],
     private: Private = False,
-    revision: Annotated[str | None, typer.Option(help="Branch of that model; made where there is none.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch of that model; created if missing.")] = None,
     token: Token = None,
     as_json: Json = False,
 ) -> None:
@@ -121,4 +123,4 @@ def _numbers(text: str) -> list[int]:
     try:
         return [int(word) for word in text.split(",")]
     except ValueError:
-        raise OutputError(f"machines {text}: not a list of numbers; write for example 1,8,64") from None
+        raise OutputError(f"machines {text}: not a list of numbers; use for example 1,8,64") from None

@@ -1,4 +1,4 @@
-"""Options that several commands have, and those that commands derive from `ConvertOptions`."""
+"""Options that several commands share, and those that commands derive from `ConvertOptions`."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from quantize8.conversion.options import ConvertOptions
 if TYPE_CHECKING:
     from quantize8.kernels.reference import OutlierMode
 else:
-    OutlierMode = str  # `load` refuses another word, without NumPy loaded for it here
+    OutlierMode = str  # avoids importing NumPy here; `load` checks the value
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Page = Annotated[
     str | None,
-    typer.Option("--report", metavar="FILE.html", help="Also write a web page with plots; replaces the file."),
+    typer.Option("--report", metavar="FILE.html", help="Also write an HTML report with plots; replaces the file."),
 ]
 Mode = Annotated[
     OutlierMode | None,
-    typer.Option(help="hybrid, dynamic or bitsandbytes.  [default: hybrid where calibrated, else dynamic]"),
+    typer.Option(help="hybrid, dynamic or bitsandbytes.  [default: hybrid if calibrated, else dynamic]"),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 Token = Annotated[
     str | None,
-    typer.Option(help="Hub token (default: the one of `hf auth login`).", envvar="HF_TOKEN", show_envvar=True),
+    typer.Option(help="Hub token (default: the one from `hf auth login`).", envvar="HF_TOKEN", show_envvar=True),
 ]
 Out = Annotated[str | None, typer.Option(help="New folder, or s3://...  [default: <name>-int8]")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Workers = Annotated[int | None, typer.Option(help="Worker threads.  [default: CPU count]")]
-Private = Annotated[bool, typer.Option("--private", help="Make a new model on the hub private.")]
+Private = Annotated[bool, typer.Option("--private", help="If the model on the hub is new, make it private.")]
 
 
 def with_convert_options(command: _Command) -> _Command:
-    """Give a command whose signature ends with `**options` an argument or option for each field of ConvertOptions.
+    """Decorate a command whose signature ends with `**options`: add a parameter for each field of ConvertOptions.
 
-    The source and the output come first, then these options, then the command's own.
+    The source and the output come first, then the other added options, then the command's own.
     """
     own = inspect.signature(command, eval_str=True).parameters.values()
     first = [each.replace(kind=each.KEYWORD_ONLY) for each in own if each.name == "out"]
@@ -61,7 +61,7 @@ def with_convert_options(command: _Command) -> _Command:
 
 
 def _derived() -> list[inspect.Parameter]:
-    """A parameter for each field of ConvertOptions, as Typer reads them; one without a default is an argument."""
+    """A Typer parameter for each field of ConvertOptions: an argument if it has no default, otherwise an option."""
     kinds, parameters = get_type_hints(ConvertOptions), []
     for each in fields(ConvertOptions):
         about, required = each.metadata, each.default is MISSING

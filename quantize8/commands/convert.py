@@ -1,8 +1,8 @@
-"""Checkpoint to int8 artifact, streaming: memory holds a few blocks of rows, never a weight file or the model.
+"""Convert a checkpoint to an artifact with little memory: a few blocks of rows, never a weight file or the model.
 
-Everything that can be known from headers alone is settled first (names, shapes, places in the output, disk space).
-Then each tensor is read, quantized, hashed and written block by block. What is finished is noted in a journal, so that
-the same command goes on where it was stopped, and several processes can each write a share of the weight files.
+Everything that headers alone determine is settled first: names, shapes, positions in the output, disk space. Then each
+tensor is read, quantized, hashed and written block by block. A journal records what is finished, so that the same
+command resumes where it was stopped, and several processes can each write a share of the weight files.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from quantize8.runtime.comparison import Check
 from quantize8.sources import open_checkpoint
 
 LOCAL, RAY = ENGINES = ("local", "ray")
-# What a check takes: torch and transformers once, then some passes over the weights. Measured on two cores.
+# Time of a check: importing torch and transformers, then several passes over the weights. Measured on two cores.
 _CHECK_SECONDS, _CHECK_SECONDS_A_WEIGHT = 3.0, 7e-9
 
 
@@ -49,36 +49,42 @@ def convert(
     progress: Progress | None = None,
     **options: Any,
 ) -> Conversion:
-    """Write an artifact of a checkpoint: int8, or with a floating-point format the plain numbers of a quantized one.
+    """Convert a checkpoint to an int8 artifact, or dequantize one with a floating-point format.
 
-    A conversion that was stopped goes on where it was when it is called with the same arguments.
+    Calling it again with the same arguments resumes a conversion that was stopped.
 
     Args:
         source: Hub id, folder, file or address such as s3://bucket/model; or a ConvertOptions.
-        out: The new folder, or an address in a store such as s3://bucket/model-int8. Default: the source's name with
-            the format, such as `<name>-int8`, in the current folder.
-        device: auto, cpu or cuda. auto is a GPU that the kernels can use, else the CPU; scales are searched on the CPU.
-        workers: Threads that read, quantize and write side by side; None for one for each processor.
-        check: Compare the finished artifact with its source (`runtime.check`); None to do so where that takes less time
-            than converting did, and torch and transformers are installed.
-        dry_run: Settle all that headers tell, predict how long the rest takes, and write nothing.
-        overwrite: Replace an artifact at `out`; start over what is unfinished there with other options.
-        part: "2/4" to write the second quarter of the weight files, which `finalize` makes an artifact of when all
-            are there; "auto" for the share of this process in a Slurm array or under torchrun.
-        engine: local, or ray to have the nodes of a Ray cluster write the weight files.
-        address: Ray cluster address; None is RAY_ADDRESS, else a cluster on this machine.
-        push_to_hub: Model id to upload the artifact to.
-        private: Make a new model on the hub private.
+        out: The new folder, or an address in a store such as s3://bucket/model-int8. Default: a folder named after the
+            source and the format, such as `<name>-int8`, in the current folder.
+        device: auto, cpu or cuda. auto uses a GPU if the kernels support it, else the CPU. The search for scales runs
+            on the CPU.
+        workers: Threads that read, quantize and write in parallel; None for the number of CPUs.
+        check: Compare the finished artifact with its source (`runtime.check`). None to do so if that is expected to
+            take less time than the conversion took, and torch and transformers are installed.
+        dry_run: Plan from headers, predict how long the conversion would take, and write nothing.
+        overwrite: Replace an artifact at `out`; start over if the unfinished work there has other options.
+        part: "2/4" to write the second quarter of the weight files; when all parts are written, `finalize` makes them
+            an artifact. "auto" for the share of this process in a Slurm array or under torchrun.
+        engine: local, or ray to write the weight files on the nodes of a Ray cluster.
+        address: Ray cluster address; None for RAY_ADDRESS, else a cluster on this machine.
+        push_to_hub: Id of the model on the hub to upload the artifact to.
+        private: If that model is new, make it private.
         token: Hub token.
-        progress: Called with bytes of the source done and in all.
+        progress: Called with the bytes of the source that are done, and their total.
         **options: Fields of `ConvertOptions`, such as format, threshold, recipe, scale and calibrate.
 
     Returns:
         What was written, with the error of each weight.
 
     Raises:
-        SourceError, WeightError, RecipeError, OutputError, DependencyError: Then there is no output folder.
-        ArtifactError: The check found the artifact broken; it is marked, and `verify` and `push` refuse it.
+        SourceError: The source is missing, damaged, unsafe, or changed while it was read.
+        WeightError: A weight cannot be converted, for example because it contains NaN.
+        RecipeError: The recipe is missing or invalid.
+        OutputError: The options do not fit, or the output cannot be written.
+        DependencyError: A package or a device that an option needs is missing.
+        ArtifactError: The check found that the artifact is broken. It is marked, so that `verify` and `push` refuse it.
+            After any of the other errors there is no new artifact.
     """
     start = time.perf_counter()
     asked, share = options_of(source, options), None if part is None else parse_part(part)
@@ -123,34 +129,34 @@ def _check_engine(engine: str, address: str | None, share: Part | None) -> None:
     if engine not in ENGINES:
         raise OutputError(f"engine {engine}: unknown; name one of {', '.join(ENGINES)}")
     if engine == LOCAL and address is not None:
-        raise OutputError(f"address {address}: is that of a Ray cluster; add --engine ray")
+        raise OutputError(f"address {address}: is only for a Ray cluster; add --engine ray")
     if engine != LOCAL and share is not None:
-        raise OutputError(f"part {share}: the cluster shares out all weight files itself; leave out --part")
+        raise OutputError(f"part {share}: the Ray cluster distributes all weight files itself; leave out --part")
 
 
 def _refuse(
     check: bool | None, push_to_hub: str | None, asked: ConvertOptions, share: Part | None, store: object | None
 ) -> None:
-    """Refuse to check or push what is not a whole artifact on this machine."""
+    """Refuse to check or push what will not be a complete artifact on this machine."""
     if share is not None and push_to_hub is not None:
-        raise OutputError(f"push-to-hub {push_to_hub}: a part is no artifact; push it after quantize8 finalize")
+        raise OutputError(f"push-to-hub {push_to_hub}: a part is not an artifact; push it after quantize8 finalize")
     if check and share is not None:
-        raise OutputError(f"check: part {share} is no artifact; leave --check out")
+        raise OutputError(f"check: part {share} is not an artifact; leave out --check")
     if check and asked.stream:
-        raise OutputError("check: reads the weights of the source again, which a stream does not keep; leave one out")
+        raise OutputError("check: reads the source's weights again, but --stream does not store them; leave one out")
     if check:
         require("for --check")
     if store is not None and check:
-        raise OutputError(f"check: reads an artifact that is here, not at {store}; leave it out")
+        raise OutputError(f"check: needs the artifact on this machine, not at {store}; leave out --check")
     if store is not None and push_to_hub is not None:
-        raise OutputError(f"push-to-hub {push_to_hub}: takes files that are here, not at {store}; leave out one")
+        raise OutputError(f"push-to-hub {push_to_hub}: needs files on this machine, not at {store}; leave one out")
 
 
 def _check_artifact(result: Conversion, check: bool | None, seconds: float) -> None:
-    """Check a whole artifact that is here, where that was asked for, or costs less than the `seconds` of converting.
+    """Check a complete artifact on this machine if requested, or if that takes less time than converting (`seconds`).
 
-    The check is skipped where nobody asked for it and a package that it needs is missing. An artifact that is broken is
-    marked, so that `verify` and `push` refuse it, and raises ArtifactError.
+    A check that was not requested is skipped when a package that it needs is missing. A broken artifact is marked, so
+    that `verify` and `push` refuse it, and ArtifactError is raised.
     """
     source, out = result.plan.checkpoint, result.out
     expected = _CHECK_SECONDS + result.plan.weights * _CHECK_SECONDS_A_WEIGHT

@@ -1,4 +1,4 @@
-"""The end of a conversion in parts: an artifact of the weight files that several processes have written."""
+"""Finish a conversion in parts: combine the weight files that several processes wrote into an artifact."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from quantize8.destinations.base import destination_of
 
 
 def finalize(out: str | Path, *, overwrite: bool = False, token: str | None = None) -> Conversion:
-    """Write index, config and manifest beside the weight files that `convert --part` wrote, and move all into place.
+    """Write the index, config and manifest for the weight files that `convert --part` wrote, and publish the artifact.
 
-    The source is opened again, for its headers and small files.
+    The source is opened again to read its headers and small files.
 
     Args:
-        out: Folder or address that `convert --part` was given.
-        overwrite: Replace an artifact that is there.
+        out: The `out` of `convert --part`: a folder or an address.
+        overwrite: Replace an existing artifact.
         token: Hub token.
 
+    Returns:
+        What was written, with the error of each weight.
+
     Raises:
-        OutputError: A weight file is not there, not whole, or of other options than the rest. The message names it,
-            and the command that writes it.
+        OutputError: A weight file is missing, incomplete, or was written with other options than the rest. The message
+            names the file and the command that writes it.
+        SourceError: The source cannot be opened.
     """
     start = time.perf_counter()
     result = driver.finalize(destination_of(out, token), overwrite, token)

@@ -1,4 +1,4 @@
-"""What a conversion would make, and what it takes: time, memory and disk, on one machine and on several."""
+"""Plan a conversion, and predict its time, memory and disk space on one machine or several."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def plan(
     token: str | None = None,
     **options: Any,
 ) -> Conversion:
-    """Plan what `convert` with the same arguments does, and predict how long `machines` take for it.
+    """Plan what `convert` with the same arguments would do, and predict how long it would take.
 
-    The prediction converts a few tensors of each kind. Nothing stays on the disk, and weights of the hub are not
-    downloaded. Each machine is taken to be like this one, to write the weight files that `--part` would give it, and to
-    read and write as fast as this one does alone.
+    The prediction converts a few tensors of each kind. Nothing remains on the disk, and weights on the hub are not
+    downloaded. Each machine is assumed to be like this one, to write the weight files that `--part` would give it, and
+    to read and write as fast as this one does alone.
 
     Args:
         source: Hub id, folder, file or address; or a ConvertOptions.
         out: Where the artifact would go; see `convert`.
         machines: Numbers of machines to predict the time for.
         device: auto, cpu or cuda.
-        workers: Number of threads; None for one for each processor.
+        workers: Worker threads; None for the number of CPUs.
         token: Hub token.
         **options: Fields of `ConvertOptions`.
 
@@ -45,11 +45,11 @@ def plan(
         A Conversion with a `forecast`.
 
     Raises:
-        Quantize8Error: What `convert` raises before it writes anything.
+        Quantize8Error: Any error that `convert` raises before it writes anything.
     """
     start = time.perf_counter()
     if not machines or min(machines) < 1:
-        raise OutputError("machines: must be numbers from 1; name some like 1,8,64")
+        raise OutputError("machines: must be numbers of at least 1; use for example 1,8,64")
     asked = options_of(source, options)
     quantizers = make_quantizers(device, asked.scale, workers)
     destination = None if out is None else destination_of(out, token)

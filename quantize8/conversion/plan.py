@@ -1,7 +1,7 @@
-"""What a conversion will do, settled from headers alone: which tensors become int8, and the place of every byte.
+"""What a conversion will do, decided from headers alone: which tensors become int8, and where every byte goes.
 
-A plan does not change. Calibration, which needs the weights, makes another plan of it (`Plan.with_calibration`). Its
-weight files are its units of work: any process can write one, and two plans with the same `decisions` write the same
+A plan is immutable. Calibration, which needs the weights, derives a new plan from it (`Plan.with_calibration`). The
+units of work are the weight files: any process can write one, and two plans with the same `decisions` write the same
 bytes.
 """
 
@@ -43,11 +43,12 @@ class WorkUnit:
     """One weight file, which any process can write.
 
     Attributes:
-        number: Its place among the weight files, from 1.
-        shard: Its bytes.
-        sources: The source tensors that go into it in storage order, then computed ones: keys of `Plan.outputs`.
-        read_bytes: Bytes of the source that are read for it, quantized ones decoded.
-        outliers: A file with the outlier columns of its modules, which is merged with the others' at the end.
+        number: Its number among the weight files, from 1.
+        shard: Layout of the file.
+        sources: Keys of `Plan.outputs` that go into it: source tensors in storage order, then computed tensors.
+        read_bytes: Size of the source tensors that are read for it; quantized ones count at their decoded size.
+        outliers: Layout of a file with the outlier columns of its modules. The files of all units are merged at the
+            end.
     """
 
     number: int
@@ -58,12 +59,12 @@ class WorkUnit:
 
     @property
     def nbytes(self) -> int:
-        """Size of its files in bytes."""
+        """Size of the unit's files in bytes."""
         return self.shard.nbytes + (self.outliers.nbytes if self.outliers else 0)
 
     @property
     def tensors(self) -> list[OutTensor]:
-        """All tensors in them."""
+        """All tensors in the unit's files."""
         return [*self.shard.tensors, *(self.outliers.tensors if self.outliers else [])]
 
 
@@ -72,22 +73,22 @@ class Plan:
     """What a conversion will do.
 
     Attributes:
-        options: What was asked for.
-        checkpoint: The source; after calibration with `smooth`, the source read through its factors.
+        options: The options of the conversion.
+        checkpoint: The source; after calibration with `smooth`, the source with its smoothing factors applied.
         format: The output format.
-        recipe: Which modules become int8, and the threshold.
+        recipe: Which modules become int8, and the outlier threshold.
         modules: Module that becomes int8 -> LINEAR, CONV1D or EXPERT.
-        kept: Linear weight that stays in floating point -> why.
-        guessed: Why modules were recognized by their names alone; empty where the architecture's code was used.
-        skip_list: Linear modules that stay in floating point, by the names that loaders see.
-        transposed: Tensors whose two dimensions are swapped on the way.
-        calibration: What the manifest says of the calibration; empty without one.
-        text: The text to calibrate with, where this process has read it.
-        outputs: Source tensor, or one that is computed -> the tensors of the artifact that it becomes.
+        kept: Linear module that is left in floating point -> the reason.
+        guessed: Why modules were recognized by their names alone; empty if the architecture's code was used.
+        skip_list: Linear modules that are left in floating point, by the names that loaders use.
+        transposed: Source tensors that are written transposed.
+        calibration: What the manifest records about the calibration; empty without one.
+        text: The calibration text, if this process has read it.
+        outputs: Source tensor, or computed tensor -> the tensors of the artifact that are made from it.
         units: The weight files.
-        searches: Source tensor -> what its scales are searched for, where they are searched.
-        calibrated: Module -> what calibration measured of it.
-        outliers: The file of all outlier columns.
+        searches: Source tensor -> what the search for its scales minimizes, if they are searched.
+        calibrated: Module -> what calibration decided for it.
+        outliers: Layout of the file with all outlier columns.
     """
 
     options: ConvertOptions
@@ -109,12 +110,12 @@ class Plan:
 
     @cached_property
     def main_dtype(self) -> str:
-        """Dtype of most tensors that are stored in floating point, which a floating-point format changes."""
+        """Most common dtype of the tensors stored in floating point; a floating-point format converts these."""
         return main_dtype(self._plain)
 
     @cached_property
     def decoded_dtype(self) -> str:
-        """Dtype of a quantized weight that becomes floating point: the model's."""
+        """Dtype in which a quantized weight is written when it becomes floating point: the model's dtype."""
         return model_dtype(self.checkpoint.config, self._plain)
 
     @property
@@ -123,7 +124,7 @@ class Plan:
 
     @property
     def default_out(self) -> Path:
-        """Where the artifact goes if nobody says."""
+        """Where the artifact goes if no output is given."""
         return Path(f"{self.checkpoint.name}-{self.format.suffix}")
 
     @property
@@ -133,32 +134,32 @@ class Plan:
 
     @property
     def files(self) -> list[Shard]:
-        """All files that hold tensors."""
+        """All files that contain tensors: the weight files, and the file of outlier columns if there is one."""
         return self.shards if self.outliers is None else [*self.shards, self.outliers]
 
     @property
     def output_bytes(self) -> int:
-        """Size of these files in bytes."""
+        """Size of all files that contain tensors, in bytes."""
         return sum(shard.nbytes for shard in self.files)
 
     @property
     def left_out(self) -> dict[str, str]:
-        """Files of the source's folder that are neither read nor copied -> why."""
+        """Files of the source's folder that are neither read nor copied -> the reason."""
         return self.checkpoint.left_behind() if self.format.is_folder else {}
 
     @property
     def source_bytes(self) -> int:
-        """Size of the source's tensors as they are stored, in bytes."""
+        """Size of the source's tensors as stored, in bytes."""
         return self.checkpoint.stored_bytes
 
     @property
     def int8_weights(self) -> int:
-        """How many weights become int8."""
+        """Number of weight values that are int8 in the artifact."""
         return sum(math.prod(self.checkpoint.tensors[f"{name}.weight"].shape) for name in self.modules)
 
     @property
     def carries(self) -> bool:
-        """Whether every int8 module keeps the codes that the source stores."""
+        """Whether the int8 codes of all modules are copied from the source."""
         return bool(self.modules) and all(self.checkpoint.tensors[f"{name}.weight"].is_int8 for name in self.modules)
 
     @property
@@ -168,22 +169,28 @@ class Plan:
 
     @property
     def weights(self) -> int:
-        """How many floating-point numbers the source stands for."""
+        """Number of floating-point values in the source, counting quantized weights as decoded."""
         return sum(math.prod(info.shape) for info in self.checkpoint.tensors.values() if info.dtype in FLOATING)
 
     @property
     def smoothed(self) -> str:
-        """How much of the source is smoothed, in words; empty where nothing is."""
+        """A description of how much of the source is smoothed; empty if nothing is."""
         return self.checkpoint.summary if isinstance(self.checkpoint, SmoothedCheckpoint) else ""
 
     def shape_of(self, info: TensorInfo) -> tuple[int, ...]:
-        """The shape of a tensor of the source as it is written."""
+        """The shape in which a source tensor is written."""
         return info.shape[::-1] if info.name in self.transposed else info.shape
 
     def blocks(self, info: TensorInfo, size: int | None = None, multiple: int = 1) -> Iterator[tuple[int, Array]]:
-        """Blocks of a source tensor's rows as they are written, with the number of the first row.
+        """Read a source tensor in the orientation in which it is written, block by block.
 
-        A tensor that is transposed comes in one block.
+        Args:
+            info: The source tensor.
+            size: Approximate size of a block in bytes; None for the default. A transposed tensor is one block.
+            multiple: The number of rows in every block but the last is a multiple of this.
+
+        Yields:
+            The number of the first row, and the rows.
         """
         transposed, row = info.name in self.transposed, 0
         for block in self.checkpoint.blocks(info.name, info.nbytes if transposed else size, multiple):
@@ -191,7 +198,7 @@ class Plan:
             row += len(block) if block.ndim else 1
 
     def tensors_of(self, source: str) -> list[OutTensor]:
-        """All tensors of the artifact that a source tensor becomes, its outlier columns too."""
+        """All tensors of the artifact that are made from a source tensor, including its outlier columns."""
         module = source.removesuffix(".weight")
         calibrated = self.calibrated.get(module) if module != source else None
         if calibrated is None:
@@ -200,7 +207,11 @@ class Plan:
         return [*self.outputs[source], *calibrated.tensors(module, rows)]
 
     def decisions(self) -> dict[str, Any]:
-        """What decides the bytes, as JSON: two plans with the same decisions make the same artifact."""
+        """All that decides the bytes, as JSON values: two plans with the same decisions make the same artifact.
+
+        Raises:
+            SourceError: A file of the source cannot be read.
+        """
         layout = "".join(f"{shard.file} {digest(shard.header)} {shard.nbytes}\n" for shard in self.shards)
         config = json.dumps(self.checkpoint.config, sort_keys=True, default=str)
         source = {**self.checkpoint.identity, "config": digest(config.encode()), "files": self.checkpoint.fingerprint()}
@@ -215,7 +226,7 @@ class Plan:
         }
 
     def with_calibration(self, found: Calibration) -> Plan:
-        """The plan with what a text decides: smoothing, outlier columns, and what scales are searched for."""
+        """The plan with the results of calibration: smoothing, outlier columns, and what the scale search minimizes."""
         plan = replace(self, checkpoint=found.smoothed(self.checkpoint))
         if "calibrate" in self.format.options:
             plan = replace(plan, calibrated={name: one for name, one in found.modules.items() if name in self.modules})
@@ -230,12 +241,15 @@ def make_plan(options: ConvertOptions, token: str | None = None, *, download: bo
     """Open the source, and decide which tensors become int8 and where every byte of the output goes.
 
     Args:
-        options: What is asked for.
+        options: The options of the conversion.
         token: Hub token.
-        download: Fetch the weights of a hub model that are not on this machine; otherwise only their headers.
+        download: Download the weights of a hub model that are not on this machine; otherwise only their headers.
 
     Raises:
-        RecipeError, SourceError, OutputError: Any of the options cannot be followed with this source.
+        RecipeError: The recipe is missing or invalid.
+        SourceError: The source cannot be read, or not be converted with these options.
+        OutputError: The options do not fit the source.
+        DependencyError: Calibration needs a package that is missing.
     """
     recipe, text, calibration = load_recipe(options.recipe, options.threshold), None, {}
     if options.calibrate is not None:
@@ -258,7 +272,19 @@ def plan_of(
     calibration: dict[str, Any] | None = None,
     text: str | None = None,
 ) -> Plan:
-    """See `make_plan`, for a checkpoint that is open."""
+    """Plan the conversion of a checkpoint that is open already; see `make_plan`.
+
+    Args:
+        options: The options of the conversion.
+        checkpoint: The source.
+        recipe: Which modules become int8, and the outlier threshold.
+        calibration: What the manifest records about the calibration, if there is one.
+        text: The calibration text, if this process has read it.
+
+    Raises:
+        SourceError: The source cannot be converted with these options.
+        OutputError: The options do not fit the source.
+    """
     output, structure = make_format(options.format, options.scheme, options.moe), structure_of(checkpoint)
     structure.require_complete(checkpoint.name)
     modules, kept = _choose(structure, recipe, output, checkpoint)
@@ -272,10 +298,10 @@ def plan_of(
     outputs, shards = output.lay_out(plan, options.max_shard_size)
     names = [tensor.name for group in outputs.values() for tensor in group]
     if len(set(names)) != len(names):
-        raise SourceError(f"{checkpoint.name}: holds tensors named like quantized ones; it is quantized already")
+        raise SourceError(f"{checkpoint.name}: has tensor names of a quantized model, so it is quantized already")
     plan = replace(plan, outputs=outputs)
     if output.is_folder and isinstance(checkpoint.origin, GgufCheckpoint):
-        checkpoint.origin.require_tokenizer()  # before hours of work: its files are written last
+        checkpoint.origin.require_tokenizer()  # checked now because its files are written last, after hours of work
     if options.smooth is not None:
         from quantize8.calibration.smoothing import check_smoothable
 
@@ -288,10 +314,16 @@ def plan_of(
 
 
 def recorded_plan(heading: dict[str, Any], out: object, token: str | None = None) -> Plan:
-    """The plan that a journal's heading is of, without the text and the recipe's file: what they said is in it.
+    """Rebuild the plan that a journal's heading records; the calibration text and the recipe file are not needed.
+
+    Args:
+        heading: The heading of a journal, which contains the recipe and a record of the calibration.
+        out: The output that the error message names.
+        token: Hub token.
 
     Raises:
-        OutputError: The heading is of another version; and what opening the source raises.
+        OutputError: The heading was written by another version.
+        SourceError: The source cannot be opened.
     """
     try:
         options, decisions = ConvertOptions(**heading["request"]), heading["decisions"]
@@ -302,8 +334,8 @@ def recorded_plan(heading: dict[str, Any], out: object, token: str | None = None
         known = False
     if not known or not fits(decisions.get("calibration"), dict[str, Any]):
         raise OutputError(
-            f"{out}: its parts are not of quantize8 {__version__}; finish it with the version that wrote them, or "
-            "start over by convert with --overwrite"
+            f"{out}: its parts were not written by quantize8 {__version__}; finish it with the version that wrote "
+            "them, or start over with convert --overwrite"
         )
     checkpoint = open_checkpoint(options.source, revision=revision, token=token, stream=options.stream)
     return plan_of(options, checkpoint, recipe, calibration=decisions["calibration"])
@@ -312,7 +344,7 @@ def recorded_plan(heading: dict[str, Any], out: object, token: str | None = None
 def _choose(
     structure: Structure, recipe: Recipe, output: Format, checkpoint: Checkpoint
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Modules that become int8, and the Linear weights that do not with the reason."""
+    """The modules that become int8 with their kind, and the Linear modules that do not with the reason."""
     if not isinstance(output, Int8Format):
         return {}, {}
     tensors, head = checkpoint.tensors, structure.output_head
@@ -337,16 +369,16 @@ def _choose(
 
 
 def _nothing(checkpoint: Checkpoint, structure: Structure, kept: dict[str, str], output: Int8Format) -> str:
-    """Why no weight at all becomes int8, by the example of one."""
+    """The error message when no weight becomes int8, with one weight as an example."""
     if refused := output.linears(structure)[1]:
         why = next(iter(refused.values()))
         return f"{checkpoint.name}: all its Linear weights are {why}; choose another --format than {output.name}"
     if kept:
         name, why = max(kept.items(), key=lambda item: math.prod(checkpoint.tensors[f"{item[0]}.weight"].shape))
-        return f"{checkpoint.name}: none of its weights would become int8: {name}.weight does not ({why})"
+        return f"{checkpoint.name}: none of its weights would become int8; for example {name}.weight does not ({why})"
     largest = max(checkpoint.tensors.values(), key=lambda info: info.nbytes, default=None)
     if largest is None:
-        return f"{checkpoint.name}: holds no tensors; fetch it again"
+        return f"{checkpoint.name}: contains no tensors; fetch it again"
     return (
         f"{checkpoint.name}: has no weights of Linear layers: the largest tensor is {largest.name} "
         f"{list(largest.shape)}, {largest.dtype}"
@@ -354,12 +386,12 @@ def _nothing(checkpoint: Checkpoint, structure: Structure, kept: dict[str, str],
 
 
 def _units(plan: Plan, shards: list[Shard]) -> list[WorkUnit]:
-    """A unit for each weight file; each source tensor is in one of them, with all that it becomes."""
+    """One unit per weight file; all tensors that are made from a source tensor are in the same unit."""
     numbers = {tensor.name: number for number, shard in enumerate(shards) for tensor in shard.tensors}
     sources: list[list[str]] = [[] for _ in shards]
     tensors = plan.checkpoint.tensors
     for name in [*tensors, *(name for name in plan.outputs if name not in tensors)]:
-        if name in plan.outputs:  # GGUF leaves some out
+        if name in plan.outputs:  # a GGUF file does not contain all tensors
             sources[numbers[plan.outputs[name][0].name]].append(name)
     units = []
     for number, (shard, names) in enumerate(zip(shards, sources, strict=True), 1):
@@ -371,5 +403,5 @@ def _units(plan: Plan, shards: list[Shard]) -> list[WorkUnit]:
 
 
 def _outlier_tensors(plan: Plan, sources: list[str]) -> list[OutTensor]:
-    """What is stored of the outlier columns of these weights."""
+    """The tensors that store the outlier columns of these weights."""
     return [tensor for name in sources for tensor in plan.tensors_of(name)[len(plan.outputs[name]) :]]

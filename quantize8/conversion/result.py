@@ -1,4 +1,4 @@
-"""What a conversion did, or one process's share of it, or with a dry run would do."""
+"""The result of a conversion: of all of it, of one process's share, or of a dry run."""
 
 from __future__ import annotations
 
@@ -18,30 +18,47 @@ if TYPE_CHECKING:
 
 @dataclass
 class Conversion:
-    """The result of `convert` and of `finalize`."""
+    """The result of `convert`, `plan` and `finalize`.
 
-    out: Path | str  # an address without secrets
+    Attributes:
+        out: Where the artifact is; an address is given without its secrets.
+        plan: What the conversion does.
+        seconds: How long it took.
+        manifest: The manifest; None if there is no artifact yet: after a dry run, or after a part.
+        records: Name of each tensor that was written -> its record in the manifest.
+        dry_run: Whether nothing was written.
+        part: The share of the weight files that was written; None for all of them.
+        files: The weight files of that share.
+        resumed: Number of source tensors that an earlier run had finished.
+        resumed_bytes: Size of what those tensors were written as, in bytes.
+        pushed: Address of the commit on the hub, if the artifact was uploaded.
+        forecast: What a dry run predicts.
+        check: Comparison of the complete artifact with its source, if it was done.
+        to_calibrate: Whether a dry run left out the choice of outlier columns, which the conversion would make.
+    """
+
+    out: Path | str
     plan: Plan
     seconds: float = 0.0
-    manifest: Manifest | None = None  # None while there is no artifact: after a dry run, and after a part
-    records: Mapping[str, TensorRecord] = field(default_factory=dict)  # of the tensors that were written
+    manifest: Manifest | None = None
+    records: Mapping[str, TensorRecord] = field(default_factory=dict)
     dry_run: bool = False
-    part: Part | None = None  # the share of the weight files that was written
-    files: list[str] = field(default_factory=list)  # these
-    resumed: int = 0  # source tensors that an earlier run had finished
-    resumed_bytes: int = 0  # of them, as they are written
-    pushed: str | None = None  # the address of the commit on the hub, if it was uploaded
-    forecast: Forecast | None = None  # of a dry run
-    check: Check | None = None  # of a whole artifact, where it was checked
-    to_calibrate: bool = False  # a dry run, which does not choose the outlier columns that converting would
+    part: Part | None = None
+    files: list[str] = field(default_factory=list)
+    resumed: int = 0
+    resumed_bytes: int = 0
+    pushed: str | None = None
+    forecast: Forecast | None = None
+    check: Check | None = None
+    to_calibrate: bool = False
 
     @property
     def errors(self) -> dict[str, Quantized]:
-        """What quantizing did to each weight, by name."""
+        """Quantized weight -> its quantization error and related values."""
         return {name: record.quantized for name, record in self.records.items() if record.quantized}
 
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON values, without the plan of every byte."""
+        """The result as JSON values, without the layout of every tensor."""
         plan = self.plan
         errors = {name: entry.relative_error for name, entry in self.errors.items()}
         worst = max(errors, key=lambda name: errors[name], default="")

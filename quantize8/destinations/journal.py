@@ -1,8 +1,8 @@
-"""What is finished of a weight file: lines of JSON, one appended for each source tensor when its bytes are written.
+"""A journal records the finished tensors of a weight file: one line of JSON for each, appended when it is written.
 
-The first line, the heading, says what decides those bytes. No line is flushed to the disk: an entry counts only where
-the bytes that it speaks of have the digests that it records, so that none of it has to be trusted, not even after the
-power failed. Each line begins with a digest of its own; what follows the first damaged one is dropped.
+The first line, the heading, records what decides the bytes. Lines are not flushed to the disk. An entry counts only if
+the bytes that it describes have the digests that it records, so a journal need not be trusted, not even after a power
+failure. Each line begins with a digest of itself, and everything from the first damaged line on is ignored.
 """
 
 from __future__ import annotations
@@ -24,53 +24,72 @@ from quantize8.artifact.manifest import TensorRecord, digest, fits, record_of
 
 SUFFIX = ".journal"
 _APPENDED = os.O_RDWR | os.O_CREAT | os.O_APPEND
-Records = dict[str, TensorRecord]  # by name in the artifact
-Heading = dict[str, Any]  # what a journal begins with: `decisions`, `request`, and `calibration_blake3`
+Records = dict[str, TensorRecord]  # tensor name in the artifact -> record
+Heading = dict[str, Any]  # first line of a journal: `decisions`, `request`, and `calibration_blake3`
 
 
 class Journal:
-    """The journal of one weight file, locked as long as it is open: BlockingIOError while another process has it."""
+    """The journal of one weight file, locked while it is open.
+
+    Attributes:
+        path: The journal's file.
+        heading: The heading; {} in a new journal.
+        entries: Source tensor that is finished -> the records of what it was written as.
+
+    Raises:
+        BlockingIOError: Another process has the journal open.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        place = files.lock_of(path)
-        self._lock = _open_locked(place)
-        self._descriptor = self._lock if place == path else files.open_file(path, _APPENDED)
+        lock_path = files.lock_of(path)
+        self._lock = _open_locked(lock_path)
+        self._descriptor = self._lock if lock_path == path else files.open_file(path, _APPENDED)
         self._append = threading.Lock()
         self.heading, self.entries, self._good = _read(self._descriptor)
 
     def begin(self, heading: dict[str, Any], entries: dict[str, Records]) -> None:
-        """Go on with this heading and, of the entries that are there, with these."""
+        """Start or resume the journal, and drop everything else that it contains.
+
+        Args:
+            heading: The heading.
+            entries: The present entries that are still valid.
+        """
         if self.heading == heading and self.entries == entries:
-            os.ftruncate(self._descriptor, self._good)  # without a torn line at the end
+            os.ftruncate(self._descriptor, self._good)  # removes an incomplete line at the end
             return
         self.forget()
         self.heading, self.entries = heading, entries
         self._write(heading, *(_entry(source, records) for source, records in entries.items()))
 
     def forget(self) -> None:
-        """Start over."""
+        """Erase the heading and all entries."""
         self.heading, self.entries, self._good = {}, {}, 0
         os.ftruncate(self._descriptor, 0)
 
     def append(self, source: str, records: Records) -> None:
-        """Note that a source tensor is written; from any thread."""
+        """Record that a source tensor has been written; may be called from several threads.
+
+        Args:
+            source: Name of the source tensor.
+            records: The records of what it was written as.
+        """
         self._write(_entry(source, records))
         self.entries[source] = records
 
     def close(self) -> None:
-        """Let others have it."""
+        """Close the journal and release its lock."""
         for descriptor in dict.fromkeys((self._descriptor, self._lock)):
             os.close(descriptor)
 
     def remove(self) -> None:
-        """Close it, and leave nothing of it."""
-        if not files.WINDOWS:  # no other process has it between the two
+        """Close the journal and delete its file."""
+        if not files.WINDOWS:  # deleted while locked, so that no other process can take it first
             self.path.unlink(missing_ok=True)
             return self.close()
         self.close()
         for path in (self.path, files.lock_of(self.path)):
-            with contextlib.suppress(OSError):  # another process has opened it meanwhile
+            with contextlib.suppress(OSError):  # another process has opened it in the meantime
                 path.unlink()
 
     def _write(self, *values: dict[str, Any]) -> None:
@@ -80,13 +99,13 @@ class Journal:
                 if os.write(self._descriptor, data) != len(data):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             except OSError:
-                os.ftruncate(self._descriptor, self._good)  # or half a line would hide those that come after it
+                os.ftruncate(self._descriptor, self._good)  # an incomplete line would invalidate the lines after it
                 raise
             self._good += len(data)
 
 
 def read_heading(path: Path) -> dict[str, Any]:
-    """The heading of a journal that another process may be writing; {} where there is none yet, or none any more."""
+    """The heading of a journal that another process may be writing; {} if there is no heading or no journal."""
     try:
         descriptor = files.open_file(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -98,27 +117,32 @@ def read_heading(path: Path) -> dict[str, Any]:
 
 
 def agrees(stated: Heading, heading: Heading) -> bool:
-    """Whether two headings are of the same bytes."""
+    """Whether two headings lead to the same bytes.
+
+    Args:
+        stated: The heading of a journal; it may be {}.
+        heading: The heading of this conversion.
+    """
     return all(stated.get(key) == heading[key] for key in ("decisions", "calibration_blake3"))
 
 
 def begun(heading: dict[str, Any]) -> bytes:
-    """A journal with this heading, and nothing finished."""
+    """The bytes of a journal with this heading and no entries."""
     return _line(heading)
 
 
 def parse(data: bytes) -> tuple[dict[str, Any], dict[str, Records]]:
-    """Heading and entries of a whole journal, as far as it is not damaged."""
+    """Heading and entries of a journal, up to the first damaged line."""
     return _parse(io.BytesIO(data))[:2]
 
 
 def records_of(entries: Mapping[str, Records]) -> Records:
-    """Of all entries of a journal."""
+    """The records of all entries of a journal, by tensor name in the artifact."""
     return {name: record for records in entries.values() for name, record in records.items()}
 
 
 def is_locked(path: Path) -> bool:
-    """Whether another process has the journal there open to write."""
+    """Whether another process has the journal at `path` open for writing."""
     try:
         descriptor = files.open_file(files.lock_of(path), os.O_RDWR)
     except FileNotFoundError:
@@ -136,7 +160,7 @@ def _open_locked(path: Path) -> int:
     while True:
         descriptor = files.open_file(path, _APPENDED)
         try:
-            files.lock(descriptor)  # without locks two writers would write the same bytes to the same places
+            files.lock(descriptor)  # where there are no locks, two writers write the same bytes to the same offsets
         except BlockingIOError:
             os.close(descriptor)
             raise
@@ -144,7 +168,7 @@ def _open_locked(path: Path) -> int:
             if files.WINDOWS or os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
         except FileNotFoundError:
-            pass  # its owner finished, and removed it, between the two calls
+            pass  # its owner finished and deleted it between the two calls
         os.close(descriptor)
 
 
@@ -155,7 +179,7 @@ def _read(descriptor: int) -> tuple[dict[str, Any], dict[str, Records], int]:
 
 
 def _parse(lines: Iterable[bytes]) -> tuple[dict[str, Any], dict[str, Records], int]:
-    """Heading, entries, and the bytes of whole lines."""
+    """Heading, entries, and the size in bytes of the intact lines."""
     heading: dict[str, Any] = {}
     entries: dict[str, Records] = {}
     good = 0
@@ -178,13 +202,13 @@ def _parse(lines: Iterable[bytes]) -> tuple[dict[str, Any], dict[str, Records], 
 
 def _finite(text: str) -> float:
     value = float(text)
-    if not math.isfinite(value):  # which no manifest may have
+    if not math.isfinite(value):  # a manifest must not contain NaN or infinity
         raise ValueError(text)
     return value
 
 
 def _entry_of(value: dict[str, Any]) -> tuple[str, Records]:
-    """Source tensor and records of a line; of one that is no entry it raises what comes of it."""
+    """Source tensor and records of a line; anything but an entry raises KeyError, TypeError or another exception."""
     source, records = value["source"], {name: record_of(entry) for name, entry in value["records"].items()}
     if not (fits(source, str) and fits(records, Records)):
         raise TypeError(source)

@@ -1,8 +1,10 @@
-"""A folder on this machine. The artifact grows in the hidden folder `.NAME.partial` beside it, and is moved whole.
+"""Write an artifact to a folder on this machine.
 
-In that folder lie the artifact's files (`files`), a journal of each weight file that is begun, outlier columns until
-all are merged, and what calibration measured. Its name is always the same: the same command finds what was done, and
-so does every process that writes a share of the weight files. It holds no model that a loader would open.
+The artifact is built in the hidden folder `.NAME.partial` next to its destination, and moved into place in one step
+when it is complete. This staging folder contains the artifact's files (in `files`), a journal for each weight file that
+was started, the outlier columns until they are merged, and the results of calibration. Its name depends on the output
+alone, so the same command finds earlier work there, and so does every process that writes a share of the weight files.
+No loader would take it for a model.
 """
 
 from __future__ import annotations
@@ -28,15 +30,15 @@ from quantize8.files import WINDOWS, flush, open_file, read_at, stored_bytes, wr
 if TYPE_CHECKING:
     from quantize8.conversion.plan import WorkUnit
 
-_TRIES = 5  # to make a folder that other processes, which failed, remove
-_SLACK = 16 * 2**20  # room for the small files: tokenizer, config, manifest
+_TRIES = 5  # attempts to make a folder while other processes that fail remove it
+_SLACK = 16 * 2**20  # bytes to leave for the small files: tokenizer, config, manifest
 _UNFINISHED = ".unfinished"
 _READ_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
 class LocalFolder(Destination):
-    """The folder `out`, which is not there yet, or is an artifact to be replaced."""
+    """The folder `out`, which does not exist yet, or is an artifact to be replaced."""
 
     out: Path
 
@@ -61,10 +63,10 @@ class LocalFolder(Destination):
             raise OutputError(f"{out}: exists; remove it, pass --overwrite, or name another folder with --out")
         is_artifact = (out / MANIFEST_NAME).is_file()
         if not out.is_dir() or out.is_symlink() or not (is_artifact or not any(out.iterdir())):
-            raise OutputError(f"{out}: is not an artifact of quantize8, and is not overwritten; remove it yourself")
+            raise OutputError(f"{out}: is not an artifact of quantize8, so it is not overwritten; remove it yourself")
 
     def disk_bytes(self, units: Sequence[WorkUnit]) -> int:
-        """See `Destination.disk_bytes`: all of them, and the merged outlier columns."""
+        """See `Destination.disk_bytes`: all files of the units, and the merged outlier columns."""
         return sum(unit.nbytes + (unit.outliers.nbytes if unit.outliers else 0) for unit in units)
 
     def recorded(self) -> Heading | None:
@@ -73,7 +75,7 @@ class LocalFolder(Destination):
         return next((heading for heading in map(read_heading, paths) if heading), None)
 
     def missing_bytes(self, units: Sequence[WorkUnit]) -> int:
-        """What the disk must still hold for these weight files."""
+        """Disk space that these weight files still need, in bytes."""
         files = [file for unit in units for file in weight_files(self.out, unit)]
         merged = sum(unit.outliers.nbytes for unit in units if unit.outliers)
         return merged + sum(file.nbytes - file.held_bytes for file in files)
@@ -89,26 +91,27 @@ class LocalFolder(Destination):
     ) -> Iterator[Staging]:
         """See `Destination.open`.
 
-        When the block fails with nothing finished, all that it made is removed; else it stays, for the next run.
+        If the block fails before anything is finished, all that it created is removed. Otherwise it stays for the next
+        run to resume.
         """
         out = self.out
         check_disk(out, self.missing_bytes(units))
         try:
             staging = Staging(self, [unit.shard.file for unit in units])
         except OSError as error:
-            raise OutputError(f"{out}: cannot be made ({error.strerror}); name another folder with --out") from None
+            raise OutputError(f"{out}: cannot be created ({error.strerror}); name another folder with --out") from None
         try:
             _restore(out)
-            self.check(source, overwrite)  # again: another process may have finished meanwhile
+            self.check(source, overwrite)  # again: another process may have finished in the meantime
             staging.accept(decisions, start_over)
             yield staging
         except OSError as error:
-            goes_on = "" if staging.is_empty else ", which goes on from here"
+            resumes = "" if staging.is_empty else ", which resumes from here"
             staging.leave()
             where = f" at {error.filename}" if error.filename else ""
             raise OutputError(
                 f"{out}: not written ({error.strerror or error}{where}); fix that and run the same command "
-                f"again{goes_on}"
+                f"again{resumes}"
             ) from None
         except BaseException:
             staging.leave()
@@ -117,13 +120,20 @@ class LocalFolder(Destination):
 
 
 class Staging:
-    """The folder that an artifact grows in, with the journals of the weight files `names`, locked for this process.
+    """The folder in which an artifact is built, with the journals of this process's weight files, which it locks.
+
+    Args:
+        destination: Where the artifact goes.
+        names: Names of the weight files that this process writes.
 
     Attributes:
         out: Where the artifact goes.
         folder: The staging folder.
-        files: The folder of the artifact's files in it.
+        files: The folder inside it with the artifact's files.
         journals: Weight file -> its journal.
+
+    Raises:
+        OutputError: Another process is writing one of the weight files.
     """
 
     def __init__(self, destination: LocalFolder, names: Sequence[str]) -> None:
@@ -144,7 +154,7 @@ class Staging:
         yield self._calibration
 
     def batches(self, units: Sequence[WorkUnit], heading: Heading) -> list[Batch]:
-        """See `Session.batches`: all at once."""
+        """See `Session.batches`: one batch with all weight files."""
         check_disk(self.out, self._destination.missing_bytes(units))
         return [Batch(units)]
 
@@ -159,14 +169,14 @@ class Staging:
         missing: list[WorkUnit] = []
         for unit in units:
             journal = self.journals[unit.shard.file]
-            whole = all(file.is_whole for file in weight_files(self.out, unit))
-            if not (whole and agrees(journal.heading, heading) and journal.entries.keys() >= {*unit.sources}):
+            complete = all(file.is_whole for file in weight_files(self.out, unit))
+            if not (complete and agrees(journal.heading, heading) and journal.entries.keys() >= {*unit.sources}):
                 missing.append(unit)
             records |= records_of(journal.entries)
         return records, missing
 
     def publish(self, units: Sequence[WorkUnit], build: Build, overwrite: bool) -> Manifest:
-        """See `Session.publish`: the finished files are moved to where they are wanted in one step."""
+        """See `Session.publish`: the folder of finished files is moved into place in one step."""
         manifest = build(self.files, self.folder)
         flush(self.files)
         if overwrite and self.out.is_dir():
@@ -179,18 +189,26 @@ class Staging:
                 f"{self.out}: appeared while converting; remove it and run the same command again"
             ) from None
         flush(self.out.parent)
-        if WINDOWS:  # which removes nothing that is open
+        if WINDOWS:  # Windows cannot delete open files
             self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
         return manifest
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is finished that could be gone on from, by this process or another."""
+        """Whether nothing is finished that this process or another could resume from."""
         return not self._calibration.exists() and not any(journal.entries for journal in self.journals.values())
 
     def accept(self, decisions: dict[str, Any], start_over: bool) -> None:
-        """Refuse to go on from other decisions; with `start_over` remove what was written with them."""
+        """Check that unfinished work in the staging folder was made with the same decisions.
+
+        Args:
+            decisions: What decides the bytes (`Plan.decisions`).
+            start_over: Remove work with other decisions instead of refusing it.
+
+        Raises:
+            OutputError: There is work with other decisions, or another process is writing it.
+        """
         for path in sorted(self.folder.glob(f"*{SUFFIX}")):
             name = path.name.removesuffix(SUFFIX)
             own = self.journals.get(name)
@@ -209,26 +227,26 @@ class Staging:
                 journal.forget()
 
     def discard(self) -> None:
-        """Remove these weight files, and let other processes have them."""
+        """Erase this process's journals, then release its weight files as `leave` does, which deletes them."""
         for journal in self.journals.values():
             journal.forget()
         self.leave()
 
     def leave(self) -> None:
-        """Let other processes have the weight files, without a trace of those of which nothing is finished."""
+        """Release the weight files, and delete those of which nothing is finished."""
         is_empty = self.is_empty
         for name, journal in [*self.journals.items()]:
             if not journal.entries:
                 self._remove_files(name)
                 self.journals.pop(name).remove()
-        if is_empty and not any(self.folder.glob(f"*{SUFFIX}")):  # and no other process is at work there
+        if is_empty and not any(self.folder.glob(f"*{SUFFIX}")):  # no other process is working there either
             for folder in (self.files, self.folder):
                 with contextlib.suppress(OSError):
                     folder.rmdir()
         self.close()
 
     def close(self) -> None:
-        """Let other processes have the weight files."""
+        """Release the weight files to other processes."""
         while self.journals:
             self.journals.popitem()[1].close()
 
@@ -248,13 +266,19 @@ class Staging:
                     return Journal(self.folder / f"{name}{SUFFIX}")
                 except BlockingIOError:
                     raise OutputError(
-                        f"{self.out}: another process is writing its {name}; wait for that one, or end it"
+                        f"{self.out}: another process is writing its {name}; wait until it finishes, or stop it"
                     ) from None
-        raise OutputError(f"{self.folder}: is removed again and again by another process; end that one")
+        raise OutputError(f"{self.folder}: another process removes it repeatedly; stop that process")
 
 
 class WeightFile:
-    """A file of known size, written in any order by any thread; it has another name until it is whole."""
+    """A file of known size that threads write in any order; it has a temporary name until it is complete.
+
+    Args:
+        path: Final name of the file.
+        header: Bytes to write at its beginning.
+        nbytes: Size of the file in bytes.
+    """
 
     def __init__(self, path: Path, header: bytes, nbytes: int) -> None:
         self.path, self._unfinished = path, path.with_name(path.name + _UNFINISHED)
@@ -264,44 +288,48 @@ class WeightFile:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the file has its name."""
+        """Whether the file is complete: it has its final name and its full size."""
         return self.path.is_file() and self.path.stat().st_size == self.nbytes
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the disk that it has already."""
-        there = [path for path in (self.path, self._unfinished) if path.is_file()]
-        return sum(min(stored_bytes(path), self.nbytes) for path in there[:1])
+        """Disk space that the file occupies already, in bytes."""
+        existing = [path for path in (self.path, self._unfinished) if path.is_file()]
+        return sum(min(stored_bytes(path), self.nbytes) for path in existing[:1])
 
     def reserve(self) -> bool:
-        """Reserve disk space for it; returns whether something of it was there, which is not whole any more."""
+        """Reserve disk space for the file, under its temporary name, and write its header.
+
+        Returns:
+            Whether the file, or a part of it, was there already.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             self.path.replace(self._unfinished)
-        there = self._unfinished.exists()
+        existed = self._unfinished.exists()
         descriptor = open_file(self._unfinished, os.O_RDWR | os.O_CREAT)
         try:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(descriptor, 0, self.nbytes)
             os.ftruncate(descriptor, self.nbytes)
             write_at(descriptor, self._header, 0)
-            if there and hasattr(os, "posix_fadvise"):
-                # what is cached may be what the disk has refused: it is read anew
+            if existed and hasattr(os, "posix_fadvise"):
+                # the page cache may contain data that the disk failed to store: drop it, so that reads see the disk
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
-        return there
+        return existed
 
     @property
     def descriptor(self) -> int:
-        """The open file; opened when it is first asked for, as there may be more files than may be open."""
+        """Descriptor of the file, which is opened on first use: there may be more files than can be open at once."""
         with self._opening:
             if self._descriptor is None:
                 self._descriptor = open_file(self._unfinished, os.O_RDWR)
             return self._descriptor
 
     def digest(self, offset: int, nbytes: int) -> str:
-        """BLAKE3 of a part of it."""
+        """BLAKE3 of `nbytes` bytes of the file, starting at `offset`, as hexadecimal digits."""
         content, end = blake3(), offset + nbytes
         buffer = memoryview(bytearray(min(_READ_BYTES, nbytes)))
         while offset < end:
@@ -313,20 +341,20 @@ class WeightFile:
         return str(content.hexdigest())
 
     def finish(self) -> None:
-        """Flush it to the disk, and give it its name."""
+        """Flush the file to the disk, and give it its final name."""
         os.fsync(self.descriptor)
         self.close()
         self._unfinished.replace(self.path)
 
     def close(self) -> None:
-        """Close it, if it is open."""
+        """Close the file if it is open."""
         with self._opening:
             if self._descriptor is not None:
                 os.close(self._descriptor)
                 self._descriptor = None
 
     def remove(self) -> None:
-        """Remove what there is of it."""
+        """Delete the file, finished or not."""
         for path in (self.path, self._unfinished):
             path.unlink(missing_ok=True)
 
@@ -338,7 +366,7 @@ def partial_of(out: Path) -> Path:
 
 
 def weight_files(out: Path, unit: WorkUnit) -> list[WeightFile]:
-    """The files of a unit in the staging folder: its weight file, and its outlier columns where it has some."""
+    """The files of a unit in the staging folder: its weight file, and its outlier columns if it has any."""
     folder, shard = partial_of(out), unit.shard
     files = [WeightFile(folder / "files" / shard.file, shard.header, shard.nbytes)]
     if unit.outliers is not None:
@@ -347,16 +375,25 @@ def weight_files(out: Path, unit: WorkUnit) -> list[WeightFile]:
 
 
 def check_disk(out: Path, nbytes: int, otherwise: str = "use --out") -> None:
-    """Raise OutputError where the disk has no room for so many bytes; `otherwise` is what helps besides making room."""
+    """Check that the disk has enough free space.
+
+    Args:
+        out: Path on the disk; it need not exist.
+        nbytes: Size of what will be written, in bytes.
+        otherwise: What the error message suggests besides freeing space.
+
+    Raises:
+        OutputError: The disk is too small.
+    """
     existing = next(parent for parent in out.absolute().parents if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < nbytes + _SLACK:
         needs = f"needs {nbytes + _SLACK:,} bytes, the disk has {free:,} free"
-        raise OutputError(f"{out}: {needs}; make room, or {otherwise}")
+        raise OutputError(f"{out}: {needs}; free some space, or {otherwise}")
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a small file, and flush it to the disk."""
+    """Write a new small file, and flush it to the disk."""
     with path.open("xb") as file:
         file.write(data)
         file.flush()
@@ -364,7 +401,15 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def unlike(heading: Heading, decisions: dict[str, Any]) -> str | None:
-    """What to say where a journal's heading has other decisions; the times of the source's files may differ."""
+    """Describe how a journal's heading differs from this conversion.
+
+    Args:
+        heading: The heading of a journal; it may be {}.
+        decisions: What decides the bytes of this conversion (`Plan.decisions`).
+
+    Returns:
+        The text of an error message; None if there is no difference apart from modification times of source files.
+    """
     stated = heading.get("decisions")
     if not heading or _timeless(stated) == _timeless(decisions):
         return None
@@ -373,7 +418,12 @@ def unlike(heading: Heading, decisions: dict[str, Any]) -> str | None:
 
 
 def difference(before: Any, now: dict[str, Any]) -> str:
-    """What two decisions do not share, in words; those `before` may be of another version, or not be decisions."""
+    """Name the first difference between two decisions, for an error message.
+
+    Args:
+        before: Earlier decisions, possibly of another version or damaged.
+        now: The decisions of this conversion.
+    """
     if not isinstance(before, dict):
         return "other options"
     words = {"layout": "another layout of files", "calibration": "another calibration"}
@@ -400,16 +450,16 @@ def _source_difference(old: Any, new: dict[str, Any]) -> str:
 
 
 def _timeless(decisions: Any) -> Any:
-    """Decisions without the times of the source's files: what came of a file with another time is written again."""
+    """Decisions without modification times: work from a file with another time is rewritten, but not refused."""
     try:
         files = {file: [nbytes, head] for file, (nbytes, _, head) in decisions["source"]["files"].items()}
     except (KeyError, TypeError, ValueError, AttributeError):
-        return decisions  # not of this version: like no others
+        return decisions  # of another version, so equal to none of this version
     return {**decisions, "source": {**decisions["source"], "files": files}}
 
 
 def _restore(out: Path) -> None:
-    """Bring back an artifact that was about to be replaced when its replacement failed, or was killed."""
+    """Restore an artifact that was moved aside to be replaced, if its replacement failed or was killed."""
     replaced = partial_of(out) / "replaced"
     if replaced.is_dir() and not out.exists():
         replaced.rename(out)

@@ -1,4 +1,4 @@
-"""Reading checkpoints: a hub id, a folder, or one file, in safetensors, torch's .bin, or GGUF; quantized or not."""
+"""Open checkpoints: a hub id, a folder or a single file, in safetensors, PyTorch .bin or GGUF, quantized or not."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ _ADAPTER = "adapter_config.json"
 def open_checkpoint(
     source: str, *, revision: str | None = None, token: str | None = None, stream: bool | None = False
 ) -> Checkpoint:
-    """Open a model by folder, file or hub id. Headers are read and checked, values are not.
+    """Open a model. Headers are read and checked, values are not.
 
     Args:
         source: Folder, file, hub id, or address such as s3://bucket/model.
         revision: Branch, tag or commit of a hub model.
         token: Hub token.
-        stream: Leave the weights of a hub model on the hub and read them by byte range; None to do so where they are
-            not stored on this machine. Weights at an address are always read that way, and those of a folder or file
-            never.
+        stream: Read the weights of a hub model by byte range instead of downloading them; None to do so only if they
+            are not stored on this machine. Weights at an address are always streamed, those of a folder or file never.
 
     Raises:
         SourceError: The source is missing, incomplete, damaged or unsafe.
@@ -46,7 +45,7 @@ def open_checkpoint(
 
 
 def locate(source: str, *, revision: str | None = None, token: str | None = None) -> tuple[Path, dict[str, str]]:
-    """Where a source lies on this machine, downloaded if need be, and what the manifest calls it.
+    """Find a source on this machine, downloading it if necessary.
 
     Args:
         source: Folder, file or hub id.
@@ -54,7 +53,10 @@ def locate(source: str, *, revision: str | None = None, token: str | None = None
         token: Hub token.
 
     Returns:
-        The path, and {"id"}, for a hub model {"id", "revision"}.
+        The path, and what the manifest records about the source: {"id"}, or {"id", "revision"} for a hub model.
+
+    Raises:
+        SourceError: There is no such source, or it is an address, which only `convert` reads.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -89,18 +91,18 @@ def _open_folder(path: Path, identity: dict[str, str], name: str) -> Checkpoint:
 
     if (pickled := open_torch(path, identity, name)) is not None:
         return decode(pickled)
-    raise SourceError(f"{path}: has a config.json but no weights (*.safetensors or pytorch_model.bin); fetch them")
+    raise SourceError(f"{path}: has a config.json but no weights (*.safetensors or pytorch_model.bin); download them")
 
 
 def _check_id(source: str) -> None:
     if is_url(source):
         return
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or not source.strip():
-        raise SourceError(f"{source}: no such folder or file; name a folder, a file, or a hub id like org/model")
+        raise SourceError(f"{source}: no such folder or file; name a folder, a file or a hub id such as org/model")
 
 
 def _refuse_adapter(folder: Path) -> None:
-    """Refuse an adapter: a folder with an adapter's settings and without a model's, or without other weights."""
+    """Refuse a folder with adapter settings that has no config.json, or only adapter weights."""
     weights = [path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".gguf")]
     alone = bool(weights) and all(name.startswith("adapter_model.") for name in weights)
     if alone or not (folder / CONFIG_NAME).is_file():
@@ -122,7 +124,7 @@ def _open_file(path: Path, identity: dict[str, str], name: str) -> Checkpoint:
     if path.suffix not in (".safetensors", ".bin"):
         raise SourceError(f"{path}: not a checkpoint file; name a .safetensors, .bin or .gguf file, or a folder")
     if not (path.parent / CONFIG_NAME).is_file():
-        raise SourceError(f"{path}: has no {CONFIG_NAME} beside it, which says what model it is; put the model's there")
+        raise SourceError(f"{path}: has no {CONFIG_NAME} beside it, which describes the model; put the model's there")
     read_config(path.parent)
     companions(path.parent)
     if path.suffix == ".safetensors":

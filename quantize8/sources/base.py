@@ -1,9 +1,10 @@
-"""What every source of weights offers: names, shapes and dtypes at once, values a block of rows at a time.
+"""The interface of a checkpoint: names, shapes and dtypes are known on opening, values are read in blocks of rows.
 
-Also, which files of a model folder are copied into an artifact: all that are not known to be something else.
-Tokenizers, processors and templates have names of every kind (`source.spm`, `bpe.codes`, `tokenizer.model.v3`), so a
-list of them is never complete. Weights, leftovers of other tools, and files that only describe the model are left out.
-Names alone decide, so the result is the same for a folder, the hub and an object store.
+This module also decides which files of a model folder are copied into an artifact: all that are not recognized as
+something else. Tokenizers, processors and templates have names of every kind (`source.spm`, `bpe.codes`,
+`tokenizer.model.v3`), so no list of them would be complete. Weights, leftovers of other tools, and files that only
+describe the model are left out. The decision depends on file names alone, so it is the same for a folder, the hub and
+an object store.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from quantize8 import limits
 from quantize8.errors import SourceError
 from quantize8.kernels.reference import Array
 
-# safetensors' names of dtypes, as NumPy knows them
+# safetensors dtype name -> NumPy dtype
 DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(kind)
     for name, kind in {
@@ -50,45 +51,45 @@ DTYPES: dict[str, np.dtype[Any]] = {
         "BOOL": np.bool_,
     }.items()
 }
-BLOCK_BYTES = 4 * 2**20  # read at a time: several fit a core's share of the last-level cache
-READERS = 2  # threads that check or measure tensors side by side: one reads while one computes
+BLOCK_BYTES = 4 * 2**20  # size of a block that is read: several fit a core's share of the last-level cache
+READERS = 2  # threads that check or measure tensors in parallel: one reads while the other computes
 QUANTIZABLE = ("F16", "BF16", "F32")
 FLOATING = ("F64", *QUANTIZABLE)
 FLOAT_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # in a config.json
 CONFIG_NAME = "config.json"
-_MODULES_NAME = "modules.json"  # of sentence-transformers: the parts that a text goes through, the model first
+_MODULES_NAME = "modules.json"  # sentence-transformers: the modules that process a text, starting with the model
 
 # Files of a model folder, by name
-_OURS = ("config.json", "*.index.json", "quantize8.json")  # which an artifact has of its own
+_OURS = ("config.json", "*.index.json", "quantize8.json")  # an artifact has its own version of these
 _WEIGHTS = (
     *(".safetensors", ".bin", ".gguf", ".ggml", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot"),
     *(".onnx", ".onnx_data", ".tflite", ".nemo", ".mlmodel", ".mlpackage", ".xml", ".engine"),
     *(".tar", ".gz", ".zip", ".7z", ".parquet", ".arrow"),
 )
-_ADAPTERS = ("adapter_config.json",)  # by which transformers would look for further weights
+_ADAPTERS = ("adapter_config.json",)  # makes transformers look for further weights
 _TRAINING = ("trainer_state.json", "events.out.tfevents.*", "*.log", "*.lock", "*.incomplete", "zero_to_fp32.py")
-_PICKLES = (".pkl", ".pickle", ".joblib")  # which run code when they are opened
+_PICKLES = (".pkl", ".pickle", ".joblib")  # these run code when they are opened
 _ABOUT = ("README.md", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp", "*.mp4", "*.webm", "*.pdf", "*.ipynb")
-_MODULE = re.compile(r"\d+_\w+/.+")  # a module of sentence-transformers, such as 2_Dense, whose weights are its own
+_MODULE = re.compile(r"\d+_\w+/.+")  # a module of sentence-transformers with its own weights, such as 2_Dense
 
 _LAYER_COUNT = re.compile(r"(^|_)(layers?|depths?|blocks)$")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor of a checkpoint, known from a header.
+    """A tensor of a checkpoint, as its file header describes it.
 
     Attributes:
-        name: Its name.
+        name: Name of the tensor.
         dtype: The dtype in which `Checkpoint.rows` returns it, by its safetensors name.
-        shape: Its shape.
-        file: The file that holds it, relative to the model folder.
+        shape: Shape of the tensor.
+        file: The file that contains it, relative to the model folder.
         stored_dtype: The dtype in which its values are stored; `dtype` by default.
-        is_int8: Whether it is stored as int8 codes with one scale for each row; `Checkpoint.int8_rows` returns these.
-        nbytes: Size of the values in bytes.
+        is_int8: Whether it is stored as int8 codes with one scale per row; `Checkpoint.int8_rows` returns these.
+        nbytes: Size of the values in `dtype`, in bytes.
 
     Raises:
-        SourceError: The name or the shape exceeds a limit.
+        SourceError: The name or the shape is invalid or exceeds a limit.
     """
 
     name: str
@@ -108,16 +109,16 @@ class TensorInfo:
 
 @dataclass
 class Checkpoint(ABC):
-    """A model's weights and small files. Headers are read when it is opened; values when they are asked for.
+    """A model's weights and small files. Headers are read when it is opened, values when they are requested.
 
     Attributes:
         folder: The model folder.
-        name: The name of the model: the last part of its hub id, or of its folder or file.
-        identity: What the manifest says of the source: its id, and its revision if it is a hub model.
+        name: Name of the model: the last component of its hub id, or the name of its folder or file.
+        identity: What the manifest records about the source: its id, and its revision if it is a hub model.
         tensors: The tensors by name, in the order in which they are stored.
-        files: Weight file -> how many of its first bytes identify its content.
-        decoded: Weights [N, K] that are stored quantized, and that `rows` returns in float32.
-        is_remote: Whether the weights are read from elsewhere, and not stored on this machine.
+        files: Weight file -> number of leading bytes that identify its content.
+        decoded: Weights [N, K] that are stored quantized and that `rows` returns in float32.
+        is_remote: Whether the weights are read over the network and not stored on this machine.
         one_reader_a_file: Whether each file should be read by one thread, tensor by tensor in the order of `tensors`.
     """
 
@@ -132,43 +133,51 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def rows(self, name: str, start: int, stop: int) -> Array:
-        """Read rows start..stop along the first dimension, contiguous, in the dtype of `tensors[name]`.
+        """Read a range of rows; may be called from several threads.
 
-        A tensor without dimensions is one row. May be called from several threads.
+        Args:
+            name: Name of the tensor.
+            start: First row, along the first dimension. A tensor without dimensions counts as one row.
+            stop: End of the range, exclusive.
+
+        Returns:
+            A contiguous array in the dtype of `tensors[name]`.
         """
 
     @property
     def config(self) -> dict[str, Any]:
-        """The model's config.json, without an entry on quantization that reading undoes."""
+        """The model's config.json, without the quantization settings if the weights are decoded when read."""
         return read_config(self.folder)
 
     @property
     def is_encoder(self) -> bool:
-        """Whether sentence-transformers opens the model, without a head whatever class config.json names."""
+        """Whether the model is one for sentence-transformers, which loads no head whatever class config.json names."""
         path = self.folder / _MODULES_NAME
         if not path.is_file():
             return False
         try:
             modules = json.loads(limits.read_bytes(contained(path, self.folder), limits.CONFIG_BYTES, SourceError))
         except (ValueError, RecursionError):
-            raise SourceError(f"{path}: not readable as JSON; fetch the file again") from None
+            raise SourceError(f"{path}: not readable as JSON; fetch it again") from None
         first = modules[0] if isinstance(modules, list) and modules else None
         return isinstance(first, dict) and str(first.get("type")).rpartition(".")[2] == "Transformer"
 
     @property
     def origin(self) -> Checkpoint:
-        """The checkpoint as it was opened; its kind decides where settings and tokenizer are found."""
+        """The checkpoint as it was opened; its type decides where settings and tokenizer are found."""
         return self
 
     @property
     def stored_bytes(self) -> int:
-        """Size of all tensors as they are stored, in bytes."""
+        """Size of all tensors as stored, in bytes."""
         return sum(info.nbytes for info in self.tensors.values())
 
     def fingerprint(self) -> dict[str, list[Any]]:
-        """Identify the content of the weight files: {file: [bytes, time of change in ns, BLAKE3 of its head]}.
+        """Identify the content of the weight files.
 
-        For a hub model the time is 0: it differs between copies of a revision, which says more.
+        Returns:
+            {file: [size in bytes, modification time in ns, BLAKE3 of its first bytes]}. For a hub model the time is 0:
+            it differs between copies of the same revision, and the revision identifies the content better.
 
         Raises:
             SourceError: A file cannot be read.
@@ -186,17 +195,32 @@ class Checkpoint(ABC):
         return stamps
 
     def int8_rows(self, name: str, start: int, stop: int) -> tuple[Array, Array]:
-        """Read rows start..stop of a weight that `is_int8`: codes int8 [n, K] in -127..127, absmax float32 [n]."""
+        """Read a range of rows of a weight that is stored as int8 (`TensorInfo.is_int8`).
+
+        Args:
+            name: Name of the weight.
+            start: First row.
+            stop: End of the range, exclusive.
+
+        Returns:
+            Codes int8 [n, K] in -127..127, and the absmax of each row, float32 [n].
+        """
         raise NotImplementedError(name)
 
     def confirm(self, file: str | None = None) -> None:  # noqa: B027 - most sources promise nothing
-        """Raise SourceError if a file, or any file, is not what its source promised. Called after it was read.
+        """Check that a file has the content that its source announced; called after the file was read.
 
-        Only a stream does so, which is hashed while it is read; all other sources are checked before.
+        Only streams do this, because they are hashed while they are read. All other sources are checked beforehand.
+
+        Args:
+            file: The weight file; None for all of them.
+
+        Raises:
+            SourceError: The content differs.
         """
 
     def left_behind(self) -> dict[str, str]:
-        """Files of the model's folder that are neither read nor copied into an artifact -> why."""
+        """Files of the model folder that are neither read nor copied into an artifact -> the reason."""
         about = ("hidden", "about")  # every model has some of these
         left = files_left_out(_names(self.folder))
         return {name: why for name, why in left.items() if not why.startswith(about) and name not in self.files}
@@ -212,9 +236,9 @@ class Checkpoint(ABC):
         """Read all rows of a tensor in order, block by block.
 
         Args:
-            name: The tensor.
-            block_bytes: Approximate size of a block; None for BLOCK_BYTES.
-            multiple: Every block but the last has a multiple of so many rows.
+            name: Name of the tensor.
+            block_bytes: Approximate size of a block in bytes; None for BLOCK_BYTES.
+            multiple: The number of rows in every block but the last is a multiple of this.
         """
         info = self.tensors[name]
         count = info.shape[0] if info.shape else 1
@@ -224,13 +248,13 @@ class Checkpoint(ABC):
 
 
 def architecture_of(config: Mapping[str, Any]) -> str | None:
-    """The model class that a config.json names first; None if it names none."""
+    """The first model class that a config.json names; None if it names none."""
     names = config.get("architectures")
     return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
 
 
 def model_dtype(config: dict[str, Any], tensors: Iterable[TensorInfo]) -> str:
-    """The dtype of a model's floating-point numbers: what its config says, else what most of them have."""
+    """The floating-point dtype of a model: the one its config names, else the one that most of its values have."""
     for settings in (config, config.get("text_config")):
         if isinstance(settings, dict):
             named = str(settings.get("dtype") or settings.get("torch_dtype")).removeprefix("torch.")
@@ -240,7 +264,7 @@ def model_dtype(config: dict[str, Any], tensors: Iterable[TensorInfo]) -> str:
 
 
 def main_dtype(tensors: Iterable[TensorInfo]) -> str:
-    """The dtype that most floating-point numbers of these tensors have."""
+    """The dtype of most floating-point values in these tensors; F16 if there are none."""
     sizes: dict[str, int] = {}
     for info in tensors:
         if info.dtype in FLOATING:
@@ -249,33 +273,45 @@ def main_dtype(tensors: Iterable[TensorInfo]) -> str:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder, as a dictionary."""
+    """Read and check the config.json of a model folder.
+
+    Raises:
+        SourceError: It is missing or invalid, or has settings that `check_settings` refuses.
+    """
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise SourceError(f"{folder}: not a model folder, it has no {CONFIG_NAME}; name a folder, file or hub id")
+        raise SourceError(f"{folder}: not a model folder, it has no {CONFIG_NAME}; name a model folder, file or hub id")
     config = limits.read_object(contained(path, folder), limits.CONFIG_BYTES, SourceError)
     check_settings(config, path)
     return config
 
 
 def check_settings(config: dict[str, Any], path: Path) -> None:
-    """Refuse settings, of a part of the model too, by which transformers would fetch code or fill the memory."""
+    """Refuse settings that would make transformers download code or exhaust memory, including nested settings.
+
+    Args:
+        config: The settings of a config.json.
+        path: File that the error message names.
+
+    Raises:
+        SourceError: A setting is refused.
+    """
     for key, value in config.items():
         for part in value if isinstance(value, list) else [value]:
             if isinstance(part, dict):
                 check_settings(part, path)
         if str(key).endswith("_implementation") and "/" in str(value):
-            raise SourceError(f"{path}: {key} names code on the hub, which is not run; remove the entry")
+            raise SourceError(f"{path}: {key} names code on the hub, which quantize8 does not run; remove the entry")
         limit = limits.LAYERS if _LAYER_COUNT.search(str(key)) else limits.VOCABULARY if key == "vocab_size" else None
         if limit and isinstance(value, int | float) and not value <= limit:
-            raise SourceError(f"{path}: {key} is {value!r}, more than the {limit:,} that are read; fetch it again")
+            raise SourceError(f"{path}: {key} is {value!r}, more than the limit of {limit:,}; fetch it again")
 
 
 def companions(folder: Path) -> list[Path]:
-    """The files of a model folder that belong to it whatever its weights' format, sorted.
+    """The files of a model folder that are copied into an artifact, such as the tokenizer; sorted.
 
     Raises:
-        SourceError: One lies outside the folder, or is too large to be copied.
+        SourceError: A file lies outside the folder, or is too large to be copied.
     """
     paths = [contained(folder / name, folder) for name in files_to_copy(_names(folder))]
     for path in paths:
@@ -285,7 +321,7 @@ def companions(folder: Path) -> list[Path]:
 
 
 def files_to_copy(names: Collection[str]) -> list[str]:
-    """The files of a model folder that an artifact gets unchanged, sorted.
+    """The files of a model folder that are copied into an artifact unchanged, sorted.
 
     Args:
         names: All files of the folder, as POSIX paths relative to it.
@@ -296,9 +332,9 @@ def files_to_copy(names: Collection[str]) -> list[str]:
 
 
 def files_left_out(names: Collection[str]) -> dict[str, str]:
-    """The files of a model folder that an artifact does not get, with the reason for each.
+    """The files of a model folder that are not copied into an artifact -> the reason.
 
-    Files that an artifact has of its own, such as config.json, are not among them.
+    Files of which an artifact has its own version, such as config.json, are not among them.
 
     Args:
         names: All files of the folder, as POSIX paths relative to it.
@@ -328,7 +364,7 @@ def files_left_out(names: Collection[str]) -> dict[str, str]:
 
 
 def _names(folder: Path) -> list[str]:
-    """Files in a folder and the folders in it, by POSIX paths."""
+    """Files in a folder and its direct subfolders, as POSIX paths relative to it."""
     names: list[str] = []
     for path in folder.iterdir():
         if limits.is_file(path):
@@ -336,18 +372,26 @@ def _names(folder: Path) -> list[str]:
         elif path.is_dir() and not path.name.startswith("."):
             names += [f"{path.name}/{file.name}" for file in contained(path, folder).iterdir() if limits.is_file(file)]
         if len(names) > limits.FILES:
-            raise SourceError(f"{folder}: holds more than {limits.FILES:,} files; name a folder of one model alone")
+            raise SourceError(f"{folder}: has more than {limits.FILES:,} files; name a folder with one model only")
     return names
 
 
 def contained(path: Path, folder: Path) -> Path:
-    """The same path, if its content lies in `folder` (or in the hub cache that `folder` is a snapshot of)."""
+    """Return `path` if what it resolves to lies inside a folder.
+
+    Args:
+        path: File or folder, which may be a symbolic link.
+        folder: The model folder. For a snapshot in the hub cache, the cache's `blobs` are accepted as well.
+
+    Raises:
+        SourceError: It lies elsewhere.
+    """
     root = folder.resolve()
     roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     try:
         inside = any(path.resolve().is_relative_to(allowed) for allowed in roots)
-    except (OSError, ValueError, RuntimeError):  # a loop of links, or a name that no file can have
+    except (OSError, ValueError, RuntimeError):  # a loop of links, or an impossible file name
         inside = False
     if not inside:
-        raise SourceError(f"{path}: points outside its model folder, and is not read; remove the link or the entry")
+        raise SourceError(f"{path}: points outside its model folder and is not read; remove the link or the entry")
     return path

@@ -1,4 +1,7 @@
-"""Safetensors folders, one file or many with an index. The library judges each header; bytes are read by position."""
+"""Read checkpoints in safetensors: a single file, or several with an index.
+
+The safetensors library validates each header; the values are then read directly from their byte offsets.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +23,17 @@ from quantize8.sources.base import DTYPES, Checkpoint, TensorInfo, contained
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_ADAPTER = "adapter_model."  # what PEFT calls the weights of an adapter, which are not the model's
+_ADAPTER = "adapter_model."  # prefix of PEFT's adapter weights, which are not part of the model
 _PART = re.compile(r"(.+-)(\d{5})-of-(\d{5})(\.\w+)")
-_AHEAD = 64 * 2**20  # bytes between what is read and what the disk is asked for: some blocks of each thread
+_AHEAD = 64 * 2**20  # readahead distance in bytes: a few blocks for each thread
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """A folder of safetensors files. Headers are read and checked on opening, all of them."""
+    """A folder of safetensors files. All headers are read and checked on opening."""
 
     def __init__(self, folder: Path, files: list[str], identity: dict[str, str], name: str) -> None:
         super().__init__(folder, name, identity)
-        self._offsets: dict[str, int] = {}  # of a tensor's first byte, from the start of its file
+        self._offsets: dict[str, int] = {}  # tensor -> position of its first byte in its file
         self._descriptors: dict[str, int] = {}
         for file in files:
             path, (header, self.files[file]) = folder / file, self._open(file)
@@ -52,15 +55,15 @@ class SafetensorsCheckpoint(Checkpoint):
         return values if info.shape else values.reshape(())
 
     def _fill(self, target: memoryview, info: TensorInfo, position: int) -> None:
-        """Read a part of a tensor from this place in its file on."""
+        """Read a part of a tensor, starting at this position in its file."""
         descriptor = self._descriptors[info.file]
-        if hasattr(os, "posix_fadvise"):  # what comes next is on its way while this is computed with
+        if hasattr(os, "posix_fadvise"):  # later data is read while the current block is processed
             os.posix_fadvise(descriptor, position + _AHEAD, len(target), os.POSIX_FADV_WILLNEED)
         where = f"{self.folder / info.file}: {info.name}"
         try:
             whole = fill_from(descriptor, target, position)
         except OSError as error:
-            raise SourceError(f"{where} cannot be read ({error.strerror}); look at the disk") from None
+            raise SourceError(f"{where} cannot be read ({error.strerror}); check the disk") from None
         if not whole:
             raise SourceError(f"{where} ends early; the file changed while it was read")
 
@@ -69,7 +72,7 @@ class SafetensorsCheckpoint(Checkpoint):
             os.close(descriptor)
 
     def _open(self, file: str) -> tuple[dict[str, Any], int]:
-        """Open a file: what `read_header` says of it."""
+        """Open a file and return the result of `read_header`."""
         header = read_header(self.folder / file)
         descriptor = self._descriptors[file] = open_file(self.folder / file, os.O_RDONLY)
         if hasattr(os, "posix_fadvise"):
@@ -78,9 +81,17 @@ class SafetensorsCheckpoint(Checkpoint):
 
 
 def read_header(path: Path, where: str = "") -> tuple[dict[str, Any], int]:
-    """Entries of a safetensors file in order of storage, and where its data begins; checked by the library.
+    """Read the header of a safetensors file; the safetensors library validates it.
 
-    `where` is what messages call the file, by default its path.
+    Args:
+        path: The file.
+        where: What error messages call the file; its path by default.
+
+    Returns:
+        The entries by tensor name in the order in which they are stored, and the position of the first data byte.
+
+    Raises:
+        SourceError: The file is missing, incomplete or damaged.
     """
     if not limits.is_file(path):
         raise SourceError(f"{where or path}: missing; the checkpoint is incomplete, fetch it again")
@@ -102,7 +113,19 @@ Opener = Callable[[Path, list[str], dict[str, str], str], SafetensorsCheckpoint]
 
 
 def open_safetensors(folder: Path, identity: dict[str, str], name: str) -> SafetensorsCheckpoint | None:
-    """The folder's safetensors: those of its index, else model.safetensors, else all; None where it has none."""
+    """Open the safetensors files of a model folder: those in its index, else model.safetensors, else all of them.
+
+    Args:
+        folder: The model folder.
+        identity: What the manifest records about the source.
+        name: Name of the model.
+
+    Returns:
+        The checkpoint; None if the folder has no safetensors files.
+
+    Raises:
+        SourceError: A file is missing, damaged, unsafe, or does not match the index.
+    """
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     return open_files(folder, files, identity, name, SafetensorsCheckpoint)
 
@@ -110,7 +133,21 @@ def open_safetensors(folder: Path, identity: dict[str, str], name: str) -> Safet
 def open_files(
     folder: Path, files: list[str], identity: dict[str, str], name: str, opener: Opener
 ) -> SafetensorsCheckpoint | None:
-    """The same of these files, by `opener`, where only the small files need lie in `folder`."""
+    """Do the same as `open_safetensors` with a list of files, which need not be stored on this machine.
+
+    Args:
+        folder: The model folder; only its small files, such as the index, must be in it.
+        files: Names of the safetensors files.
+        identity: What the manifest records about the source.
+        name: Name of the model.
+        opener: Makes the checkpoint from folder, files, identity and name.
+
+    Returns:
+        The checkpoint; None if there are no files.
+
+    Raises:
+        SourceError: A file is missing, damaged, unsafe, or does not match the index.
+    """
     index = folder / INDEX_NAME
     if index.is_file():
         weight_map = read_weight_map(index)
@@ -128,7 +165,7 @@ def open_files(
 
 
 def require_parts(folder: Path, files: list[str]) -> None:
-    """Raise SourceError where a file's name says that it is one of several that are not all there."""
+    """Raise SourceError if a file is named as one of several (NAME-00001-of-00002) and another of them is missing."""
     for file in files:
         if match := _PART.fullmatch(file):
             start, _, count, end = match.groups()
@@ -139,13 +176,23 @@ def require_parts(folder: Path, files: list[str]) -> None:
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """An index's map from tensor to file, each file checked to be a plain name inside the folder."""
+    """Read the index of a checkpoint with several weight files.
+
+    Args:
+        index: The index, such as model.safetensors.index.json.
+
+    Returns:
+        Tensor -> name of its file.
+
+    Raises:
+        SourceError: The index is damaged, or names a file that is not directly inside the folder.
+    """
     weight_map = limits.read_object(contained(index, index.parent), limits.INDEX_BYTES, SourceError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{index}: has no weight_map; fetch it again")
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.isprintable():
-            raise SourceError(f"{index}: {tensor} points at {file!r}, outside the model folder; it is not read")
+            raise SourceError(f"{index}: {tensor} points at {file!r}, outside the model folder; correct the entry")
     for file in set(weight_map.values()):
         contained(index.parent / file, index.parent)
     return weight_map

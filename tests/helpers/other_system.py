@@ -103,7 +103,7 @@ def main(system: str, source: str, out: str) -> None:
     try:
         quantize8.convert(source, out, **size)
     except quantize8.OutputError as error:
-        assert "goes on from here" in str(error), error
+        assert "resumes from here" in str(error), error
     else:
         raise AssertionError("did not stop")
     Writer.write = original
