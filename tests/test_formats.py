@@ -142,7 +142,7 @@ def test_experts_for_vllm_are_one_by_one_and_all_int8(tmp_path):
         ({"name": "onnx"}, "format onnx: unknown; name one of bitsandbytes, compressed-tensors"),
         ({"name": "compressed-tensors", "scheme": "w4a16"}, "scheme w4a16: unknown; name one of w8a8, w8a16"),
         ({"name": "compressed-tensors", "moe": "sglang"}, "moe sglang: unknown"),
-        ({"name": "bitsandbytes", "scheme": "w8a8"}, "scheme w8a8: belongs to --format compressed-tensors"),
+        ({"name": "bitsandbytes", "scheme": "w8a8"}, "scheme w8a8: needs --format compressed-tensors"),
     ],
 )
 def test_options_that_do_not_fit(options, message):
