@@ -195,7 +195,7 @@ def _sentencepiece(
     for rank, merge in enumerate(merges):
         ranks.setdefault("".join(merge), rank)
     if not _is_sentencepiece(merges, set(tokens) - set(tokenizer.get_added_vocab())):
-        raise SourceError(f"{folder}: merges in tokenizer.json are not ordered as GGUF scores require; {ROUTE}")
+        raise SourceError(f"{folder}: merges in tokenizer.json do not match SentencePiece's, as GGUF requires; {ROUTE}")
     last = len(merges) + 1  # for tokens that no merge produces
     scores = [-float(ranks.get(token, last)) for token in tokens]
     yield Field(Keys.Tokenizer.MODEL, "llama", GGUFValueType.STRING)

@@ -236,7 +236,7 @@ def architecture(config: Mapping[str, Any], where: object) -> str:
             f"set max_position_embeddings in config.json to {window}, up to which both compute the same"
         )
     if full["hidden_act"] != "silu":
-        raise SourceError(f"{where}: activation {full['hidden_act']!r} is not supported by llama.cpp; {ROUTE}")
+        raise SourceError(f"{where}: llama.cpp's {_name(kind)} has no activation {full['hidden_act']!r}; {ROUTE}")
     if kind == MODEL_ARCH.QWEN3 and full.get("attention_bias"):
         raise SourceError(f"{where}: attention biases would be lost, as llama.cpp's qwen3 has none; {ROUTE}")
     if kind == MODEL_ARCH.QWEN2 and _head_dim(full) * full["num_attention_heads"] != full["hidden_size"]:
