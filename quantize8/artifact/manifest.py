@@ -150,9 +150,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"{path}: not readable as a manifest ({error}); convert the source again") from None
     files = {*manifest.files, *manifest.headers} if fits(manifest, Manifest) else {""}
     if not all(map(is_inside, files)) or not {record.file for record in manifest.tensors.values()} <= files:
-        raise ArtifactError(
-            f"{path}: has fields of the wrong type, or lists files outside of it; convert the source again"
-        )
+        raise ArtifactError(f"{path}: has fields of the wrong type, or names files outside; convert the source again")
     return manifest
 
 
