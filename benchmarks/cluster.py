@@ -1,9 +1,8 @@
-"""A Ray cluster of several nodes on this machine against one process: time, and whether the bytes are the same.
+"""Compares a Ray cluster of several nodes on this machine with a single process: time, and identity of the bytes.
 
-Each node has one processor: as many processes as the machine has processors can work at a time. Every round measures
-one process with one thread, one process with one thread per processor, the cluster, and the cluster with one node
-killed when a third of the weight files are complete (and replaced afterwards). Workers are restarted for each
-conversion.
+Each node offers Ray one CPU, and no more processes run in parallel than the machine has CPUs. Every round measures one
+process with one thread, one process with one thread per CPU, the cluster, and the cluster with a node that is killed
+when a third of the weight files are complete (and replaced afterwards). Workers are restarted for each conversion.
 
 Run: python -m benchmarks.cluster CHECKPOINT [--nodes 3] [--rounds 3] [--max-shard-size 100MB] [--folder FOLDER]
 """
@@ -29,7 +28,7 @@ NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": F
 
 
 class Nodes:
-    """Several Ray nodes on this machine, each with its own processes, and a connection to the first."""
+    """A Ray cluster of several nodes on this machine, each with its own processes, and a connection to its head."""
 
     def __init__(self, count: int) -> None:
         import ray
@@ -43,11 +42,11 @@ class Nodes:
         ray.init(self.cluster.address, log_to_driver=False, logging_level=logging.ERROR)
 
     def kill(self) -> None:
-        """Kill one of the nodes with all of its processes, at once."""
+        """Kill one of the nodes with all its processes, without shutting it down first."""
         self.cluster.remove_node(next(iter(self.cluster.worker_nodes)), allow_graceful=False)
 
     def fix(self) -> None:
-        """Start another node in its place."""
+        """Start a new node in place of the killed one."""
         self.cluster.add_node(**NODE)
 
     def close(self) -> None:
@@ -57,7 +56,7 @@ class Nodes:
 
 
 def killing(nodes: Nodes, after: int) -> Callable[[int, int], None]:
-    """A progress callback that is told of each complete weight file, and kills a node after so many of them."""
+    """Make a progress callback, called once per complete weight file, that kills a node after `after` files."""
     heard: list[int] = []
 
     def hear(done: int, _: int) -> None:
@@ -69,7 +68,7 @@ def killing(nodes: Nodes, after: int) -> Callable[[int, int], None]:
 
 
 def main() -> None:
-    """Print the median time of each variant, and whether its bytes are those of one process."""
+    """Print the median time of each variant, and check that all variants write the same bytes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
     parser.add_argument("--nodes", type=int, default=3)

@@ -1,9 +1,9 @@
-"""Conversion as whole processes: `quantize8 convert` next to `cp -r` and the int8 converters of other tools.
+"""Conversion by whole processes: compares `quantize8 convert` with `cp -r` and the int8 converters of other tools.
 
-Each process is followed by `sync`, so that what it wrote is on disk. Warm: the source is in the system's cache. Cold:
-the cache is dropped first, which needs root. bitsandbytes and CTranslate2 come with the extra `bench`; llama.cpp's
-converter is not a package, and is timed if --llama-cpp names a clone of its repository. What is missing is reported
-and left out.
+Each process is followed by `sync`, so that its output is on disk. Warm: the source is in the page cache. Cold: the
+cache is dropped first, which needs root. bitsandbytes and CTranslate2 are installed with the extra `bench`; llama.cpp's
+converter is not a package, and is measured if --llama-cpp is the path of a clone of its repository. Missing tools are
+reported and left out.
 
 Run: python -m benchmarks.convert [--folder FOLDER] [--layers N] [--llama-cpp FOLDER]
 """
@@ -40,7 +40,7 @@ TransformersConverter(sys.argv[1]).convert(sys.argv[2], quantization="int8")
 
 
 def main() -> None:
-    """Generate the checkpoint, run the variants in turn, and write the results."""
+    """Generate the checkpoint, run the variants alternately, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=None, help="where to work (default: a temporary folder)")
     parser.add_argument("--layers", type=int, default=20, help="of 2048 x 5504; 20 make 2.4 GB")
@@ -61,7 +61,17 @@ def main() -> None:
 
 
 def measure(source: Path, target: Path, rounds: int, llama_cpp: Path | None) -> list[dict[str, Any]]:
-    """Seconds and peak memory of each variant, warm and, if the cache can be dropped, cold."""
+    """Measure the seconds and peak memory of each variant.
+
+    Args:
+        source: The checkpoint.
+        target: Where to write the output, which is removed after each run.
+        rounds: Number of measurements of `cp -r` and quantize8; other tools are run once.
+        llama_cpp: A clone of llama.cpp's repository; None to leave it out.
+
+    Returns:
+        One row per variant and cache state: warm, and cold if the page cache can be dropped.
+    """
     commands: dict[str, list[str]] = {
         "cp -r": ["cp", "-r", str(source), str(target)],
         "quantize8 convert": [sys.executable, "-m", "quantize8", "convert", str(source), "--out", str(target)],
@@ -76,7 +86,7 @@ def measure(source: Path, target: Path, rounds: int, llama_cpp: Path | None) -> 
             for name, command in commands.items():
                 prepare()
                 found[name].append(_run(command, target))
-        if cache == "warm":  # only once each: they take long
+        if cache == "warm":  # only once each, because they take long
             for name, command in _peers(source, target, llama_cpp).items():
                 found[name] = [_run(command, target)]
         for name, runs in found.items():
@@ -86,7 +96,7 @@ def measure(source: Path, target: Path, rounds: int, llama_cpp: Path | None) -> 
 
 
 def _peers(source: Path, target: Path, llama_cpp: Path | None) -> dict[str, list[str]]:
-    """Commands of the other tools that are installed."""
+    """The commands of the other tools, as far as they are installed."""
     python, folders = sys.executable, [str(source), str(target)]
     scripts = {
         "transformers + bitsandbytes": ("bitsandbytes", BITSANDBYTES),
@@ -105,7 +115,7 @@ def _peers(source: Path, target: Path, llama_cpp: Path | None) -> dict[str, list
 
 
 def _run(command: list[str], target: Path) -> tuple[float, int]:
-    """Seconds of a process and of the sync after it, and its peak resident memory."""
+    """Run a command; returns the seconds including the sync after it, and its peak resident memory in bytes."""
     subprocess.run(["sync"], check=True)
     start = time.perf_counter()
     peak = 0
@@ -124,7 +134,7 @@ def _run(command: list[str], target: Path) -> tuple[float, int]:
 
 
 def _peak_of(process: int) -> int:
-    """Peak resident memory so far, as the system counts it (getrusage would include this process)."""
+    """Peak resident memory so far in bytes, according to the system (getrusage would include this process)."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except OSError:

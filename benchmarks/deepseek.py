@@ -1,9 +1,10 @@
-"""Conversion at scale: DeepSeek-V3 as published, 671 billion float8 weights plus the MTP layer; only headers exist.
+"""Conversion at scale: DeepSeek-V3 with 671 billion float8 weights and the MTP layer, as headers without values.
 
-Names, shapes and dtypes are those of deepseek-ai/DeepSeek-V3 (config.json, and its inference code); the values are
-sparse files. The model is planned, and then converted by 1, 8 and 64 processes that do everything but the arithmetic:
-each opens the source, locks and creates its weight files (sparse again) and their journals; `finalize` writes index,
-config and manifest. Time and peak memory of each process are measured. 2 GB of disk space are enough.
+Names, shapes and dtypes are those of deepseek-ai/DeepSeek-V3 (config.json and inference code); the weight files are
+sparse. The model is planned, and then converted by 1, 8 and 64 processes that do everything except the arithmetic:
+each process opens the source, and locks and creates its weight files (which are sparse, too) and their journals;
+`finalize` writes the index, config.json and the manifest. The time and peak memory of each process are measured. 2 GB
+of disk space are enough.
 
 Run: python -m benchmarks.deepseek [--layers 61] [--format compressed-tensors] [--workers 1,8,64] [--json FILE]
 """
@@ -69,7 +70,7 @@ CONFIG = {
 
 
 def make(folder: Path, layers: int = 61, experts: int = 256) -> None:
-    """Write the checkpoint with its first `layers` layers plus the MTP layer, and `experts` experts per layer."""
+    """Write a sparse checkpoint with the first `layers` layers, the MTP layer, and `experts` experts per layer."""
     config = CONFIG | {"num_hidden_layers": layers, "n_routed_experts": experts}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
@@ -91,7 +92,7 @@ def make(folder: Path, layers: int = 61, experts: int = 256) -> None:
 
 
 def tensors(layers: int, experts: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Name, dtype and shape of each tensor, in storage order."""
+    """Yield the name, dtype and shape of each tensor in storage order."""
     hidden, heads = 7168, 128
     yield "model.embed_tokens.weight", "BF16", (129280, hidden)
     for i in range(layers + 1):
@@ -135,11 +136,11 @@ def _float8(name: str, rows: int, columns: int) -> Iterator[tuple[str, str, tupl
 
 
 def write_sparse(path: Path, header: Header) -> None:
-    """Write a safetensors file with this header, as a sparse file without values."""
+    """Write a sparse safetensors file with this header and no values."""
     entries, position = {}, 0
     for name, (dtype, shape) in sorted(
         header.items(), key=lambda item: -SIZES[item[1][0]]
-    ):  # wide dtypes first: aligned
+    ):  # wide dtypes first, for alignment
         end = position + math.prod(shape) * SIZES[dtype]
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
         position = end
@@ -150,7 +151,7 @@ def write_sparse(path: Path, header: Header) -> None:
 
 
 class SparseWriter(Writer):
-    """Writes nothing where `Writer` writes values, and returns what a weight of zeros would become."""
+    """A `Writer` that writes no values, and returns the records that a weight of zeros would have."""
 
     def write(self, source: str, quantizer: Any) -> Any:
         """See `Writer.write`."""
@@ -170,7 +171,7 @@ def _of_zeros(shape: tuple[int, int], dtype: str) -> Quantized:
 
 
 def work(source: str, out: str, part: str, format: str) -> None:
-    """One process: writes a share of the weight files, or finishes the artifact if part is 0."""
+    """In one process, write a share of the weight files, or finish the artifact if part is 0."""
     start = time.perf_counter()
     if part == "0":
         finalize(out)
@@ -183,7 +184,18 @@ def work(source: str, out: str, part: str, format: str) -> None:
 
 
 def convert_by(workers: int, source: Path, out: Path, format: str, at_once: int) -> dict[str, Any]:
-    """Convert with so many processes, some at a time, and finish: seconds and MiB of the slowest and the largest."""
+    """Convert with a number of processes, and finish the artifact.
+
+    Args:
+        workers: Number of processes, each of which writes one part.
+        source: The checkpoint.
+        out: The artifact.
+        format: The output format.
+        at_once: Number of processes that run at the same time.
+
+    Returns:
+        The time of the slowest process, the peak memory of the largest, the same for `finalize`, and sizes.
+    """
 
     def run(part: str) -> tuple[float, float]:
         command = [sys.executable, "-m", "benchmarks.deepseek", "--do", str(source), str(out), part, "--format", format]
@@ -214,7 +226,7 @@ def convert_by(workers: int, source: Path, out: Path, format: str, at_once: int)
 
 
 def simulate(folder: Path, layers: int, experts: int, format: str, workers: list[int], at_once: int) -> dict[str, Any]:
-    """Make the headers, plan, convert without arithmetic, and return what it took."""
+    """Make the checkpoint, plan the conversion, convert without arithmetic, and return times and peak memory."""
     source = folder / "DeepSeek-V3"
     make(source, layers, experts)
     start = time.perf_counter()
@@ -236,7 +248,7 @@ def simulate(folder: Path, layers: int, experts: int, format: str, workers: list
 
 
 def main() -> None:
-    """Measure, and print time and memory."""
+    """Run the benchmark, and print times and peak memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=61)
     parser.add_argument("--experts", type=int, default=256)

@@ -1,10 +1,10 @@
-"""Conversions that are killed, and disks that fill up, at random moments: what is left, and does the next run resume.
+"""Fault injection: kills conversions at random moments and fills disks, and checks what is left and that runs resume.
 
-Each conversion is a process that is killed with SIGKILL at a moment between its first and its last step; some are
-killed several times. After each kill, no loader may open anything but a complete artifact, and the same command must
-then produce the bytes of an undisturbed run. Each full disk is a tmpfs of another size (mounting needs root), on which
-a conversion must stop with one line; once the disk has been enlarged, it must resume. Prints one line per failure; the
-exit code is 1 if there is one.
+Each conversion is a process that is killed with SIGKILL at a random moment between its first and last step; some are
+killed several times. After each kill, loaders must not be able to open anything except a complete artifact, and the
+same command must then produce the same bytes as an undisturbed run. Each full disk is a tmpfs of a different size
+(mounting needs root), on which a conversion must stop with a one-line error; once the disk is enlarged, it must resume.
+Prints one line per failure; the exit code is 1 if there are any.
 
 Run: python -m benchmarks.faults [--kills 100] [--stores 20] [--disks 20] [--seed 0] [--folder FOLDER]
 """
@@ -31,7 +31,7 @@ from quantize8.destinations.local import partial_of
 from quantize8.errors import OutputError
 from tests.helpers.artifacts import digests, opens
 
-SHARD_SIZE = "8MB"  # several files of the model below
+SHARD_SIZE = "8MB"  # splits the model below into several files
 WARMED = """
 import sys
 from quantize8.kernels.cpu import CpuQuantizer
@@ -48,7 +48,7 @@ print("done", flush=True)
 
 
 def main() -> None:
-    """Make a model, run all series, print the outcome."""
+    """Make a model, run all series of faults, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--stores", type=int, default=20, help="conversions to a store that are killed")
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def length_of(source: Path, out: Path) -> float:
-    """Seconds of a conversion by a process like those that are killed."""
+    """Measure the seconds of an undisturbed conversion, in a process like those that are killed."""
     process, start = begin(source, out), time.perf_counter()
     assert process.stdout and process.stdout.readline() == b"done\n"
     seconds = time.perf_counter() - start
@@ -102,9 +102,19 @@ def length_of(source: Path, out: Path) -> float:
 
 
 def kill_and_resume(source: Path, whole: Path, out: Path, moments: list[float]) -> Counter[str]:
-    """Kill a conversion after each of `moments` seconds, one after another, then convert; the state after each kill.
+    """Kill a conversion repeatedly, then let it finish.
 
-    Raises AssertionError if a loader opens something incomplete, or the artifact differs from `whole`.
+    Args:
+        source: The checkpoint.
+        whole: The artifact of an undisturbed conversion.
+        out: Where to write the artifact.
+        moments: Seconds after which each run is killed.
+
+    Returns:
+        Counts of the states after the kills, and of the resumed tensors.
+
+    Raises:
+        AssertionError: A loader opens something incomplete, or the artifact differs from `whole`.
     """
     found = Counter[str]()
     before = digests(source)
@@ -120,12 +130,12 @@ def kill_and_resume(source: Path, whole: Path, out: Path, moments: list[float]) 
     assert digests(source) == before, "the source differs"
     leftovers = partial_of(out)
     assert not (leftovers / "files").exists(), "unfinished files are left beside the artifact"
-    shutil.rmtree(leftovers, ignore_errors=True)  # killed between the move and the end
+    shutil.rmtree(leftovers, ignore_errors=True)  # left if it was killed between moving the artifact and its last step
     return found
 
 
 def kill_and_resume_to_a_store(source: Path, whole: Path, out: Path, moments: list[float]) -> Counter[str]:
-    """The same with a folder as the store. Files are copied there, so a kill also leaves truncated ones."""
+    """Like `kill_and_resume`, with a folder as the store. Files are copied there, so kills also truncate them."""
     found, address, expected = Counter[str](), f"local://{out}", digests(whole)
     for seconds in moments:
         begin_and_kill(source, address, seconds)
@@ -140,14 +150,14 @@ def kill_and_resume_to_a_store(source: Path, whole: Path, out: Path, moments: li
             assert lacks <= {MANIFEST_NAME}, f"config.json is there before {lacks}"
         else:
             assert not opens(out), "a loader opens it"
-    with suppress(OutputError):  # it exists; what was kept until the end goes now
+    with suppress(OutputError):  # raised if it is complete; this run then removes the leftovers
         found["tensors kept"] += convert(str(source), address, max_shard_size=SHARD_SIZE).resumed
     assert digests(out) == expected, "the artifact differs"
     return found
 
 
 def begin_and_kill(source: Path, out: Path | str, seconds: float) -> None:
-    """Begin a conversion, and kill it after so many seconds."""
+    """Start a conversion, and kill it after `seconds`."""
     process = begin(source, out)
     time.sleep(seconds)
     process.send_signal(signal.SIGKILL)
@@ -155,7 +165,7 @@ def begin_and_kill(source: Path, out: Path | str, seconds: float) -> None:
 
 
 def state_of(out: Path) -> str:
-    """State after a kill: absent, resumable or complete. Raises AssertionError if it can be mistaken for another."""
+    """The state after a kill: absent, resumable or complete. Raises AssertionError if a loader opens a partial one."""
     if out.exists():
         verify(out)
         return "complete"
@@ -166,10 +176,10 @@ def state_of(out: Path) -> str:
 
 
 def fill_disks(source: Path, whole: Path, disk: Path, count: int, failures: list[str]) -> Counter[str]:
-    """Convert onto `count` file systems of different sizes that are too small, and again after enlarging them."""
+    """Convert onto `count` file systems of different sizes, most of them too small, and again after enlarging them."""
     found = Counter[str]()
     output = sum(path.stat().st_size for path in whole.iterdir())
-    few = count // 2  # these stop when space is reserved; the others at the journals and the small files
+    few = count // 2  # these fail when reserving space; the others when writing journals and small files
     sizes = [output * (i + 1) // (few + 1) for i in range(few)]
     sizes += [output - 60_000 + 100_000 * i // (count - few) for i in range(count - few)]
     disk.mkdir()
@@ -186,7 +196,7 @@ def fill_disks(source: Path, whole: Path, disk: Path, count: int, failures: list
 
 def _fill(source: Path, whole: Path, disk: Path) -> str:
     before, out, kept = digests(source), disk / "out", "nothing"
-    enough = shutil._ntuple_diskusage(10**12, 0, 10**12)  # type: ignore[attr-defined]  # what was there at the start
+    enough = shutil._ntuple_diskusage(10**12, 0, 10**12)  # type: ignore[attr-defined]  # pretends that the disk was large enough at the start
     with mock.patch("shutil.disk_usage", lambda _: enough):
         try:
             convert(str(source), out, max_shard_size=SHARD_SIZE)
@@ -205,7 +215,7 @@ def _fill(source: Path, whole: Path, disk: Path) -> str:
 
 
 def begin(source: Path, out: Path | str) -> subprocess.Popen[bytes]:
-    """A process that has loaded everything it needs and now begins to convert."""
+    """Start a process, wait until it has loaded everything it needs, and let it begin to convert."""
     command = [sys.executable, "-c", WARMED, str(source), str(out), SHARD_SIZE]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin and process.stdout

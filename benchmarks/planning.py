@@ -1,4 +1,4 @@
-"""How accurate plans are: alternates between `quantize8 plan` and `quantize8 convert`, each in a separate process.
+"""The accuracy of plans: alternates `quantize8 plan` and `quantize8 convert`, each in a process of its own.
 
 Run: python -m benchmarks.planning CHECKPOINT ... [--rounds 5] [--options "--scale mse"]
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 
 def call(command: str, source: str, out: Path, options: list[str]) -> tuple[dict[str, Any], float]:
-    """The JSON that a command prints, and its peak memory in MiB."""
+    """Run a command; returns the JSON that it prints, and its peak memory in MiB."""
     words = [sys.executable, "-m", "quantize8", command, source, "--out", str(out), "--json", *options]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -29,7 +29,7 @@ def call(command: str, source: str, out: Path, options: list[str]) -> tuple[dict
 
 
 def main() -> None:
-    """Print medians of the predicted and the measured figures."""
+    """Print the medians of the predicted and measured times and memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="+")
     parser.add_argument("--rounds", type=int, default=5)

@@ -4,7 +4,7 @@ Quantize8Error
 ├── SourceError      the checkpoint cannot be found, opened or trusted
 ├── WeightError      a tensor holds values that int8 cannot represent
 ├── RecipeError      a recipe is unknown, or a key or value in it is wrong
-├── OutputError      the output folder cannot be made, or must not be replaced
+├── OutputError      the output folder cannot be created, or must not be replaced
 ├── ArtifactError    an artifact is damaged, or breaks a promise of its format
 └── DependencyError  a package or device that this command needs is missing
 

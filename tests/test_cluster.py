@@ -96,7 +96,7 @@ def test_to_a_store(nodes, source, tmp_path, monkeypatch):
         assert 0 < first < len(whole.plan.shards) and 0 < done.resumed < len(whole.plan.checkpoint.tensors)
         assert digests(tmp_path / "out") == digests(tmp_path / "whole") and verify(tmp_path / "out")
         assert done.manifest == whole.manifest and done.errors == whole.errors and str(done.out) == out
-        with pytest.raises(OutputError, match="exists, and a store replaces no artifact"):
+        with pytest.raises(OutputError, match="exists, and a store cannot replace an artifact"):
             convert(source, out, engine="ray", **SIZE)
         shutil.rmtree(tmp_path / "out")
     convert(source, out, threshold=5.0, part="2/3", **SIZE)

@@ -196,7 +196,7 @@ def test_conv1d_and_importance_by_column(mgm, tmp_path):
     ("options", "message"),
     [
         ({"scale": "l2"}, "scale l2: unknown; name one of absmax, mse"),
-        ({"scale": "mse", "device": "cuda"}, "scale mse: is searched on the CPU; leave out --device cuda"),
+        ({"scale": "mse", "device": "cuda"}, "scale mse: the search runs on the CPU; leave out --device cuda"),
         ({"scale": "mse", "format": "float16"}, "scale mse: --format float16 does not support it; leave it out"),
     ],
 )

@@ -182,7 +182,7 @@ def test_what_converting_would_refuse_is_refused(source, tmp_path):
 
 def test_a_place_that_cannot_be_written(source, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match=r"file: cannot be written \(Not a directory\); name another folder"):
+    with pytest.raises(OutputError, match=r"file: cannot be written \(Not a directory\); choose another folder"):
         plan(source, tmp_path / "file" / "out")
 
 
@@ -191,7 +191,7 @@ def test_a_disk_that_is_full(source, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OutputError, match=r"cannot be written \(No space left on device\); name another folder"):
+    with pytest.raises(OutputError, match=r"cannot be written \(No space left on device\); choose another folder"):
         plan(source, tmp_path / "out")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 

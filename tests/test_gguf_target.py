@@ -173,7 +173,7 @@ def test_llama3_scaling_is_read_again(tmp_path):
         ("llama", {"architectures": None}, "architecture None"),
         ("mistral", {"sliding_window": 100}, "looks back 100 tokens"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 100}, "looks back 100 tokens"),
-        ("qwen2", {"head_dim": 32}, "heads of 32 do not make hidden_size"),
+        ("qwen2", {"head_dim": 32}, "heads of 32 do not add up to hidden_size"),
         ("llama", {"hidden_act": "gelu"}, "activation 'gelu'"),
         ("qwen3", {"attention_bias": True}, "attention biases"),
         ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
@@ -210,8 +210,11 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(family, changes, mess
     ("edit", "message"),
     [
         (lambda shapes: shapes.pop("model.norm.weight"), "lacks model.norm.weight"),
-        (lambda shapes: shapes.update({"model.layers.0.mystery.weight": (4,)}), "mystery.weight is not of llama"),
-        (lambda shapes: shapes.update({"lm_head.weight": (320, 48)}), "48 columns, no multiple of the 32"),
+        (
+            lambda shapes: shapes.update({"model.layers.0.mystery.weight": (4,)}),
+            "mystery.weight does not exist in llama",
+        ),
+        (lambda shapes: shapes.update({"lm_head.weight": (320, 48)}), "48 columns, not a multiple of Q8_0's 32"),
         (lambda shapes: shapes.update({"model.layers.0.self_attn.q_proj.weight": (60, 64)}), r"shape \[60, 64\]"),
         (lambda shapes: shapes.update({"lm_head.weight": (1, 2, 32)}), r"shape \[1, 2, 32\]"),
     ],
@@ -291,7 +294,7 @@ def test_merges_that_scores_cannot_order_are_refused(tmp_path):
         ([*whole[1:3], whole[0], *whole[3:]], True),
     ):
         path.write_text(json.dumps({**state, "model": {**state["model"], "merges": merges}}))
-        with contextlib.nullcontext() if fit else pytest.raises(SourceError, match="are not SentencePiece's"):
+        with contextlib.nullcontext() if fit else pytest.raises(SourceError, match="do not match SentencePiece's"):
             tokenizer_fields(tmp_path / "tokenizer", config_of("llama"))
 
 
@@ -317,7 +320,7 @@ def test_tokenizers_that_cannot_be_named_are_refused(smollm2, tmp_path):
         assert "\n" not in str(caught.value)
 
     refused(
-        "not a known tokenizer",
+        "unknown tokenizer",
         pre_tokenizer={
             "type": "Sequence",
             "pretokenizers": [
@@ -328,9 +331,9 @@ def test_tokenizers_that_cannot_be_named_are_refused(smollm2, tmp_path):
     )
     refused("a WordLevel tokenizer with decoder", model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"})
     refused("the normalizer NFKC", normalizer={"type": "NFKC"}, model={**state["model"], "byte_fallback": True})
-    refused("are not SentencePiece's", model={**state["model"], "byte_fallback": True})
+    refused("do not match SentencePiece's", model={**state["model"], "byte_fallback": True})
     spaced = {"vocab": {**state["model"]["vocab"], "a b": 49152, "a bc": 49153}, "merges": [["a b", "c"]]}
     config["vocab_size"] = 49154
-    refused("merges in tokenizer.json hold spaces", model={**state["model"], **spaced})
+    refused("merges in tokenizer.json contain spaces", model={**state["model"], **spaced})
     config["vocab_size"] = 1000
     refused("token 49151 is beyond config.json's vocab_size 1000")

@@ -74,7 +74,7 @@ def test_no_int8_module_is_matched_by_the_skip_list(tmp_path):
     assert set(plan.modules) == {"a.fc"}
     assert plan.kept == {
         "proj": "recipe mine",
-        "a.proj": "a loader cannot tell it from a module of like name that stays in floating point",
+        "a.proj": "loaders cannot distinguish it by name from a module that stays in floating point",
     }
     assert not any(is_skipped(name, plan.skip_list) for name in plan.modules)
 

@@ -160,7 +160,7 @@ def test_whatever_is_stopped_goes_on(stop, address, source, tmp_path, calls):
     journals = {name for kind, name in calls if kind == "put" and name.endswith(SUFFIX)}
     finished, before = [name for name in weights if f"{PARTIAL}/{name}{SUFFIX}" in journals], len(calls)
     if MANIFEST_NAME in there:
-        with pytest.raises(OutputError, match="exists, and a store replaces no artifact"):
+        with pytest.raises(OutputError, match="exists, and a store cannot replace an artifact"):
             convert(source, address, **SIZE)
     else:
         kept = convert(source, address, **SIZE).resumed
@@ -261,7 +261,7 @@ def test_a_weight_file_that_is_not_as_its_journal_says_is_written_again(damage, 
         data = system.cat_file(journal)
         system.pipe_file(journal, data[: data.index(b"\n") + 1] if damage == "heading alone" else data[:-1])
     if damage == "journal gone":
-        with pytest.raises(OutputError, match=f"holds {name}, which is of no unfinished conversion"):
+        with pytest.raises(OutputError, match=f"holds {name}, which is not part of a conversion"):
             convert(source, address, **options)
         system.rm_file(path)
     with pytest.raises(OutputError, match=f"not finished: {name}; run quantize8 convert .* --part 2/"):
@@ -389,10 +389,10 @@ def test_what_is_not_ours_is_not_written_to(name, address, source):
     before = content(address)
     for overwrite in (False, True):
         with pytest.raises(
-            OutputError, match=f"holds {name.rpartition('/')[0] or name}, which is of no unfinished conversion"
+            OutputError, match=f"holds {name.rpartition('/')[0] or name}, which is not part of a conversion"
         ):
             convert(source, address, overwrite=overwrite)
-    with pytest.raises(OutputError, match="is a file; name another place"):
+    with pytest.raises(OutputError, match="is a file; choose another address"):
         convert(source, f"{address}/{name}")
     assert content(address) == before
 
@@ -401,7 +401,7 @@ def test_an_artifact_is_not_replaced(address, source, cache):
     convert(source, address)
     before = content(address)
     for options in ({}, {"overwrite": True}, {"part": "1/2"}, {"dry_run": True}, {"threshold": 5.0}):
-        with pytest.raises(OutputError, match="exists, and a store replaces no artifact in one step") as caught:
+        with pytest.raises(OutputError, match="exists, and a store cannot replace an artifact in one step") as caught:
             convert(source, address, **options)
         assert "\n" not in str(caught.value)
     with pytest.raises(OutputError, match="exists"):

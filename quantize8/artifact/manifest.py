@@ -1,8 +1,8 @@
-"""quantize8.json, the manifest: contents of an artifact, its source, and a digest of every byte. It is written last.
+"""The manifest, quantize8.json: an artifact's contents, its source, and digests of every byte. It is written last.
 
 The manifest depends only on the source and its name, the recipe, the requested file size and the version of quantize8
-(the tokenizer of a GGUF file also on transformers, which writes it). Two conversions of the same source therefore give
-the same bytes, whatever the machine, the number of workers or the order of work. Digests are BLAKE3.
+(for GGUF also on transformers, which provides the tokenizer). Two conversions of the same source therefore produce the
+same bytes, regardless of the machine, the number of workers and the order of the work. Digests are BLAKE3.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from quantize8.kernels.reference import ColumnStats
 from quantize8.sources.base import contained
 
 MANIFEST_NAME = "quantize8.json"
-CHECK_FAILED = "check-failed.txt"  # beside the manifest of an artifact that failed `convert --check`: the reason
+CHECK_FAILED = "check-failed.txt"  # in an artifact that failed `convert --check`: contains the reason
 FORMAT_VERSION = 1
-_WORST_COLUMNS = 8  # as many as fit in a line of a report
+_WORST_COLUMNS = 8  # as many as fit on one line of a report
 _DIGEST = "manifest_blake3"
-_LARGEST = 2**63  # limit on integers, which in JSON can have any number of digits
+_LARGEST = 2**63  # limit for integers, which can have any number of digits in JSON
 
 
 @dataclass
@@ -58,7 +58,7 @@ class TensorRecord:
 
 @dataclass
 class Manifest:
-    """The content of quantize8.json."""
+    """The contents of quantize8.json."""
 
     version: str  # of quantize8
     format: str
@@ -69,10 +69,10 @@ class Manifest:
     kept: dict[str, str] = field(default_factory=dict)  # Linear weights left in float -> reason
     headers: dict[str, str] = field(default_factory=dict)  # weight file -> digest of its header
     files: dict[str, str] = field(default_factory=dict)  # every other file -> digest
-    calibration: dict[str, Any] = field(default_factory=dict)  # text and options of the calibration; empty without
+    calibration: dict[str, Any] = field(default_factory=dict)  # text and options of calibration; empty without
 
     def to_bytes(self) -> bytes:
-        """The content of the file, which ends with a digest of everything before it."""
+        """The contents of the file, which end with a digest of everything before it."""
         value: dict[str, Any] = {"format_version": FORMAT_VERSION, **asdict(self)}
         if not self.calibration:
             del value["calibration"]
@@ -87,18 +87,18 @@ class Manifest:
 
 
 def digest(data: bytes | memoryview) -> str:
-    """BLAKE3 of some bytes, in hexadecimal."""
+    """The BLAKE3 digest of some bytes, in hexadecimal."""
     return str(blake3(data).hexdigest())
 
 
 def summarize(
     stats: ColumnStats, absmax: Any, source_dtype: str, source_blake3: str, transposed: bool, scale: str = ABSMAX
 ) -> Quantized:
-    """Summarize the statistics of a quantized weight.
+    """Summarize the statistics of a quantized weight [N, K].
 
     Args:
         stats: Complete statistics by input column.
-        absmax: float32 [N], the scale of each row.
+        absmax: Largest magnitude of each row, float32 [N].
         source_dtype: Dtype in the source.
         source_blake3: Digest of the values as read.
         transposed: Whether the source stores the weight as [in, out].
@@ -150,12 +150,12 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"{path}: not readable as a manifest ({error}); convert the source again") from None
     files = {*manifest.files, *manifest.headers} if fits(manifest, Manifest) else {""}
     if not all(map(is_inside, files)) or not {record.file for record in manifest.tensors.values()} <= files:
-        raise ArtifactError(f"{path}: has fields of the wrong type, or names files elsewhere; convert the source again")
+        raise ArtifactError(f"{path}: has fields of the wrong type, or names files outside; convert the source again")
     return manifest
 
 
 def files_of(data: bytes) -> list[str]:
-    """The files that a manifest names; none where the data is not a whole manifest."""
+    """The files that a manifest lists; none if the data is not a complete manifest."""
     try:
         value = json.loads(data)
         return [name for name in (*value["headers"], *value["files"]) if is_inside(name)]
@@ -164,7 +164,7 @@ def files_of(data: bytes) -> list[str]:
 
 
 def check_inside(path: Path, folder: Path) -> None:
-    """Raise ArtifactError if a file of an artifact is a link to outside of it."""
+    """Raise ArtifactError if a file of an artifact is a link that leads outside it."""
     try:
         contained(path, folder)
     except SourceError:
@@ -183,7 +183,12 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value that was read from JSON has an annotated type; an integer is accepted as a float."""
+    """Whether a value read from JSON has the type of an annotation; an integer is accepted as a float.
+
+    Args:
+        value: The value.
+        kind: The annotation: a dataclass, a container of other annotations, X | None, or a plain type.
+    """
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any:
         return True
@@ -205,7 +210,7 @@ def fits(value: Any, kind: Any) -> bool:
 
 
 def record_of(entry: dict[str, Any]) -> TensorRecord:
-    """A record from its JSON object."""
+    """Make a record from its JSON object; raises KeyError or TypeError if fields are missing or unknown."""
     quantized = entry.pop("quantized", None)
     if quantized is not None:
         quantized = Quantized(
@@ -219,7 +224,7 @@ def record_of(entry: dict[str, Any]) -> TensorRecord:
 
 
 def _laid_out(value: dict[str, Any]) -> bytes:
-    """The canonical layout of the manifest: one member per line, without NaN."""
+    """The canonical JSON text of the manifest: one member per line, without NaN."""
     return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 

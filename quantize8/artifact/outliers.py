@@ -1,7 +1,7 @@
-"""outliers.safetensors: the outlier columns of each int8 weight, chosen on a calibration text, and their statistics.
+"""outliers.safetensors: the outlier columns of each int8 weight, chosen on a calibration text, and input statistics.
 
-The file is beside the weight files but not in their index, so that other loaders do not read it: for them the artifact
-is the one that is written without calibration, byte for byte.
+The file is next to the weight files but not listed in their index, so other loaders ignore it: they see the artifact
+that a conversion without calibration would write, byte for byte.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from quantize8.sources.base import TensorInfo, contained
 from quantize8.sources.safetensors import SafetensorsCheckpoint
 
 OUTLIERS_NAME = "outliers.safetensors"
-PART_SUFFIX = ".outliers"  # of the files, one for each weight file, that are merged into it at the end
+PART_SUFFIX = ".outliers"  # of the files, one per weight file, that are merged into it at the end
 _COLUMNS, _WEIGHT = "outlier_columns", "outlier_weight"
 _MEAN_SQUARE, _ABSMAX = "input_mean_square", "input_absmax"
 _KINDS = {_COLUMNS: ("I32", 1), _MEAN_SQUARE: ("F32", 1), _ABSMAX: ("F32", 1), _WEIGHT: ("F16", 2)}  # dtype, dimensions
@@ -29,18 +29,18 @@ _KINDS = {_COLUMNS: ("I32", 1), _MEAN_SQUARE: ("F32", 1), _ABSMAX: ("F32", 1), _
 class Calibrated:
     """The result of calibration for one weight [N, K]."""
 
-    columns: Array  # int32 [J], outlier columns, the most important first
+    columns: Array  # int32 [J], outlier columns, most important first
     exact: int  # E <= J: this many of the first columns are also stored exactly
     mean_square: Array  # float32 [K], mean square of the layer input over the text
     absmax: Array  # float32 [K], largest magnitude of the layer input over the text
 
     @property
     def search(self) -> ScaleSearch:
-        """What the scale search needs to fit scales to the text."""
+        """The scale search with the statistics of the text."""
         return ScaleSearch(self.mean_square, self.columns[: self.exact])
 
     def tensors(self, module: str, rows: int) -> list[OutTensor]:
-        """The tensors that are stored for a module with `rows` rows; the exact columns are last."""
+        """The tensors that are stored for a module whose weight has `rows` rows; the exact columns come last."""
         wide = (len(self.mean_square),)
         return [
             OutTensor(f"{module}.{_COLUMNS}", "I32", (len(self.columns),)),
@@ -50,18 +50,23 @@ class Calibrated:
         ]
 
     def values(self) -> list[Array]:
-        """The values of `tensors`, except the last."""
+        """The values of `tensors` except the last one."""
         return [self.columns.astype(np.int32), self.mean_square, self.absmax]
 
     def exact_rows(self, block: Array) -> Array:
-        """The exact columns of weight rows [n, K], as float16 [n, E]."""
+        """Extract the exact columns from weight rows [n, K], as float16 [n, E]."""
         chosen = block[:, self.columns[: self.exact]].astype(np.float32)
         return np.ascontiguousarray(chosen.astype(np.float16))
 
 
 @dataclass(frozen=True)
 class StoredOutliers:
-    """Stored outlier columns of one weight [N, K]: indices int32 [J], and values float16 [N, E] of the first E."""
+    """The stored outlier columns of a weight [N, K].
+
+    Attributes:
+        columns: Indices of the outlier columns, int32 [J].
+        weight: Exact values of the first E columns, float16 [N, E].
+    """
 
     columns: Array
     weight: Array
@@ -79,7 +84,17 @@ def open_outliers(folder: Path) -> SafetensorsCheckpoint:
 
 
 def read_outliers(folder: Path) -> dict[str, StoredOutliers]:
-    """Read the outlier columns of each module; raises ArtifactError if they are not what this module writes."""
+    """Read the outlier columns of each module.
+
+    Args:
+        folder: The artifact.
+
+    Returns:
+        Module -> its outlier columns.
+
+    Raises:
+        ArtifactError: The tensors of a module are incomplete or invalid.
+    """
     stored = open_outliers(folder)
     modules: dict[str, dict[str, TensorInfo]] = {}
     for name, info in stored.tensors.items():

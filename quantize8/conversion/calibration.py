@@ -1,8 +1,8 @@
-"""What a text decides of a conversion: measured once, kept beside the unfinished artifact, the same for every process.
+"""The results of calibration, measured once and stored beside the unfinished artifact for all processes.
 
-Columns that are outliers on the text, what searched scales favor, and the factors of smoothing depend on the model's
-activations, which are floating-point sums: two machines may differ in the last digit. So the first process measures,
-and all others read its file.
+Outlier columns, searched scales and smoothing factors depend on the model's activations on a text. These are sums in
+floating point, so two machines may differ in the last digit. Therefore the first process measures them, and all others
+read its file.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from quantize8.sources.smoothing import Factors, SmoothedCheckpoint
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured.
+    """The results of calibration.
 
     Attributes:
-        modules: Module -> its outlier columns and the size of its inputs.
-        factors: Tensor -> what it is smoothed by; None where nothing is smoothed.
-        features: How many features of the hidden state are smoothed.
-        left: How many groups of layers could not be smoothed.
+        modules: Module -> its outlier columns and statistics of its inputs.
+        factors: Tensor -> its smoothing factors; None without smoothing.
+        features: Number of smoothed features of the hidden state.
+        left: Number of groups of layers that could not be smoothed.
     """
 
     modules: dict[str, Calibrated]
@@ -45,14 +45,19 @@ class Calibration:
     left: int = 0
 
     def smoothed(self, checkpoint: Checkpoint) -> Checkpoint:
-        """The checkpoint read through the factors, or itself."""
+        """The checkpoint with the smoothing factors applied while it is read; without factors, itself."""
         if self.factors is None:
             return checkpoint
         return SmoothedCheckpoint(checkpoint, self.factors, self.features, self.left)
 
 
 def calibration_entry(options: ConvertOptions, text: str) -> dict[str, Any]:
-    """What the manifest says of a calibration."""
+    """Make the manifest's entry on calibration.
+
+    Args:
+        options: The options of the conversion.
+        text: The calibration text.
+    """
     from quantize8.calibration.calibrate import DEFAULT_TOKENS
 
     columns = "auto" if options.column_count is None else options.column_count
@@ -61,19 +66,22 @@ def calibration_entry(options: ConvertOptions, text: str) -> dict[str, Any]:
 
 
 def calibrated(plan: Plan, path: Path, decisions: dict[str, Any], start_over: bool = False) -> tuple[Plan, str]:
-    """The plan with what its text decides, and the digest of the file at `path`, which is measured if it is not there.
+    """Apply the results of calibration to a plan, and measure them first if the file does not exist.
 
-    Two processes may measure at the same time: the file of the first is what both go on with.
+    If two processes measure at the same time, both continue with the file of the one that finishes first.
 
     Args:
-        plan: A plan without calibration.
-        path: The file that keeps the result.
-        decisions: Of the plan; a file with others is refused.
-        start_over: Replace such a file instead.
+        plan: A plan that is not calibrated.
+        path: The file for the results.
+        decisions: The decisions of the plan; a file with other decisions is refused.
+        start_over: Replace such a file instead of refusing it.
+
+    Returns:
+        The calibrated plan and the digest of the file; the plan itself and "" if it needs no calibration.
 
     Raises:
         SourceError: The model cannot run, has no tokenizer, or computes NaN or infinity.
-        OutputError: The file is of other options, or not readable.
+        OutputError: The file is of a conversion with other options, or not readable.
     """
     if not plan.calibration:
         return plan, ""
@@ -120,17 +128,17 @@ def _save(found: Calibration, path: Path, decisions: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     try:
-        os.link(temporary, path)  # unlike a rename, leaves the file of a faster process in place
+        os.link(temporary, path)  # unlike a rename, this does not replace the file of a faster process
     except FileExistsError:
         pass
-    except OSError:  # no links on this file system
+    except OSError:  # the file system has no hard links
         Path(temporary).replace(path)
     Path(temporary).unlink(missing_ok=True)
     flush(path.parent)
 
 
 def _metadata(path: Path) -> dict[str, Any]:
-    """What a file that `_save` wrote says of itself."""
+    """Read the metadata of a file written by `_save`."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,8 +1,8 @@
-"""A conversion on a Ray cluster: a task for each weight file, on whichever node is free, and the end of it here.
+"""A conversion on a Ray cluster: one task per weight file on any free node; this process finishes it.
 
-Source and output lie on a file system that all nodes see, at the same paths, or in stores. What a task does can be done
-again by any other (`driver.write`), so Ray runs it again when its worker or its node is lost. A user's error ends
-it all.
+Source and output are on a file system that all nodes see under the same paths, or in object stores. Any task can be
+repeated by any process (`driver.write`), so Ray retries a task if its worker or node is lost. An error of the
+conversion itself, such as an unreadable source, ends all tasks.
 """
 
 from __future__ import annotations
@@ -29,37 +29,37 @@ from quantize8.destinations.journal import SUFFIX, is_locked
 from quantize8.destinations.local import LocalFolder, check_disk, difference, partial_of
 from quantize8.errors import DependencyError, OutputError, Quantize8Error, first_line
 
-_RETRIES = 5  # of a task whose worker or node was lost; nodes of a cloud are taken back more than once in a while
-_LOOK = 10.0  # seconds between two looks at the nodes
-_PATIENCE = 600.0  # seconds until a node with what a task needs must be there: autoscalers start one in minutes
-_UNLOCK = 120.0  # seconds until the lock of a lost node is free: NFS lets it go after 90
-_ANSWER = 10.0  # seconds for the cluster's head to answer
-_CANCEL = 60.0  # seconds that cancelled tasks have to end, and to remove what they began
+_RETRIES = 5  # retries of a task whose worker or node was lost; spot instances can be reclaimed more than once
+_LOOK = 10.0  # seconds between two checks of the nodes
+_PATIENCE = 600.0  # seconds to wait for a node with enough CPUs and GPUs; autoscalers take minutes to start one
+_UNLOCK = 120.0  # seconds to wait for the lock of a lost node; NFS releases it after 90
+_ANSWER = 10.0  # seconds to wait for an answer of the cluster's head node
+_CANCEL = 60.0  # seconds for canceled tasks to end and clean up
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """The cluster, and what a task takes of a node."""
+    """The cluster, and the resources of a node that a task uses."""
 
-    address: str | None = None  # None is RAY_ADDRESS, else a cluster on this machine that ends with the conversion
-    device: str = "auto"  # cuda takes a GPU for each task, all others none
-    workers: int | None = None  # threads, and CPUs, for each task; None is one: tasks run side by side
+    address: str | None = None  # None: RAY_ADDRESS if set, otherwise a temporary cluster on this machine
+    device: str = "auto"  # with cuda, each task uses one GPU; otherwise none
+    workers: int | None = None  # threads and CPUs per task; None: 1, as tasks run in parallel
 
     @property
     def needs(self) -> dict[str, int]:
-        """Ray's resources."""
+        """The resources of a task, by Ray's names."""
         return {"CPU": self.workers or 1, "GPU": int(self.device == "cuda")}
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What each task is told."""
+    """The arguments that all tasks share."""
 
     options: ConvertOptions
     out: Destination
     nodes: Nodes
     token: str | None
-    decisions: dict[str, Any]  # of the process that began it all: a node that decides otherwise must not write
+    decisions: dict[str, Any]  # of the process that started the tasks; a node with other decisions must not write
 
 
 def write_all(
@@ -70,11 +70,25 @@ def write_all(
     token: str | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Have the nodes write all weight files, or go on with them, and make an artifact of these.
+    """Write all weight files on the nodes of a cluster, or resume writing them, and finish the artifact.
 
-    `progress` hears of a weight file when it is whole; what is printed meanwhile goes to the error stream.
-    Raises DependencyError without Ray; OutputError where there is no cluster, no node with enough CPUs or GPUs, or
-    where a task lost its node again and again; and what a task raised.
+    While this runs, standard output is redirected to standard error, because Ray prints there.
+
+    Args:
+        plan: The plan of the conversion, not yet calibrated.
+        out: Where the artifact is written.
+        nodes: The cluster, and the resources of each task.
+        overwrite: Replace an existing artifact, and discard unfinished work with other options.
+        token: Hub token.
+        progress: Called when a weight file is complete, with the number of source bytes done, and in total.
+
+    Returns:
+        The result with the manifest.
+
+    Raises:
+        DependencyError: Ray is not installed.
+        OutputError: There is no cluster or no node with enough CPUs or GPUs, or a task lost its node too often.
+        Quantize8Error: A task raised it.
     """
     ray = _ray()
     check_workers(nodes.workers)
@@ -92,19 +106,19 @@ def write_all(
 
 
 def _write(task: _Task, number: int, overwrite: bool) -> tuple[int, int]:
-    """In a worker: one weight file. Returns how many tensors were there already, and their bytes."""
+    """Write one weight file in a worker; returns the number and bytes of tensors that were already written."""
     plan = _plan(task.options, task.token, json.dumps(task.decisions))
     decisions = plan.decisions()
     if decisions != task.decisions:
         raise OutputError(
             f"{socket.gethostname()}: this node has {difference(decisions, task.decisions)}; "
-            "install the same quantize8 on all nodes, and let all see the same files"
+            "install the same quantize8 on all nodes, and make sure that all see the same files"
         )
-    device = "cpu" if task.nodes.device == "auto" else task.nodes.device  # Ray gives a GPU to who asks for it
+    device = "cpu" if task.nodes.device == "auto" else task.nodes.device  # Ray gives GPUs to tasks that request them
     quantizers = make_quantizers(device, task.options.scale, task.nodes.workers or 1)
     journal = partial_of(task.out.scratch) / f"{plan.units[number - 1].shard.file}{SUFFIX}"
     deadline = time.monotonic() + _UNLOCK
-    while is_locked(journal) and time.monotonic() < deadline:  # by this task's first run, which is ending
+    while is_locked(journal) and time.monotonic() < deadline:  # by the first run of this task, which is ending
         time.sleep(0.1)
     result = write(plan, task.out, Part(number, len(plan.units)), quantizers, overwrite)
     return result.resumed, result.resumed_bytes
@@ -112,23 +126,23 @@ def _write(task: _Task, number: int, overwrite: bool) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=1)
 def _plan(options: ConvertOptions, token: str | None, _: str) -> Plan:
-    """The plan of one task after the other: that of 92,000 tensors takes seconds. Other decisions make a new one."""
+    """The plan, cached for the next task: 92,000 tensors take seconds to plan. Other decisions make a new plan."""
     return make_plan(options, token)
 
 
 def _run(ray: Any, plan: Plan, task: _Task, overwrite: bool, progress: Progress | None) -> Iterator[tuple[int, int]]:
-    """What each task returns, in the order in which they end."""
+    """Run the tasks, and yield their results in the order in which they end."""
     needs, units = task.nodes.needs, plan.units
     remote = ray.remote(_write).options(
         name="quantize8 convert",
         num_cpus=needs["CPU"],
         num_gpus=needs["GPU"],
         max_retries=_RETRIES,
-        retry_exceptions=False,  # only where a worker or a node is lost
+        retry_exceptions=False,  # retry only if a worker or node is lost
     )
     nbytes = {unit.number: unit.read_bytes for unit in units}
     done, total = 0, sum(nbytes.values())
-    # The first is alone where it decides for the others: it measures the text, or removes what is replaced.
+    # The first task runs alone if the others depend on it: it calibrates, or removes what is replaced.
     alone = 1 if plan.calibration or overwrite else 0
     for group in filter(None, (units[:alone], units[alone:])):
         refs = {remote.remote(task, unit.number, overwrite): unit for unit in group}
@@ -140,7 +154,7 @@ def _run(ray: Any, plan: Plan, task: _Task, overwrite: bool, progress: Progress 
 
 
 def _results(ray: Any, refs: dict[Any, WorkUnit], needs: dict[str, int]) -> Iterator[tuple[WorkUnit, tuple[int, int]]]:
-    """Each unit with what its task returned, as they end; at the first failure the other tasks are cancelled."""
+    """Yield each unit with the result of its task as tasks end; the first failure cancels the others."""
     waiting = list(refs)
     deadline = time.monotonic() + _PATIENCE
     try:
@@ -152,7 +166,7 @@ def _results(ray: Any, refs: dict[Any, WorkUnit], needs: dict[str, int]) -> Iter
                 deadline = time.monotonic() + _PATIENCE
             elif time.monotonic() > deadline:
                 asked = " and ".join(f"{count} {kind}" for kind, count in needs.items() if count)
-                raise OutputError(f"engine ray: no node of the cluster has {asked}; add one, or ask for less")
+                raise OutputError(f"engine ray: no node of the cluster has {asked}; add one, or request less")
     finally:
         for ref in waiting:
             ray.cancel(ref)
@@ -171,35 +185,35 @@ def _result(ray: Any, ref: Any, unit: WorkUnit) -> tuple[int, int]:
     except ray.exceptions.RayError as error:
         raise OutputError(
             f"{unit.shard.file}: its task on the cluster was lost ({first_line(error)}); "
-            "run the same command again, which goes on from here"
+            "run the same command again, which resumes from here"
         ) from None
 
 
 def _has_room(ray: Any, needs: dict[str, int]) -> bool:
-    """Whether any node is large enough for a task, were it free."""
+    """Whether any node has enough resources for a task, even if it is busy now."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return any(all(node.get(kind, 0) >= count for kind, count in needs.items()) for node in nodes)
 
 
 @contextlib.contextmanager
 def _connected(ray: Any, address: str | None) -> Iterator[None]:
-    """A connection to the cluster, unless this process has one: that one is used, and left open."""
+    """Connect to the cluster; an existing connection of this process is used and left open."""
     if ray.is_initialized():
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     local = {"include_dashboard": False} if address == "local" else {}
     if local:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to Ray's makers
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # do not send usage statistics to Ray's developers
     try:
         _check_address(address)
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **local)
     except (OSError, ValueError, RuntimeError) as error:
         raise OutputError(
             f"address {address}: no Ray cluster can be used there ({first_line(error)}); "
-            "begin one with ray start --head, or leave out --address"
+            "start one with ray start --head, or leave out --address"
         ) from None
-    with contextlib.redirect_stdout(sys.stderr):  # where a node is lost, a thread of Ray's prints its last log lines
+    with contextlib.redirect_stdout(sys.stderr):  # if a node is lost, Ray prints its last log lines
         try:
             yield
         finally:
@@ -207,7 +221,7 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
 
 
 def _check_address(address: str) -> None:
-    """Raise OSError where nothing answers at HOST:PORT: Ray itself would try for minutes, and end the process."""
+    """Raise OSError if nothing answers at HOST:PORT; Ray itself would retry for minutes and then exit."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER).close()

@@ -1,11 +1,11 @@
-"""A conversion: write the weight files of a plan to a destination, then the small files and the manifest.
+"""A conversion: writes the weight files of a plan to a destination, then the small files and the manifest.
 
-    plan = make_plan(options)                     which tensors become int8, and the place of every byte
-    write(plan, destination, ...)                 weight files by several threads, tensor by tensor, then `finalize`
+    plan = make_plan(options)                     which tensors become int8, and the position of every byte
+    write(plan, destination, ...)                 weight files by several threads, tensor by tensor, then the rest
 
-Every byte has its place beforehand, so the result depends neither on who wrote it nor on when, nor on how often the
-work was interrupted. What is finished of a weight file is in its journal; what a journal has is not written again,
-provided that the bytes still have the digests that it notes.
+The position of every byte is fixed beforehand, so the result depends neither on which process wrote it or when, nor on
+how often the work was interrupted. The journal of a weight file lists its finished tensors. They are not written again
+if their bytes still have the digests that the journal records.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from quantize8.kernels.devices import resolve
 from quantize8.kernels.reference import as_bytes
 from quantize8.sources.base import CONFIG_NAME
 
-Progress = Callable[[int, int], None]  # called with bytes of the source done, and bytes in all
-_Lane = list[tuple[int, str]]  # tensors that one thread writes, in this order: unit, source tensor
-_MAX_WORKERS = 8  # beyond this many threads the disk is the limit
+Progress = Callable[[int, int], None]  # called with source bytes done, and source bytes in total
+_Lane = list[tuple[int, str]]  # (unit, source tensor) pairs that one thread writes in order
+_MAX_WORKERS = 8  # more threads do not help: the disk limits the speed
 _COPY_BYTES = 4 * 2**20
 
 
@@ -56,17 +56,26 @@ def write(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Write the weight files of a part, or go on with them; without a part write all of them, and finish the artifact.
+    """Write the weight files of a part, or resume writing them.
 
-    Part k of as many parts as there are weight files is weight file k alone. Any process may do it again at any time.
+    Without a part, all weight files are written, and the artifact is finished. With as many parts as there are weight
+    files, part k is weight file k. Any process may repeat the call at any time.
 
     Args:
-        plan: As `make_plan` gives it, not calibrated.
-        destination: Where the artifact goes.
-        part: The share of the weight files to write.
-        quantizers: One for each thread.
-        overwrite: Replace an artifact that is there, and start over what is unfinished with other options.
-        progress: Called with bytes of the source done and in all.
+        plan: The result of `make_plan`, not yet calibrated.
+        destination: Where the artifact is written.
+        part: The share of the weight files to write; None for all.
+        quantizers: One quantizer per thread.
+        overwrite: Replace an existing artifact, and discard unfinished work with other options.
+        progress: Called with the number of source bytes done, and in total.
+
+    Returns:
+        The result; it has a manifest if the artifact is finished.
+
+    Raises:
+        OutputError: The destination refuses the artifact, a file cannot be written, or the source changed.
+        SourceError: The source cannot be read.
+        WeightError: A value is NaN or infinite, or too large for the output.
     """
     units = plan.units if part is None else part.of(plan.units)
     result = Conversion(destination.out, plan, part=part, files=[unit.shard.file for unit in units])
@@ -102,10 +111,17 @@ def finalize(
 ) -> Conversion:
     """Make an artifact of the weight files that all parts have written.
 
-    Without a `plan`, not calibrated, it is the one that their journals are of.
+    Args:
+        destination: Where the artifact is written.
+        overwrite: Replace an existing artifact.
+        token: Hub token.
+        plan: The plan of the conversion, not yet calibrated; None to restore it from the journals.
+
+    Returns:
+        The result with the manifest.
 
     Raises:
-        OutputError: A weight file is not there, not whole, or of other options than the rest.
+        OutputError: A weight file is missing, incomplete, or was written with other options than the rest.
     """
     out, heading = destination.out, destination.recorded()
     if heading is None:
@@ -126,16 +142,19 @@ def finalize(
 
 
 def make_quantizers(device: str, scale: str, workers: int | None) -> list[WeightQuantizer]:
-    """One quantizer for each worker; several GPUs get at least one each.
+    """Make one quantizer per worker thread; with several GPUs, at least one for each GPU.
 
     Args:
         device: auto, cpu or cuda.
-        scale: How scales are chosen; mse is searched on the CPU.
-        workers: Number of threads; None for one for each processor.
+        scale: How scales are chosen, absmax or mse; the search for mse runs on the CPU.
+        workers: Number of threads; None for the number of CPUs, but at most 8.
+
+    Raises:
+        OutputError: `workers` is below 1, or `scale` is mse and `device` is cuda.
     """
     check_workers(workers)
     if scale == MSE and device == "cuda":
-        raise OutputError("scale mse: is searched on the CPU; leave out --device cuda")
+        raise OutputError("scale mse: the search runs on the CPU; leave out --device cuda")
     device = "cpu" if scale == MSE and device == "auto" else resolve(device)
     count = workers or min(os.cpu_count() or 1, _MAX_WORKERS)
     if device == "cpu":
@@ -149,7 +168,7 @@ def make_quantizers(device: str, scale: str, workers: int | None) -> list[Weight
 
 
 def check_workers(workers: int | None) -> None:
-    """Raise OutputError for a number of threads below 1."""
+    """Raise OutputError if the number of threads is below 1."""
     if workers is not None and workers < 1:
         raise OutputError(f"workers {workers}: must be 1 or more")
 
@@ -158,13 +177,21 @@ class Place(NamedTuple):
     """Where a tensor of the artifact is written."""
 
     file: WeightFile
-    offset: int  # of the tensor's first byte, from the start of the file
-    name: str  # of the file that holds it in the artifact
+    offset: int  # offset of the tensor's first byte from the start of the file
+    name: str  # name of the file that holds the tensor in the artifact
     tensor: OutTensor
 
 
 def places(unit: WorkUnit, files: Sequence[WeightFile]) -> dict[str, Place]:
-    """The place of each tensor of a unit in its files: the weight file, and the one of outlier columns."""
+    """Find where each tensor of a unit is written.
+
+    Args:
+        unit: The unit.
+        files: Its weight file, and its file of outlier columns if it has one.
+
+    Returns:
+        Output tensor -> its place.
+    """
     found: dict[str, Place] = {}
     for shard, file, name in zip((unit.shard, unit.outliers), files, (unit.shard.file, OUTLIERS_NAME), strict=False):
         if shard is not None:
@@ -174,12 +201,12 @@ def places(unit: WorkUnit, files: Sequence[WeightFile]) -> dict[str, Place]:
 
 @dataclass(frozen=True)
 class Writer:
-    """Writes one source tensor at a time to its places in the output, from any thread.
+    """Converts one source tensor at a time and writes the result to its place; can be used from any thread.
 
     Attributes:
-        plan: What becomes of each tensor.
-        places: Tensor of the artifact -> its place.
-        advance: Called with the bytes of the source that were read.
+        plan: The plan of the conversion.
+        places: Output tensor -> where it is written.
+        advance: Called with the number of source bytes that were read.
     """
 
     plan: Plan
@@ -187,7 +214,12 @@ class Writer:
     advance: Callable[[int], None] | None = None
 
     def holds(self, source: str, records: Mapping[str, TensorRecord]) -> bool:
-        """Whether what a source tensor becomes is there already, by the digests of its bytes."""
+        """Whether the output of a source tensor has been written already, according to the digests of its bytes.
+
+        Args:
+            source: Name of the source tensor.
+            records: The records of its output tensors in a journal.
+        """
         for name, record in records.items():
             place = self.places.get(name)
             if place is None or (place.tensor.dtype, place.tensor.shape) != (record.dtype, record.shape):
@@ -199,7 +231,7 @@ class Writer:
         return True
 
     def write(self, source: str, quantizer: WeightQuantizer) -> Records:
-        """Encode a source tensor, write the tensors that it becomes, and return their records."""
+        """Encode a source tensor, write the resulting output tensors, and return their records."""
         digests = {tensor.name: blake3() for tensor in self.plan.tensors_of(source)}
         positions = dict.fromkeys(digests, 0)
         pieces, quantized = self.plan.format.encode(self.plan, source, quantizer), None
@@ -219,12 +251,12 @@ class Writer:
         for name, content in digests.items():
             _, _, file, tensor = self.places[name]
             records[name] = TensorRecord(file, tensor.dtype, tensor.shape, content.hexdigest(), quantized)
-            quantized = None  # of the first tensor alone
+            quantized = None  # only for the first tensor
         return records
 
 
 class _Work:
-    """The writing of some weight files, by several threads."""
+    """Writes some weight files with several threads."""
 
     def __init__(
         self,
@@ -249,7 +281,7 @@ class _Work:
         self.records, self.resumed, self.held = Records(), 0, 0
 
     def run(self, heading: Heading, quantizers: list[WeightQuantizer]) -> None:
-        """Write these weight files, or finish them; each has its name in the staging folder when it is whole."""
+        """Write the weight files, or resume; each gets its final name in the staging folder when it is complete."""
         for quantizer in quantizers:
             self._free.put(quantizer)
         for unit in self._units:
@@ -264,7 +296,7 @@ class _Work:
             raise OutputError(f"{self._out}: the source changed while it was read; run the same command again")
 
     def _lanes(self) -> list[_Lane]:
-        """Each tensor by itself, or all of a source's file together, where that is a stream."""
+        """One lane per tensor, or one per source file if files are streamed, which needs a single reader in order."""
         order = {name: position for position, name in enumerate(self._tensors)}
         pairs = [(unit.number, name) for unit in self._units for name in unit.sources]
         pairs.sort(key=lambda pair: order.get(pair[1], len(order)))
@@ -275,13 +307,13 @@ class _Work:
         return list(lanes.values())
 
     def _usable(self, journal: Journal, heading: Heading) -> dict[str, Records]:
-        """The entries of a journal but for those whose source file has another time: it was replaced, or copied."""
+        """The entries of a journal, except those whose source file has been replaced or copied since."""
         before, now = journal.heading.get("decisions"), heading["decisions"]
         if before is None or journal.heading.get("calibration_blake3") != heading["calibration_blake3"]:
             return {}
         stamps = before["source"]["files"]
         touched = {file for file, stamp in now["source"]["files"].items() if stamps[file] != stamp}
-        if touched and self._checkpoint.decoded:  # a weight may be of several files
+        if touched and self._checkpoint.decoded:  # a weight may come from several files
             return {}
         entries = journal.entries.items()
         return {name: records for name, records in entries if not touched or self._file_of(name) not in touched}
@@ -290,7 +322,7 @@ class _Work:
         return self._tensors[name].file if name in self._tensors else ""
 
     def _in_threads(self, lanes: list[_Lane], threads: int) -> None:
-        """Write all lanes, as many at once as there are threads; the first failure stops the rest."""
+        """Write all lanes with `threads` threads; the first failure stops the others."""
         with ThreadPoolExecutor(threads) as pool:
             futures: list[Future[Records]] = [pool.submit(self._write, lane) for lane in lanes]
             try:
@@ -299,13 +331,16 @@ class _Work:
                 self._stopped.set()
                 for future in futures:
                     future.cancel()
-            # of several failures the earliest in storage order, so that the message does not depend on the threads
+            # of several failures, report the first in storage order, so that the message does not depend on timing
             failed = [future for future in futures if not future.cancelled() and future.exception()]
             for future in failed or futures:
                 self.records.update(future.result())
 
     def _write(self, lane: _Lane) -> Records:
-        """Write the tensors of a lane, or find that they are there; noted when their source file is confirmed."""
+        """Write the tensors of a lane that are not there yet.
+
+        New tensors are entered in the journal only after their source file is confirmed to be intact.
+        """
         quantizer, made, result = self._free.get(), list[tuple[int, str, Records]](), Records()
         try:
             for number, name in lane:
@@ -331,7 +366,7 @@ class _Work:
         return result
 
     def _one_done(self, number: int) -> None:
-        """One more tensor of a weight file is there; the last gives the file its name."""
+        """Count a tensor of a weight file as done; after the last one, give the file its final name."""
         with self._count:
             self._left[number] -= 1
             last = self._left[number] == 0
@@ -340,7 +375,7 @@ class _Work:
                 file.finish()
 
     def _advance(self, nbytes: int) -> None:
-        self._done += nbytes  # a lost update between threads only makes the progress bar late
+        self._done += nbytes  # an update lost between threads only delays the progress bar
         if self._progress is not None:
             self._progress(self._done, self._total)
 
@@ -348,9 +383,9 @@ class _Work:
 def _calibrated(
     plan: Plan, session: Session, decisions: dict[str, Any], start_over: bool = False
 ) -> tuple[Plan, Heading]:
-    """The plan with what its text decides, and what a journal of its weight files begins with.
+    """Return the plan with the results of calibration, and the heading of the journals of its weight files.
 
-    The heading has the options, too, for the process that finalizes the conversion elsewhere.
+    The heading also contains the options, for a process elsewhere that finalizes the conversion.
     """
     measured = ""
     if plan.calibration:
@@ -362,18 +397,21 @@ def _calibrated(
 
 
 def assemble(plan: Plan, records: Records, folder: Path, parts: Path) -> Manifest:
-    """Put all other files of an artifact into `folder`; the manifest is written last.
+    """Write all files of an artifact except the weight files; the manifest is written last.
 
-    Stopped at any moment, it can be called again.
+    If this is interrupted at any point, it can be called again.
 
     Args:
-        plan: What was written.
-        records: Of all tensors.
-        folder: The artifact's files; the weight files may be elsewhere.
+        plan: The plan of the conversion, calibrated.
+        records: The records of all output tensors.
+        folder: The folder of the artifact's files; the weight files may be elsewhere.
         parts: The folder with the outlier columns of each weight file.
+
+    Returns:
+        The manifest.
     """
     checkpoint = plan.checkpoint
-    for path in folder.iterdir():  # of an earlier end of this conversion, which was stopped
+    for path in folder.iterdir():  # left by an earlier, interrupted call
         if path.is_dir():
             shutil.rmtree(path)
         elif path.name not in {shard.file for shard in plan.shards}:
@@ -407,7 +445,7 @@ def assemble(plan: Plan, records: Records, folder: Path, parts: Path) -> Manifes
 
 
 def _merge(outliers: Shard, units: Sequence[WorkUnit], folder: Path, parts: Path) -> None:
-    """Write the file of all outlier columns from those that were written beside each weight file."""
+    """Merge the outlier columns that were written beside each weight file into a single file."""
     with (folder / outliers.file).open("wb+") as target:
         write_at(target.fileno(), outliers.header, 0)
         for part in (unit.outliers for unit in units):
@@ -424,6 +462,6 @@ def _copy(source: BinaryIO, start: int, target: BinaryIO, offset: int, nbytes: i
     while nbytes:
         data = source.read(min(nbytes, _COPY_BYTES))
         if not data:
-            raise OutputError(f"{source.name}: ends early; remove it and run the same command again")
+            raise OutputError(f"{source.name}: is truncated; remove it and run the same command again")
         write_at(target.fileno(), data, offset)
         offset, nbytes = offset + len(data), nbytes - len(data)

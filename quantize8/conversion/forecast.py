@@ -1,7 +1,7 @@
-"""How long a conversion will take, and how much memory and disk: told by converting a few tensors of each kind.
+"""Predicts the time, memory and disk space of a conversion, by converting a few tensors of each kind.
 
-They are read, quantized, hashed and written as the conversion will do it, by as many threads, into a file on the
-output's disk that has no name and goes away. Tensors that are stored alike, and become alike, take as long a byte.
+These are read, quantized, hashed and written as in the conversion, by the same number of threads, to a temporary file
+on the output's disk. The time per byte is assumed to be the same for all tensors with the same source and output dtype.
 """
 
 from __future__ import annotations
@@ -31,38 +31,38 @@ from quantize8.formats.base import Shard, WeightQuantizer
 from quantize8.memory import peak_rss
 
 MACHINES = (1, 8, 64)
-_SECONDS = 0.5  # for each kind of tensor, of which there are two to eight
-_SAMPLE_BYTES = 128 * 2**20  # of each kind, for each thread
-_TENSOR_BYTES = 160 * 2**20  # a larger one is not tried: it takes long, and room on the disk
-_LEADING_BYTES = 16 * 2**20  # of a file that is streamed: two requests
-_SAMPLE_TENSORS = 256  # of a kind, at most
-_DISK_BYTES = 96 * 2**20  # to measure the disk by
+_SECONDS = 0.5  # for each kind of tensor; a model has two to eight kinds
+_SAMPLE_BYTES = 128 * 2**20  # per kind and thread
+_TENSOR_BYTES = 160 * 2**20  # larger tensors are not sampled: they take too much time and disk space
+_LEADING_BYTES = 16 * 2**20  # of a streamed file: two requests
+_SAMPLE_TENSORS = 256  # per kind, at most
+_DISK_BYTES = 96 * 2**20  # written to measure the speed of the disk
 _BLOCK_BYTES = 4 * 2**20
-_STREAMED = "streamed"  # there what is fetched takes the time, in the order of the files
+_STREAMED = "streamed"  # the only kind of a streamed source: its files are fetched in order, which dominates the time
 
 
 @dataclass(frozen=True)
 class Share:
-    """What each of some machines has to do; of the one that takes longest."""
+    """The work of one machine if a conversion is divided among several; that of the slowest machine."""
 
     machines: int
-    files: int  # weight files that it writes
+    files: int  # number of weight files that it writes
     written_bytes: int
-    seconds: float  # with planning, which each does, and the end of the conversion
+    seconds: float  # with planning, which each machine does, and finalizing
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Time, memory and disk of a conversion by machines like this one, without what a text to calibrate by takes."""
+    """Predicted time, memory and disk space of a conversion on machines like this one, without calibration."""
 
     threads: int
     shares: list[Share]
-    memory: int  # bytes: the most that this process has had, which has planned and converted a sample
-    disk: int  # bytes that the output takes while it grows
-    free: int  # bytes of that disk
-    download: int  # bytes of the hub's that are stored here beforehand; times are of reading them without
-    rates: dict[str, float]  # kind of tensor -> bytes read a second, decoded, by all threads together
-    disk_rate: float  # bytes written a second, until the disk has them
+    memory: int  # bytes: peak memory of this process, after planning and converting the sample
+    disk: int  # bytes that the output takes during the conversion
+    free: int  # free bytes on that disk
+    download: int  # bytes to download from the hub first; times do not include the download
+    rates: dict[str, float]  # kind of tensor -> decoded source bytes per second, all threads together
+    disk_rate: float  # bytes written per second, including the sync to disk
 
 
 def look_ahead(
@@ -75,18 +75,24 @@ def look_ahead(
     overwrite: bool = False,
     token: str | None = None,
 ) -> Conversion:
-    """What a conversion would do and take: from headers, and by converting a few tensors to nowhere.
+    """Plan a conversion and predict its time, memory and disk space, without keeping any output.
 
-    This is both `quantize8 plan` and `convert --dry-run`. The time of uploading to a store is not included.
+    This implements both `quantize8 plan` and `convert --dry-run`. The time to upload to a store is not included.
 
     Args:
-        options: What is asked for.
-        destination: Where the artifact would go; None for the default folder.
-        quantizers: One for each thread.
-        part: The share of the weight files that would be written.
+        options: The options of the conversion.
+        destination: Where the artifact would be written; None for the default folder.
+        quantizers: One quantizer per thread.
+        part: The share of the weight files that would be written; None for all.
         machines: Numbers of machines to predict the time for.
-        overwrite: An artifact may be there.
+        overwrite: An existing artifact may be replaced.
         token: Hub token.
+
+    Returns:
+        The result of a dry run, with the forecast.
+
+    Raises:
+        OutputError: The destination refuses the artifact, or its disk cannot be written.
     """
     began = time.perf_counter()
     plan = make_plan(options, token, download=False)
@@ -112,18 +118,19 @@ def forecast(
     began: float,
     machines: Sequence[int] = MACHINES,
 ) -> Forecast:
-    """Measure, and predict what writing these weight files takes.
+    """Measure a sample, and predict the cost of writing some weight files.
 
     Args:
-        plan: Of the conversion.
+        plan: The plan of the conversion.
         units: The weight files to write.
-        destination: Where they would go.
-        quantizers: One for each thread.
+        destination: Where they would be written.
+        quantizers: One quantizer per thread.
         began: time.perf_counter() when planning began.
         machines: Numbers of machines to predict the time for.
 
     Raises:
-        OutputError: Nothing can be written there; and what a conversion raises, where a sampled tensor shows it.
+        OutputError: The destination's disk cannot be written.
+        Quantize8Error: Converting a sampled tensor failed, as the conversion would.
     """
     planning = time.perf_counter() - began
     folder = next(parent for parent in destination.scratch.absolute().parents if parent.exists())
@@ -131,7 +138,7 @@ def forecast(
         rates = {kind: _rate(plan, names, folder, quantizers) for kind, names in _to_try(plan, units).items()}
         disk_rate = _disk_rate(folder)
     except OSError as error:
-        raise OutputError(f"{folder}: cannot be written ({error.strerror}); name another folder with --out") from None
+        raise OutputError(f"{folder}: cannot be written ({error.strerror}); choose another folder with --out") from None
 
     def share(count: int) -> Share:
         found = []
@@ -157,7 +164,7 @@ def forecast(
 
 
 def _kinds(plan: Plan, units: Sequence[WorkUnit]) -> dict[str, list[str]]:
-    """Source tensors by what they are stored as and become."""
+    """Group the source tensors by kind."""
     found: dict[str, list[str]] = {}
     for unit in units:
         for name in unit.sources:
@@ -175,15 +182,15 @@ def _kind(plan: Plan, name: str) -> str:
 
 
 def _seconds(plan: Plan, units: Sequence[WorkUnit], rates: dict[str, float]) -> float:
-    """What reading, quantizing, hashing and beginning to write these weight files takes."""
+    """Predict the seconds to read, quantize, hash and write these weight files, without the sync to disk."""
     tensors = plan.checkpoint.tensors
     kinds = {kind: sum(tensors[name].nbytes for name in names) for kind, names in _kinds(plan, units).items()}
-    largest = max(rates.values(), default=0.0)  # of what was too large to try: that is mostly copied
+    largest = max(rates.values(), default=0.0)  # for kinds too large to sample, which are mostly copied
     return sum(nbytes / rates.get(kind, largest) for kind, nbytes in kinds.items() if nbytes)
 
 
 def _to_try(plan: Plan, units: Sequence[WorkUnit]) -> dict[str, list[str]]:
-    """The kinds with tensors that are not empty, and not too large to try; all, if no kind has such."""
+    """Select the tensors to sample, by kind: neither empty nor too large. If there are none, the smallest of each."""
     kinds, tensors = _kinds(plan, units), plan.checkpoint.tensors
     if plan.checkpoint.one_reader_a_file:
         return kinds
@@ -194,20 +201,20 @@ def _to_try(plan: Plan, units: Sequence[WorkUnit]) -> dict[str, list[str]]:
 
 
 def _rate(plan: Plan, names: list[str], folder: Path, quantizers: Sequence[WeightQuantizer]) -> float:
-    """Bytes of these tensors that all threads together read, and write what becomes of, in a second."""
+    """Measure how many bytes of these tensors all threads together convert per second, in source bytes."""
     tensors, outputs = plan.checkpoint.tensors, plan.outputs
     choose = _leading if plan.checkpoint.one_reader_a_file else _spread
     lanes = choose(plan, names, len(quantizers))
     made = [tensor for lane in lanes for name in lane for tensor in outputs[name]]
     ends = [*accumulate(tensor.nbytes for tensor in made)]
     starts = {tensor.name: end - tensor.nbytes for tensor, end in zip(made, ends, strict=True)}
-    shard = Shard("sample", made, b"", starts, ends[-1])  # in any order: nobody reads it
+    shard = Shard("sample", made, b"", starts, ends[-1])  # the order does not matter, as the file is never read
     queue: SimpleQueue[list[str]] = SimpleQueue()
     for lane in lanes:
         queue.put(lane)
     with _nameless(folder, shard) as file:
         writer = Writer(plan, places(WorkUnit(1, shard, [], 0), [file]))
-        writer.write(lanes[0][0], quantizers[0])  # kernels are compiled, or loaded, when first called
+        writer.write(lanes[0][0], quantizers[0])  # the first call compiles or loads the kernels
         deadline = time.perf_counter() + _SECONDS
 
         def work(quantizer: WeightQuantizer) -> float:
@@ -227,7 +234,7 @@ def _rate(plan: Plan, names: list[str], folder: Path, quantizers: Sequence[Weigh
 
 
 def _spread(plan: Plan, names: list[str], threads: int) -> list[list[str]]:
-    """Some tensors from everywhere, each by itself."""
+    """Choose tensors spread over the whole model, one per lane."""
     tensors = plan.checkpoint.tensors
     mean = max(1, sum(tensors[name].nbytes for name in names) // len(names))
     count = min(max(threads, threads * _SAMPLE_BYTES // mean), _SAMPLE_TENSORS)
@@ -235,7 +242,7 @@ def _spread(plan: Plan, names: list[str], threads: int) -> list[list[str]]:
 
 
 def _leading(plan: Plan, names: list[str], threads: int) -> list[list[str]]:
-    """The first tensors of as many files as are read side by side: those of which the first tensors are smallest."""
+    """Choose the first tensors of one file per thread, preferring files whose first tensors are small."""
     tensors = plan.checkpoint.tensors
     files: dict[str, list[str]] = {}
     sizes: dict[str, int] = {}
@@ -249,7 +256,7 @@ def _leading(plan: Plan, names: list[str], threads: int) -> list[list[str]]:
 
 
 def _disk_rate(folder: Path) -> float:
-    """Bytes that the disk takes in a second."""
+    """Measure how many bytes per second the disk writes."""
     block = os.urandom(_BLOCK_BYTES)
     with _nameless(folder, Shard("sample", [], nbytes=_DISK_BYTES)) as file:
         start = time.perf_counter()
@@ -261,7 +268,7 @@ def _disk_rate(folder: Path) -> float:
 
 @contextmanager
 def _nameless(folder: Path, shard: Shard) -> Iterator[WeightFile]:
-    """A file that is open, and in no folder any more, where the system allows that."""
+    """Open a temporary file, which is already deleted from its folder if the system allows that."""
     file = WeightFile(folder / f".quantize8-{uuid.uuid4().hex}", shard.header, shard.nbytes)
     try:
         file.reserve()

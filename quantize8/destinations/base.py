@@ -1,14 +1,14 @@
-"""What a conversion needs of the place where its artifact goes.
+"""The interface of destinations, the places that artifacts are written to.
 
-    with destination.open(units, decisions, source, overwrite) as session:
-        with session.calibration() as path: ...       # the file that keeps what calibration measured
+    with destination.open(units, decisions, source, overwrite, start_over) as session:
+        with session.calibration() as path: ...       # the file with the results of calibration
         for batch in session.batches(units, heading):
             with session.staging(batch.units, heading) as staging: ...   # write these weight files
         records, missing = session.collect(units, heading)
-        session.publish(build, overwrite)             # the small files and the manifest, and the artifact appears
+        session.publish(units, build, overwrite)      # write the small files and the manifest; the artifact appears
 
-A process may be killed at any of these points, and several may write to one destination: the next one goes on with
-what is finished, and refuses what other options have left there.
+A process may be killed at any of these points, and several processes may write to one destination. The next process
+resumes with what is finished, and refuses to resume a conversion with other options.
 """
 
 from __future__ import annotations
@@ -29,82 +29,114 @@ if TYPE_CHECKING:
     from quantize8.destinations.local import Staging
 
 _FILE = "file://"
-Build = Callable[[Path, Path], Manifest]  # (folder of the artifact's files, folder of outlier parts) -> the manifest
+Build = Callable[[Path, Path], Manifest]  # (folder of the artifact's files, folder of the outlier parts) -> manifest
 
 
 class Batch(NamedTuple):
-    """Weight files that are written together, or that are finished already with these records."""
+    """Weight files that are written together; with records if they are finished already."""
 
     units: Sequence[WorkUnit]
     records: Records | None = None
 
 
 class Session(Protocol):
-    """A destination that is open for one process."""
+    """A destination that one process has opened for writing."""
 
     def calibration(self) -> AbstractContextManager[Path]:
-        """The file that keeps what calibration measured, on this machine; kept at the destination afterwards."""
+        """Provide the file with the results of calibration, on this machine; a copy stays at the destination."""
 
     def batches(self, units: Sequence[WorkUnit], heading: Heading) -> Iterable[Batch]:
-        """These weight files in the groups in which they are written; raises OutputError if the disk is too small."""
+        """Group weight files into batches that are written together.
+
+        Args:
+            units: The weight files.
+            heading: The heading of their journals.
+
+        Raises:
+            OutputError: The disk is too small.
+        """
 
     def staging(self, units: Sequence[WorkUnit], heading: Heading) -> AbstractContextManager[Staging]:
-        """Where to write these weight files; when the block ends they are at the destination."""
+        """Provide the place to write weight files to; when the block ends, they are at the destination."""
 
     def collect(self, units: Sequence[WorkUnit], heading: Heading) -> tuple[Records, list[WorkUnit]]:
-        """Records of all tensors of these weight files, and the weight files that are not finished."""
+        """Read the records of all tensors of these weight files; also returns the weight files that are unfinished."""
 
     def publish(self, units: Sequence[WorkUnit], build: Build, overwrite: bool) -> Manifest:
-        """Have `build` make the small files and the manifest, and make the artifact appear."""
+        """Write the small files and the manifest, which makes the artifact appear.
+
+        Args:
+            units: All weight files of the artifact.
+            build: Makes the small files and the manifest.
+            overwrite: Replace an existing artifact.
+        """
 
 
 class Destination(ABC):
-    """Where an artifact goes: `out` is its path, or its address without secrets."""
+    """The place that an artifact is written to.
+
+    Attributes:
+        out: The path of the artifact, or its address without secrets.
+    """
 
     out: Path | str
 
     @property
     @abstractmethod
     def partial(self) -> Path | str:
-        """What keeps an unfinished artifact there."""
+        """The place of an unfinished artifact at this destination."""
 
     @property
     @abstractmethod
     def scratch(self) -> Path:
-        """The folder on this machine that weight files are staged beside."""
+        """The path on this machine next to which weight files are staged."""
 
     @abstractmethod
     def check(self, source: Path, overwrite: bool) -> None:
-        """Raise OutputError where something is there that must not be written to, or that holds the source."""
+        """Check that an artifact can be written here.
+
+        Args:
+            source: Folder of the source.
+            overwrite: An existing artifact may be replaced.
+
+        Raises:
+            OutputError: Something is there that must not be overwritten, or that contains the source.
+        """
 
     @abstractmethod
     def disk_bytes(self, units: Sequence[WorkUnit]) -> int:
-        """The most bytes that this machine's disk holds of these weight files at once."""
+        """Largest number of bytes of these weight files that are on this machine's disk at the same time."""
 
     @abstractmethod
     def recorded(self) -> Heading | None:
-        """The heading of a journal that is there; None where no conversion was begun."""
+        """The heading of an existing journal; None if no conversion was started here."""
 
     @abstractmethod
     def open(
         self, units: Sequence[WorkUnit], decisions: dict[str, Any], source: Path, overwrite: bool, start_over: bool
     ) -> AbstractContextManager[Session]:
-        """Open it to write these weight files.
+        """Open the destination to write weight files.
 
         Args:
-            units: Weight files that no other process writes meanwhile.
-            decisions: What decides their bytes. Unfinished work with other decisions is refused.
+            units: Weight files, which no other process writes at the same time.
+            decisions: Everything that determines their bytes. Unfinished work with other decisions is refused.
             source: Folder of the source, which is never written to.
-            overwrite: An artifact may be there, to be replaced at the end.
+            overwrite: An existing artifact may be replaced at the end.
             start_over: Remove unfinished work with other decisions instead of refusing it.
 
         Raises:
-            OutputError: Another process has it, or the system refuses something.
+            OutputError: Another process is writing here, there is unfinished work with other decisions, or a file
+                cannot be written.
         """
 
 
 def destination_of(out: str | Path, token: str | None = None) -> Destination:
-    """The destination at a path, a file:// address too, or at an address in a store; `token` is the hub's."""
+    """Make the destination for a path or address.
+
+    Args:
+        out: A path, a file:// address, or an address in an object store.
+        token: Hub token.
+    """
     if isinstance(out, str) and is_url(out) and not out.startswith(_FILE):
         from quantize8.destinations.store import ObjectStore
 
@@ -115,7 +147,7 @@ def destination_of(out: str | Path, token: str | None = None) -> Destination:
 
 
 def path_of(artifact: str | Path) -> Path:
-    """The folder of an artifact on this machine; raises ArtifactError for an address of any other place."""
+    """The folder of an artifact on this machine; raises ArtifactError for an address in a store."""
     text = str(artifact).removeprefix(_FILE)
     if is_url(text):
         from quantize8.sources.address import without_secrets

@@ -1,10 +1,10 @@
-"""A place in an object store that fsspec has a driver for, such as s3://bucket/model.
+"""A destination in an object store for which fsspec has a driver, such as s3://bucket/model.
 
-Of a store no more is asked than that a file is put whole or not at all: nothing is renamed, appended to or locked. Each
-weight file is written on this machine, put to its place whole, and removed here. Beside the artifact's files, in
-`.partial`, lies a journal of each weight file that was begun: its heading alone before the file is put, all of it
-afterwards. So the journals say whose the files are and what is finished: a file of the right size whose journal has all
-its tensors. Two processes that write one file put the same bytes to the same place.
+The only requirement on a store is that uploads are atomic; nothing is renamed, appended to or locked. Each weight file
+is written on this machine, uploaded as a whole, and removed here. The folder `.partial` beside the artifact's files
+has a journal for each weight file that was started: before the upload only its heading, afterwards all of it. The
+journals therefore tell which conversion the files belong to, and which of them are finished: those that have the right
+size and whose journal lists all of their tensors. Two processes that write the same file upload the same bytes.
 """
 
 from __future__ import annotations
@@ -30,18 +30,22 @@ from quantize8.sources.base import CONFIG_NAME
 if TYPE_CHECKING:
     from quantize8.conversion.plan import WorkUnit
 
-PARTIAL = ".partial"  # the folder beside an artifact's files for what a conversion keeps until it ends
+PARTIAL = ".partial"  # folder beside the artifact's files for what is removed when the conversion ends
 CALIBRATION = f"{PARTIAL}/calibration.safetensors"
-ENDING = f"{PARTIAL}/{MANIFEST_NAME}"  # the manifest ahead of time: names the small files of an end that was stopped
+ENDING = f"{PARTIAL}/{MANIFEST_NAME}"  # early copy of the manifest: lists the small files, if publishing is interrupted
 _OTHERWISE = "set XDG_CACHE_HOME to a folder on another disk"
-# Their folders are parts of names. To ask their drivers for a folder would make a bucket that is not there.
+# These stores have no folders, only names with slashes. Asking their drivers for a folder could create a bucket.
 _WITHOUT_FOLDERS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf")
-# what the hub itself puts into a new model
+# files that the hub itself adds to a new model
 _OF_THE_HUB = (".gitattributes", "README.md")
 
 
 class ObjectStore(Destination):
-    """The place at `address`; every failure of its driver is an OutputError, in one line without secrets.
+    """The destination at an address. Every driver error is raised as a one-line OutputError without secrets.
+
+    Args:
+        address: The address, such as s3://bucket/model.
+        token: Hub token, for an hf:// address.
 
     Raises:
         DependencyError: The driver is not installed.
@@ -69,15 +73,15 @@ class ObjectStore(Destination):
 
     @property
     def scratch(self) -> Path:
-        """See `Destination.scratch`: the same for the same address, so that a run goes on where one was stopped."""
+        """See `Destination.scratch`; it depends on the address alone, so that an interrupted conversion can resume."""
         return cache_dir("out") / digest(self.shown.encode())[:32] / "artifact"
 
     def check(self, source: Path, overwrite: bool) -> None:
-        """See `Destination.check`; `overwrite` replaces no artifact."""
+        """See `Destination.check`; an existing artifact is refused even with `overwrite`."""
         look(self)
 
     def disk_bytes(self, units: Sequence[WorkUnit]) -> int:
-        """See `Destination.disk_bytes`: one weight file at a time."""
+        """See `Destination.disk_bytes`; weight files are staged one at a time."""
         return max((unit.nbytes for unit in units), default=0)
 
     def recorded(self) -> Heading | None:
@@ -99,7 +103,7 @@ class ObjectStore(Destination):
         yield StoreSession(self, content, source, start_over)
 
     def files(self) -> dict[str, int | None]:
-        """Bytes of each file, by its name, those in PARTIAL too; None for any other folder."""
+        """File name -> size in bytes, including the files in PARTIAL; None for other folders."""
         with self._telling("read"):
             self._system.invalidate_cache()
             found = self._list("")
@@ -111,44 +115,44 @@ class ObjectStore(Destination):
         return found
 
     def put(self, path: Path, name: str) -> None:
-        """Put a file of this machine to a name; one that is there is replaced."""
+        """Upload a file under a name; an existing file is replaced."""
         with self._telling("written"):
             self._make_folder(name)
             if not (self._is_hub and self._commit(path, name)):
                 self._system.put_file(str(path), self._at(name))
 
     def write(self, name: str, data: bytes) -> None:
-        """The same for a small one that is in memory."""
+        """Upload small contents from memory under a name; an existing file is replaced."""
         with self._telling("written"):
             self._make_folder(name)
             self._system.pipe_file(self._at(name), data)
 
     def get(self, name: str, path: Path) -> None:
-        """Copy a file to this machine."""
+        """Download a file to a path on this machine."""
         with self._telling("read"):
             self._system.get_file(self._at(name), str(path))
 
     def read(self, names: Sequence[str]) -> list[bytes]:
-        """Small files; b"" for one that is not there."""
+        """Read small files; b"" for one that does not exist."""
         if not names:
             return []
         with self._telling("read"):
             paths = [self._at(name) for name in names]
-            found = self._system.cat_ranges(paths, None, None, on_error="return")  # a good driver reads them together
+            found = self._system.cat_ranges(paths, None, None, on_error="return")  # drivers can read them concurrently
             for data in found:
                 if isinstance(data, BaseException) and not isinstance(data, FileNotFoundError):
                     raise data
         return [data if isinstance(data, bytes) else b"" for data in found]
 
     def remove(self, names: Sequence[str]) -> None:
-        """Remove these files, in this order; one that is not there is none too few."""
+        """Remove files in the given order; it is no error if one does not exist."""
         with self._telling("written"):
             for name in names:
                 with suppress(FileNotFoundError):
                     self._system.rm_file(self._at(name))
             if self._has_folders:
                 for folder in {name.rpartition("/")[0] for name in names} - {""}:
-                    with suppress(Exception):  # it holds more, or went with its last file
+                    with suppress(Exception):  # it is not empty, or was removed with its last file
                         self._system.rmdir(self._at(folder))
 
     def _list(self, folder: str) -> dict[str, int | None]:
@@ -162,8 +166,8 @@ class ObjectStore(Destination):
             full = str(entry["name"])
             if full.strip("/") != path.strip("/"):
                 found[full.rstrip("/").rpartition("/")[2]] = entry["size"] if entry["type"] == "file" else None
-            elif entry["type"] == "file" and not full.endswith("/"):  # that would be an empty file that means a folder
-                raise OutputError(f"{self.shown}: is a file; name another place with --out")
+            elif entry["type"] == "file" and not full.endswith("/"):  # an empty file with a slash stands for a folder
+                raise OutputError(f"{self.shown}: is a file; choose another address with --out")
         return found
 
     def _at(self, name: str) -> str:
@@ -174,11 +178,15 @@ class ObjectStore(Destination):
             self._system.makedirs(self._at(name).rpartition("/")[0] or "/", exist_ok=True)
 
     def _commit(self, path: Path, name: str) -> bool:
-        """Commit a file to a model; the hub's driver would first make a copy of it on this disk."""
+        """Commit a file to a model on the hub, because its driver would first copy the file on this disk.
+
+        Returns:
+            Whether this was done; a bucket of the hub has no commits.
+        """
         from huggingface_hub import HfApi
 
         at: Any = self._system.resolve_path(self._at(name))
-        if not hasattr(at, "repo_id"):  # in a bucket of the hub
+        if not hasattr(at, "repo_id"):  # a bucket of the hub
             return False
         HfApi(token=self._token).upload_file(
             path_or_fileobj=path, path_in_repo=at.path_in_repo, repo_id=at.repo_id, repo_type=at.repo_type,
@@ -192,7 +200,7 @@ class ObjectStore(Destination):
             yield
         except Quantize8Error:
             raise
-        except Exception as error:  # each driver has errors of its own, which may quote the address
+        except Exception as error:  # drivers raise errors of their own, which may contain the address
             why = reason(error, self._address)
             raise OutputError(
                 f"{self.shown}: cannot be {what} ({why}); fix that and run the same command again"
@@ -201,13 +209,13 @@ class ObjectStore(Destination):
 
 @dataclass
 class Content:
-    """What a store holds of a conversion that has no manifest yet.
+    """The contents of a store that has no finished artifact.
 
     Attributes:
-        files: File name -> its size in bytes; None for a folder.
+        files: File name -> size in bytes; None for a folder.
         journals: Weight file -> the heading and the entries of its journal.
-        small: Files of an end that was begun.
-        leftovers: All that is removed when the conversion ends.
+        small: The files that the early copy of the manifest lists, if publishing was started.
+        leftovers: Files that are removed when the conversion ends.
     """
 
     files: dict[str, int | None]
@@ -216,7 +224,7 @@ class Content:
     leftovers: list[str]
 
     def has(self, unit: WorkUnit, heading: Heading) -> bool:
-        """Whether a weight file is finished, with what is written together with it."""
+        """Whether a weight file is finished, together with its outlier columns."""
         stated, entries = self.journals.get(unit.shard.file, ({}, {}))
         expected = {unit.shard.file: unit.shard.nbytes}
         if unit.outliers is not None:
@@ -225,7 +233,7 @@ class Content:
         return whole and agrees(stated, heading) and entries.keys() >= set(unit.sources)
 
     def records(self, unit: WorkUnit) -> Records:
-        """Records of the tensors of a weight file."""
+        """The records of a weight file's tensors."""
         return records_of(self.journals[unit.shard.file][1])
 
 
@@ -251,7 +259,7 @@ class StoreSession:
                 self._store.put(path, CALIBRATION)
 
     def batches(self, units: Sequence[WorkUnit], heading: Heading) -> list[Batch]:
-        """See `Session.batches`: each weight file by itself."""
+        """See `Session.batches`; each weight file is a batch."""
         batches = [Batch([unit], self._records(unit, heading)) for unit in units]
         scratch = LocalFolder(self._store.scratch)
         needed = [scratch.missing_bytes(batch.units) for batch in batches if batch.records is None]
@@ -260,18 +268,18 @@ class StoreSession:
 
     @contextmanager
     def staging(self, units: Sequence[WorkUnit], heading: Heading) -> Iterator[Staging]:
-        """See `Session.staging`: a weight file is put to its place; its journal follows when it is there."""
+        """See `Session.staging`; a weight file is uploaded when it is written, and its journal after it."""
         (unit,), store, scratch = units, self._store, LocalFolder(self._store.scratch)
         file, journal = unit.shard.file, f"{PARTIAL}/{unit.shard.file}{SUFFIX}"
         claims = not agrees(self._content.journals.get(file, ({}, {}))[0], heading)
         with scratch.open(units, heading["decisions"], self._source, start_over=self._start_over) as staging:
-            if claims:  # before any work: what the store refuses, it refuses now
+            if claims:  # before any work, so that missing permissions show up at once
                 store.write(journal, begun(heading))
             try:
                 yield staging
             except BaseException:
                 with suppress(Quantize8Error):
-                    if claims and file not in store.files():  # nor put by another process meanwhile
+                    if claims and file not in store.files():  # another process may have uploaded it meanwhile
                         store.remove([journal])
                 raise
             store.put(staging.files / file, file)
@@ -295,11 +303,11 @@ class StoreSession:
         return records, missing
 
     def publish(self, units: Sequence[WorkUnit], build: Build, overwrite: bool) -> Manifest:
-        """See `Session.publish`; a loader finds no config.json before all else is there."""
+        """See `Session.publish`; config.json is uploaded after the weights, so loaders open nothing incomplete."""
         parts = [unit.outliers for unit in units if unit.outliers is not None]
-        self._content = look(self._store)  # with what was put since it was opened
+        self._content = look(self._store)  # with what was uploaded since the session was opened
         with _folder(self._store) as folder:
-            if parts:  # those of each weight file, and all together
+            if parts:  # the parts, and the file that they are merged into
                 check_disk(folder, 2 * sum(part.nbytes for part in parts), _OTHERWISE)
             (folder / "files").mkdir()
             for part in parts:
@@ -319,26 +327,26 @@ class StoreSession:
         names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
         last = [name for name in (CONFIG_NAME, MANIFEST_NAME) if name in names]
         store.put(folder / MANIFEST_NAME, ENDING)
-        store.remove(sorted({*content.small} - names - {*content.journals}))  # of an end that had other small files
+        store.remove(sorted({*content.small} - names - {*content.journals}))  # of an earlier attempt
         for name in [*sorted(names - {*last}), *last]:
             store.put(folder / name, name)
-        with suppress(OutputError):  # the artifact is there; credentials may allow no more than putting files
+        with suppress(OutputError):  # the artifact is complete; credentials may only allow uploads
             store.remove([*content.leftovers, ENDING])
 
 
 def look(store: ObjectStore) -> Content:
-    """What is there already.
+    """List the contents of a store.
 
     Raises:
-        OutputError: An artifact is there, or something that no conversion has begun.
+        OutputError: There is a finished artifact, or a file that does not belong to an unfinished conversion.
     """
     files = store.files()
     leftovers = [name for name, nbytes in files.items() if nbytes is not None and _is_leftover(name)]
     if MANIFEST_NAME in files and files.get(ENDING, files[MANIFEST_NAME]) == files[MANIFEST_NAME]:  # and is whole
         with suppress(OutputError):
-            store.remove(leftovers)  # of the conversion that made it, which was stopped at its very end
+            store.remove(leftovers)  # of the conversion that made it, if it was interrupted just before it ended
         raise OutputError(
-            f"{store}: exists, and a store replaces no artifact in one step; remove it, or name another --out"
+            f"{store}: exists, and a store cannot replace an artifact in one step; remove it, or choose another --out"
         )
     names = [name for name in leftovers if name.endswith(SUFFIX)]
     weights = [name.removeprefix(f"{PARTIAL}/").removesuffix(SUFFIX) for name in names]
@@ -348,12 +356,12 @@ def look(store: ObjectStore) -> Content:
     known = {MANIFEST_NAME, *leftovers, *weights, *(name.partition("/")[0] for name in content.small)}
     foreign = sorted(files.keys() - known)
     if foreign:
-        raise OutputError(f"{store}: holds {foreign[0]}, which is of no unfinished conversion; name an empty --out")
+        raise OutputError(f"{store}: holds {foreign[0]}, which is not part of a conversion; choose an empty --out")
     return content
 
 
 def _accept(store: ObjectStore, content: Content, decisions: dict[str, Any], start_over: bool) -> None:
-    """Refuse to go on from other decisions; with `start_over` remove what was written with them, the journals last."""
+    """Refuse unfinished work with other decisions, or with `start_over` remove it, the journals last."""
     others = {name: other for name, (stated, _) in content.journals.items() if (other := unlike(stated, decisions))}
     if not others:
         return
@@ -369,13 +377,13 @@ def _accept(store: ObjectStore, content: Content, decisions: dict[str, Any], sta
 
 
 def _is_leftover(name: str) -> bool:
-    """Whether a file is one that is removed when the conversion ends."""
+    """Whether a file is removed when the conversion ends."""
     return name in (CALIBRATION, ENDING) or (name.startswith(f"{PARTIAL}/") and name.endswith((SUFFIX, PART_SUFFIX)))
 
 
 @contextmanager
 def _folder(store: ObjectStore) -> Iterator[Path]:
-    """A folder on this machine that is removed when the block ends."""
+    """A temporary folder on this machine, which is removed when the block ends."""
     root = store.scratch.parent
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
@@ -383,4 +391,6 @@ def _folder(store: ObjectStore) -> Iterator[Path]:
             yield Path(name)
     except OSError as error:
         why = f"{error.strerror or error} at {error.filename or root.parent}"
-        raise OutputError(f"{store}: not written here ({why}); fix that, or {_OTHERWISE}, and run it again") from None
+        raise OutputError(
+            f"{store}: cannot write files on this machine ({why}); fix that, or {_OTHERWISE}, and run it again"
+        ) from None

@@ -1,8 +1,8 @@
-"""What an output format decides: which modules become int8, the bytes of every tensor, their places, and config.json.
+"""The interface of output formats, which decide what becomes int8, how tensors are stored, and config.json.
 
-A format is a small immutable object. A conversion asks it three things: `lay_out`, the tensors and weight files that
-it makes of a checkpoint, from headers alone; `encode`, the bytes of those tensors, block by block; and `edit_config`.
-Everything else of a conversion (order, threads, journals, destinations) is the same for all formats.
+A format is a small immutable object with three main methods: `lay_out` plans the output tensors and weight files from
+the checkpoint's headers alone, `encode` produces the bytes of those tensors block by block, and `edit_config` writes
+config.json. The rest of a conversion (order, threads, journals, destinations) is the same for all formats.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
     from quantize8.conversion.plan import Plan
     from quantize8.sources.structure import Structure
 
-# The order in which the safetensors library writes tensors: wide dtypes first, so that all stay aligned.
+# The order in which the safetensors library writes tensors: wide dtypes first, so that every tensor is aligned.
 _DTYPE_ORDER = [*("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16")]
 _DTYPE_ORDER += ["F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"]
 _SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_PARAMETERS = ("weight", "bias")  # last names of the tensors that a layer computes with
-_OVERWRITE = "with --overwrite for the same --out"  # where an unfinished artifact of the failed attempt may lie
+_PARAMETERS = ("weight", "bias")  # last name components of the tensors that a layer computes with
+_OVERWRITE = "with --overwrite for the same --out"  # the failed attempt may have left an unfinished artifact there
 
 
 @dataclass(frozen=True)
 class OutTensor:
-    """A tensor to be written. `dtype` is its safetensors name, or Q8_0 in a GGUF file."""
+    """A tensor to be written. `dtype` is a safetensors dtype name, or Q8_0 in a GGUF file."""
 
     name: str
     dtype: str
@@ -57,13 +57,13 @@ class OutTensor:
 
 @dataclass(frozen=True)
 class Shard:
-    """One weight file, known before any of it is written.
+    """The layout of one weight file, which is known before any of it is written.
 
     Attributes:
-        file: Its name in the artifact.
-        tensors: Its tensors in the order in which they are stored.
-        header: The first bytes of the file.
-        offsets: Tensor name -> its first byte, from the start of the file.
+        file: Name of the file in the artifact.
+        tensors: The tensors of the file in storage order.
+        header: The header, with which the file begins.
+        offsets: Tensor name -> offset of its first byte from the start of the file.
         nbytes: Size of the whole file in bytes.
     """
 
@@ -75,21 +75,21 @@ class Shard:
 
 
 class Layout(NamedTuple):
-    """What a format makes of a checkpoint: source tensor -> the tensors that it becomes, and the files they are in."""
+    """The output of a conversion: source tensor -> the output tensors made from it, and the files that hold them."""
 
     outputs: Mapping[str, list[OutTensor]]
     shards: list[Shard]
 
 
 class Piece(NamedTuple):
-    """The next bytes of a tensor of the artifact; `read` is how many bytes of the source they took."""
+    """The next bytes of an output tensor; `read` is the number of source bytes that were read to produce them."""
 
     tensor: str
     values: Array
     read: int = 0
 
 
-Pieces = Generator[Piece, None, Quantized | None]  # returns what quantizing did to the first of the tensors
+Pieces = Generator[Piece, None, Quantized | None]  # returns the quantization statistics of the first tensor
 
 
 class WeightQuantizer(Protocol):
@@ -97,10 +97,18 @@ class WeightQuantizer(Protocol):
 
     @property
     def block_bytes(self) -> int | None:
-        """How many bytes of weight it takes at a time; None for the checkpoint's own block size."""
+        """Size in bytes of the weight blocks it works on; None for the checkpoint's default block size."""
 
     def quantize(self, blocks: Iterator[Array], stats: ColumnStats) -> Iterator[tuple[Array, Array, Array]]:
-        """Yield (block, codes, absmax) for each block [n, K]; `stats` is complete after the last one."""
+        """Quantize the rows of a weight block by block.
+
+        Args:
+            blocks: Consecutive blocks [n, K] of the weight's rows.
+            stats: Statistics by input column, which are updated and complete after the last block.
+
+        Yields:
+            Each block [n, K] with its codes, int8 [n, K], and the absmax of its rows, float32 [n].
+        """
 
 
 @dataclass(frozen=True)
@@ -108,12 +116,12 @@ class Format(ABC):
     """An output format.
 
     Attributes:
-        name: What `--format` calls it.
-        suffix: The end of the default name of an artifact's folder.
-        options: The options of `convert` that this format has a place for, of recipe, threshold, calibrate and scale.
+        name: Its name for `--format`.
+        suffix: Suffix of the default name of the output folder.
+        options: Which of convert's options recipe, threshold, calibrate and scale this format supports.
         is_folder: Whether an artifact is a transformers model folder, with config.json and tokenizer files.
-        loaders: What opens an artifact, the best first: keys of `artifact.card`'s instructions.
-        package: What transformers needs besides itself to open it.
+        loaders: Programs that open an artifact, the recommended one first: keys of `artifact.card`'s instructions.
+        package: Additional package that transformers needs to open an artifact; empty for none.
     """
 
     name: str
@@ -125,28 +133,44 @@ class Format(ABC):
 
     @property
     def title(self) -> str:
-        """The name with the chosen variant of the format."""
+        """The name, with the variant of the format if it has several."""
         return self.name
 
     def lay_out(self, plan: Plan, max_shard_size: str) -> Layout:
-        """Decide the output tensors and the place of every byte of them, from headers alone."""
+        """Decide the output tensors and the position of every byte of them, from headers alone.
+
+        Args:
+            plan: The plan of the conversion.
+            max_shard_size: Size up to which a weight file is filled, such as 5GB. GGUF ignores it.
+        """
         outputs = {info.name: self.outputs(plan, info) for info in plan.checkpoint.tensors.values()}
         return Layout(outputs, plan_shards(outputs.values(), max_shard_size))
 
     def outputs(self, plan: Plan, info: TensorInfo) -> list[OutTensor]:
-        """The tensors that a source tensor becomes: by default itself, in the model's dtype if it is decoded."""
+        """The output tensors made from a source tensor: by default itself, if dequantized in the model's dtype."""
         dtype = plan.decoded_dtype if info.name in plan.checkpoint.decoded else info.dtype
         return [OutTensor(info.name, dtype, plan.shape_of(info))]
 
     def quantizes(self, plan: Plan) -> list[str]:
-        """Source tensors that become int8."""
+        """Names of the source tensors that become int8."""
         return [f"{name}.weight" for name in plan.modules]
 
     def encode(self, plan: Plan, name: str, quantizer: WeightQuantizer) -> Pieces:
-        """Yield the bytes of all tensors that a source tensor becomes, each tensor's in order.
+        """Produce the bytes of all output tensors made from a source tensor.
+
+        Args:
+            plan: The plan of the conversion.
+            name: Name of the source tensor.
+            quantizer: Quantizes weights; it is used by one thread at a time.
+
+        Yields:
+            The pieces of the output tensors; those of one tensor are in order.
+
+        Returns:
+            The quantization statistics, if the tensor is quantized.
 
         Raises:
-            WeightError: The values hold NaN, or a magnitude that the output's dtype cannot hold.
+            WeightError: A value is NaN, or too large for the output's dtype.
         """
         info = plan.checkpoint.tensors[name]
         (out,) = plan.outputs[name]
@@ -159,40 +183,69 @@ class Format(ABC):
 
     @abstractmethod
     def edit_config(self, config: dict[str, Any], plan: Plan) -> dict[str, Any]:
-        """The artifact's config.json, from the source's without its quantization."""
+        """Make the artifact's config.json.
+
+        Args:
+            config: The source's config.json without its quantization_config.
+            plan: The plan of the conversion.
+
+        Returns:
+            The content of the artifact's config.json.
+        """
 
     def accepts(self, config: dict[str, Any], recipe: dict[str, Any]) -> bool:
-        """Whether a config.json is one that `edit_config` writes for this recipe, as the manifest has it."""
+        """Whether a config.json could have been written by `edit_config` for a recipe, as stored in the manifest."""
         return config.get("quantization_config") is None
 
 
 class Int8Format(Format):
-    """A format that holds int8 codes with one scale for each row."""
+    """A format that stores int8 codes with one scale per row."""
 
     options: ClassVar[frozenset[str]] = frozenset({"recipe", "calibrate", "scale"})
 
     @abstractmethod
     def linears(self, structure: Structure) -> tuple[dict[str, str], dict[str, str]]:
-        """The modules that this format can hold in int8 -> their kind, and those that it cannot -> why."""
+        """Split the linear modules of a model by whether this format can store them in int8.
+
+        Args:
+            structure: The modules of the model.
+
+        Returns:
+            Modules that can be int8 -> their kind, and modules that cannot -> the reason, which users see.
+        """
 
     @abstractmethod
     def misfits(self, modules: Mapping[str, str], structure: Structure) -> Mapping[str, str]:
-        """Of these int8 modules, those that must stay in floating point because others do -> why."""
+        """Find int8 modules that must stay in floating point after all, because other modules do.
+
+        Args:
+            modules: Modules chosen to become int8 -> their kind.
+            structure: The modules of the model.
+
+        Returns:
+            Those that must stay in floating point -> the reason, which users see.
+        """
 
     @abstractmethod
     def module_tensors(self, module: str, shape: tuple[int, int], kind: str) -> list[OutTensor]:
-        """Tensors of an int8 module with a weight [N, K], the codes first."""
+        """The output tensors of an int8 module with a weight of shape [N, K]; the codes come first."""
 
     def pack(self, codes: Array, kind: str) -> Array:
-        """Codes int8 [n, K] as the first of `module_tensors` holds them."""
+        """Convert codes int8 [n, K] to the form in which the first of `module_tensors` stores them."""
         return codes
 
     @abstractmethod
     def scales(self, absmax: Array, shape: tuple[int, int], kind: str) -> list[Array]:
-        """Values of the other `module_tensors`, in their order, for absmax float32 [N]."""
+        """The values of the other `module_tensors`, in their order.
+
+        Args:
+            absmax: Largest magnitude of each row, float32 [N].
+            shape: Shape [N, K] of the weight.
+            kind: Kind of the module, as in `linears`.
+        """
 
     def outputs(self, plan: Plan, info: TensorInfo) -> list[OutTensor]:
-        """See `Format.outputs`: the weight of an int8 module becomes that module's tensors."""
+        """See `Format.outputs`; the weight of an int8 module becomes the tensors of that module."""
         module = info.name.removesuffix(".weight")
         if module == info.name or module not in plan.modules:
             return super().outputs(plan, info)
@@ -200,7 +253,7 @@ class Int8Format(Format):
         return self.module_tensors(module, (rows, columns), plan.modules[module])
 
     def encode(self, plan: Plan, name: str, quantizer: WeightQuantizer) -> Pieces:
-        """See `Format.encode`: quantize an int8 module's weight [N, K], or carry over the codes it is stored as."""
+        """See `Format.encode`; quantizes the weight [N, K] of an int8 module, or copies its codes if it is int8."""
         module = name.removesuffix(".weight")
         if module == name or module not in plan.modules:
             return (yield from super().encode(plan, name, quantizer))
@@ -235,17 +288,22 @@ class Int8Format(Format):
 
 
 def make_format(name: str, scheme: str | None = None, moe: str | None = None) -> Format:
-    """The format that `--format` names, with the `--scheme` and `--moe` of compressed-tensors.
+    """Make the output format for the given options.
+
+    Args:
+        name: Name of the format (`--format`).
+        scheme: Scheme of compressed-tensors (`--scheme`); None for its default.
+        moe: Loader that experts of compressed-tensors are laid out for (`--moe`); None for its default.
 
     Raises:
-        OutputError: The name is unknown, or the format does not have one of the options.
+        OutputError: A value is unknown, or the format does not support one of the options.
     """
     options = {"scheme": (scheme, SCHEMES), "moe": (moe, MOE_LOADERS)}
     for option, (value, known) in options.items():
         if value is not None and value not in known:
             raise OutputError(f"{option} {value}: unknown; name one of {', '.join(known)}")
         if value is not None and name != COMPRESSED_TENSORS:
-            raise OutputError(f"{option} {value}: belongs to --format compressed-tensors; leave it out, or name that")
+            raise OutputError(f"{option} {value}: needs --format compressed-tensors; leave it out, or add that")
     if name == COMPRESSED_TENSORS:
         from quantize8.formats.compressed_tensors import CompressedTensors
 
@@ -267,7 +325,7 @@ def make_format(name: str, scheme: str | None = None, moe: str | None = None) ->
 
 
 def in_float(plan: Plan) -> Iterable[str]:
-    """Modules with a matrix that stays in floating point, by the names of the checkpoint and of the model."""
+    """Modules with a matrix that stays in floating point, under their names in the checkpoint and in the model."""
     for info in plan.checkpoint.tensors.values():
         module = info.name.removesuffix(".weight")
         if len(info.shape) == 2 and module != info.name and module not in plan.modules:
@@ -276,7 +334,18 @@ def in_float(plan: Plan) -> Iterable[str]:
 
 
 def plan_shards(groups: Iterable[list[OutTensor]], max_shard_size: str) -> list[Shard]:
-    """Fill files in order up to `max_shard_size`; the tensors of a group (one module's) stay together."""
+    """Distribute tensors over weight files, in order.
+
+    Args:
+        groups: Output tensors in groups (one module's, usually) that stay together in a file.
+        max_shard_size: Size up to which a file is filled, such as 5GB; a larger group gets a file of its own.
+
+    Returns:
+        The layout of each file.
+
+    Raises:
+        OutputError: `max_shard_size` is not a size.
+    """
     limit, size = parse_size(max_shard_size), 0
     files: list[list[OutTensor]] = [[]]
     for group in groups:
@@ -292,8 +361,8 @@ def plan_shards(groups: Iterable[list[OutTensor]], max_shard_size: str) -> list[
 
 
 def place(file: str, tensors: Iterable[OutTensor]) -> Shard:
-    """A safetensors file of these tensors, in the order of the safetensors library: wide dtypes first, then by name."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for the format
+    """Lay out a safetensors file in the order of the safetensors library: wide dtypes first, then by name."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires the format
     ordered = sorted(tensors, key=lambda tensor: (_DTYPE_ORDER.index(tensor.dtype), tensor.name))
     starts, position = {}, 0
     for tensor in ordered:
@@ -308,9 +377,15 @@ def place(file: str, tensors: Iterable[OutTensor]) -> Shard:
 
 
 def index(shards: list[Shard], always: bool = False) -> dict[str, bytes]:
-    """The index of several files, as transformers writes it: {file name: content}.
+    """Make the index of the weight files, as transformers writes it.
 
-    A single file has no index, except with `always`: loaders read every *.safetensors file where there is no index.
+    Args:
+        shards: The weight files.
+        always: Write an index even for a single file. Without an index, loaders read every *.safetensors file, also
+            one that is not a weight file.
+
+    Returns:
+        File name -> content; empty if there is no index.
     """
     if len(shards) == 1 and not always:
         return {}
@@ -321,7 +396,7 @@ def index(shards: list[Shard], always: bool = False) -> dict[str, bytes]:
 
 
 def parse_size(text: str) -> int:
-    """A size in bytes, such as 5GB (10^9) or 512MiB (2^20)."""
+    """Parse a size such as 5GB (10^9 bytes each) or 512MiB (2^20 bytes each); raises OutputError if it is not one."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", text.strip().upper())
     if match is None or match[2] not in _SIZE_UNITS or float(match[1]) * _SIZE_UNITS[match[2]] < 1:
         raise OutputError(f"max-shard-size {text!r}: not a size; write for example 5GB or 500MB")
@@ -329,10 +404,15 @@ def parse_size(text: str) -> int:
 
 
 def check_finite(block: Array, info: TensorInfo, first_row: int) -> None:
-    """Refuse NaN in any tensor, and infinity in weights and biases; a mask may hold -inf.
+    """Check that a tensor has no NaN, and that weights and biases have no infinity (a mask may contain -inf).
+
+    Args:
+        block: Consecutive rows of the tensor.
+        info: The tensor that the rows belong to.
+        first_row: Index of the first of the rows.
 
     Raises:
-        WeightError: With the file, the tensor and the row.
+        WeightError: There is such a value; the message names the file, the tensor and the row.
     """
     is_parameter = info.name.rpartition(".")[2] in _PARAMETERS
     if not cpu.all_finite(block) and (is_parameter or np.isnan(block).any()):
@@ -342,17 +422,17 @@ def check_finite(block: Array, info: TensorInfo, first_row: int) -> None:
 
 
 def cannot_hold(info: TensorInfo, row: int, holder: str) -> WeightError:
-    """The error for a row with a magnitude that the output's number format cannot hold."""
+    """The error for a row with a value whose magnitude is too large for the output's number format, `holder`."""
     return WeightError(
-        f"{info.file}: {info.name} row {row} holds a magnitude that {holder} cannot; choose another --format, "
+        f"{info.file}: {info.name} row {row} holds a value too large for {holder}; choose another --format, "
         f"{_OVERWRITE}"
     )
 
 
 def _carried(plan: Plan, info: TensorInfo, stats: ColumnStats) -> Iterator[tuple[Array, Array, Array]]:
-    """Blocks [n, K] of an int8 source dequantized, with their codes int8 [n, K] as they are and absmax [n].
+    """Yield dequantized blocks [n, K] of an int8 source, with their unchanged codes int8 [n, K] and absmax [n].
 
-    Statistics describe the dequantized values; there is no error, except in rows that hold the code -128.
+    The statistics describe the dequantized values. Their error is zero, except in rows that contain the code -128.
     """
     errors = np.zeros_like(stats.sum_error)
     for first_row, block in plan.blocks(info, None, STATS_TILE_ROWS):
@@ -366,7 +446,7 @@ def _carried(plan: Plan, info: TensorInfo, stats: ColumnStats) -> Iterator[tuple
 
 
 def _rounded(block: Array, out: OutTensor, info: TensorInfo, first_row: int) -> Array:
-    """Values in the output's dtype; raises WeightError where it cannot hold their magnitude."""
+    """Round values to the output's dtype; raises WeightError if one is too large for it."""
     with np.errstate(over="ignore"):
         values = np.ascontiguousarray(block, np.float32).astype(DTYPES[out.dtype])
     if cpu.all_finite(values):
@@ -378,13 +458,13 @@ def _rounded(block: Array, out: OutTensor, info: TensorInfo, first_row: int) -> 
 
 
 def _unfit(values: Array, absmax: Array, info: TensorInfo, first_row: int) -> WeightError:
-    """The error for the first row that cannot be quantized: NaN and infinity, or too large for float16."""
+    """The error for the first row that cannot be quantized: it has NaN or infinity, or is too large for float16."""
     row = int(np.argmin(np.isfinite(absmax)))
     where = f"{info.file}: {info.name} row {first_row + row}"
     magnitudes: Any = np.abs(values[row].astype(np.float32))
     if np.isfinite(magnitudes).all():
         return WeightError(
-            f"{where} holds |w| = {magnitudes.max():g}, over float16's {FLOAT16_MAX:g}, which int8 here starts from; "
-            f"keep it in floating point by a recipe with skip = [{info.name.removesuffix('.weight')!r}], {_OVERWRITE}"
+            f"{where} holds |w| = {magnitudes.max():g}, over float16's {FLOAT16_MAX:g}, and int8 is made from float16; "
+            f"leave it in floating point by a recipe with skip = [{info.name.removesuffix('.weight')!r}], {_OVERWRITE}"
         )
     return WeightError(f"{where} holds NaN or infinity; repair or replace the checkpoint")

@@ -1,6 +1,6 @@
-"""The bitsandbytes format: what transformers writes for LLM.int8(), and opens without knowing quantize8.
+"""The bitsandbytes format: what transformers writes for LLM.int8(), and loads without quantize8.
 
-A module `M` has `M.weight`, int8 codes [N, K], `M.SCB`, the absmax of each row, and `M.weight_format`.
+A module `M` has the int8 codes `M.weight` [N, K], the absmax of each row `M.SCB` [N], and `M.weight_format`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from quantize8.sources.structure import Structure, is_skipped
 if TYPE_CHECKING:
     from quantize8.conversion.plan import Plan
 
-SCALE = "SCB"  # absmax of each row, float32 [N]: bitsandbytes stores it undivided
-LAYOUT = "weight_format"  # uint8, no dimensions; 0 = row-major, the only layout that is still read
+SCALE = "SCB"  # absmax of each row, float32 [N]; bitsandbytes does not divide it by 127
+LAYOUT = "weight_format"  # uint8 scalar; 0 = row-major, the only layout that is still supported
 
 
 @dataclass(frozen=True)
 class BitsAndBytes(Int8Format):
-    """Int8 codes with the absmax of each row; experts stay in floating point, for transformers joins them."""
+    """Int8 codes with the absmax of each row. Experts stay in floating point because transformers fuses them."""
 
     name: str = BITSANDBYTES
     suffix: str = "int8"
@@ -40,10 +40,10 @@ class BitsAndBytes(Int8Format):
         return structure.linears, dict.fromkeys(structure.experts, "experts, which this format cannot hold in int8")
 
     def misfits(self, modules: Mapping[str, str], structure: Structure) -> Mapping[str, str]:
-        """Modules that an entry of the skip list also matches: it matches what begins or ends with it."""
+        """See `Int8Format.misfits`: modules that loaders would skip too, as an entry matches prefixes and suffixes."""
         patterns = structure.skip_list(set(modules))
         caught = [name for name in modules if is_skipped(structure.model_names.get(name, name), patterns)]
-        return dict.fromkeys(caught, "a loader cannot tell it from a module of like name that stays in floating point")
+        return dict.fromkeys(caught, "loaders cannot distinguish it by name from a module that stays in floating point")
 
     def module_tensors(self, module: str, shape: tuple[int, int], kind: str) -> list[OutTensor]:
         """See `Int8Format.module_tensors`."""
@@ -62,21 +62,26 @@ class BitsAndBytes(Int8Format):
         return {**config, "quantization_config": quantization_config(plan.recipe.threshold, plan.skip_list)}
 
     def accepts(self, config: dict[str, Any], recipe: dict[str, Any]) -> bool:
-        """See `Format.accepts`: int8, with the recipe's threshold."""
+        """See `Format.accepts`; it must be int8, with the recipe's threshold."""
         entry = config.get("quantization_config") or {}
         return is_int8(config) and entry.get("llm_int8_threshold") == recipe.get("threshold")
 
 
 def quantization_config(threshold: float, skip_modules: list[str]) -> dict[str, Any]:
-    """The entry of config.json. A list of modules, even an empty one, replaces transformers' own choice."""
+    """Make the quantization_config of config.json.
+
+    Args:
+        threshold: Outlier threshold of LLM.int8().
+        skip_modules: Modules that stay in floating point. Even an empty list replaces transformers' own choice.
+    """
     return {
         "quant_method": BITSANDBYTES,
         "load_in_8bit": True,
         "load_in_4bit": False,
-        "llm_int8_threshold": float(threshold),  # an integer is refused by transformers
+        "llm_int8_threshold": float(threshold),  # transformers rejects an integer
         "llm_int8_skip_modules": skip_modules,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_enable_fp32_cpu_offload": False,  # stored as true, int8 weights would load as plain Linear ones
+        "llm_int8_enable_fp32_cpu_offload": False,  # if true, int8 weights would be loaded into plain Linear layers
     }
 
 

@@ -1,8 +1,9 @@
-"""The compressed-tensors format, which vLLM, SGLang, transformers and llama.cpp's converter open.
+"""The compressed-tensors format, which vLLM, SGLang, transformers and llama.cpp's converter can load.
 
-w8a8: codes as they are, and activations quantized by token at run time (`int-quantized`). w8a16: codes packed into
-words, activations in floating point (`pack-quantized`). Experts are stored one by one, as checkpoints have them.
-transformers joins experts into one tensor, and can only do that with packed ones.
+Writing: with w8a8, codes are stored as int8, and activations are quantized per token at run time (`int-quantized`).
+With w8a16, four codes are packed into each int32, and activations stay in floating point (`pack-quantized`). Each
+expert is stored separately, as in checkpoints. transformers fuses experts into one tensor, and can only do that with
+packed ones.
 
 Reading: int, float and packed weights with one scale per tensor, row, group or block.
 The layout is that of the package's compressors (compressed-tensors 0.20, `naive_quantized` and `pack_quantized`).
@@ -38,16 +39,21 @@ _UNUSED = ("input_scale", "input_zero_point", "weight_global_scale")  # of activ
 _CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale")  # of an 8-bit key-value cache
 _VALUES = ("I8", "F8_E4M3")
 _PACKED_BITS = (4, 8)
-_OFFSET = 128  # added to codes, so that packed ones are unsigned
+_OFFSET = 128  # added to codes before packing, so that they are unsigned
 _WORD = 4  # codes in an int32
-# vLLM multiplies by these at once, and wants one scheme for them; q_a and kv_a are multi-head latent attention's
+# vLLM fuses each of these groups into one layer with one scheme; q_a and kv_a are of multi-head latent attention (MLA)
 _FUSED = re.compile(r"(?P<qkv>[qkv]_proj)$|(?P<gate_up>(?:gate|up)_proj)$|(?P<qkv_a>q_a_proj|kv_a_proj_with_mqa)$")
-_GATE = ".shared_expert_gate"  # of Qwen's experts, N = 1: built without a quantization by vLLM
+_GATE = ".shared_expert_gate"  # of Qwen's shared expert, N = 1; vLLM builds it without quantization
 
 
 @dataclass(frozen=True)
 class CompressedTensors(Int8Format):
-    """One scale per row in either scheme; `moe` names the loader that the experts are laid out for."""
+    """Int8 with one scale per row, in either scheme.
+
+    Attributes:
+        scheme: w8a8 or w8a16.
+        moe: The loader that the experts of a mixture-of-experts model are stored for.
+    """
 
     name: str = COMPRESSED_TENSORS
     suffix: str = "w8a8"
@@ -69,24 +75,24 @@ class CompressedTensors(Int8Format):
             if kind == CONV1D:
                 refused[name] = "a Conv1D, which this format's loaders do not quantize"
             elif name.endswith(_GATE):
-                refused[name] = "a gate that vLLM has in floating point"
+                refused[name] = "vLLM keeps this gate in floating point"
             elif self.scheme == "w8a16" and name in structure.read_on_loading:
                 refused[name] = (
-                    "read by transformers while it loads the model, which packed codes cannot be (those of w8a8 can)"
+                    "read by transformers while it loads the model, which fails for packed codes (w8a8 has none)"
                 )
             else:
                 modules[name] = kind
         return modules | dict.fromkeys(structure.experts, EXPERT), refused
 
     def misfits(self, modules: Mapping[str, str], structure: Structure) -> Mapping[str, str]:
-        """Modules that vLLM joins with one that stays in floating point."""
+        """See `Int8Format.misfits`: modules that vLLM fuses with a layer that stays in floating point."""
         groups: dict[str, list[str]] = {}
         for name in (*structure.linears, *structure.experts):
             if match := _FUSED.search(name):
                 groups.setdefault(f"{name[: match.start()]}{match.lastgroup}", []).append(name)
         split = [names for names in groups.values() if not modules.keys() >= set(names)]
         alone = [name for names in split for name in names if name in modules]
-        return dict.fromkeys(alone, "vLLM joins it with one in floating point")
+        return dict.fromkeys(alone, "vLLM fuses it with a layer that stays in floating point")
 
     def module_tensors(self, module: str, shape: tuple[int, int], kind: str) -> list[OutTensor]:
         """See `Int8Format.module_tensors`."""
@@ -102,7 +108,7 @@ class CompressedTensors(Int8Format):
         ]
 
     def pack(self, codes: Array, kind: str) -> Array:
-        """See `Int8Format.pack`: four codes a word, the first lowest."""
+        """See `Int8Format.pack`; packs four codes into each int32, the first in the lowest bits."""
         if not self._packs(kind):
             return codes
         rows, columns = codes.shape
@@ -120,13 +126,13 @@ class CompressedTensors(Int8Format):
         kinds = {kind == EXPERT for kind in plan.modules.values()}
         mixed = len({self._packs(kind) for kind in plan.modules.values()}) == 2
         groups = {"group_0": self._group(["Linear"], packed=all(self._packs(kind) for kind in plan.modules.values()))}
-        if mixed:  # transformers matches the first group whose target fits, so that the narrow one comes first
+        if mixed:  # transformers takes the first group with a matching target: the narrower comes first
             groups = {"group_0": self._group([r"re:.*\.experts\..*"], packed=True), "group_1": self._group(["Linear"])}
-        routers = [r"re:.*\.gate$"] if True in kinds else []  # vLLM's router is a layer, and transformers' none
+        routers = [r"re:.*\.gate$"] if True in kinds else []  # a quantizable layer in vLLM, but not in transformers
         entry = {
             "quant_method": COMPRESSED_TENSORS,
             "format": "mixed-precision" if mixed else groups["group_0"]["format"],
-            "quantization_status": "compressed",  # with any other, codes are read as floats
+            "quantization_status": "compressed",  # with any other status, loaders read the codes as floats
             "ignore": sorted({*in_float(plan)}) + routers,
             "kv_cache_scheme": None,
             "config_groups": groups,
@@ -154,7 +160,7 @@ class CompressedTensors(Int8Format):
 
 @dataclass
 class _Scaled(Encoding):
-    """Integers or float8 numbers, minus their zero points if there are any, times their scales."""
+    """Integer or float8 numbers with scales: a weight is (number - zero point, if there is one) * scale."""
 
     bits: int = 0  # of a packed number; 0 if the numbers are not packed
     block: tuple[int, int] = (1, 1)  # rows and columns that share a scale
@@ -168,7 +174,7 @@ class _Scaled(Encoding):
         """See `Encoding.rows`."""
         down, across = self.block
         groups = np.arange(self.shape[1]) // across
-        if (order := self.part(_ORDER)) is not None and order.min(initial=0) >= 0:  # -1 means that it is not used
+        if (order := self.part(_ORDER)) is not None and order.min(initial=0) >= 0:  # all -1 if unused
             groups = order
         row_blocks = np.arange(start, stop) // down
         values = self.values(start, stop).astype(np.float32)
@@ -180,7 +186,7 @@ class _Scaled(Encoding):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """How many scales there are along the rows and along the columns."""
+        """Number of scales along the rows and along the columns."""
         down, across = (*self.stored.tensors[f"{self.module}.{SCALE}"].shape, 1, 1)[:2]
         return down, across
 
@@ -190,9 +196,9 @@ class _Scaled(Encoding):
         return self.whole(full) if full in self.tensors else None
 
     def zero_points(self) -> Array | None:
-        """What is subtracted before scaling, in the shape of the scales; None for nothing.
+        """The zero points, in the shape of the scales; None if there are none.
 
-        If the weight is packed, zero points are stored packed as well, but along the rows.
+        If the weight is packed, its zero points are packed too, but along the rows.
         """
         zero = self.part(_ZERO)
         if zero is None or not self.bits:
@@ -202,7 +208,7 @@ class _Scaled(Encoding):
 
 
 class _RowwiseInt8(_Scaled, RowwiseInt8):
-    """Symmetric int8 with one scale per row, or one for the tensor."""
+    """Symmetric int8 with one scale per row or per tensor."""
 
     def codes(self, start: int, stop: int) -> Array:
         return self.values(start, stop)
@@ -238,7 +244,7 @@ def find(stored: Checkpoint, entry: dict[str, Any]) -> dict[str, Encoding]:
 
 
 def unused(name: str) -> bool:
-    """Whether a tensor is for quantized activations or caches, which no other format here has."""
+    """Whether a tensor is for quantized activations or key-value caches, which no other format here supports."""
     return name.endswith(_CACHE_SCALES) or name.rpartition(".")[2] in _UNUSED
 
 
@@ -290,7 +296,7 @@ def _module(stored: Checkpoint, module: str, arguments: list[dict[str, Any]]) ->
 
 
 def _read_packed_shape(encoding: _Scaled, arguments: list[dict[str, Any]]) -> None:
-    """Set the shape and the bits of packed numbers, from weight_shape and the config's num_bits."""
+    """Set the shape and bit width of packed numbers from weight_shape and the config's num_bits."""
     rows, words = encoding.shape
     shape = encoding.part(SHAPE)
     if shape is None or shape.shape != (2,) or int(shape[0]) != rows:
@@ -306,7 +312,7 @@ def _read_packed_shape(encoding: _Scaled, arguments: list[dict[str, Any]]) -> No
 def _read_blocks(encoding: _Scaled, arguments: list[dict[str, Any]]) -> None:
     """Set how many rows and columns share a scale.
 
-    The shapes alone decide, unless the last block of a row or column is smaller; then the config decides.
+    This follows from the shapes, unless the last block along a dimension is smaller; then it is taken from the config.
     """
     (rows, columns), scale = encoding.shape, encoding.stored.tensors[f"{encoding.module}.{SCALE}"].shape
     if scale in ((), (1,), (1, 1)):
@@ -326,14 +332,14 @@ def _read_blocks(encoding: _Scaled, arguments: list[dict[str, Any]]) -> None:
 
 
 def _check_parts(encoding: _Scaled) -> None:
-    """Raise SourceError if scales, zero points or g_idx have a shape, dtype or groups that do not fit."""
+    """Raise SourceError if the shape, dtype or groups of scales, zero points or g_idx do not fit the weight."""
     tensors, (down, across), bits = encoding.stored.tensors, encoding.grid, encoding.bits
     scale = tensors[f"{encoding.module}.{SCALE}"]
     if scale.dtype not in FLOATING or len(scale.shape) > 2:
         raise encoding.refuse(f"has {scale.dtype} scales {list(scale.shape)}, which are not read")
     zero = tensors.get(f"{encoding.module}.{_ZERO}")
     wanted = (-(-down * bits // 32), across) if bits else (down, across)
-    short = [] if bits else [wanted[:i] for i in range(2) if math.prod(wanted[i:]) == 1]  # scales may be shorter, too
+    short = [] if bits else [wanted[:i] for i in range(2) if math.prod(wanted[i:]) == 1]  # may have fewer dimensions
     if zero is not None and (zero.shape not in (wanted, *short) or (bits and zero.dtype != "I32")):
         raise encoding.refuse(f"has zero points {zero.dtype} {list(zero.shape)} for {down}x{across} scales")
     order = tensors.get(f"{encoding.module}.{_ORDER}")

@@ -1,4 +1,4 @@
-"""The formats float16, bfloat16 and float32: a plain checkpoint, dequantized where the source is quantized."""
+"""The formats float16, bfloat16 and float32: a plain checkpoint; weights that are quantized are dequantized."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Floating(Format):
-    """Tensors of the model's own dtype are rounded to another; those it stores apart in a wider one are left alone."""
+    """Rounds tensors in the model's main dtype to another dtype; tensors stored in another dtype are not changed."""
 
     def outputs(self, plan: Plan, info: TensorInfo) -> list[OutTensor]:
         """See `Format.outputs`."""
@@ -22,7 +22,7 @@ class Floating(Format):
         return [replace(out, dtype=FLOAT_NAMES[self.name])] if is_main and out.dtype in FLOATING else [out]
 
     def edit_config(self, config: dict[str, Any], plan: Plan) -> dict[str, Any]:
-        """See `Format.edit_config`: the dtype, at the top and in the parts of a model of several."""
+        """See `Format.edit_config`; sets the dtype at the top level and in the configs of submodels."""
         edited = {"dtype" if key == "torch_dtype" else key: value for key, value in config.items()}
         for key, value in edited.items():
             if isinstance(value, dict) and key.endswith("_config") and ("dtype" in value or "torch_dtype" in value):

@@ -1,4 +1,4 @@
-"""Tables of the results of convert, plan, finalize and verify."""
+"""Terminal tables with the results of convert, plan, finalize and verify."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def conversion(result: Conversion) -> RenderableType:
-    """What a conversion did, or what a dry run or plan found."""
+    """Make the table of a conversion, a dry run or a plan."""
     plan, numbers = result.plan, result.as_json()
     rows = table(("", "left"), ("", "left"))
     rows.add_row(*_artifact(result))
@@ -59,7 +59,7 @@ def conversion(result: Conversion) -> RenderableType:
 
 
 def verification(result: Verification) -> RenderableType:
-    """What was verified."""
+    """Make the line that summarizes a verification."""
     return Text(f"{result.artifact}: {result.tensors} tensors, {result.files} files, {size(result.nbytes)}: all good")
 
 
@@ -78,7 +78,7 @@ def _check(found: Check) -> str:
 
 
 def _artifact(result: Conversion) -> tuple[str, str]:
-    """The first row: the artifact, or the weight files of a part."""
+    """The title and text of the first row: the artifact, or the weight files of a part."""
     if result.part is None:
         where = f"{result.out} {result.pushed or ''}".rstrip()
         return "would write" if result.dry_run else "artifact", where

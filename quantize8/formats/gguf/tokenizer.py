@@ -1,8 +1,8 @@
-"""Converts the tokenizer that transformers opens from a model folder to the metadata that llama.cpp reads from GGUF.
+"""Converts the tokenizer of a model folder, as transformers opens it, to the GGUF metadata that llama.cpp reads.
 
-llama.cpp has two algorithms for the models that are written here: byte-level BPE, with merges in the order of their
-rank ("gpt2"), and SentencePiece's merges by the score of the result ("llama"). For the first, the pre-tokenizer, which
-splits the text beforehand, is code of llama.cpp that is selected by a name.
+llama.cpp has two algorithms for the supported models: byte-level BPE ("gpt2"), which merges by rank, and SentencePiece
+("llama"), which merges by the score of the resulting token. For the first, the pre-tokenizer, which splits the text
+beforehand, is built into llama.cpp and selected by name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from quantize8.limits import VOCABULARY
 from quantize8.sources.guard import guarded
 from quantize8.sources.tokenizer import check_tokenizer
 
-_SPACE = "\u2581"  # SentencePiece's character for a space
+_SPACE = "\u2581"  # the character that stands for a space in SentencePiece
 _SPECIAL = {
     "bos": Keys.Tokenizer.BOS_ID,
     "eos": Keys.Tokenizer.EOS_ID,
@@ -33,19 +33,19 @@ _SPECIAL = {
 }
 _PLAIN_NORMALIZERS = {"Prepend", "Replace", "Sequence"}  # llama.cpp's SentencePiece does what these do for Llama
 
-# llama.cpp identifies a pre-tokenizer by the tokens that the tokenizer makes of this text (convert_hf_to_gguf.py)
+# llama.cpp's convert_hf_to_gguf.py identifies a pre-tokenizer by the tokens into which it splits this text
 _PROBE = (
     "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ 🦙🦙 "
     "3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天\uff5e "
     "------======= нещо на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you "
     "sure? 'M not sure I'll make it, 'D you like some tea? We'Ve a'lL"
 )
-_NAMES = {  # SHA-256 of those tokens, written as a Python list -> name of the pre-tokenizer; a model that has it
+_NAMES = {  # SHA-256 of those token ids, written as a Python list -> name of the pre-tokenizer; a model that has it
     "0ef9807a4087ebef797fc749390439009c3b9eda9ad1a097abbe738f486c01e5": "llama-bpe",  # Meta-Llama-3-8B
     "c136ed14d01c2745d4f60a9596ae66800e2b61fa45643e72436041855ad4089d": "smaug-bpe",  # Smaug-Llama-3-70B-Instruct
-    "e636dc30a262dcc0d8c323492e32ae2b70728f4df7dfe9737d9f920a282b8aea": "qwen2",  # Qwen1.5-7B, and those after it
+    "e636dc30a262dcc0d8c323492e32ae2b70728f4df7dfe9737d9f920a282b8aea": "qwen2",  # Qwen1.5-7B and later Qwen models
     "d4540891389ea895b53b399da6ac824becc30f2fba0e9ddbb98f92e55ca0e97c": "qwen2",  # Qwen3-Embedding-0.6B
-    "b3f499bb4255f8ca19fccd664443283318f2fd2414d5e0b040fbdd0cc195d6c5": "deepseek-r1-qwen",  # its distilled Qwens
+    "b3f499bb4255f8ca19fccd664443283318f2fd2414d5e0b040fbdd0cc195d6c5": "deepseek-r1-qwen",  # DeepSeek-R1-Distill-Qwen
     "855059429035d75a914d1eda9f10a876752e281a054a7a3d421ef0533e5b6249": "smollm",  # SmolLM-135M, SmolLM2
     "049ecf7629871e3041641907f3de7c733e4dbfdc736f57d882ba0b0845599754": "deepseek-llm",  # deepseek-llm-7b-base
     "347715f544604f9118bb75ed199f68779f423cabb20db6de6f31b908d04d7821": "deepseek-coder",  # deepseek-coder-6.7b-base
@@ -64,7 +64,7 @@ _NAMES = {  # SHA-256 of those tokens, written as a Python list -> name of the p
 
 
 def tokenizer_fields(folder: Path, config: Mapping[str, Any]) -> list[Field]:
-    """Convert the tokenizer of a model folder to GGUF metadata, with as many tokens as config.json's vocab_size.
+    """Convert the tokenizer of a model folder to GGUF metadata, padded to the vocab_size of config.json.
 
     Args:
         folder: The model folder.
@@ -74,24 +74,24 @@ def tokenizer_fields(folder: Path, config: Mapping[str, Any]) -> list[Field]:
         The entries of the metadata.
 
     Raises:
-        SourceError: The folder has no tokenizer, or llama.cpp would split text into other tokens than transformers.
+        SourceError: The folder has no tokenizer, or llama.cpp would tokenize text differently than transformers.
     """
     return fields_of(_open(folder), config, folder)
 
 
 def fields_of(tokenizer: Any, config: Mapping[str, Any], folder: Path) -> list[Field]:
-    """Convert an open tokenizer of transformers to GGUF metadata, as `tokenizer_fields` does.
+    """Convert a transformers tokenizer that is already open, as `tokenizer_fields` does.
 
     Args:
         tokenizer: The tokenizer.
         config: The contents of config.json.
-        folder: The model folder, for the message.
+        folder: The model folder, for error messages.
 
     Returns:
         The entries of the metadata.
 
     Raises:
-        SourceError: llama.cpp would split text into other tokens than transformers.
+        SourceError: llama.cpp would tokenize text differently than transformers.
     """
     try:
         with guarded():
@@ -107,10 +107,10 @@ def _fields(tokenizer: Any, config: Mapping[str, Any], folder: Path) -> list[Fie
     model = state["model"]
     decoder = (state.get("decoder") or {}).get("type")
     if model["type"] != "BPE" or not (model.get("byte_fallback") or decoder == "ByteLevel"):
-        raise SourceError(f"{folder}: a {model['type']} tokenizer with decoder {decoder} is not written; {ROUTE}")
+        raise SourceError(f"{folder}: a {model['type']} tokenizer with decoder {decoder} is not supported; {ROUTE}")
     size = complete(config, folder).get("vocab_size")
     if type(size) is not int or not 0 < size <= VOCABULARY:
-        raise SourceError(f"{folder}: config.json's vocab_size {size!r} is not a size; fetch it again")
+        raise SourceError(f"{folder}: config.json's vocab_size {size!r} is not a valid size; fetch it again")
     tokens, kinds = _tokens(tokenizer, size, folder, bool(model.get("byte_fallback")))
     fields = [
         Field(Keys.Tokenizer.LIST, tokens, GGUFValueType.ARRAY, GGUFValueType.STRING),
@@ -139,7 +139,7 @@ def _open(folder: Path) -> Any:
 
 
 def _tokens(tokenizer: Any, size: int, folder: Path, sentencepiece: bool) -> tuple[list[str], list[int]]:
-    """The text and type of every token. Ids that the tokenizer does not use get a placeholder."""
+    """The text and type of every token. Token ids that the tokenizer does not use get a placeholder."""
     texts = {number: text for text, number in tokenizer.get_vocab().items()}
     if max(texts, default=0) >= size:
         raise SourceError(f"{folder}: token {max(texts)} is beyond config.json's vocab_size {size}; fetch both again")
@@ -163,18 +163,18 @@ def _tokens(tokenizer: Any, size: int, folder: Path, sentencepiece: bool) -> tup
 
 
 def _looks_special(text: str) -> bool:
-    """Whether a token looks like <|im_start|>: some models do not mark it as special, and llama.cpp would print it."""
+    """Whether a token looks like <|im_start|>. Models that do not mark it as special would print it in llama.cpp."""
     return text.startswith("<|") and text.endswith("|>")
 
 
 def _byte_level(tokenizer: Any, merges: list[tuple[str, ...]], folder: Path) -> Iterator[Field]:
     joined = [" ".join(merge) for merge in merges]
     if any(line.count(" ") != 1 for line in joined):
-        raise SourceError(f"{folder}: merges in tokenizer.json hold spaces, which GGUF cannot separate; {ROUTE}")
+        raise SourceError(f"{folder}: merges in tokenizer.json contain spaces, which separate merges in GGUF; {ROUTE}")
     digest = hashlib.sha256(str(tokenizer.encode(_PROBE)).encode()).hexdigest()
     if digest not in _NAMES:
         raise SourceError(
-            f"{folder}: not a known tokenizer (probe {digest[:12]}), so llama.cpp has no name for how it splits text; "
+            f"{folder}: unknown tokenizer (probe {digest[:12]}), so llama.cpp's name for its pre-tokenizer is unknown; "
             f"{ROUTE}"
         )
     yield Field(Keys.Tokenizer.MODEL, "gpt2", GGUFValueType.STRING)
@@ -185,17 +185,17 @@ def _byte_level(tokenizer: Any, merges: list[tuple[str, ...]], folder: Path) -> 
 def _sentencepiece(
     tokenizer: Any, state: dict[str, Any], tokens: list[str], merges: list[tuple[str, ...]], folder: Path
 ) -> Iterator[Field]:
-    """Metadata of a SentencePiece tokenizer. Scores give llama.cpp the order of the merges.
+    """Metadata of a SentencePiece tokenizer, whose scores give llama.cpp the order of the merges.
 
-    The score of a token is minus the rank of the first merge that produces it.
+    The score of a token is the negative rank of the first merge that produces it.
     """
     if unknown := _normalizers(state.get("normalizer")) - _PLAIN_NORMALIZERS:
-        raise SourceError(f"{folder}: the normalizer {sorted(unknown)[0]} of tokenizer.json is not written; {ROUTE}")
+        raise SourceError(f"{folder}: the normalizer {sorted(unknown)[0]} of tokenizer.json is not supported; {ROUTE}")
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(merges):
         ranks.setdefault("".join(merge), rank)
     if not _is_sentencepiece(merges, set(tokens) - set(tokenizer.get_added_vocab())):
-        raise SourceError(f"{folder}: merges in tokenizer.json are not SentencePiece's, which GGUF scores; {ROUTE}")
+        raise SourceError(f"{folder}: merges in tokenizer.json do not match SentencePiece's, as GGUF requires; {ROUTE}")
     last = len(merges) + 1  # for tokens that no merge produces
     scores = [-float(ranks.get(token, last)) for token in tokens]
     yield Field(Keys.Tokenizer.MODEL, "llama", GGUFValueType.STRING)
@@ -206,7 +206,7 @@ def _sentencepiece(
 
 
 def _is_sentencepiece(merges: list[tuple[str, ...]], texts: set[str]) -> bool:
-    """Whether all merges into the same token are consecutive, and every merge that the tokens allow is present."""
+    """Whether merges into the same token are consecutive, and every possible merge of two tokens is present."""
     made = ["".join(merge) for merge in merges]
     runs = sum(text != before for text, before in zip(made, ["", *made], strict=False))
     known = set(merges)
@@ -221,7 +221,7 @@ def _normalizers(state: dict[str, Any] | None) -> set[str]:
 
 
 def _special(tokenizer: Any, config: Mapping[str, Any]) -> Iterator[Field]:
-    """Metadata on the special tokens: their ids, which of them are added around a text, and the chat template."""
+    """Metadata of special tokens: their ids, which of them are added around a text, and the chat templates."""
     for kind, key in _SPECIAL.items():
         number = getattr(tokenizer, f"{kind}_token_id")
         number = config.get(f"{kind}_token_id") if number is None else number

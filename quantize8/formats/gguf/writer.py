@@ -1,7 +1,8 @@
-"""The format gguf: one file in Q8_0 that llama.cpp runs, for Llama, Mistral, Qwen2 and Qwen3.
+"""The gguf format: a single file in Q8_0 that llama.cpp runs, for Llama, Mistral, Qwen2 and Qwen3.
 
-llama.cpp gets names, row order and settings of its own, and knows less than transformers: what it would compute
-otherwise is refused. The place of every byte follows from headers alone, so that tensors can be written in any order.
+llama.cpp has its own tensor names, row order and settings, and supports less than transformers does: a model that it
+would compute differently is refused. The position of every byte follows from headers alone, so tensors can be written
+in any order.
 """
 
 from __future__ import annotations
@@ -65,21 +66,21 @@ _ARCHITECTURES = {
 }
 _ATTENTION = {name: f"self_attn.{name}_proj" for name in "qkvo"}
 _MLP = {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
-_IGNORED = ".rotary_emb.inv_freq"  # a buffer that old checkpoints hold and transformers computes
+_IGNORED = ".rotary_emb.inv_freq"  # a buffer in old checkpoints, which transformers computes itself
 _ROPE_KEYS = {
     "default": set(),
     "linear": {"factor"},
     "yarn": {"factor", "original_max_position_embeddings"},
     "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
 }
-_ROPE_NEUTRAL = {"partial_rotary_factor": 1, "truncate": True, "beta_fast": 32, "beta_slow": 1}  # change nothing
+_ROPE_NEUTRAL = {"partial_rotary_factor": 1, "truncate": True, "beta_fast": 32, "beta_slow": 1}  # values without effect
 _OWN_KEYS = {Keys.General.ARCHITECTURE, Keys.General.FILE_TYPE, Keys.General.QUANTIZATION_VERSION}
 _OWN_KEYS |= {Keys.General.ALIGNMENT, Keys.Split.LLM_KV_SPLIT_NO, Keys.Split.LLM_KV_SPLIT_COUNT}
 _OWN_KEYS.add(Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT)
 
 
 class Field(NamedTuple):
-    """An entry of the file's metadata; `items` is the type of the items of an array."""
+    """An entry of the file's metadata; `items` is the type of an array's items."""
 
     key: str
     value: Any
@@ -89,12 +90,12 @@ class Field(NamedTuple):
 
 @dataclass(frozen=True)
 class GgufTensor(OutTensor):
-    """A tensor to be written, in Q8_0 or F32; its shape is [N, K] as in NumPy.
+    """A tensor to be written, in Q8_0 or F32. Its shape is in NumPy's order, such as [N, K].
 
     Attributes:
-        source: The tensor of the checkpoint; None for one that is computed and whose `values` are here.
-        head: Rows of an attention head, where llama.cpp interleaves them; 0 elsewhere.
-        values: Of a computed tensor.
+        source: Name of the tensor in the checkpoint; None for a computed tensor.
+        head: Number of rows of an attention head, if llama.cpp interleaves them; otherwise 0.
+        values: The values of a computed tensor.
     """
 
     source: str | None = None
@@ -102,9 +103,12 @@ class GgufTensor(OutTensor):
     values: Array | None = field(default=None, compare=False)
 
     def arrange(self, rows: Array) -> Array:
-        """Rows [n, ...] of the source in llama.cpp's order; for one with `head`, n and their start are multiples of it.
+        """Put rows of the source into llama.cpp's order.
 
-        llama.cpp rotates neighbours where transformers rotates the halves of a head.
+        Rotary embeddings pair neighboring rows of a head in llama.cpp, but rows of its two halves in transformers.
+
+        Args:
+            rows: Consecutive rows [n, ...]. If `head` is set, n and the index of the first row are multiples of it.
         """
         if not self.head:
             return rows
@@ -113,7 +117,7 @@ class GgufTensor(OutTensor):
 
 
 class Header(NamedTuple):
-    """What a file begins with, the place of each tensor from its start, and its size; gaps are zeros."""
+    """The header of a file, the offset of each tensor from the start of the file, and its size; gaps are zeros."""
 
     content: bytes
     offsets: dict[str, int]
@@ -131,7 +135,7 @@ class Gguf(Format):
     loaders: ClassVar[tuple[str, ...]] = ("llama.cpp", "quantize8")
 
     def lay_out(self, plan: Plan, max_shard_size: str) -> Layout:
-        """See `Format.lay_out`: one file whatever its size, as llama.cpp reads one."""
+        """See `Format.lay_out`; makes a single file of any size."""
         from quantize8.formats.gguf.tokenizer import tokenizer_fields
 
         checkpoint = plan.checkpoint
@@ -146,11 +150,11 @@ class Gguf(Format):
         return Layout(outputs, [Shard(f"{where}-{Q8_0}.gguf", [*tensors], *start)])
 
     def quantizes(self, plan: Plan) -> list[str]:
-        """See `Format.quantizes`: every matrix."""
+        """See `Format.quantizes`; every matrix is quantized."""
         return [name for name, (tensor,) in plan.outputs.items() if tensor.dtype == Q8_0]
 
     def encode(self, plan: Plan, name: str, quantizer: WeightQuantizer) -> Pieces:
-        """See `Format.encode`: a vector in float32, a matrix in Q8_0, with the codes of one that is int8 already."""
+        """See `Format.encode`; a vector becomes float32, a matrix Q8_0, keeping the codes if it is int8 already."""
         (tensor,) = plan.outputs[name]
         assert isinstance(tensor, GgufTensor)
         if tensor.values is not None:
@@ -179,35 +183,43 @@ class Gguf(Format):
         return summarize(stats, peaks, checkpoint.tensors[name].stored_dtype, measured.source.hexdigest(), False, scale)
 
     def edit_config(self, config: dict[str, Any], plan: Plan) -> dict[str, Any]:
-        """Not called: the settings are in the file."""
+        """Not called, because the settings are in the GGUF file."""
         raise NotImplementedError(self.name)
 
 
 @dataclass
 class _Measured:
-    """Statistics of a matrix, which grow by its blocks."""
+    """Statistics of a matrix, collected block by block."""
 
     stats: ColumnStats
-    source: Any = field(default_factory=blake3)  # digest of the values as they are read
+    source: Any = field(default_factory=blake3)  # digest of the values as read
     peaks: list[Array] = field(default_factory=list)
     squares: list[Array] = field(default_factory=list)
     errors: list[Array] = field(default_factory=list)
 
     def add(self, values: Array, data: Array) -> None:
-        """Count rows of float32 [n, K] and what they are in Q8_0."""
+        """Add rows, float32 [n, K], and their Q8_0 data."""
         cpu.quantize_rowwise(values, self.stats)
         self.peaks.append(np.abs(values).max(axis=1, initial=0))
         for sums, rows in zip((self.squares, self.errors), q8_0.row_errors(values, data), strict=True):
             sums.append(rows)
 
     def complete(self) -> tuple[ColumnStats, Array]:
-        """Statistics with Q8_0's own error, by row, and the absmax of each row."""
+        """Return the statistics, with Q8_0's error by row, and the absmax of each row."""
         self.stats.sum_square, self.stats.sum_error = np.concatenate(self.squares), np.concatenate(self.errors)
         return self.stats, np.concatenate(self.peaks)
 
 
 def architecture(config: Mapping[str, Any], where: object) -> str:
-    """llama.cpp's name of a model's architecture; SourceError where llama.cpp would not compute the same."""
+    """Look up llama.cpp's name of a model's architecture.
+
+    Args:
+        config: The contents of config.json.
+        where: The model, for error messages.
+
+    Raises:
+        SourceError: The architecture is not supported, or llama.cpp would compute something else with these settings.
+    """
     full = complete(config, where)
     kind = _kind(config, where)
     rope = full["rope_parameters"]
@@ -216,26 +228,35 @@ def architecture(config: Mapping[str, Any], where: object) -> str:
         raise SourceError(f"{where}: rope type {rope.get('rope_type')!r} is not written for {_name(kind)}; {ROUTE}")
     for key, value in rope.items():
         if key not in known | {"rope_type", "type", "rope_theta"} and value not in (None, _ROPE_NEUTRAL.get(key)):
-            raise SourceError(f"{where}: rope has {key} = {value!r}, which GGUF's {_name(kind)} has not; {ROUTE}")
+            raise SourceError(f"{where}: rope has {key} = {value!r}, which GGUF's {_name(kind)} lacks; {ROUTE}")
     window = full.get("sliding_window")
     if window is not None and window < full["max_position_embeddings"]:
         raise SourceError(
-            f"{where}: attention looks back {window} tokens, in llama.cpp's {_name(kind)} it would look at all; "
-            f"set max_position_embeddings in config.json to {window}, within which both are the same"
+            f"{where}: attention looks back {window} tokens, but at all tokens in llama.cpp's {_name(kind)}; "
+            f"set max_position_embeddings in config.json to {window}, up to which both compute the same"
         )
     if full["hidden_act"] != "silu":
-        raise SourceError(f"{where}: activation {full['hidden_act']!r} is not llama.cpp's {_name(kind)}; {ROUTE}")
+        raise SourceError(f"{where}: llama.cpp's {_name(kind)} has no activation {full['hidden_act']!r}; {ROUTE}")
     if kind == MODEL_ARCH.QWEN3 and full.get("attention_bias"):
-        raise SourceError(f"{where}: attention biases, which llama.cpp's qwen3 has not, would be lost; {ROUTE}")
+        raise SourceError(f"{where}: attention biases would be lost, as llama.cpp's qwen3 has none; {ROUTE}")
     if kind == MODEL_ARCH.QWEN2 and _head_dim(full) * full["num_attention_heads"] != full["hidden_size"]:
         raise SourceError(
-            f"{where}: heads of {_head_dim(full)} do not make hidden_size, as llama.cpp's qwen2 needs; {ROUTE}"
+            f"{where}: heads of {_head_dim(full)} do not add up to hidden_size, as llama.cpp's qwen2 requires; {ROUTE}"
         )
     return _name(kind)
 
 
 def complete(config: Mapping[str, Any], where: object) -> dict[str, Any]:
-    """config.json with the defaults that transformers gives it."""
+    """Complete a config.json with transformers' defaults.
+
+    Args:
+        config: The contents of config.json.
+        where: The model, for error messages.
+
+    Raises:
+        SourceError: The architecture is not supported, or transformers cannot read the config.
+        DependencyError: transformers or torch is not installed.
+    """
     _kind(config, where)
     require("to write GGUF", "transformers", "torch")
     from transformers import AutoConfig
@@ -244,17 +265,24 @@ def complete(config: Mapping[str, Any], where: object) -> dict[str, Any]:
         rest = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
         with guarded():
             full: dict[str, Any] = AutoConfig.for_model(config["model_type"], **rest).to_dict()
-    except Exception as error:  # of any kind, as what a config.json may say
-        raise SourceError(
-            f"{where}: transformers cannot read its config.json ({first_line(error)}); repair it"
-        ) from None
+    except Exception as error:  # a config.json may contain anything, so any error may be raised
+        raise SourceError(f"{where}: transformers cannot read its config.json ({first_line(error)}); fix it") from None
     return full
 
 
 def tensors_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: object) -> list[GgufTensor]:
-    """What becomes of a checkpoint's tensors, in their order, from their shapes alone.
+    """Plan the tensors of a GGUF file from the shapes of a checkpoint's tensors.
 
-    Raises SourceError where one is missing, unknown to the architecture, or has K that is no multiple of 32.
+    Args:
+        config: The contents of config.json.
+        shapes: Tensor of the checkpoint -> its shape.
+        where: The model, for error messages.
+
+    Returns:
+        The computed tensors, followed by those of the checkpoint in its order.
+
+    Raises:
+        SourceError: A tensor is missing, unknown to the architecture, or has a K that is not a multiple of 32.
     """
     architecture(config, where)
     kind, full = _kind(config, where), complete(config, where)
@@ -267,7 +295,7 @@ def tensors_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
     if missing := sorted(expected - set(shapes)):
         raise SourceError(f"{where}: lacks {missing[0]}, which {_name(kind)} needs; fetch the checkpoint again")
     if unknown := [name for name in shapes if name not in expected | spare]:
-        raise SourceError(f"{where}: tensor {unknown[0]} is not of llama.cpp's {_name(kind)}; {ROUTE}")
+        raise SourceError(f"{where}: tensor {unknown[0]} does not exist in llama.cpp's {_name(kind)}; {ROUTE}")
     tensors = _rope_tensors(full)
     for source in shapes:
         if source in expected:
@@ -280,7 +308,16 @@ def tensors_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
 
 
 def settings(config: Mapping[str, Any], name: str, where: object) -> list[Field]:
-    """The metadata that comes from config.json: sizes, norms and rope. `name` is the model's."""
+    """Make the metadata that comes from config.json: sizes, norms and rotary embeddings.
+
+    Args:
+        config: The contents of config.json.
+        name: Name of the model.
+        where: The model, for error messages.
+
+    Raises:
+        SourceError: llama.cpp would compute something else with these settings.
+    """
     arch, full = architecture(config, where), complete(config, where)
     whole = {
         Keys.LLM.BLOCK_COUNT: full["num_hidden_layers"],
@@ -310,7 +347,7 @@ def settings(config: Mapping[str, Any], name: str, where: object) -> list[Field]
 
 
 def carried(source: GgufHeader) -> list[Field]:
-    """The metadata of a GGUF file as it is, tokenizer included, but for what says how weights are stored."""
+    """Copy the metadata of a GGUF file, with its tokenizer, but without the entries on how weights are stored."""
     fields = []
     for key, entry in source.entries.items():
         if key not in _OWN_KEYS:
@@ -320,12 +357,18 @@ def carried(source: GgufHeader) -> list[Field]:
 
 
 def header(arch: str, fields: Iterable[Field], tensors: Sequence[GgufTensor]) -> Header:
-    """The beginning of a file, by llama.cpp's own writer; the same bytes for the same arguments."""
+    """Make the header of a file with llama.cpp's own writer; the same arguments give the same bytes.
+
+    Args:
+        arch: llama.cpp's name of the architecture.
+        fields: The metadata.
+        tensors: The tensors in storage order.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "header"
         writer = GGUFWriter(path, arch)
         for entry in fields:
-            if not (entry.kind == GGUFValueType.ARRAY and not entry.value):  # an empty array has no type
+            if not (entry.kind == GGUFValueType.ARRAY and not entry.value):  # the type of an empty array is unknown
                 writer.add_key_value(entry.key, entry.value, entry.kind, entry.items)
         writer.add_file_type(LlamaFileType.MOSTLY_Q8_0)
         writer.add_quantization_version(GGML_QUANT_VERSION)
@@ -362,7 +405,7 @@ def _head_dim(full: Mapping[str, Any]) -> int:
 
 
 def _expected(full: Mapping[str, Any], kind: MODEL_ARCH) -> Iterable[str]:
-    """The tensors of a model, under transformers' names."""
+    """Names of the tensors that a model has in transformers."""
     yield from ("model.embed_tokens.weight", "model.norm.weight")
     if not full["tie_word_embeddings"]:
         yield "lm_head.weight"
@@ -383,12 +426,12 @@ def _check_shape(tensor: GgufTensor, where: object) -> None:
         raise SourceError(f"{where}: {tensor.source} has the shape {list(tensor.shape)}; fetch the checkpoint again")
     if tensor.dtype == Q8_0 and tensor.shape[1] % BLOCK:
         raise SourceError(
-            f"{where}: {tensor.source} has {tensor.shape[1]} columns, no multiple of the {BLOCK} of Q8_0; {ROUTE}"
+            f"{where}: {tensor.source} has {tensor.shape[1]} columns, not a multiple of Q8_0's {BLOCK}; {ROUTE}"
         )
 
 
 def _rope_tensors(full: Mapping[str, Any]) -> list[GgufTensor]:
-    """What llama.cpp divides the rotary frequencies by, where a model has llama3 scaling."""
+    """The factors by which llama.cpp divides the rotary frequencies, if a model has llama3 scaling."""
     rope = full["rope_parameters"]
     if rope.get("rope_type") != "llama3":
         return []
