@@ -74,7 +74,9 @@ def _check(found: Check) -> str:
         parts.append(f"{found.overflow} overflows in float16, the model's dtype: load it in bfloat16 or float32")
     if found.skipped is not None:
         parts.append(f"not checked: {found.skipped}")
-    return f"{'; '.join(parts)}; {found.seconds:.1f} s"
+    if found.seconds:
+        parts.append(f"{found.seconds:.1f} s")
+    return "; ".join(parts)
 
 
 def _artifact(result: Conversion) -> tuple[str, str]:
