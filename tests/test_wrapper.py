@@ -21,9 +21,17 @@ def test_all_that_a_checkpoint_offers_is_handed_on_but_blocks():
         if isinstance(vars(Wrapper)[name], property):
             assert getattr(wrapper, name) is getattr(inner, name), name
             continue
-        arguments = {"int8_rows": ("t", 1, 2), "rows": ("t", 1, 2), "fingerprint": (), "left_behind": ()}.get(
-            name, ("t",)
-        )
+        arguments = {
+            "int8_rows": ("t", 1, 2),
+            "rows": ("t", 1, 2),
+            "fingerprint": (),
+            "left_behind": (),
+            "require_companions": (),
+        }.get(name, ("t",))
         result = getattr(wrapper, name)(*arguments)
-        assert result is getattr(inner, name).return_value or name in ("confirm", "write_companions"), name
+        assert result is getattr(inner, name).return_value or name in (
+            "confirm",
+            "write_companions",
+            "require_companions",
+        ), name
         getattr(inner, name).assert_called_once_with(*arguments)

@@ -138,7 +138,7 @@ def _weight_report(checkpoint: Checkpoint, module: str, transposed: bool, error:
     for block in checkpoint.blocks(info.name, size, multiple=STATS_TILE_ROWS):
         absmax.append(cpu.quantize_rowwise(np.ascontiguousarray(block.T) if transposed else block, stats)[1])
     peaks = np.concatenate(absmax) if absmax else np.zeros(0, np.float32)
-    dtype = checkpoint.tensors[info.name].stored_dtype
+    dtype = info.stored_dtype
     found = summarize(stats, peaks, dtype, "", transposed)
     return WeightReport(
         module,
@@ -147,6 +147,6 @@ def _weight_report(checkpoint: Checkpoint, module: str, transposed: bool, error:
         float(stats.absmax.max(initial=0)),
         math.sqrt(float(stats.sum_square.sum()) / max(1, rows * columns)),
         found.outliers,
-        error if checkpoint.tensors[info.name].is_int8 else found.relative_error,
+        error if info.is_int8 else found.relative_error,
         found.worst_columns,
     )

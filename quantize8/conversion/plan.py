@@ -23,7 +23,6 @@ from quantize8.artifact.outliers import OUTLIERS_NAME, PART_SUFFIX, Calibrated
 from quantize8.conversion.options import ConvertOptions
 from quantize8.errors import OutputError, SourceError
 from quantize8.formats.base import Format, Int8Format, OutTensor, Shard, make_format, place
-from quantize8.formats.gguf.reader import GgufCheckpoint
 from quantize8.kernels import MSE
 from quantize8.kernels.reference import Array
 from quantize8.kernels.scales import ScaleSearch
@@ -300,8 +299,8 @@ def plan_of(
     if len(set(names)) != len(names):
         raise SourceError(f"{checkpoint.name}: has tensor names of a quantized model, so it is quantized already")
     plan = replace(plan, outputs=outputs)
-    if output.is_folder and isinstance(checkpoint.origin, GgufCheckpoint):
-        checkpoint.origin.require_tokenizer()  # checked now because its files are written last, after hours of work
+    if output.is_folder:
+        checkpoint.require_companions()  # now, because they are written last, after hours of work
     if options.smooth is not None:
         from quantize8.calibration.smoothing import check_smoothable
 

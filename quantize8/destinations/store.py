@@ -51,9 +51,11 @@ class ObjectStore(Destination):
         DependencyError: The driver is not installed.
     """
 
+    out: str
+
     def __init__(self, address: str, token: str | None = None) -> None:
         self._address, self._token = address.rstrip("/"), token
-        self.out = self.shown = without_secrets(self._address)
+        self.out = without_secrets(self._address)
         self._is_hub = address.startswith(HUB_SCHEME)
         options = {"token": token} if self._is_hub and token else {}
         self._system, root = file_system(self._address, OutputError, **options)
@@ -64,7 +66,7 @@ class ObjectStore(Destination):
         return ObjectStore, (self._address, self._token)
 
     def __str__(self) -> str:
-        return self.shown
+        return self.out
 
     @property
     def partial(self) -> str:
@@ -74,7 +76,7 @@ class ObjectStore(Destination):
     @property
     def scratch(self) -> Path:
         """See `Destination.scratch`; it depends on the address alone, so that an interrupted conversion can resume."""
-        return cache_dir("out") / digest(self.shown.encode())[:32] / "artifact"
+        return cache_dir("out") / digest(self.out.encode())[:32] / "artifact"
 
     def check(self, source: Path, overwrite: bool) -> None:
         """See `Destination.check`; an existing artifact is refused even with `overwrite`."""
@@ -167,7 +169,7 @@ class ObjectStore(Destination):
             if full.strip("/") != path.strip("/"):
                 found[full.rstrip("/").rpartition("/")[2]] = entry["size"] if entry["type"] == "file" else None
             elif entry["type"] == "file" and not full.endswith("/"):  # an empty file with a slash stands for a folder
-                raise OutputError(f"{self.shown}: is a file; choose another address with --out")
+                raise OutputError(f"{self.out}: is a file; choose another address with --out")
         return found
 
     def _at(self, name: str) -> str:
@@ -203,7 +205,7 @@ class ObjectStore(Destination):
         except Exception as error:  # drivers raise errors of their own, which may contain the address
             why = reason(error, self._address)
             raise OutputError(
-                f"{self.shown}: cannot be {what} ({why}); fix that and run the same command again"
+                f"{self.out}: cannot be {what} ({why}); fix that and run the same command again"
             ) from None
 
 
@@ -223,18 +225,15 @@ class Content:
     small: list[str]
     leftovers: list[str]
 
-    def has(self, unit: WorkUnit, heading: Heading) -> bool:
-        """Whether a weight file is finished, together with its outlier columns."""
+    def finished(self, unit: WorkUnit, heading: Heading) -> Records | None:
+        """The records of a weight file's tensors; None if it or its outlier columns are not finished."""
         stated, entries = self.journals.get(unit.shard.file, ({}, {}))
         expected = {unit.shard.file: unit.shard.nbytes}
         if unit.outliers is not None:
             expected[f"{PARTIAL}/{unit.outliers.file}"] = unit.outliers.nbytes
         whole = all(self.files.get(name) == nbytes for name, nbytes in expected.items())
-        return whole and agrees(stated, heading) and entries.keys() >= set(unit.sources)
-
-    def records(self, unit: WorkUnit) -> Records:
-        """The records of a weight file's tensors."""
-        return records_of(self.journals[unit.shard.file][1])
+        complete = whole and agrees(stated, heading) and entries.keys() >= set(unit.sources)
+        return records_of(entries) if complete else None
 
 
 class StoreSession:
@@ -260,7 +259,7 @@ class StoreSession:
 
     def batches(self, units: Sequence[WorkUnit], heading: Heading) -> list[Batch]:
         """See `Session.batches`; each weight file is a batch."""
-        batches = [Batch([unit], self._records(unit, heading)) for unit in units]
+        batches = [Batch([unit], self._content.finished(unit, heading)) for unit in units]
         scratch = LocalFolder(self._store.scratch)
         needed = [scratch.missing_bytes(batch.units) for batch in batches if batch.records is None]
         check_disk(scratch.out, max(needed, default=0), _OTHERWISE)
@@ -296,10 +295,11 @@ class StoreSession:
         records: Records = {}
         missing: list[WorkUnit] = []
         for unit in units:
-            if self._content.has(unit, heading):
-                records |= self._content.records(unit)
-            else:
+            finished = self._content.finished(unit, heading)
+            if finished is None:
                 missing.append(unit)
+            else:
+                records |= finished
         return records, missing
 
     def publish(self, units: Sequence[WorkUnit], build: Build, overwrite: bool) -> Manifest:
@@ -318,9 +318,6 @@ class StoreSession:
         for leftover in (root, *root.parent.glob(f"{root.name}-*")):
             shutil.rmtree(leftover, ignore_errors=True)
         return manifest
-
-    def _records(self, unit: WorkUnit, heading: Heading) -> Records | None:
-        return self._content.records(unit) if self._content.has(unit, heading) else None
 
     def _put_small(self, folder: Path) -> None:
         store, content = self._store, self._content

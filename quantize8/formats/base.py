@@ -282,7 +282,7 @@ class Int8Format(Format):
             for tensor, array in zip(calibrated.tensors(module, rows), arrays, strict=True):
                 yield Piece(tensor.name, array)
         return summarize(
-            stats, scales, plan.checkpoint.tensors[name].stored_dtype, source.hexdigest(), name in plan.transposed,
+            stats, scales, info.stored_dtype, source.hexdigest(), name in plan.transposed,
             MSE if name in plan.searches else ABSMAX,
         )  # fmt: skip
 

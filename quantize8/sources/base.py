@@ -225,6 +225,9 @@ class Checkpoint(ABC):
         left = files_left_out(_names(self.folder))
         return {name: why for name, why in left.items() if not why.startswith(about) and name not in self.files}
 
+    def require_companions(self) -> None:  # noqa: B027 - files are copied without any package
+        """Raise DependencyError if `write_companions` needs a package that is missing."""
+
     def write_companions(self, folder: Path) -> None:
         """Copy the tokenizer and the other small files into `folder`, unchanged."""
         for path in companions(self.folder):
@@ -327,8 +330,7 @@ def files_to_copy(names: Collection[str]) -> list[str]:
         names: All files of the folder, as POSIX paths relative to it.
     """
     left = files_left_out(names)
-    ours = {name for name in names if "/" not in name and any(fnmatch(name, pattern) for pattern in _OURS)}
-    return sorted({*names} - left.keys() - ours)
+    return sorted(name for name in names if name not in left and not _is_ours(name))
 
 
 def files_left_out(names: Collection[str]) -> dict[str, str]:
@@ -340,11 +342,11 @@ def files_left_out(names: Collection[str]) -> dict[str, str]:
         names: All files of the folder, as POSIX paths relative to it.
     """
     with_weights = {name.rpartition("/")[0] for name in names if PurePosixPath(name).suffix.lower() in _WEIGHTS}
+    kinds = ((_ADAPTERS, "an adapter's"), (_TRAINING, "left by training"), (_ABOUT, "about the model"))
     left: dict[str, str] = {}
     for name in sorted(names):
         path, folder = PurePosixPath(name), name.rpartition("/")[0]
-        kinds = ((_ADAPTERS, "an adapter's"), (_TRAINING, "left by training"), (_ABOUT, "about the model"))
-        if not folder and any(fnmatch(name, pattern) for pattern in _OURS):
+        if _is_ours(name):
             continue
         if any(part.startswith(".") or part == "__pycache__" for part in path.parts) or len(path.parts) > 2:
             left[name] = "hidden, or deeper in the folder than a model's files"
@@ -361,6 +363,10 @@ def files_left_out(names: Collection[str]) -> dict[str, str]:
                 if any(fnmatch(path.name, pattern) for pattern in patterns):
                     left.setdefault(name, reason)
     return left
+
+
+def _is_ours(name: str) -> bool:
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in _OURS)
 
 
 def _names(folder: Path) -> list[str]:

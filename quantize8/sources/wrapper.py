@@ -64,6 +64,10 @@ class Wrapper(Checkpoint):
         """See `Checkpoint.left_behind`."""
         return self.inner.left_behind()
 
+    def require_companions(self) -> None:
+        """See `Checkpoint.require_companions`."""
+        self.inner.require_companions()
+
     def write_companions(self, folder: Path) -> None:
         """See `Checkpoint.write_companions`."""
         self.inner.write_companions(folder)

@@ -113,8 +113,8 @@ class GgufCheckpoint(Checkpoint):
         """The tokenizer that transformers derives from the file's metadata, None if the file has none."""
         return read_tokenizer(self.header)
 
-    def require_tokenizer(self) -> None:
-        """Raise DependencyError where the tokenizer needs a package that is missing."""
+    def require_companions(self) -> None:
+        """See `Checkpoint.require_companions`; transformers builds the tokenizer."""
         require_tokenizer(self.header)
 
     def write_companions(self, folder: Path) -> None:

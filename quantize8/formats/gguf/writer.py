@@ -167,7 +167,7 @@ class Gguf(Format):
             measured.source.update(as_bytes(block))
             values = data = np.ascontiguousarray(tensor.arrange(block), np.float32)
             if tensor.dtype == Q8_0:
-                if checkpoint.tensors[name].is_int8:
+                if info.is_int8:
                     rows = checkpoint.int8_rows(name, first_row, first_row + len(block))
                     data = q8_0.carry_rows(*map(tensor.arrange, rows))
                 else:
@@ -180,7 +180,7 @@ class Gguf(Format):
             return None
         stats, peaks = measured.complete()
         scale = MSE if name in plan.searches else ABSMAX
-        return summarize(stats, peaks, checkpoint.tensors[name].stored_dtype, measured.source.hexdigest(), False, scale)
+        return summarize(stats, peaks, info.stored_dtype, measured.source.hexdigest(), False, scale)
 
     def edit_config(self, config: dict[str, Any], plan: Plan) -> dict[str, Any]:
         """Not called, because the settings are in the GGUF file."""

@@ -105,7 +105,7 @@ def _converted(result: Conversion) -> list[_Weight]:
     sources = {written[name]: entry for name, entry in result.errors.items()}
     for info in plan.checkpoint.tensors.values():
         if entry := sources.get(info.name):
-            error = None if plan.checkpoint.tensors[info.name].is_int8 else entry.relative_error
+            error = None if info.is_int8 else entry.relative_error
             module, peak = info.name.removesuffix(".weight"), entry.absmax_range[1]
             found.append(_Weight(module, plan.shape_of(info), error, entry.outliers, peak, entry.worst_columns))
     return found
