@@ -22,6 +22,8 @@ def conversion(result: Conversion) -> RenderableType:
     plan, numbers = result.plan, result.as_json()
     rows = table(("", "left"), ("", "left"))
     rows.add_row(*_artifact(result))
+    if (adapter := plan.checkpoint.identity.get("adapter")) is not None:
+        rows.add_row("adapter", f"{adapter}, merged into {plan.checkpoint.identity['id']}")
     rows.add_row("format", plan.format.title + (", scales with the least squared error" if plan.searches else ""))
     if isinstance(plan.format, Int8Format):
         rows.add_row("recipe", f"{plan.recipe.name}, threshold {plan.recipe.threshold:g}")

@@ -1,0 +1,312 @@
+"""A checkpoint with a LoRA adapter merged into it as it is read.
+
+For a weight W [N, K], an adapter of PEFT stores A [R, K] and B [N, R] of a small rank R. Merged, the weight is
+
+    LoRA     W + s B A, s = alpha / R             Hu et al. 2021 (arXiv:2106.09685), section 4.1
+    rsLoRA   the same with s = alpha / sqrt(R)    Kalajdzievski 2023 (arXiv:2312.03732), section 3
+    DoRA     m (W + s B A) / ||W + s B A||        Liu et al. 2024 (arXiv:2402.09353), section 4.1
+
+where m [N] is stored too, and the norm is that of each output feature. Everything is computed in float32, in an order
+that is fixed for each element. So the result depends neither on the machine, nor on how many rows are read at a time,
+nor on the number of threads. It is rounded once: to int8, or to the dtype in which the base has the weight.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from quantize8.kernels import cpu
+from quantize8.kernels.reference import Array
+from quantize8.sources.base import BLOCK_BYTES, FLOATING, Checkpoint, TensorInfo
+from quantize8.sources.lora import CONFIG_NAME, Adapter, Pair, open_adapter
+from quantize8.sources.names import ModelNames
+from quantize8.sources.wrapper import Wrapper
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One of two matrices whose product is added to a weight: a tensor of the adapter, or its transpose."""
+
+    tensor: str
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What is added to a weight, in the orientation in which the checkpoint has it.
+
+    Attributes:
+        left: The matrix [rows, R].
+        right: The matrix [R, columns].
+        scaling: The factor of their product.
+        magnitude: The tensor with DoRA's m; empty without.
+        by_row: Whether m has a number for each row of the weight, or else for each column.
+    """
+
+    left: Factor
+    right: Factor
+    scaling: float
+    magnitude: str = ""
+    by_row: bool = True
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an adapter does to a tensor of the base.
+
+    Attributes:
+        replacement: The tensor of the adapter to read instead; empty if there is none.
+        low_rank: What is added to the weight then.
+        addend: The tensor of the adapter to add to a bias; empty if there is none.
+        scaling: The factor of the addend.
+    """
+
+    replacement: str = ""
+    low_rank: LowRank | None = None
+    addend: str = ""
+    scaling: float = 1.0
+
+    @property
+    def adds(self) -> bool:
+        """Whether something is computed."""
+        return self.low_rank is not None or bool(self.addend)
+
+
+class _Kept(threading.local):
+    """The matrices that a thread has read whole, for the weight that it is at."""
+
+    def __init__(self) -> None:
+        self.weight, self.matrices = "", dict[Factor, Array]()
+
+
+class AdaptedCheckpoint(Wrapper):
+    """A checkpoint read through an adapter. What is computed is float32, what is replaced has the adapter's dtype.
+
+    Args:
+        inner: The base.
+        adapter: The adapter.
+        changes: What it does to each tensor, by name in the base.
+    """
+
+    def __init__(self, inner: Checkpoint, adapter: Adapter, changes: Mapping[str, Change]) -> None:
+        changed = {name: _changed(inner.tensors[name], adapter, change) for name, change in changes.items()}
+        super().__init__(inner, {**inner.tensors, **changed})
+        self.name = f"{inner.name}-{adapter.name}"
+        self.identity = {**inner.identity, **adapter.identity}
+        self.adapter, self.changes = adapter, changes
+        self._factors: dict[str, Array] = {}  # DoRA's factors of columns, by name of the weight
+        self._kept = _Kept()
+
+    def fingerprint(self) -> dict[str, list[Any]]:
+        """See `Checkpoint.fingerprint`; the files of the adapter are among them."""
+        return {**super().fingerprint(), **self.adapter.weights.fingerprint()}
+
+    def rows(self, name: str, start: int, stop: int) -> Array:
+        """See `Checkpoint.rows`."""
+        change = self.changes.get(name)
+        if change is None:
+            return super().rows(name, start, stop)
+        return self._merged(name, change, self._before(name, change, start, stop), start)
+
+    def blocks(self, name: str, block_bytes: int | None = None, multiple: int = 1) -> Iterator[Array]:
+        """See `Checkpoint.blocks`."""
+        change, start = self.changes.get(name), 0
+        if change is not None and change.replacement:
+            yield from super().blocks(name, block_bytes, multiple)
+            return
+        info, stored = self.tensors[name], self.inner.tensors[name]
+        if change is not None and info.nbytes:  # the rows of a block are those of float32
+            block_bytes = max(1, (block_bytes or BLOCK_BYTES) * stored.nbytes // info.nbytes)
+        for values in self.inner.blocks(name, block_bytes, multiple):
+            yield values if change is None else self._merged(name, change, values, start)
+            start += len(values) if values.ndim else 1
+
+    def _before(self, name: str, change: Change, start: int, stop: int) -> Array:
+        """The rows of a tensor to which something is added."""
+        if not change.replacement:
+            return super().rows(name, start, stop)
+        values = self.adapter.weights.rows(change.replacement, start, stop)
+        self._check_finite(change.replacement, values)
+        return values
+
+    def _merged(self, name: str, change: Change, values: Array, start: int) -> Array:
+        """The values of some rows of a tensor, the first of which is `start`, after a change."""
+        if not change.adds:
+            return values
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # reported below
+            if change.low_rank is None:
+                addend = self.adapter.weights.rows(change.addend, start, start + len(values)).astype(np.float32)
+                result: Array = values.astype(np.float32) + np.float32(change.scaling) * addend
+            else:
+                result = self._with_product(name, change.low_rank, values, start)
+                result = self._scaled(name, change.low_rank, result, start)
+        if not cpu.all_finite(result) and cpu.all_finite(values):
+            raise self.adapter.error(f"makes {name} of the base NaN or infinite; train it again, or fetch it again")
+        return result
+
+    def _with_product(self, name: str, change: LowRank, values: Array, start: int) -> Array:
+        """W + s B A for some rows of a weight."""
+        right = self._whole(name, change.right)
+        if change.left.transposed:
+            left = self._whole(name, change.left)[start : start + len(values)]
+        else:
+            left = self.adapter.weights.rows(change.left.tensor, start, start + len(values))
+            self._check_finite(change.left.tensor, left)
+        return cpu.add_low_rank(values, left, right, change.scaling)
+
+    def _whole(self, name: str, factor: Factor) -> Array:
+        """A matrix of the adapter in float32, kept until the thread reads another weight."""
+        if self._kept.weight != name:
+            self._kept.weight, self._kept.matrices = name, {}
+        matrices = self._kept.matrices
+        if factor not in matrices:
+            values = self._all_rows(factor.tensor)
+            matrices[factor] = np.ascontiguousarray(values.T if factor.transposed else values)
+        return matrices[factor]
+
+    def _scaled(self, name: str, change: LowRank, merged: Array, start: int) -> Array:
+        """DoRA: rows of W + s B A times m / ||W + s B A||; without DoRA, the rows themselves."""
+        if not change.magnitude:
+            return merged
+        if change.by_row:
+            magnitude = self._all_rows(change.magnitude)[start : start + len(merged)]
+            squares: Any = np.cumsum(np.square(merged, dtype=np.float64), axis=1)[:, -1:]  # adds in order
+            factors = magnitude[:, None] / np.sqrt(squares).astype(np.float32)
+        else:
+            if name not in self._factors:
+                self._factors[name] = self._all_rows(change.magnitude) / self._column_norms(name, change)
+            factors = self._factors[name]
+        result: Array = factors * merged
+        return result
+
+    def _column_norms(self, name: str, change: LowRank) -> Array:
+        """The norm of each column of W + s B A, float32 [columns]; the whole weight is read for it."""
+        count, columns = self.tensors[name].shape
+        squares, step = np.zeros(columns), max(1, BLOCK_BYTES // max(1, 4 * columns))
+        for start in range(0, count, step):
+            values = self._before(name, self.changes[name], start, min(start + step, count))
+            for row in self._with_product(name, change, values, start):
+                squares += np.square(row, dtype=np.float64)
+        norms: Array = np.sqrt(squares).astype(np.float32)
+        return norms
+
+    def _all_rows(self, tensor: str) -> Array:
+        """A tensor of the adapter, float32."""
+        values = self.adapter.weights.rows(tensor, 0, self.adapter.weights.tensors[tensor].shape[0])
+        self._check_finite(tensor, values)
+        return values.astype(np.float32)
+
+    def _check_finite(self, tensor: str, values: Array) -> None:
+        if not cpu.all_finite(values):
+            raise self.adapter.error(f"{tensor} holds NaN or infinity; train it again, or fetch it again")
+
+
+def merged(base: Checkpoint, folder: str) -> AdaptedCheckpoint:
+    """Open an adapter, and read a checkpoint through it.
+
+    Args:
+        base: The checkpoint that the adapter was trained on.
+        folder: The folder with the adapter's settings and weights.
+
+    Raises:
+        SourceError: The adapter cannot be read or merged, or it belongs to another model.
+        DependencyError: torch and transformers are needed to find the layers of this model, and missing.
+    """
+    adapter = open_adapter(folder)
+    asked = [*(f"{module}.weight" for module in adapter.pairs), *adapter.replaced]
+    names = ModelNames(base, asked)
+    changes: dict[str, Change] = {}
+    for weight, key in adapter.replaced.items():
+        name = _find(base, adapter, names, weight, key)
+        if name in changes:
+            raise adapter.error(f"{key} and {changes[name].replacement} both replace {name}; fetch the adapter again")
+        _check_replacement(base, adapter, name, key)
+        changes[name] = Change(key)
+    for module, pair in adapter.pairs.items():
+        name = _find(base, adapter, names, f"{module}.weight", pair.a)
+        change = changes.get(name, Change())
+        if change.low_rank is not None:
+            raise adapter.error(f"{pair.a} and another tensor both change {name}; fetch the adapter again")
+        changes[name] = replace(change, low_rank=_low_rank(base, adapter, names, name, pair))
+        if pair.bias:
+            bias = f"{name.removesuffix('.weight')}.bias"
+            if bias not in base.tensors:
+                raise adapter.error(f"{pair.bias} has no bias in the base to be added to; merge it with PEFT instead")
+            _check_shape(adapter, pair.bias, base.tensors[bias].shape)
+            changes[bias] = replace(changes.get(bias, Change()), addend=pair.bias, scaling=pair.scaling)
+    return AdaptedCheckpoint(base, adapter, changes)
+
+
+def _find(base: Checkpoint, adapter: Adapter, names: ModelNames, weight: str, key: str) -> str:
+    """The tensor of the base that a name in the adapter stands for."""
+    name = names.stored(weight)
+    if name is None:
+        trained = adapter.identity.get("adapter_base")
+        hint = f"it was trained on {trained}" if trained else "name the model that it was trained on"
+        raise adapter.error(f"{key} has no counterpart in {base.name}, which stores no {weight} of its own; {hint}")
+    if base.tensors[name].dtype not in FLOATING:
+        raise adapter.error(
+            f"{key} changes {name}, which is {base.tensors[name].dtype} in the base; merge it with PEFT"
+        )
+    if (other := names.tied(name)) is not None:
+        raise adapter.error(
+            f"{key} changes {name}, but the model uses the same weight as {other} (tie_word_embeddings); save the base "
+            "with a weight for each, and name that as the source"
+        )
+    return name
+
+
+def _check_replacement(base: Checkpoint, adapter: Adapter, name: str, key: str) -> None:
+    shape, found = base.tensors[name].shape, adapter.weights.tensors[key].shape
+    if len(shape) == len(found) == 2 and shape[1] == found[1] and shape[0] < found[0]:
+        raise adapter.error(
+            f"{key} has {found[0]} rows, and {name} of the base {shape[0]}: tokens were added; resize the embeddings "
+            "of the base, save it with the adapter's tokenizer, and name that as the source"
+        )
+    _check_shape(adapter, key, shape)
+
+
+def _check_shape(adapter: Adapter, key: str, expected: tuple[int, ...]) -> None:
+    found = adapter.weights.tensors[key].shape
+    if found != expected:
+        raise adapter.error(
+            f"{key} has the shape {list(found)}, but the base requires {list(expected)}; "
+            "name the model that it was trained on"
+        )
+
+
+def _low_rank(base: Checkpoint, adapter: Adapter, names: ModelNames, name: str, pair: Pair) -> LowRank:
+    """What a pair of matrices adds to a weight, after a check of all shapes."""
+    info, (a, b) = base.tensors[name], (adapter.weights.tensors[key].shape for key in (pair.a, pair.b))
+    # PEFT stores A [R, V] and B [H, R] for an embedding [V, H], as for the transpose of a Linear weight
+    conv1d = names.is_conv1d(name, adapter.settings.fan_in_fan_out) and name not in base.decoded
+    transposed = pair.embeds or conv1d
+    if len(a) != 2 or len(b) != 2 or len(info.shape) != 2:
+        raise adapter.error(
+            f"{pair.a} {list(a)} and {pair.b} {list(b)} for {name} {list(info.shape)} are not matrices; merge with PEFT"
+        )
+    rank, inputs, outputs = a[0], a[1], b[0]
+    if not rank == b[1] == pair.rank:
+        raise adapter.error(
+            f"{pair.a} has rank {rank}, {pair.b} rank {b[1]}, and {CONFIG_NAME} says {pair.rank}; fetch all again"
+        )
+    if info.shape != ((inputs, outputs) if transposed else (outputs, inputs)):
+        raise adapter.error(
+            f"{pair.a} {list(a)} and {pair.b} {list(b)} do not fit {name} {list(info.shape)} of the base; "
+            "name the model that it was trained on"
+        )
+    if pair.magnitude:
+        _check_shape(adapter, pair.magnitude, (outputs,))
+    left, right = (pair.a, pair.b) if transposed else (pair.b, pair.a)
+    return LowRank(Factor(left, transposed), Factor(right, transposed), pair.scaling, pair.magnitude, not transposed)
+
+
+def _changed(info: TensorInfo, adapter: Adapter, change: Change) -> TensorInfo:
+    """A tensor as it is read after a change; in floating point it is written in the dtype that it has in the base."""
+    dtype = "F32" if change.adds else adapter.weights.tensors[change.replacement].dtype
+    return replace(info, dtype=dtype, is_int8=False, written_dtype=info.written_dtype)
