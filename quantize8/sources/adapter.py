@@ -22,7 +22,7 @@ import numpy as np
 
 from quantize8.kernels import cpu
 from quantize8.kernels.reference import Array
-from quantize8.sources.base import BLOCK_BYTES, FLOATING, Checkpoint, TensorInfo
+from quantize8.sources.base import BLOCK_BYTES, QUANTIZABLE, Checkpoint, TensorInfo
 from quantize8.sources.lora import CONFIG_NAME, Adapter, Pair, open_adapter
 from quantize8.sources.names import ModelNames
 from quantize8.sources.wrapper import Wrapper
@@ -91,16 +91,30 @@ class AdaptedCheckpoint(Wrapper):
         inner: The base.
         adapter: The adapter.
         changes: What it does to each tensor, by name in the base.
+        copies: The weights that the model has in common with another one, and that become weights of their own because
+            the adapter changes one of the two -> the tensor that both are read from.
     """
 
-    def __init__(self, inner: Checkpoint, adapter: Adapter, changes: Mapping[str, Change]) -> None:
-        changed = {name: _changed(inner.tensors[name], adapter, change) for name, change in changes.items()}
-        super().__init__(inner, {**inner.tensors, **changed})
+    def __init__(
+        self, inner: Checkpoint, adapter: Adapter, changes: Mapping[str, Change], copies: Mapping[str, str]
+    ) -> None:
+        tensors = {
+            **inner.tensors,
+            **{name: replace(inner.tensors[stored], name=name) for name, stored in copies.items()},
+        }
+        changed = {name: _changed(tensors[name], adapter, change) for name, change in changes.items()}
+        super().__init__(inner, {**tensors, **changed})
+        self.copies = copies
         self.name = f"{inner.name}-{adapter.name}"
         self.identity = {**inner.identity, **adapter.identity}
         self.adapter, self.changes = adapter, changes
         self._factors: dict[str, Array] = {}  # DoRA's factors of columns, by name of the weight
         self._kept = _Kept()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config.json of the base; it says so if weights are no longer tied."""
+        return {**super().config, "tie_word_embeddings": False} if self.copies else super().config
 
     def fingerprint(self) -> dict[str, list[Any]]:
         """See `Checkpoint.fingerprint`; the files of the adapter are among them."""
@@ -110,7 +124,7 @@ class AdaptedCheckpoint(Wrapper):
         """See `Checkpoint.rows`."""
         change = self.changes.get(name)
         if change is None:
-            return super().rows(name, start, stop)
+            return super().rows(self.copies.get(name, name), start, stop)
         return self._merged(name, change, self._before(name, change, start, stop), start)
 
     def blocks(self, name: str, block_bytes: int | None = None, multiple: int = 1) -> Iterator[Array]:
@@ -119,17 +133,18 @@ class AdaptedCheckpoint(Wrapper):
         if change is not None and change.replacement:
             yield from super().blocks(name, block_bytes, multiple)
             return
-        info, stored = self.tensors[name], self.inner.tensors[name]
+        source = self.copies.get(name, name)
+        info, stored = self.tensors[name], self.inner.tensors[source]
         if change is not None and info.nbytes:  # the rows of a block are those of float32
             block_bytes = max(1, (block_bytes or BLOCK_BYTES) * stored.nbytes // info.nbytes)
-        for values in self.inner.blocks(name, block_bytes, multiple):
+        for values in self.inner.blocks(source, block_bytes, multiple):
             yield values if change is None else self._merged(name, change, values, start)
             start += len(values) if values.ndim else 1
 
     def _before(self, name: str, change: Change, start: int, stop: int) -> Array:
         """The rows of a tensor to which something is added."""
         if not change.replacement:
-            return super().rows(name, start, stop)
+            return super().rows(self.copies.get(name, name), start, stop)
         values = self.adapter.weights.rows(change.replacement, start, stop)
         self._check_finite(change.replacement, values)
         return values
@@ -218,57 +233,106 @@ def merged(base: Checkpoint, folder: str) -> AdaptedCheckpoint:
         DependencyError: torch and transformers are needed to find the layers of this model, and missing.
     """
     adapter = open_adapter(folder)
-    asked = [*(f"{module}.weight" for module in adapter.pairs), *adapter.replaced]
-    names = ModelNames(base, asked)
-    changes: dict[str, Change] = {}
-    for weight, key in adapter.replaced.items():
-        name = _find(base, adapter, names, weight, key)
-        if name in changes:
-            raise adapter.error(f"{key} and {changes[name].replacement} both replace {name}; fetch the adapter again")
-        _check_replacement(base, adapter, name, key)
-        changes[name] = Change(key)
-    for module, pair in adapter.pairs.items():
-        name = _find(base, adapter, names, f"{module}.weight", pair.a)
-        change = changes.get(name, Change())
+    return _Merging(base, adapter).checkpoint()
+
+
+class _Merging:
+    """Finds out what an adapter does to each tensor of a base, and checks that it can."""
+
+    def __init__(self, base: Checkpoint, adapter: Adapter) -> None:
+        self._base, self._adapter = base, adapter
+        self._names = ModelNames(base, [*(f"{module}.weight" for module in adapter.pairs), *adapter.replaced])
+        self._changes: dict[str, Change] = {}
+        self._copies: dict[str, str] = {}
+
+    def checkpoint(self) -> AdaptedCheckpoint:
+        """The base, changed."""
+        for weight, key in self._adapter.replaced.items():
+            self._replace(self._find(weight, key), key)
+        for module, pair in self._adapter.pairs.items():
+            self._add(self._find(f"{module}.weight", pair.a), pair)
+        return AdaptedCheckpoint(self._base, self._adapter, self._changes, self._copies)
+
+    def _find(self, weight: str, key: str) -> str:
+        """The tensor that a name in the adapter stands for. A weight that is tied becomes one of its own."""
+        base, adapter, apart = self._base, self._adapter, self._names.apart(weight)
+        nested = any(isinstance(value, dict) and "tie_word_embeddings" in value for value in base.config.values())
+        if apart is not None and not nested:
+            stored, other = apart
+            self._copies[other] = stored
+            return other if self._names.stored(weight) is None else stored
+        name = self._names.stored(weight)
+        if name is None:
+            trained = adapter.identity.get("adapter_base")
+            hint = f"it was trained on {trained}" if trained else "name the model that it was trained on"
+            raise adapter.error(f"{key} has no counterpart in {base.name}, which stores no {weight} of its own; {hint}")
+        if tied := self._names.tied(name):
+            raise adapter.error(
+                f"{key} changes {name}, but the model uses the same weight as {tied[0]} (tie_word_embeddings); save "
+                "the base with a weight for each, and name that as the source"
+            )
+        if (dtype := base.tensors[name].dtype) not in QUANTIZABLE:
+            raise adapter.error(f"{key} changes {name}, which is {dtype} in the base; merge it with PEFT")
+        return name
+
+    def _info(self, name: str) -> TensorInfo:
+        return self._base.tensors[self._copies.get(name, name)]
+
+    def _replace(self, name: str, key: str) -> None:
+        """Read a tensor of the adapter instead of one of the base."""
+        shape, found = self._info(name).shape, self._adapter.weights.tensors[key].shape
+        if name in self._changes:
+            other = self._changes[name].replacement
+            raise self._adapter.error(f"{key} and {other} both replace {name}; fetch the adapter again")
+        if len(shape) == len(found) == 2 and shape[1] == found[1] and shape[0] < found[0]:
+            raise self._adapter.error(
+                f"{key} has {found[0]} rows, and {name} of the base {shape[0]}: tokens were added; resize the "
+                "embeddings of the base, save it with the adapter's tokenizer, and name that as the source"
+            )
+        _check_shape(self._adapter, key, shape)
+        self._changes[name] = Change(key)
+
+    def _add(self, name: str, pair: Pair) -> None:
+        """Add the product of two matrices to a weight, and the bias of the second to the bias."""
+        adapter, change = self._adapter, self._changes.get(name, Change())
         if change.low_rank is not None:
             raise adapter.error(f"{pair.a} and another tensor both change {name}; fetch the adapter again")
-        changes[name] = replace(change, low_rank=_low_rank(base, adapter, names, name, pair))
+        self._changes[name] = replace(change, low_rank=self._low_rank(name, pair))
         if pair.bias:
             bias = f"{name.removesuffix('.weight')}.bias"
-            if bias not in base.tensors:
+            if bias not in self._base.tensors:
                 raise adapter.error(f"{pair.bias} has no bias in the base to be added to; merge it with PEFT instead")
-            _check_shape(adapter, pair.bias, base.tensors[bias].shape)
-            changes[bias] = replace(changes.get(bias, Change()), addend=pair.bias, scaling=pair.scaling)
-    return AdaptedCheckpoint(base, adapter, changes)
+            _check_shape(adapter, pair.bias, self._base.tensors[bias].shape)
+            before = self._changes.get(bias, Change())
+            self._changes[bias] = replace(before, addend=pair.bias, scaling=pair.scaling)
 
-
-def _find(base: Checkpoint, adapter: Adapter, names: ModelNames, weight: str, key: str) -> str:
-    """The tensor of the base that a name in the adapter stands for."""
-    name = names.stored(weight)
-    if name is None:
-        trained = adapter.identity.get("adapter_base")
-        hint = f"it was trained on {trained}" if trained else "name the model that it was trained on"
-        raise adapter.error(f"{key} has no counterpart in {base.name}, which stores no {weight} of its own; {hint}")
-    if base.tensors[name].dtype not in FLOATING:
-        raise adapter.error(
-            f"{key} changes {name}, which is {base.tensors[name].dtype} in the base; merge it with PEFT"
+    def _low_rank(self, name: str, pair: Pair) -> LowRank:
+        """What a pair of matrices adds to a weight, after a check of all shapes."""
+        adapter, shape = self._adapter, self._info(name).shape
+        a, b = (adapter.weights.tensors[key].shape for key in (pair.a, pair.b))
+        # PEFT stores A [R, V] and B [H, R] for an embedding [V, H], as for the transpose of a Linear weight
+        conv1d = self._names.is_conv1d(name, adapter.settings.fan_in_fan_out) and name not in self._base.decoded
+        transposed = pair.embeds or conv1d
+        if len(a) != 2 or len(b) != 2 or len(shape) != 2:
+            raise adapter.error(
+                f"{pair.a} {list(a)} and {pair.b} {list(b)} for {name} {list(shape)} are not matrices; merge with PEFT"
+            )
+        rank, inputs, outputs = a[0], a[1], b[0]
+        if not rank == b[1] == pair.rank:
+            raise adapter.error(
+                f"{pair.a} has rank {rank}, {pair.b} rank {b[1]}, and {CONFIG_NAME} says {pair.rank}; fetch all again"
+            )
+        if shape != ((inputs, outputs) if transposed else (outputs, inputs)):
+            raise adapter.error(
+                f"{pair.a} {list(a)} and {pair.b} {list(b)} do not fit {name} {list(shape)} of the base; "
+                "name the model that it was trained on"
+            )
+        if pair.magnitude:
+            _check_shape(adapter, pair.magnitude, (outputs,))
+        left, right = (pair.a, pair.b) if transposed else (pair.b, pair.a)
+        return LowRank(
+            Factor(left, transposed), Factor(right, transposed), pair.scaling, pair.magnitude, not transposed
         )
-    if (other := names.tied(name)) is not None:
-        raise adapter.error(
-            f"{key} changes {name}, but the model uses the same weight as {other} (tie_word_embeddings); save the base "
-            "with a weight for each, and name that as the source"
-        )
-    return name
-
-
-def _check_replacement(base: Checkpoint, adapter: Adapter, name: str, key: str) -> None:
-    shape, found = base.tensors[name].shape, adapter.weights.tensors[key].shape
-    if len(shape) == len(found) == 2 and shape[1] == found[1] and shape[0] < found[0]:
-        raise adapter.error(
-            f"{key} has {found[0]} rows, and {name} of the base {shape[0]}: tokens were added; resize the embeddings "
-            "of the base, save it with the adapter's tokenizer, and name that as the source"
-        )
-    _check_shape(adapter, key, shape)
 
 
 def _check_shape(adapter: Adapter, key: str, expected: tuple[int, ...]) -> None:
@@ -278,32 +342,6 @@ def _check_shape(adapter: Adapter, key: str, expected: tuple[int, ...]) -> None:
             f"{key} has the shape {list(found)}, but the base requires {list(expected)}; "
             "name the model that it was trained on"
         )
-
-
-def _low_rank(base: Checkpoint, adapter: Adapter, names: ModelNames, name: str, pair: Pair) -> LowRank:
-    """What a pair of matrices adds to a weight, after a check of all shapes."""
-    info, (a, b) = base.tensors[name], (adapter.weights.tensors[key].shape for key in (pair.a, pair.b))
-    # PEFT stores A [R, V] and B [H, R] for an embedding [V, H], as for the transpose of a Linear weight
-    conv1d = names.is_conv1d(name, adapter.settings.fan_in_fan_out) and name not in base.decoded
-    transposed = pair.embeds or conv1d
-    if len(a) != 2 or len(b) != 2 or len(info.shape) != 2:
-        raise adapter.error(
-            f"{pair.a} {list(a)} and {pair.b} {list(b)} for {name} {list(info.shape)} are not matrices; merge with PEFT"
-        )
-    rank, inputs, outputs = a[0], a[1], b[0]
-    if not rank == b[1] == pair.rank:
-        raise adapter.error(
-            f"{pair.a} has rank {rank}, {pair.b} rank {b[1]}, and {CONFIG_NAME} says {pair.rank}; fetch all again"
-        )
-    if info.shape != ((inputs, outputs) if transposed else (outputs, inputs)):
-        raise adapter.error(
-            f"{pair.a} {list(a)} and {pair.b} {list(b)} do not fit {name} {list(info.shape)} of the base; "
-            "name the model that it was trained on"
-        )
-    if pair.magnitude:
-        _check_shape(adapter, pair.magnitude, (outputs,))
-    left, right = (pair.a, pair.b) if transposed else (pair.b, pair.a)
-    return LowRank(Factor(left, transposed), Factor(right, transposed), pair.scaling, pair.magnitude, not transposed)
 
 
 def _changed(info: TensorInfo, adapter: Adapter, change: Change) -> TensorInfo:

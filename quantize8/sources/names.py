@@ -34,10 +34,14 @@ class ModelNames:
         self._tensors = checkpoint.tensors
         self._in_model: dict[str, Target] = {}  # tensors of the checkpoint, and names that are asked for -> parameter
         self._stored: dict[str, str] = {}  # parameter -> the one tensor that is read into it
-        self._shared: dict[str, str] = {}  # parameter -> another one that is the same
+        self._shared: dict[str, set[str]] = {}  # parameter -> all that are the same, with itself
         self._conv1d: set[str] | None = set()  # modules of the model; None if its code is not known
         config = checkpoint.config
         if not checkpoint.is_encoder and is_plain_decoder(config, checkpoint.tensors):
+            prefix = EMBEDDING.partition(".")[0]  # which the model without its head does not have
+            whole = {name: f"{prefix}.{name}" for name in asked if name not in self._tensors}
+            self._in_model = {name: Target(full, None) for name, full in whole.items() if full in self._tensors}
+            self._stored = {name: name for name in checkpoint.tensors}
             if config.get("tie_word_embeddings", False):
                 self._share(f"{EMBEDDING}.weight", f"{HEAD}.weight")
             return
@@ -70,13 +74,31 @@ class ModelNames:
         """Whether a tensor of the checkpoint is the weight of a Conv1D; `otherwise` if the model is not known."""
         return otherwise if self._conv1d is None else self._parameter(name).removesuffix(".weight") in self._conv1d
 
-    def tied(self, name: str) -> str | None:
-        """Another parameter of the model that is the same as that of a tensor of the checkpoint; None without one."""
-        return self._shared.get(self._parameter(name))
+    def tied(self, name: str) -> list[str]:
+        """The other parameters of the model that are the same as that of a weight; usually none."""
+        parameter = self._parameter(name)
+        return sorted(self._shared.get(parameter, set()) - {parameter})
+
+    def apart(self, name: str) -> tuple[str, str] | None:
+        """A pair of tied parameters, of which the checkpoint stores one under its own name, and the other not at all.
+
+        Args:
+            name: One of them, in the model or in the checkpoint.
+
+        Returns:
+            The stored one and the other; None if the weight is not one of such a pair.
+        """
+        group = self._shared.get(self._parameter(name), set())
+        read = [each for each in group if each in self._stored or each in self._tensors]
+        if len(group) != 2 or len(read) != 1 or self._stored.get(read[0]) != read[0]:
+            return None
+        (other,) = group - set(read)
+        return read[0], other
 
     def _parameter(self, name: str) -> str:
         target = self._in_model.get(name)
         return name if target is None else target.name
 
     def _share(self, one: str, other: str) -> None:
-        self._shared |= {one: other, other: one}
+        group = self._shared.get(one, {one}) | self._shared.get(other, {other})
+        self._shared |= dict.fromkeys(group, group)
