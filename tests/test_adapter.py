@@ -14,7 +14,7 @@ import transformers
 from helpers.adapters import CONFIG, WEIGHTS, merge, settings, tensors, train
 from helpers.artifacts import digests
 from helpers.gguf_files import config_of, folder_of
-from helpers.making import GPT2, SIZES, llama, mixtral, saved, word_tokenizer
+from helpers.making import GPT2, SIZES, llama, mixtral, qwen3_moe, saved, word_tokenizer
 from peft import LoraConfig, PeftModel
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -158,6 +158,60 @@ def test_separate_experts(tmp_path):
     adapted = open_checkpoint(str(base), adapter=str(adapter))
     changed = compare(adapted, merge(base, adapter, tmp_path / "merged"))
     assert sum("experts" in name for name in changed) == 2 * 4 * 3
+
+
+BOTH = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")  # but they are used
+@pytest.mark.parametrize("make", [mixtral, qwen3_moe])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"target_parameters": BOTH, "target_modules": ["q_proj"]},
+        {"target_parameters": BOTH[1:]},
+        {"target_parameters": BOTH[::-1], "rank_pattern": {"experts.down_proj": 5}, "use_rslora": True},
+        {"target_parameters": [*BOTH, "o_proj.weight"], "alpha_pattern": {"o_proj.weight": 3, ".*gate_up_proj": 2}},
+    ],
+    ids=str,
+)
+def test_experts_that_transformers_joins(make, asked, tmp_path):
+    base = make(tmp_path / "base")
+    adapted = check_against_peft(tmp_path, base, r=3, **asked)
+    matrices = 12 if "experts.gate_up_proj" in asked["target_parameters"] else 4
+    assert sum("experts" in name for name in adapted.changes) == 2 * matrices
+
+
+@pytest.mark.parametrize("kind", [transformers.GptOssForCausalLM, transformers.Llama4ForCausalLM])
+def test_experts_that_are_stored_as_one_tensor(kind, tmp_path):
+    """gpt-oss stores the matrices of its experts [K, N]; PEFT takes those of Llama 4 for [N, K], which they are not."""
+    sizes = {**SIZES, "num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 8, "intermediate_size_mlp": 48}
+    base = saved(tmp_path / "base", kind, **sizes)
+    adapted = check_against_peft(tmp_path, base, r=3, target_parameters=BOTH, target_modules=["q_proj"])
+    names = {name for name in adapted.changes if "experts" in name}
+    assert len(names) == 4 and all(len(adapted.tensors[name].shape) == 3 for name in names)
+    for name in names:
+        whole = rows_of(adapted, name)
+        np.testing.assert_array_equal(np.concatenate(list(adapted.blocks(name, 1))), whole)
+
+
+def test_experts_in_int8(tmp_path):
+    base = qwen3_moe(tmp_path / "base")
+    adapter = train(base, tmp_path / "adapter", target_parameters=BOTH)
+    options = {"format": "compressed-tensors", "moe": "transformers", "adapter": str(adapter)}
+    result = convert(str(base), tmp_path / "out", check=True, **options)
+    assert result.check.parameters and sum("experts" in name for name in result.plan.modules) == 24
+
+
+def test_experts_whose_parts_are_not_what_the_adapter_says(tmp_path):
+    base = mixtral(tmp_path / "base")
+    adapter = train(base, tmp_path / "adapter", target_parameters=BOTH[1:], r=3)
+    settings(adapter, r=2)
+    with pytest.raises(SourceError, match=r"experts\.lora_A\.weight has the shape \[12, 48\], .* \[8, 48\]"):
+        open_checkpoint(str(base), adapter=str(adapter))
+    settings(adapter, r=3, target_parameters=[])
+    with pytest.raises(SourceError, match=r"experts\.lora_A\.weight has no counterpart"):
+        open_checkpoint(str(base), adapter=str(adapter))
 
 
 def llava(folder: Path) -> Path:
@@ -558,7 +612,7 @@ REFUSED = [
     (_set(peft_type="IA3"), r"is an adapter of type IA3, and only LORA is merged"),
     (_set(peft_type=None), r"is an adapter of type None"),
     (_set(peft_type=["LORA"]), r"is an adapter of type \['LORA'\]"),
-    (_set(target_parameters=["experts.down_proj"]), r"has target_parameters, which is not merged"),
+    (_set(target_parameters="experts"), r"target_parameters is not a list of names"),
     (_set(layer_replication=[[0, 1]]), r"has layer_replication"),
     (_set(alora_invocation_tokens=[1]), r"has alora_invocation_tokens"),
     (_set(init_lora_weights="pissa_niter_4"), r"init_lora_weights 'pissa_niter_4', which changes the base"),

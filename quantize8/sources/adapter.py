@@ -24,16 +24,39 @@ from quantize8.kernels import cpu
 from quantize8.kernels.reference import Array
 from quantize8.sources.base import BLOCK_BYTES, QUANTIZABLE, Checkpoint, TensorInfo
 from quantize8.sources.lora import CONFIG_NAME, Adapter, Pair, open_adapter
-from quantize8.sources.names import ModelNames
+from quantize8.sources.names import ModelNames, Stack
 from quantize8.sources.wrapper import Wrapper
+
+_WRAPPED = ".base_layer"  # ends the name of a module within PEFT's wrapper of it
+_Range = tuple[int | None, int | None, int | None]  # start, stop and step
+_ALL: _Range = (None, None, None)
 
 
 @dataclass(frozen=True)
 class Factor:
-    """One of two matrices whose product is added to a weight: a tensor of the adapter, or its transpose."""
+    """One of two matrices whose product is added to a weight: some rows and columns of a tensor of the adapter.
+
+    Attributes:
+        tensor: The tensor, a matrix.
+        transposed: Whether the matrix is the transpose of that.
+        rows: The rows of the tensor.
+        columns: The columns of the tensor.
+    """
 
     tensor: str
-    transposed: bool
+    transposed: bool = False
+    rows: _Range = _ALL
+    columns: _Range = _ALL
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the matrix is the tensor itself."""
+        return not self.transposed and self.rows == self.columns == _ALL
+
+    def of(self, values: Array) -> Array:
+        """The matrix, float32, of the values of the tensor."""
+        part = values[slice(*self.rows), slice(*self.columns)]
+        return np.ascontiguousarray(part.T if self.transposed else part, np.float32)
 
 
 @dataclass(frozen=True)
@@ -62,26 +85,28 @@ class Change:
     Attributes:
         replacement: The tensor of the adapter to read instead; empty if there is none.
         low_rank: What is added to the weight then.
+        experts: What is added to each matrix of a stack of them [E, rows, columns].
         addend: The tensor of the adapter to add to a bias; empty if there is none.
         scaling: The factor of the addend.
     """
 
     replacement: str = ""
     low_rank: LowRank | None = None
+    experts: tuple[LowRank, ...] = ()
     addend: str = ""
     scaling: float = 1.0
 
     @property
     def adds(self) -> bool:
         """Whether something is computed."""
-        return self.low_rank is not None or bool(self.addend)
+        return self.low_rank is not None or bool(self.experts or self.addend)
 
 
 class _Kept(threading.local):
-    """The matrices that a thread has read whole, for the weight that it is at."""
+    """What a thread has read of the adapter for the weight that it is at, and the tensors that it read last."""
 
     def __init__(self) -> None:
-        self.weight, self.matrices = "", dict[Factor, Array]()
+        self.weight, self.matrices, self.tensors = "", dict[Factor, Array](), dict[str, Array]()
 
 
 class AdaptedCheckpoint(Wrapper):
@@ -154,9 +179,12 @@ class AdaptedCheckpoint(Wrapper):
         if not change.adds:
             return values
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # reported below
-            if change.low_rank is None:
+            if change.experts:
+                pairs = zip(change.experts[start:], values, strict=False)
+                result: Array = np.stack([self._with_product(name, each, matrix, 0) for each, matrix in pairs])
+            elif change.low_rank is None:
                 addend = self.adapter.weights.rows(change.addend, start, start + len(values)).astype(np.float32)
-                result: Array = values.astype(np.float32) + np.float32(change.scaling) * addend
+                result = values.astype(np.float32) + np.float32(change.scaling) * addend
             else:
                 result = self._with_product(name, change.low_rank, values, start)
                 result = self._scaled(name, change.low_rank, result, start)
@@ -167,7 +195,7 @@ class AdaptedCheckpoint(Wrapper):
     def _with_product(self, name: str, change: LowRank, values: Array, start: int) -> Array:
         """W + s B A for some rows of a weight."""
         right = self._whole(name, change.right)
-        if change.left.transposed:
+        if not change.left.is_whole:
             left = self._whole(name, change.left)[start : start + len(values)]
         else:
             left = self.adapter.weights.rows(change.left.tensor, start, start + len(values))
@@ -176,25 +204,28 @@ class AdaptedCheckpoint(Wrapper):
 
     def _whole(self, name: str, factor: Factor) -> Array:
         """A matrix of the adapter in float32, kept until the thread reads another weight."""
-        if self._kept.weight != name:
-            self._kept.weight, self._kept.matrices = name, {}
-        matrices = self._kept.matrices
-        if factor not in matrices:
-            values = self._all_rows(factor.tensor)
-            matrices[factor] = np.ascontiguousarray(values.T if factor.transposed else values)
-        return matrices[factor]
+        kept = self._kept
+        if kept.weight != name:
+            kept.weight, kept.matrices = name, {}
+        if factor not in kept.matrices:
+            if factor.tensor not in kept.tensors:  # the experts of a layer share theirs
+                kept.tensors = {**dict(list(kept.tensors.items())[-1:]), factor.tensor: self._all_rows(factor.tensor)}
+            kept.matrices[factor] = factor.of(kept.tensors[factor.tensor])
+        return kept.matrices[factor]
 
     def _scaled(self, name: str, change: LowRank, merged: Array, start: int) -> Array:
         """DoRA: rows of W + s B A times m / ||W + s B A||; without DoRA, the rows themselves."""
         if not change.magnitude:
             return merged
         if change.by_row:
-            magnitude = self._all_rows(change.magnitude)[start : start + len(merged)]
+            magnitude = self._all_rows(change.magnitude).astype(np.float32)[start : start + len(merged)]
             squares: Any = np.cumsum(np.square(merged, dtype=np.float64), axis=1)[:, -1:]  # adds in order
             factors = magnitude[:, None] / np.sqrt(squares).astype(np.float32)
         else:
             if name not in self._factors:
-                self._factors[name] = self._all_rows(change.magnitude) / self._column_norms(name, change)
+                self._factors[name] = self._all_rows(change.magnitude).astype(np.float32) / self._column_norms(
+                    name, change
+                )
             factors = self._factors[name]
         result: Array = factors * merged
         return result
@@ -211,10 +242,10 @@ class AdaptedCheckpoint(Wrapper):
         return norms
 
     def _all_rows(self, tensor: str) -> Array:
-        """A tensor of the adapter, float32."""
+        """A tensor of the adapter."""
         values = self.adapter.weights.rows(tensor, 0, self.adapter.weights.tensors[tensor].shape[0])
         self._check_finite(tensor, values)
-        return values.astype(np.float32)
+        return values
 
     def _check_finite(self, tensor: str, values: Array) -> None:
         if not cpu.all_finite(values):
@@ -250,7 +281,10 @@ class _Merging:
         for weight, key in self._adapter.replaced.items():
             self._replace(self._find(weight, key), key)
         for module, pair in self._adapter.pairs.items():
-            self._add(self._find(f"{module}.weight", pair.a), pair)
+            if (stack := self._stack(module)) is not None:
+                self._add_to_experts(stack, pair)
+            else:
+                self._add(self._find(f"{module}.weight", pair.a), pair)
         return AdaptedCheckpoint(self._base, self._adapter, self._changes, self._copies)
 
     def _find(self, weight: str, key: str) -> str:
@@ -305,6 +339,51 @@ class _Merging:
             _check_shape(adapter, pair.bias, self._base.tensors[bias].shape)
             before = self._changes.get(bias, Change())
             self._changes[bias] = replace(before, addend=pair.bias, scaling=pair.scaling)
+
+    def _stack(self, module: str) -> Stack | None:
+        """The parameter that PEFT adapts under the name of its module.
+
+        Several of a module are wrapped in each other, the first of the model innermost, as X.base_layer.base_layer.
+        """
+        owner = module
+        while owner.endswith(_WRAPPED):
+            owner = owner.removesuffix(_WRAPPED)
+        found = [each for each in self._names.stacks(owner) if self._adapter.settings.targets(each.name)]
+        depth = (len(module) - len(owner)) // len(_WRAPPED)
+        return found[-1 - depth] if depth < len(found) and len(found[-1 - depth].shape) != 2 else None
+
+    def _add_to_experts(self, stack: Stack, pair: Pair) -> None:
+        """Add a product to the matrix of each expert: A is [E R, K], and B [N, E R] with the experts innermost."""
+        adapter, base, (rank, scaling) = self._adapter, self._base, self._adapter.settings.of(stack.name)
+        if len(stack.shape) != 3 or pair.embeds or pair.magnitude or pair.bias:
+            raise adapter.error(f"{pair.a} is for {stack.name}, which is not merged as such; merge it with PEFT")
+        count, outputs, inputs = stack.shape
+        if stack.transposed:
+            inputs, outputs = outputs, inputs
+        _check_shape(adapter, pair.a, (count * rank, inputs))
+        _check_shape(adapter, pair.b, (outputs, count * rank))
+
+        def low_rank(expert: int, start: int | None = None, stop: int | None = None) -> LowRank:
+            a = Factor(pair.a, stack.transposed, (expert * rank, (expert + 1) * rank, None))
+            b = Factor(pair.b, stack.transposed, (start, stop, None), (expert, None, count))
+            return LowRank(a, b, scaling) if stack.transposed else LowRank(b, a, scaling)
+
+        name = self._names.stored(stack.name)
+        if name is not None and base.tensors[name].shape == stack.shape and base.tensors[name].dtype in QUANTIZABLE:
+            found = {name: Change(experts=tuple(map(low_rank, range(count))))}
+        else:
+            parts = [] if stack.transposed else self._names.parts(stack)
+            ends = {part.name: part.start + base.tensors[part.name].shape[0] for part in parts}
+            changes = (Change(low_rank=low_rank(each.expert, each.start, ends[each.name])) for each in parts)
+            found = dict(zip(ends, changes, strict=True))
+        if not found or any(base.tensors[each].dtype not in QUANTIZABLE for each in found):
+            raise adapter.error(
+                f"{pair.a} is for {stack.name}, which {base.name} does not store as matrices of its experts; "
+                "merge it with PEFT"
+            )
+        if twice := sorted(found.keys() & self._changes.keys()):
+            raise adapter.error(f"{pair.a} and another tensor both change {twice[0]}; fetch the adapter again")
+        self._changes |= found
 
     def _low_rank(self, name: str, pair: Pair) -> LowRank:
         """What a pair of matrices adds to a weight, after a check of all shapes."""

@@ -23,7 +23,7 @@ _PREFIX = "base_model.model."  # before the names of the model's modules
 # Settings with which an adapter is more than B A: PEFT computes something else with it, or with another base
 _MORE = (
     *("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
-    *("alora_invocation_tokens", "layer_replication", "trainable_token_indices", "target_parameters"),
+    *("alora_invocation_tokens", "layer_replication", "trainable_token_indices"),
 )
 _KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # values of init_lora_weights
 # Parts of a module in PEFT's names -> fields of `Pair`
@@ -54,6 +54,7 @@ class Settings:
         alphas: Pattern of module names -> alpha.
         rslora: Whether alpha is divided by sqrt(R), not R.
         fan_in_fan_out: Whether the adapter was trained on weights that are stored [K, N].
+        parameters: Ends of names of the parameters that are adapted by themselves, and not as weights of layers.
     """
 
     rank: int
@@ -62,9 +63,14 @@ class Settings:
     alphas: Mapping[str, float]
     rslora: bool
     fan_in_fan_out: bool
+    parameters: tuple[str, ...] = ()
+
+    def targets(self, parameter: str) -> bool:
+        """Whether a parameter of the model is adapted by itself."""
+        return any(f".{parameter}".endswith(f".{end}") for end in self.parameters)
 
     def of(self, module: str) -> tuple[int, float]:
-        """The rank of a module, and the factor of B A, by PEFT's rules: the first pattern that ends the name counts."""
+        """The rank of a module or parameter, and the factor of B A: the first pattern that fits the end of the name."""
         rank = _first_match(self.ranks, module, self.rank)
         alpha = _first_match(self.alphas, module, self.alpha)
         return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
@@ -179,11 +185,14 @@ def _settings(config: dict[str, Any], path: Path) -> Settings:
         return found
 
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not _is_rank(rank) or not _is_number(alpha):
+    if rank is None or alpha is None or not _is_rank(rank) or not _is_number(alpha):
         raise SourceError(f"{path}: r is {rank!r} and lora_alpha {alpha!r}, not positive numbers; fetch it again")
     ranks, alphas = patterns("rank_pattern", _is_rank), patterns("alpha_pattern", _is_number)
-    flags = (bool(config.get(name)) for name in ("use_rslora", "fan_in_fan_out"))
-    return Settings(int(rank), float(alpha), ranks, alphas, *flags)  # type: ignore[arg-type]
+    rslora, fan_in_fan_out = (bool(config.get(name)) for name in ("use_rslora", "fan_in_fan_out"))
+    targets = config.get("target_parameters") or []
+    if not isinstance(targets, list) or not all(isinstance(name, str) and name for name in targets):
+        raise SourceError(f"{path}: target_parameters is not a list of names; fetch it again")
+    return Settings(int(rank), float(alpha), ranks, alphas, rslora, fan_in_fan_out, tuple(targets))
 
 
 def _is_rank(value: Any) -> bool:
@@ -267,5 +276,6 @@ def _pair(adapter: Adapter, module: str, found: dict[str, str], dora: bool) -> P
     embeds = "lora_embedding_" in found["a"]
     if embeds != ("lora_embedding_" in found["b"]):
         raise adapter.error(f"{found['a']} and {found['b']} are of different kinds of layers; fetch it again")
-    rank, scaling = adapter.settings.of(module)
+    weight = f"{module}.weight"
+    rank, scaling = adapter.settings.of(weight if adapter.settings.targets(weight) else module)
     return Pair(embeds=embeds, rank=rank, scaling=scaling, **found)

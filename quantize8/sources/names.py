@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any, NamedTuple
 
 from quantize8.errors import SourceError
 from quantize8.optional import require
@@ -17,6 +18,34 @@ from quantize8.sources.structure import (
     linear_kinds,
     targets_in_model,
 )
+
+
+class Stack(NamedTuple):
+    """A parameter of a module of experts.
+
+    Attributes:
+        name: Its name in the model.
+        shape: Its shape, with the number of experts first.
+        transposed: Whether each expert's matrix is [K, N], and not [N, K] as that of a Linear layer.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    transposed: bool
+
+
+class Part(NamedTuple):
+    """A tensor of the checkpoint that is the matrix of one expert, or some of its rows.
+
+    Attributes:
+        name: The name of the tensor.
+        expert: The number of the expert.
+        start: The first of the rows.
+    """
+
+    name: str
+    expert: int
+    start: int
 
 
 class ModelNames:
@@ -36,6 +65,7 @@ class ModelNames:
         self._stored: dict[str, str] = {}  # parameter -> the one tensor that is read into it
         self._shared: dict[str, set[str]] = {}  # parameter -> all that are the same, with itself
         self._conv1d: set[str] | None = set()  # modules of the model; None if its code is not known
+        self._model: Any = None  # without storage; None if it is not needed or not known
         config = checkpoint.config
         if not checkpoint.is_encoder and is_plain_decoder(config, checkpoint.tensors):
             prefix = EMBEDDING.partition(".")[0]  # which the model without its head does not have
@@ -56,7 +86,7 @@ class ModelNames:
         if model is None:
             self._conv1d = None
             return
-        found = targets_in_model(model, checkpoint.tensors)
+        self._model, found = model, targets_in_model(model, checkpoint.tensors)
         self._in_model = {**targets_in_model(model, asked), **found}
         self._stored = {target.name: name for name, target in found.items() if target.pattern is None}
         self._conv1d = {name for name, kind in linear_kinds(model).items() if kind == CONV1D}
@@ -94,6 +124,45 @@ class ModelNames:
             return None
         (other,) = group - set(read)
         return read[0], other
+
+    def stacks(self, module: str) -> list[Stack]:
+        """The parameters of a module itself, in the order of the model; none if the model has no such module."""
+        for name in () if self._model is None else (module, f"{self._model.base_model_prefix}.{module}"):
+            try:
+                owner = self._model.get_submodule(name)
+            except AttributeError:
+                continue
+            transposed = bool(getattr(owner, "is_transposed", False))
+            parameters = owner.named_parameters(recurse=False)
+            return [Stack(f"{name}.{last}", tuple(value.shape), transposed) for last, value in parameters]
+        return []
+
+    def parts(self, stack: Stack) -> list[Part]:
+        """The tensors that transformers joins into a parameter, one after the other; none if it does more than that."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, dot_natural_key
+
+        entries = (entry for entry in get_model_conversion_mapping(self._model) if isinstance(entry, WeightConverter))
+        converters = {pattern: entry for entry in entries for pattern in entry.source_patterns}
+        found: dict[str, list[str]] = {}
+        for name in sorted(self._tensors, key=dot_natural_key):
+            target = self._in_model[name]
+            if target.name == stack.name and target.pattern is not None:
+                found.setdefault(target.pattern, []).append(name)
+        converter = converters.get(next(iter(found), ""))
+        if converter is None or set(converter.source_patterns) != set(found) or len(converter.target_patterns) > 1:
+            return []
+        expected = [(MergeModulelist, 0), (Concatenate, 1)][: len(converter.operations)]
+        if [(type(each), getattr(each, "dim", None)) for each in converter.operations] != expected:
+            return []
+        parts, start = [], 0
+        for pattern in converter.source_patterns:
+            rows = {self._tensors[name].shape[0] for name in found[pattern]}
+            if len(found[pattern]) != stack.shape[0] or len(rows) != 1:
+                return []
+            parts += [Part(name, expert, start) for expert, name in enumerate(found[pattern])]
+            start += rows.pop()
+        return parts if start == stack.shape[1] else []
 
     def _parameter(self, name: str) -> str:
         target = self._in_model.get(name)
