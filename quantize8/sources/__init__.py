@@ -36,15 +36,7 @@ def open_checkpoint(
     Raises:
         SourceError: The source or the adapter is missing, incomplete, damaged or unsafe, or they do not fit together.
     """
-    base = _open(source, revision, token, stream)
-    if adapter is None:
-        return base
-    from quantize8.sources.adapter import merged
-
-    return merged(base, adapter)
-
-
-def _open(source: str, revision: str | None, token: str | None, stream: bool | None) -> Checkpoint:
+    base: Checkpoint | None = None
     if is_url(source) or not Path(source).expanduser().exists():
         from quantize8.sources.fetch import is_stored
 
@@ -53,10 +45,16 @@ def _open(source: str, revision: str | None, token: str | None, stream: bool | N
             from quantize8.sources.quantized import decode
             from quantize8.sources.remote import open_stream
 
-            return decode(open_stream(source, revision, token))
-    path, identity = locate(source, revision=revision, token=token)
-    name = identity["id"].rpartition("/")[2]
-    return _open_folder(path, identity, name) if path.is_dir() else _open_file(path, identity, name)
+            base = decode(open_stream(source, revision, token))
+    if base is None:
+        path, identity = locate(source, revision=revision, token=token)
+        name = identity["id"].rpartition("/")[2]
+        base = _open_folder(path, identity, name) if path.is_dir() else _open_file(path, identity, name)
+    if adapter is None:
+        return base
+    from quantize8.sources.adapter import merged
+
+    return merged(base, adapter)
 
 
 def locate(source: str, *, revision: str | None = None, token: str | None = None) -> tuple[Path, dict[str, str]]:
