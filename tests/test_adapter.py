@@ -136,6 +136,16 @@ def test_an_int8_conv1d_is_stored_as_a_linear(tmp_path):
         np.testing.assert_allclose(rows_of(ours, name), rows_of(theirs, name), atol=1e-6)
 
 
+def test_an_int8_conv1d_is_not_replaced(tmp_path):
+    """It is square and stored the other way round, so that nothing else would tell."""
+    base = saved(tmp_path / "base", transformers.GPT2LMHeadModel, **GPT2)
+    convert(str(base), tmp_path / "int8")
+    adapter = train(base, tmp_path / "adapter", target_modules=["c_attn"], modules_to_save=["attn.c_proj"])
+    compare(open_checkpoint(str(base), adapter=str(adapter)), merge(base, adapter, tmp_path / "merged"))
+    with pytest.raises(SourceError, match=r"replaces .*attn\.c_proj\.weight, a Conv1D that is quantized"):
+        open_checkpoint(str(tmp_path / "int8"), adapter=str(adapter))
+
+
 def experts_by_hand(base: Path, folder: Path, projections: list[str]) -> Path:
     """An adapter of every expert, as PEFT saved it when transformers had a module for each."""
     folder.mkdir()

@@ -103,10 +103,10 @@ class Change:
 
 
 class _Kept(threading.local):
-    """What a thread has read of the adapter for the weight that it is at, and the tensors that it read last."""
+    """What a thread has read of the adapter last: two tensors, and two matrices in float32 that it made of them."""
 
     def __init__(self) -> None:
-        self.weight, self.matrices, self.tensors = "", dict[Factor, Array](), dict[str, Array]()
+        self.tensors, self.matrices = dict[str, Array](), dict[Factor, Array]()
 
 
 class AdaptedCheckpoint(Wrapper):
@@ -181,51 +181,50 @@ class AdaptedCheckpoint(Wrapper):
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # reported below
             if change.experts:
                 pairs = zip(change.experts[start:], values, strict=False)
-                result: Array = np.stack([self._with_product(name, each, matrix, 0) for each, matrix in pairs])
+                result: Array = np.stack([self._with_product(each, matrix, 0) for each, matrix in pairs])
             elif change.low_rank is None:
                 addend = self.adapter.weights.rows(change.addend, start, start + len(values)).astype(np.float32)
                 result = values.astype(np.float32) + np.float32(change.scaling) * addend
             else:
-                result = self._with_product(name, change.low_rank, values, start)
+                result = self._with_product(change.low_rank, values, start)
                 result = self._scaled(name, change.low_rank, result, start)
         if not cpu.all_finite(result) and cpu.all_finite(values):
             raise self.adapter.error(f"makes {name} of the base NaN or infinite; train it again, or fetch it again")
         return result
 
-    def _with_product(self, name: str, change: LowRank, values: Array, start: int) -> Array:
+    def _with_product(self, change: LowRank, values: Array, start: int) -> Array:
         """W + s B A for some rows of a weight."""
-        right = self._whole(name, change.right)
+        right = self._whole(change.right)
         if not change.left.is_whole:
-            left = self._whole(name, change.left)[start : start + len(values)]
+            left = self._whole(change.left)[start : start + len(values)]
         else:
             left = self.adapter.weights.rows(change.left.tensor, start, start + len(values))
             self._check_finite(change.left.tensor, left)
         return cpu.add_low_rank(values, left, right, change.scaling)
 
-    def _whole(self, name: str, factor: Factor) -> Array:
-        """A matrix of the adapter in float32, kept until the thread reads another weight."""
-        kept = self._kept
-        if kept.weight != name:
-            kept.weight, kept.matrices = name, {}
-        if factor not in kept.matrices:
-            if factor.tensor not in kept.tensors:  # the experts of a layer share theirs
-                kept.tensors = {**dict(list(kept.tensors.items())[-1:]), factor.tensor: self._all_rows(factor.tensor)}
-            kept.matrices[factor] = factor.of(kept.tensors[factor.tensor])
-        return kept.matrices[factor]
+    def _whole(self, factor: Factor) -> Array:
+        """A matrix in float32, which the next block of rows needs again; the experts of a layer share a tensor."""
+        tensors, matrices = self._kept.tensors, self._kept.matrices
+        if factor not in matrices:
+            if factor.tensor not in tensors:
+                _make_room(tensors)
+                tensors[factor.tensor] = self._all_rows(factor.tensor)
+            _make_room(matrices)
+            matrices[factor] = factor.of(tensors[factor.tensor])
+        return matrices[factor]
 
     def _scaled(self, name: str, change: LowRank, merged: Array, start: int) -> Array:
         """DoRA: rows of W + s B A times m / ||W + s B A||; without DoRA, the rows themselves."""
         if not change.magnitude:
             return merged
+        if not change.by_row and name not in self._factors:
+            magnitude = self._all_rows(change.magnitude).astype(np.float32)
+            self._factors[name] = magnitude / self._column_norms(name, change)
         if change.by_row:
             magnitude = self._all_rows(change.magnitude).astype(np.float32)[start : start + len(merged)]
-            squares: Any = np.cumsum(np.square(merged, dtype=np.float64), axis=1)[:, -1:]  # adds in order
-            factors = magnitude[:, None] / np.sqrt(squares).astype(np.float32)
+            squares: Any = np.cumsum(np.square(merged, dtype=np.float64), axis=1)[:, -1]  # adds in order
+            factors = (magnitude / np.sqrt(squares).astype(np.float32))[:, None]
         else:
-            if name not in self._factors:
-                self._factors[name] = self._all_rows(change.magnitude).astype(np.float32) / self._column_norms(
-                    name, change
-                )
             factors = self._factors[name]
         result: Array = factors * merged
         return result
@@ -236,7 +235,7 @@ class AdaptedCheckpoint(Wrapper):
         squares, step = np.zeros(columns), max(1, BLOCK_BYTES // max(1, 4 * columns))
         for start in range(0, count, step):
             values = self._before(name, self.changes[name], start, min(start + step, count))
-            for row in self._with_product(name, change, values, start):
+            for row in self._with_product(change, values, start):
                 squares += np.square(row, dtype=np.float64)
         norms: Array = np.sqrt(squares).astype(np.float32)
         return norms
@@ -250,6 +249,12 @@ class AdaptedCheckpoint(Wrapper):
     def _check_finite(self, tensor: str, values: Array) -> None:
         if not cpu.all_finite(values):
             raise self.adapter.error(f"{tensor} holds NaN or infinity; train it again, or fetch it again")
+
+
+def _make_room(held: dict[Any, Array]) -> None:
+    """Drop all but the last of some arrays."""
+    for key in list(held)[:-1]:
+        del held[key]
 
 
 def merged(base: Checkpoint, folder: str) -> AdaptedCheckpoint:
@@ -318,6 +323,10 @@ class _Merging:
         if name in self._changes:
             other = self._changes[name].replacement
             raise self._adapter.error(f"{key} and {other} both replace {name}; fetch the adapter again")
+        if name in self._base.decoded and self._names.is_conv1d(name, self._adapter.settings.fan_in_fan_out):
+            raise self._adapter.error(
+                f"{key} replaces {name}, a Conv1D that is quantized in the base; use a base in float"
+            )
         if len(shape) == len(found) == 2 and shape[1] == found[1] and shape[0] < found[0]:
             raise self._adapter.error(
                 f"{key} has {found[0]} rows, and {name} of the base {shape[0]}: tokens were added; resize the "
@@ -426,4 +435,4 @@ def _check_shape(adapter: Adapter, key: str, expected: tuple[int, ...]) -> None:
 def _changed(info: TensorInfo, adapter: Adapter, change: Change) -> TensorInfo:
     """A tensor as it is read after a change; in floating point it is written in the dtype that it has in the base."""
     dtype = "F32" if change.adds else adapter.weights.tensors[change.replacement].dtype
-    return replace(info, dtype=dtype, is_int8=False, written_dtype=info.written_dtype)
+    return replace(info, dtype=dtype, is_int8=False, float_dtype=info.float_dtype or info.dtype)

@@ -86,8 +86,8 @@ class TensorInfo:
         file: The file that contains it, relative to the model folder.
         stored_dtype: The dtype in which its values are stored; `dtype` by default.
         is_int8: Whether it is stored as int8 codes with one scale per row; `Checkpoint.int8_rows` returns these.
-        written_dtype: The dtype in which it is written if it stays in floating point; `dtype` by default. Formats
-            decide that of a tensor in `Checkpoint.decoded`.
+        float_dtype: The dtype in which it is written if it stays in floating point; empty for `dtype`. Formats decide
+            that of a tensor in `Checkpoint.decoded`.
         nbytes: Size of the values in `dtype`, in bytes.
 
     Raises:
@@ -100,7 +100,7 @@ class TensorInfo:
     file: str
     stored_dtype: str = ""
     is_int8: bool = False
-    written_dtype: str = ""
+    float_dtype: str = ""
     nbytes: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -108,7 +108,6 @@ class TensorInfo:
         limits.check_tensor(self.name, self.shape, itemsize, self.file, SourceError)
         object.__setattr__(self, "nbytes", math.prod(self.shape) * itemsize)
         object.__setattr__(self, "stored_dtype", self.stored_dtype or self.dtype)
-        object.__setattr__(self, "written_dtype", self.written_dtype or self.dtype)
 
 
 @dataclass
@@ -275,7 +274,8 @@ def main_dtype(tensors: Iterable[TensorInfo]) -> str:
     sizes: dict[str, int] = {}
     for info in tensors:
         if info.dtype in FLOATING:
-            sizes[info.written_dtype] = sizes.get(info.written_dtype, 0) + math.prod(info.shape)
+            dtype = info.float_dtype or info.dtype
+            sizes[dtype] = sizes.get(dtype, 0) + math.prod(info.shape)
     return max(sizes, key=lambda dtype: sizes[dtype], default="F16")
 
 

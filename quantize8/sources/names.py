@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from quantize8.errors import SourceError
@@ -139,17 +140,10 @@ class ModelNames:
 
     def parts(self, stack: Stack) -> list[Part]:
         """The tensors that transformers joins into a parameter, one after the other; none if it does more than that."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, dot_natural_key
+        from transformers.core_model_loading import Concatenate, MergeModulelist
 
-        entries = (entry for entry in get_model_conversion_mapping(self._model) if isinstance(entry, WeightConverter))
-        converters = {pattern: entry for entry in entries for pattern in entry.source_patterns}
-        found: dict[str, list[str]] = {}
-        for name in sorted(self._tensors, key=dot_natural_key):
-            target = self._in_model[name]
-            if target.name == stack.name and target.pattern is not None:
-                found.setdefault(target.pattern, []).append(name)
-        converter = converters.get(next(iter(found), ""))
+        found = self._joined.get(stack.name, {})
+        converter = self._converters.get(next(iter(found), ""))
         if converter is None or set(converter.source_patterns) != set(found) or len(converter.target_patterns) > 1:
             return []
         expected = [(MergeModulelist, 0), (Concatenate, 1)][: len(converter.operations)]
@@ -163,6 +157,27 @@ class ModelNames:
             parts += [Part(name, expert, start) for expert, name in enumerate(found[pattern])]
             start += rows.pop()
         return parts if start == stack.shape[1] else []
+
+    @cached_property
+    def _converters(self) -> dict[str, Any]:
+        """What joins tensors, by each of its patterns for their names."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+
+        entries = (entry for entry in get_model_conversion_mapping(self._model) if isinstance(entry, WeightConverter))
+        return {pattern: entry for entry in entries for pattern in entry.source_patterns}
+
+    @cached_property
+    def _joined(self) -> dict[str, dict[str, list[str]]]:
+        """Parameter -> pattern -> the tensors that are joined into it, experts by number, as transformers does."""
+        from transformers.core_model_loading import dot_natural_key
+
+        found: dict[str, dict[str, list[str]]] = {}
+        for name in sorted(self._tensors, key=dot_natural_key):
+            target = self._in_model[name]
+            if target.pattern is not None:
+                found.setdefault(target.name, {}).setdefault(target.pattern, []).append(name)
+        return found
 
     def _parameter(self, name: str) -> str:
         target = self._in_model.get(name)
