@@ -32,6 +32,7 @@ from quantize8 import (
 )
 from quantize8.artifact.card import card
 from quantize8.artifact.manifest import digest, read_manifest
+from quantize8.cli import main
 from quantize8.commands.finalize import finalize
 from quantize8.conversion.driver import Writer
 from quantize8.kernels import reference
@@ -444,6 +445,17 @@ def test_everything_names_the_adapter(made, tmp_path):
     assert "base with the adapter adapter merged" in text and source["adapter_blake3"] in text
     assert result.plan.default_out == Path("base-adapter-int8")
     assert result.as_json()["source"]["adapter"] == "adapter"
+
+
+def test_the_page_and_the_command_line(made, tmp_path, monkeypatch, capsys):
+    base, adapter = made
+    words = ["convert", base, "--adapter", adapter, "--out", tmp_path / "out", "--report", tmp_path / "page.html"]
+    monkeypatch.setattr("sys.argv", ["quantize8", *map(str, words)])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert "adapter, merged into base" in capsys.readouterr().out
+    assert "with the adapter <code>adapter</code> merged" in (tmp_path / "page.html").read_text()
+    assert read_manifest(tmp_path / "out").source["adapter"] == "adapter"
 
 
 @pytest.mark.parametrize(
