@@ -38,6 +38,7 @@ from quantize8.conversion.driver import Writer
 from quantize8.kernels import reference
 from quantize8.runtime.check import check
 from quantize8.sources import open_checkpoint
+from quantize8.sources.names import ModelNames
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),  # PEFT's name
@@ -225,6 +226,30 @@ def test_experts_whose_parts_are_not_what_the_adapter_says(tmp_path):
         open_checkpoint(str(base), adapter=str(adapter))
 
 
+def test_stacks_that_do_not_fit(tmp_path):
+    base = open_checkpoint(str(mixtral(tmp_path / "base")))
+    names = ModelNames(base, [])
+    up, down = names.stacks("model.layers.0.mlp.experts")
+    assert names.stacks("layers.0.mlp.experts") == [up, down] and names.stacks("model.nothing") == []
+    assert [part.start for part in names.parts(up)] == [0] * 4 + [48] * 4 and len(names.parts(down)) == 4
+    for wrong in ({"name": "x"}, {"shape": (5, 96, 32)}, {"shape": (4, 95, 32)}):
+        assert names.parts(up._replace(**wrong)) == []
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
+def test_experts_that_are_changed_twice_or_that_are_no_matrices(tmp_path, monkeypatch):
+    base = mixtral(tmp_path / "base")
+    adapter = train(base, tmp_path / "adapter", target_parameters=BOTH[1:], r=2)
+    by_hand = load_file(experts_by_hand(base, tmp_path / "other", ["w2"]) / WEIGHTS)
+    tensors(shutil.copytree(adapter, tmp_path / "both"), lambda state: state | by_hand)
+    settings(tmp_path / "both", lora_alpha=6)
+    with pytest.raises(SourceError, match=r"and another tensor both change .*experts\.\d\.w2\.weight"):
+        open_checkpoint(str(base), adapter=str(tmp_path / "both"))
+    monkeypatch.setattr(ModelNames, "parts", lambda *_: [])
+    with pytest.raises(SourceError, match="does not store as matrices of its experts; merge it with PEFT"):
+        open_checkpoint(str(base), adapter=str(adapter))
+
+
 def llava(folder: Path) -> Path:
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = transformers.LlavaConfig(
@@ -255,6 +280,51 @@ def _renamed(key: str, names: dict[str, str]) -> str:
     for new, old in names.items():
         key = key.replace(new, old)
     return key
+
+
+@pytest.mark.parametrize("kind", ["lora_A", "modules_to_save"])
+def test_two_names_of_the_same_weight(kind, tmp_path):
+    base, model = llava(tmp_path / "base"), transformers.LlavaForConditionalGeneration
+    asked = {"modules_to_save": ["down_proj"]} if kind == "modules_to_save" else {}
+    adapter = train(base, tmp_path / "adapter", model, target_modules=["q_proj"], **asked)
+
+    def both(state):
+        last = "down_proj" if asked else "q_proj"
+        names = {"model.language_model.": "language_model.model."}
+        return state | {_renamed(key, names): value.clone() for key, value in state.items() if last in key}
+
+    tensors(adapter, both)
+    with pytest.raises(SourceError, match=r"both (replace|change) language_model\.model\.layers\.0"):
+        open_checkpoint(str(base), adapter=str(adapter))
+
+
+@pytest.mark.parametrize("changes", [{"architectures": ["Own"], "model_type": "own"}, {"num_attention_heads": -1}])
+def test_a_model_that_transformers_does_not_know(changes, tmp_path):
+    base = llama(tmp_path / "base")
+    adapter = train(base, tmp_path / "adapter", target_modules=ATTENTION)
+    merged = merge(base, adapter, tmp_path / "merged")
+    config = json.loads((base / "config.json").read_text()) | {"auto_map": {"AutoModel": "x.Y"}, **changes}
+    (base / "config.json").write_text(json.dumps(config))
+    adapted = open_checkpoint(str(base), adapter=str(adapter))
+    compare(adapted, merged)
+    convert(str(base), tmp_path / "int8", adapter=str(adapter))
+    # of a square weight, only the settings tell
+    square, name = train_square(tmp_path / "square"), f"{LAYER}.self_attn.o_proj.weight"
+    plain = rows_of(open_checkpoint(str(base)), name).astype(np.float32)
+    straight = rows_of(open_checkpoint(str(base), adapter=str(square)), name) - plain
+    settings(square, fan_in_fan_out=True)
+    turned = rows_of(open_checkpoint(str(base), adapter=str(square)), name) - plain
+    np.testing.assert_allclose(turned, straight.T, atol=1e-6)
+
+
+def train_square(folder: Path) -> Path:
+    """An adapter of a weight with as many rows as columns, made without a model."""
+    folder.mkdir()
+    generator, key = torch.Generator().manual_seed(0), f"base_model.model.{LAYER}.self_attn.o_proj.lora"
+    state = {f"{key}_{part}.weight": torch.randn(32, 32, generator=generator) / 10 for part in "AB"}
+    save_file(state, folder / WEIGHTS)
+    LoraConfig(r=32, lora_alpha=32).save_pretrained(folder)
+    return folder
 
 
 def test_a_base_without_a_head(tmp_path):
