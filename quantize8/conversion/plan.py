@@ -187,6 +187,10 @@ class Plan:
         """A description of how much of the source is smoothed; empty if nothing is."""
         return self.checkpoint.summary if isinstance(self.checkpoint, SmoothedCheckpoint) else ""
 
+    def outputs_of(self, kept: str) -> list[OutTensor]:
+        """The tensors of the artifact for an entry of `kept`."""
+        return self.outputs.get(f"{kept}.weight") or self.outputs.get(kept, [])
+
     def shape_of(self, info: TensorInfo) -> tuple[int, ...]:
         """The shape in which a source tensor is written."""
         return info.shape[::-1] if info.name in self.transposed else info.shape
@@ -297,8 +301,9 @@ def plan_of(
     """
     output, structure = make_format(options.format, options.scheme, options.moe), structure_of(checkpoint)
     structure.require_complete(checkpoint.name)
-    arrange = with_separate_experts if output.holds_experts(structure) else with_fused_experts
-    checkpoint, structure = arrange(checkpoint, structure)
+    if structure.slices or structure.fusions:
+        arrange = with_separate_experts if output.holds_experts(structure) else with_fused_experts
+        checkpoint, structure = arrange(checkpoint, structure)
     modules, kept = _choose(structure, recipe, output, checkpoint)
     # an int8 Conv1D is stored [out, in] in every format, a floating-point one [in, out]
     conv1d = {f"{name}.weight" for name, kind in structure.linears.items() if kind == CONV1D}
@@ -378,14 +383,9 @@ def _choose(
     kept = {name: why for name, why in kept.items() if f"{name}.weight" in tensors}
     if not modules:
         raise SourceError(_nothing(checkpoint, structure, kept, output))
-    return modules, kept | _large(structure, tensors)
-
-
-def _large(structure: Structure, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """The reason for each large tensor that is not the weight of a Linear layer."""
-    total = sum(math.prod(info.shape) for info in tensors.values() if info.dtype in FLOATING)
-    large = {name for name, info in tensors.items() if math.prod(info.shape) > NAMED * total}
-    return {name.removesuffix(".weight"): why for name, why in structure.others.items() if name in large}
+    sizes = {name: math.prod(info.shape) for name, info in tensors.items() if info.dtype in FLOATING}
+    large = [name for name in structure.others if sizes.get(name, 0) > NAMED * sum(sizes.values())]
+    return modules, kept | {name.removesuffix(".weight"): structure.others[name] for name in large}
 
 
 def _nothing(checkpoint: Checkpoint, structure: Structure, kept: dict[str, str], output: Int8Format) -> str:

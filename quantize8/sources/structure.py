@@ -209,7 +209,9 @@ def read_structure(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo],
     if not encoder and _is_plain_decoder(config, tensors):
         linears = {name: LINEAR for name in weights if name not in (EMBEDDING, HEAD)}
         untied = HEAD in weights and not config.get("tie_word_embeddings", False)
-        return Structure(linears, {HEAD: "output head"}, HEAD if untied else None, others=_plain_others(tensors))
+        rest = tensors.keys() - {f"{name}.weight" for name in (*linears, HEAD)}
+        others = {name: "embedding" if name == f"{EMBEDDING}.weight" else "norm or bias" for name in rest}
+        return Structure(linears, {HEAD: "output head"}, HEAD if untied else None, others=others)
     model_type = config.get("model_type")
     require(f"to find the Linear layers of {architecture_of(config) or model_type}", "transformers", "torch")
     if not is_known(config):
@@ -300,12 +302,6 @@ def _by_names(tensors: Mapping[str, TensorInfo], weights: list[str], why: str) -
     return Structure(linears, kept, others=others, guessed=why)
 
 
-def _plain_others(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """The reasons for the tensors of a plain decoder that are not matrices of its layers."""
-    return {name: "embedding" if len(info.shape) == 2 else "norm or bias" for name, info in tensors.items()
-            if len(info.shape) != 2 or name == f"{EMBEDDING}.weight"}  # fmt: skip
-
-
 def _is_plain_decoder(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> bool:
     """Whether a checkpoint is a plain decoder that has exactly the model's tensors, by name and shape."""
     found = {name: info.shape for name, info in tensors.items() if not name.endswith(_OLD_BUFFER)}
@@ -392,20 +388,21 @@ def _add_experts(
     kinds = {type(model.get_submodule(path)).__name__ for path in layouts}
     structure.replaced = bool(kinds) and kinds <= MODULES_TO_PATCH_FOR_QUANTIZATION.keys()
     for name, target in targets.items():
+        steps = [type(step).__name__ for step in target.steps]
+        if "MergeModulelist" in steps:  # also in MTP layers, which the model does not have
+            structure.experts.append(name.removesuffix(".weight"))
+            continue
         module, _, parameter = target.name.rpartition(".")
         layout = layouts.get(module)
-        if layout is None or layout.find(parameter) is None or target.name not in state:
+        found = layout and layout.find(parameter)
+        if layout is None or not found or target.name not in state:
             continue
-        shape, steps = state[target.name].shape, [type(step).__name__ for step in target.steps]
-        if "MergeModulelist" in steps:
-            structure.experts.append(name.removesuffix(".weight"))
-        elif len(tensors[name].shape) == len(shape) and len(steps) <= 1 and {*steps} <= {"Transpose", "Interleave"}:
+        shape = tuple(state[target.name].shape)
+        if len(tensors[name].shape) == len(shape) and len(steps) <= 1 and {*steps} <= {"Transpose", "Interleave"}:
             always = any(not getattr(step, "check_dims", True) for step in target.steps)
-            turned = "Transpose" in steps and (always or tensors[name].shape != tuple(shape))
-            slices = slices_of(tensors[name], parameter, layout, turned, "Interleave" in steps)
-            structure.slices[name] = slices
-            projection, _ = layout.find(parameter) or (None, False)
-            structure.joinable &= projection is not None and projection.known and not layout.interleaved
+            turned = "Transpose" in steps and (always or tensors[name].shape != shape)
+            structure.slices[name] = slices_of(tensors[name], parameter, layout, turned, "Interleave" in steps)
+            structure.joinable &= found[0].known and not layout.interleaved
     unknown = {name: target.name for name, target in targets.items() if target.name not in state}
     structure.fusions = fusions_of(unknown, layouts)
     for fusion in structure.fusions.values():
@@ -439,20 +436,22 @@ def _outside_of_language(model: Any) -> dict[str, str]:
     """
     from transformers import PreTrainedModel
 
+    if "text" not in _modalities(model) or _modalities(model) == {"text"}:
+        return {}
     parts = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
     own = {name: module for name, module in parts.items() if module.config is not model.config}
-    towers = [name for name, module in own.items() if "text" not in _modalities(module)]
-    if not towers or "text" not in _modalities(model):
-        return {}
     settings = set()
     for module in parts.values():
         for side in ({"decoder": True}, {"encoder": True}):
             with contextlib.suppress(ValueError):  # several settings for text
-                settings.add(id(module.config.get_text_config(**side)))
-    settings.discard(id(model.config))
+                text = module.config.get_text_config(**side)
+                settings |= {id(text)} if text is not module.config else set()
     languages = [name for name, module in own.items() if id(module.config) in settings]
-    outside = {}
-    for name, _ in model.named_modules():
+    towers = [name for name, module in own.items() if "text" not in _modalities(module)]
+    head, outside = model.get_output_embeddings(), {}
+    for name, module in model.named_modules():
+        if module is head:
+            continue
         if languages and not any(name == one or name.startswith(f"{one}.") for one in languages):
             words = name.split(".")
             tops = (".".join(words[: i + 1]) for i in range(len(words)))
