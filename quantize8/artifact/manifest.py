@@ -66,16 +66,18 @@ class Manifest:
     recipe: dict[str, Any]
     source_bytes: int  # size of the source weights
     tensors: dict[str, TensorRecord] = field(default_factory=dict)
-    kept: dict[str, str] = field(default_factory=dict)  # Linear weights left in float -> reason
+    kept: dict[str, str] = field(default_factory=dict)  # Linear weights and large tensors left in float -> reason
     headers: dict[str, str] = field(default_factory=dict)  # weight file -> digest of its header
     files: dict[str, str] = field(default_factory=dict)  # every other file -> digest
     calibration: dict[str, Any] = field(default_factory=dict)  # text and options of calibration; empty without
+    closed_to: dict[str, str] = field(default_factory=dict)  # loader of the format that cannot open it -> reason
 
     def to_bytes(self) -> bytes:
         """The contents of the file, which end with a digest of everything before it."""
         value: dict[str, Any] = {"format_version": FORMAT_VERSION, **asdict(self)}
-        if not self.calibration:
-            del value["calibration"]
+        for name in ("calibration", "closed_to"):
+            if not value[name]:
+                del value[name]
         for record in value["tensors"].values():
             if record["quantized"] is None:
                 del record["quantized"]

@@ -67,7 +67,7 @@ class ConvertOptions:
     calibrate: str | None = _option(None, "Calibration text, which decides the outlier columns.", "FILE")
     outlier_columns: str = _option(_AUTO, "Outlier columns per weight: auto, or a number.")
     smooth: float | None = _option(None, "SmoothQuant's alpha, such as 0.5 (with --calibrate).")
-    recipe: str = _option(DEFAULT_RECIPE, "llm-int8, int8, int8-all, or a .toml file.")
+    recipe: str = _option(DEFAULT_RECIPE, "llm-int8, int8, int8-all, int8-embeddings, towers, or a .toml file.")
     scale: str = _option(ABSMAX, "absmax, or mse for scales with the least squared error.")
     max_shard_size: str = _option(DEFAULT_SHARD_SIZE, "Size of the largest weight file.")
     stream: bool = _option(False, "Read remote weights by byte range, without storing them.")

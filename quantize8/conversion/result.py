@@ -77,6 +77,8 @@ class Conversion:
             "files": {shard.file: shard.nbytes for shard in plan.shards},
             "int8_modules": sorted(plan.modules),
             "kept": plan.kept,
+            "unloaded": plan.unloaded,
+            "closed_to": plan.closed_to,
             "guessed": plan.guessed,
             "left_out": plan.left_out,
             "mean_relative_error": sum(errors.values()) / len(errors) if errors else None,

@@ -197,6 +197,10 @@ class Format(ABC):
             The content of the artifact's config.json.
         """
 
+    def closed_to(self, kinds: set[str]) -> dict[str, str]:
+        """Which of `loaders` cannot open an artifact with these kinds of int8 modules -> the reason."""
+        return {}
+
     def accepts(self, config: dict[str, Any], recipe: dict[str, Any]) -> bool:
         """Whether a config.json could have been written by `edit_config` for a recipe, as stored in the manifest."""
         return config.get("quantization_config") is None
@@ -206,6 +210,8 @@ class Int8Format(Format):
     """A format that stores int8 codes with one scale per row."""
 
     options: ClassVar[frozenset[str]] = frozenset({"recipe", "calibrate", "scale"})
+
+    holds_embeddings: ClassVar[bool] = False  # in int8, as kind EMBEDDED
 
     @abstractmethod
     def linears(self, structure: Structure) -> tuple[dict[str, str], dict[str, str]]:

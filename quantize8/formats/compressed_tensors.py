@@ -29,7 +29,7 @@ from quantize8.formats.encoding import Encoding, RowwiseInt8, absmax_of, require
 from quantize8.kernels.reference import Array, scale_of
 from quantize8.sources.base import FLOATING, Checkpoint
 from quantize8.sources.experts import GATED
-from quantize8.sources.structure import CONV1D, EXPERT, PACKED_EXPERT, Structure
+from quantize8.sources.structure import CONV1D, EMBEDDED, EXPERT, FUSED_EXPERTS, HEAD, PACKED_EXPERT, Structure
 
 if TYPE_CHECKING:
     from quantize8.conversion.plan import Plan
@@ -62,6 +62,7 @@ class CompressedTensors(Int8Format):
     moe: MoeLoader = "vllm"
     loaders: ClassVar[tuple[str, ...]] = ("vllm", "transformers", "quantize8")
     package: ClassVar[str] = "compressed-tensors"
+    holds_embeddings: ClassVar[bool] = True
 
     @property
     def title(self) -> str:
@@ -129,21 +130,29 @@ class CompressedTensors(Int8Format):
 
     def edit_config(self, config: dict[str, Any], plan: Plan) -> dict[str, Any]:
         """See `Format.edit_config`."""
-        kinds = {kind in (EXPERT, PACKED_EXPERT) for kind in plan.modules.values()}
-        mixed = len({self._packs(kind) for kind in plan.modules.values()}) == 2
-        groups = {"group_0": self._group(["Linear"], packed=all(self._packs(kind) for kind in plan.modules.values()))}
-        if mixed:  # transformers takes the first group with a matching target: the narrower comes first
-            groups = {"group_0": self._group([r"re:.*\.experts\..*"], packed=True), "group_1": self._group(["Linear"])}
-        routers = [r"re:.*\.gate$"] if True in kinds else []  # a quantizable layer in vLLM, but not in transformers
+        groups = self._groups(plan)
+        formats = {group["format"] for group in groups.values()}
+        is_expert = any(kind in (EXPERT, PACKED_EXPERT) for kind in plan.modules.values())
+        routers = [r"re:.*\.gate$"] if is_expert else []  # a quantizable layer in vLLM, but not in transformers
+        fused = {name.rpartition(".")[0] for name, why in plan.kept.items() if why == FUSED_EXPERTS}
+        experts = [f"re:{re.escape(module)}\\..*" for module in sorted(fused)]
         entry = {
             "quant_method": COMPRESSED_TENSORS,
-            "format": "mixed-precision" if mixed else groups["group_0"]["format"],
+            "format": "mixed-precision" if len(formats) > 1 else formats.pop(),
             "quantization_status": "compressed",  # with any other status, loaders read the codes as floats
-            "ignore": sorted({*in_float(plan)}) + routers,
+            "ignore": sorted({*in_float(plan)}) + routers + experts,
             "kv_cache_scheme": None,
             "config_groups": groups,
         }
         return {**config, "quantization_config": entry}
+
+    def closed_to(self, kinds: set[str]) -> dict[str, str]:
+        """See `Format.closed_to`; transformers 5.23 fuses experts, and reads the weight of an embedding."""
+        if EMBEDDED in kinds:
+            return {"transformers": "it cannot load an int8 embedding"}
+        if kinds & {EXPERT, PACKED_EXPERT} and self.moe == "vllm":
+            return {"transformers": "it needs experts as --moe transformers stores them"}
+        return {}
 
     def accepts(self, config: dict[str, Any], recipe: dict[str, Any]) -> bool:
         """See `Format.accepts`."""
@@ -151,7 +160,22 @@ class CompressedTensors(Int8Format):
         return isinstance(entry, dict) and entry.get("quant_method") == self.name
 
     def _packs(self, kind: str) -> bool:
-        return self.scheme == "w8a16" or kind == PACKED_EXPERT or (kind == EXPERT and self.moe == "transformers")
+        always = (PACKED_EXPERT, EMBEDDED) if self.moe == "vllm" else (PACKED_EXPERT, EMBEDDED, EXPERT)
+        return self.scheme == "w8a16" or kind in always
+
+    def _groups(self, plan: Plan) -> dict[str, Any]:
+        """The config_groups. Loaders take the first group with a matching target, so the narrower come first."""
+        named = [name for name, kind in plan.modules.items() if kind == EMBEDDED]
+        experts = [kind for kind in plan.modules.values() if kind in (EXPERT, PACKED_EXPERT)]
+        # vLLM's output head is no Linear layer by its class
+        heads = [name for name in plan.modules if name.endswith(HEAD)]
+        groups = [self._group(named, packed=True)] if named else []
+        packed = [self._packs(kind) for kind in plan.modules.values() if kind != EMBEDDED]
+        if any(packed) and not all(packed):
+            groups.append(self._group([r"re:.*\.experts\..*"], packed=True))
+        if len(packed) > len(experts) or not groups:
+            groups.append(self._group([*heads, "Linear"], packed=all(packed)))
+        return {f"group_{i}": group for i, group in enumerate(groups)}
 
     def _group(self, targets: list[str], packed: bool = False) -> dict[str, Any]:
         shared = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None}

@@ -39,11 +39,13 @@ def conversion(result: Conversion) -> RenderableType:
         rows.add_row("outliers", f"{wide} columns, {exact} of them stored exactly: {size(plan.outliers.nbytes)}")
     if plan.guessed:
         rows.add_row("guessed", f"which layers are Linear, from their names: {plan.guessed}")
-    for title, found in (("left in float", plan.kept), ("left out", plan.left_out)):
+    for title, found in (("left in float", plan.kept), ("not loaded", plan.unloaded), ("left out", plan.left_out)):
         for reason, names in sorted(_by_reason(found).items()):
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            nbytes = sum(tensor.nbytes for name in names for tensor in plan.outputs_of(name) if found is plan.kept)
-            rows.add_row(title, f"{names[0]}{more}{f', {size(nbytes)}' if nbytes else ''}: {reason}")
+            nbytes = sum(tensor.nbytes for name in names for tensor in plan.outputs_of(name))
+            rows.add_row(title, f"{names[0]}{more}: {reason}{f' ({size(nbytes)})' if nbytes else ''}")
+    for loader, reason in plan.closed_to.items():
+        rows.add_row("not for", f"{loader}: {reason}")
     if plan.carries:
         rows.add_row("codes", "copied from the source")
     elif result.errors:
