@@ -15,7 +15,6 @@ nn.Linear in vLLM.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from quantize8.errors import SourceError
 from quantize8.optional import require
 from quantize8.sources.base import Checkpoint, TensorInfo, architecture_of
 from quantize8.sources.native import build_meta_model, is_known
+from quantize8.sources.reading import read_by_code, read_on_loading
 
 LINEAR, CONV1D = "Linear", "Conv1D"  # Conv1D is GPT-2's Linear, with its weight stored [in, out]
 EXPERT = "expert"  # a matrix of one expert, which checkpoints store separately and transformers joins with the others
@@ -34,8 +34,8 @@ _WRAPPERS = ("module.", "_orig_mod.", "_forward_module.", "_fsdp_wrapped_module.
 _OLD_BUFFER = ".rotary_emb.inv_freq"  # which earlier releases of transformers saved
 _IN_LAYER = re.compile(r"(.+?)\.\d+\.(.+)")  # a list of layers, and a module of one
 _FURTHER = re.compile(r"(^|\.)mtp")  # a list of layers for multi-token prediction
-# Mamba's forward multiplies by the layer's weight instead of calling the layer: it would take int8 codes for the weight
-READ_DIRECTLY = ("dt_proj",)
+READ_BY_CODE = "the model's code reads its weight, and would take int8 codes for it"
+_CONVERTED = "transformers splits it, or joins it with others, while it loads the model"
 _FOREIGN = "not part of transformers' model"
 _NOT_LINEAR = re.compile(r"embed|wte|wpe|norm|ln_|position|token_type|shared|relative_attention|router|gate$|head$")
 
@@ -258,13 +258,18 @@ def _from_model(model: Any, tensors: Mapping[str, TensorInfo], weights: list[str
     targets = targets_in_model(model, tensors)
     to_model = {name: targets[f"{name}.weight"].name.removesuffix(".weight") for name in weights}
     likes = _likes(to_model.values(), [name.removesuffix(".weight") for name in state])
-    joined = [name for name in weights if targets[f"{name}.weight"].pattern is not None]
-    fixed = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or []), *READ_DIRECTLY]
+    converted = [name for name in weights if targets[f"{name}.weight"].pattern is not None]
+    of_linears = {name for name in converted if likes.get(to_model[name]) in modules}
+    fixed = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or [])]
+    by_code = read_by_code(model)
     head = model.get_output_embeddings()
     tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
-    structure, fused = Structure({}, experts=joined), set(joined)
+    experts = [name for name in converted if name not in of_linears]
+    structure, fused = Structure({}, dict.fromkeys(of_linears, _CONVERTED), experts=experts), set(experts)
     for name in weights:
         in_model, like = to_model[name], likes.get(to_model[name])
+        if name in of_linears:
+            continue
         if name in fused or (like is not None and like not in modules and like not in others):
             continue  # fused experts, an embedding, or a router
         if in_model != name:
@@ -272,61 +277,23 @@ def _from_model(model: Any, tensors: Mapping[str, TensorInfo], weights: list[str
         if like is None or like in others:
             structure.kept[name] = others.get(like or "", _FOREIGN)
             continue
-        if not is_skipped(in_model, fixed):
+        if like not in by_code and not is_skipped(in_model, fixed):
             structure.linears[name] = modules[like]
             continue
         is_head = head is not None and model.get_submodule(like) is head
         structure.kept[name] = "output head" if is_head else "kept in floating point by transformers"
-        if in_model.endswith(READ_DIRECTLY):
-            structure.kept[name] = "the model reads its weight without calling the layer"
-        if is_head and in_model not in tied:
+        if like in by_code:
+            structure.kept[name] = READ_BY_CODE
+        elif is_head and in_model not in tied:
             structure.output_head = name
-    present = set(to_model.values())
+    present = {to_model[name] for name in weights if name not in of_linears}
     structure.absent = sorted(name for name in modules if name not in present)
-    read = _read_on_loading(model)
+    read = read_on_loading(model)
     structure.read_on_loading = {name for name in weights if to_model[name] in read}
     structure.missing = [*_missing(model, targets), *_missing_parts(state, targets)]
     structure.wrapped = _wrapped(tensors)
     structure.wrong_shapes = _wrong_shapes(state, targets, tensors)
     return structure
-
-
-def _read_on_loading(model: Any) -> set[str]:
-    """Linear modules whose weight is read by the initialization of a module that contains them.
-
-    After loading, transformers also runs `_init_weights` on modules that have no parameters of their own; it relies on
-    loaded tensors not being changed. A layer that has no tensor named weight fails there. This function finds such
-    layers by running `_init_weights` for one module of each type, on a model without storage.
-    """
-    from torch import nn
-
-    def watched(layer: nn.Module, name: str) -> None:
-        """Record when `layer.weight` is read, until its class is restored."""
-
-        def weight(self: nn.Module) -> Any:
-            found.add(name)
-            return self._parameters["weight"]
-
-        layer.__class__ = type(type(layer).__name__, (type(layer),), {"weight": property(weight)})
-
-    result: set[str] = set()
-    readers: dict[type, set[str]] = {}
-    for name, module in model.named_modules():
-        kind = type(module)
-        if kind not in readers:
-            found: set[str] = set()
-            layers = {path: layer for path, layer in module.named_modules() if path and type(layer) is nn.Linear}
-            try:
-                for path, layer in layers.items():
-                    watched(layer, path)
-                with contextlib.suppress(Exception):  # a failed initialization reads nothing
-                    model._init_weights(module)
-            finally:
-                for layer in layers.values():
-                    layer.__class__ = nn.Linear
-            readers[kind] = found
-        result |= {f"{name}.{path}".lstrip(".") for path in readers[kind]}
-    return result
 
 
 def _wrapped(names: Collection[str]) -> str:
