@@ -59,7 +59,7 @@ def plan_loading(checkpoint: Checkpoint) -> LoadPlan:
     structure = structure_of(checkpoint)
     int8 = {info.name.removesuffix(".weight") for info in checkpoint.tensors.values() if info.is_int8}
     linears = {name for name in (*structure.linears, *structure.kept) if name in int8}
-    int8_experts = int8 >= set(structure.experts)
+    int8_experts = bool(structure.experts) and int8 >= set(structure.experts)
     experts = set(structure.experts if int8_experts else ())
     state: dict[str, LazyTensor] = {}
     for name in checkpoint.tensors:
