@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM
 from quantize8 import OutputError, WeightError, convert, verify
 from quantize8.formats import FORMATS
 from quantize8.formats.base import make_format
+from quantize8.formats.bitsandbytes import BitsAndBytes
 from quantize8.kernels import reference
 from quantize8.sources import open_checkpoint
+from quantize8.sources.structure import LINEAR, Structure
 
 IDS = torch.arange(2, 42)[None]
 
@@ -165,3 +167,10 @@ def test_a_quantized_source_with_a_tensor_twice_is_refused(tmp_path):
     save_file(state, tmp_path / "out" / "model.safetensors")
     with pytest.raises(Exception, match=r"up_proj\.weight is I8 without a scale"):
         open_checkpoint(str(tmp_path / "out"))
+
+
+def test_a_module_with_weight_in_its_name_is_not_for_transformers_and_bitsandbytes():
+    """transformers' pattern for the tensors of a layer, `weight`, finds it in `inject_weight.SCB`."""
+    modules = dict.fromkeys(("layers.0.up", "layers.0.inject_weight"), LINEAR)
+    kept, refused = BitsAndBytes().linears(Structure(modules))
+    assert kept == {"layers.0.up": LINEAR} and list(refused) == ["layers.0.inject_weight"]

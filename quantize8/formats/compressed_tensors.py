@@ -45,6 +45,7 @@ _WORD = 4  # codes in an int32
 # vLLM fuses each of these groups into one layer with one scheme; q_a and kv_a are of multi-head latent attention (MLA)
 _FUSED = re.compile(r"(?P<qkv>[qkv]_proj)$|(?P<gate_up>(?:gate|up)_proj)$|(?P<qkv_a>q_a_proj|kv_a_proj_with_mqa)$")
 _GATE = ".shared_expert_gate"  # of Qwen's shared expert, N = 1; vLLM builds it without quantization
+_ROUTER = ".gate"  # of models with experts, by its usual name
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class CompressedTensors(Int8Format):
                 refused[name] = "a Conv1D, which this format's loaders do not quantize"
             elif name.endswith(_GATE):
                 refused[name] = "vLLM keeps this gate in floating point"
+            elif structure.experts and name.endswith(_ROUTER):
+                refused[name] = "named like a router, which vLLM must not quantize"
             elif self.scheme == "w8a16" and name in structure.read_on_loading:
                 refused[name] = (
                     "read by transformers while it loads the model, which fails for packed codes (w8a8 has none)"
@@ -133,7 +136,8 @@ class CompressedTensors(Int8Format):
         groups = self._groups(plan)
         formats = {group["format"] for group in groups.values()}
         is_expert = any(kind in (EXPERT, PACKED_EXPERT) for kind in plan.modules.values())
-        routers = [r"re:.*\.gate$"] if is_expert else []  # a quantizable layer in vLLM, but not in transformers
+        # a quantizable layer in vLLM, but not in transformers
+        routers = [rf"re:.*\{_ROUTER}$"] if is_expert else []
         fused = {name.rpartition(".")[0] for name, why in plan.kept.items() if why == FUSED_EXPERTS}
         experts = [f"re:{re.escape(module)}\\..*" for module in sorted(fused)]
         entry = {

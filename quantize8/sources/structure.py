@@ -39,6 +39,7 @@ from quantize8.sources.experts import (
     slices_of,
 )
 from quantize8.sources.native import build_meta_model, is_known
+from quantize8.sources.reading import read_by_code, read_on_loading
 
 LINEAR, CONV1D = "Linear", "Conv1D"  # Conv1D is GPT-2's Linear, with its weight stored [in, out]
 EXPERT = "expert"  # a matrix of one expert, which checkpoints store separately and transformers joins with the others
@@ -51,12 +52,11 @@ _WRAPPERS = ("module.", "_orig_mod.", "_forward_module.", "_fsdp_wrapped_module.
 _OLD_BUFFER = ".rotary_emb.inv_freq"  # which earlier releases of transformers saved
 _IN_LAYER = re.compile(r"(.+?)\.\d+\.(.+)")  # a list of layers, and a module of one
 _FURTHER = re.compile(r"(^|\.)mtp")  # a list of layers for multi-token prediction
-# Mamba's forward multiplies by the layer's weight instead of calling the layer: it would take int8 codes for the weight
-READ_DIRECTLY = ("dt_proj",)
+READ_BY_CODE = "the model's code reads its weight, and would take int8 codes for it"
+_CONVERTED = "transformers splits it, or joins it with others, while it loads the model"
 _FOREIGN = "not part of transformers' model"
 FUSED_EXPERTS = "experts in one tensor, which this format cannot hold in int8"
 _MTP = "a layer for multi-token prediction, which vLLM runs and transformers does not load"
-_CONVERTED = "transformers splits or joins it while loading, which it cannot do with int8"
 _NOT_LINEAR = re.compile(r"embed|wte|wpe|norm|ln_|position|token_type|shared|relative_attention|router|gate$|head$")
 
 
@@ -332,14 +332,14 @@ def _from_model(model: Any, tensors: Mapping[str, TensorInfo], weights: list[str
     targets = targets_in_model(model, tensors, conversions)
     structure = Structure({}, towers=_outside_of_language(model))
     _add_experts(structure, model, tensors, targets, conversions)
-    fixed = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or []), *READ_DIRECTLY]
+    fixed = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or [])]
     _add_linears(structure, model, {name: targets[f"{name}.weight"] for name in weights}, fixed)
     _add_others(structure, model, tensors, targets)
     _add_embedding(structure, model, targets)
     _add_unloaded(structure, state, targets)
     present = {target.name for target in targets.values()}
     structure.absent = sorted(name for name in linear_kinds(model) if f"{name}.weight" not in present)
-    read = _read_on_loading(model)
+    read = read_on_loading(model)
     structure.read_on_loading = {name for name in weights if targets[f"{name}.weight"].module in read}
     fused = {fusion.parameter for fusion in structure.fusions.values()}
     structure.missing = [name for name in _missing(model, targets) if name not in fused]
@@ -361,7 +361,7 @@ def _add_linears(structure: Structure, model: Any, targets: Mapping[str, Target]
     }
     known = [name.removesuffix(".weight") for name in model.state_dict()]
     likes = _likes([target.module for target in targets.values()], known)
-    head = model.get_output_embeddings()
+    head, by_code = model.get_output_embeddings(), read_by_code(model)
     tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
     experts = set(structure.experts)
     for name, target in targets.items():
@@ -374,13 +374,13 @@ def _add_linears(structure: Structure, model: Any, targets: Mapping[str, Target]
             structure.kept[name] = _CONVERTED
         elif like is None or like in others:
             structure.kept[name] = others.get(like or "", _FOREIGN)
+        elif like in by_code:
+            structure.kept[name] = READ_BY_CODE
         elif not is_skipped(in_model, fixed):
             structure.linears[name] = modules[like]
         else:
             is_head = head is not None and model.get_submodule(like) is head
             structure.kept[name] = "output head" if is_head else "kept in floating point by transformers"
-            if in_model.endswith(READ_DIRECTLY):
-                structure.kept[name] = "the model reads its weight without calling the layer"
             if is_head and in_model not in tied:
                 structure.output_head = name
 
@@ -519,44 +519,6 @@ def _modalities(module: Any) -> set[str]:
     """What a model takes: text, image, video or audio."""
     taken = module.input_modalities
     return {taken} if isinstance(taken, str) else set(taken)
-
-
-def _read_on_loading(model: Any) -> set[str]:
-    """Linear modules whose weight is read by the initialization of a module that contains them.
-
-    After loading, transformers also runs `_init_weights` on modules that have no parameters of their own; it relies on
-    loaded tensors not being changed. A layer that has no tensor named weight fails there. This function finds such
-    layers by running `_init_weights` for one module of each type, on a model without storage.
-    """
-    from torch import nn
-
-    def watched(layer: nn.Module, name: str) -> None:
-        """Record when `layer.weight` is read, until its class is restored."""
-
-        def weight(self: nn.Module) -> Any:
-            found.add(name)
-            return self._parameters["weight"]
-
-        layer.__class__ = type(type(layer).__name__, (type(layer),), {"weight": property(weight)})
-
-    result: set[str] = set()
-    readers: dict[type, set[str]] = {}
-    for name, module in model.named_modules():
-        kind = type(module)
-        if kind not in readers:
-            found: set[str] = set()
-            layers = {path: layer for path, layer in module.named_modules() if path and type(layer) is nn.Linear}
-            try:
-                for path, layer in layers.items():
-                    watched(layer, path)
-                with contextlib.suppress(Exception):  # a failed initialization reads nothing
-                    model._init_weights(module)
-            finally:
-                for layer in layers.values():
-                    layer.__class__ = nn.Linear
-            readers[kind] = found
-        result |= {f"{name}.{path}".lstrip(".") for path in readers[kind]}
-    return result
 
 
 def _wrapped(names: Collection[str]) -> str:
