@@ -5,11 +5,14 @@ With w8a16, four codes are packed into each int32, and activations stay in float
 expert is stored separately, as in checkpoints. transformers fuses experts into one tensor, and can only do that with
 packed ones.
 
-Reading: int, float and packed weights with one scale per tensor, row, group or block.
-The layout is that of the package's compressors (compressed-tensors 0.20, `naive_quantized` and `pack_quantized`).
+Reading: int, float and packed weights with one scale per tensor, row, group or block; and 4-bit floats.
+The layout is that of the package's compressors (compressed-tensors 0.20: `naive_quantized`, `pack_quantized`, `nvfp4`
+and `mxfp4`).
 A module has `weight` (int8 or float8), or `weight_packed` (int32 words of 4-bit or 8-bit numbers, lowest bits first,
 each stored with half its range added). It also has `weight_scale`; `weight_zero_point` if the quantization is
 asymmetric; and `weight_g_idx` if the columns were reordered.
+If `weight_packed` is uint8, it holds 4-bit floats (`formats.float4`). The `weight_scale` of MXFP4 is uint8. That of
+NVFP4 is float8, and divided by `weight_global_scale`.
 """
 
 from __future__ import annotations
@@ -26,17 +29,22 @@ from quantize8.errors import SourceError
 from quantize8.formats import COMPRESSED_TENSORS, MoeLoader, Scheme
 from quantize8.formats.base import Int8Format, OutTensor, in_float
 from quantize8.formats.encoding import Encoding, RowwiseInt8, absmax_of, require, unpack_int32
+from quantize8.formats.float4 import E8M0_TYPES, PACKED_TYPE, Float4
 from quantize8.kernels.reference import Array, scale_of
-from quantize8.sources.base import FLOATING, Checkpoint
+from quantize8.sources.base import FLOATING, MXFP4, NVFP4, Checkpoint
 from quantize8.sources.structure import CONV1D, EXPERT, Structure
 
 if TYPE_CHECKING:
     from quantize8.conversion.plan import Plan
 
 SCALE, PACKED, SHAPE = "weight_scale", "weight_packed", "weight_shape"
-_ZERO, _ORDER = "weight_zero_point", "weight_g_idx"
-_UNUSED = ("input_scale", "input_zero_point", "weight_global_scale")  # of activations, or of formats refused below
+_ZERO, _ORDER, _GLOBAL = "weight_zero_point", "weight_g_idx", "weight_global_scale"
+_UNUSED = ("input_scale", "input_zero_point", "input_global_scale")  # of activations
 _CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale")  # of an 8-bit key-value cache
+_FORMATS = (
+    *("int-quantized", "naive-quantized", "float-quantized", "pack-quantized", "mixed-precision"),
+    *("nvfp4-pack-quantized", "mxfp4-pack-quantized"),
+)
 _VALUES = ("I8", "F8_E4M3")
 _PACKED_BITS = (4, 8)
 _OFFSET = 128  # added to codes before packing, so that they are unsigned
@@ -218,6 +226,15 @@ class _RowwiseInt8(_Scaled, RowwiseInt8):
         return absmax_of(np.broadcast_to(scale, self.shape[0])[start:stop])
 
 
+class _Float4(Float4):
+    """4-bit floats; the scale of the tensor is a divisor."""
+
+    def times_global(self, scales: Array) -> Array:
+        """See `Float4.times_global`."""
+        factors: Array = scales / self.global_scale(f"{self.module}.{_GLOBAL}")
+        return factors
+
+
 def find(stored: Checkpoint, entry: dict[str, Any]) -> dict[str, Encoding]:
     """Find the modules that have scales.
 
@@ -229,8 +246,8 @@ def find(stored: Checkpoint, entry: dict[str, Any]) -> dict[str, Encoding]:
         The encoding of each module, by module name.
 
     Raises:
-        SourceError: The format is not int-, naive-, float- or pack-quantized, the weights are sparse or rotated, or the
-            shapes of a module do not fit together.
+        SourceError: The format is not among those that are read, the weights are sparse or rotated, or the tensors of a
+            module do not fit together.
     """
     where = str(stored.folder)
     require(entry, {"quantization_status": ("compressed",)}, where)
@@ -239,6 +256,11 @@ def find(stored: Checkpoint, entry: dict[str, Any]) -> dict[str, Encoding]:
         if not isinstance(asked, dict) or asked.get("format", "dense") != "dense" or asked.get("config_groups"):
             raise SourceError(f"{where}: is compressed with a {name}, which is not read; use the original checkpoint")
     arguments = _weight_arguments(entry, where)
+    for info in stored.tensors.values():
+        module, _, part = info.name.rpartition(".")
+        if part in (PACKED, _GLOBAL) and f"{module}.{SCALE}" not in stored.tensors:
+            where = f"{stored.folder / info.file}: {info.name}"
+            raise SourceError(f"{where} has no {SCALE} beside it; fetch the checkpoint again")
     modules = [name.removesuffix(f".{SCALE}") for name in stored.tensors if name.endswith(f".{SCALE}")]
     return {name: _module(stored, name, arguments) for name in modules}
 
@@ -252,11 +274,10 @@ def _weight_arguments(entry: dict[str, Any], where: str) -> list[dict[str, Any]]
     groups = entry.get("config_groups")
     if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
         raise SourceError(f"{where}: its quantization_config has no config_groups; fetch it again")
-    known = ("int-quantized", "naive-quantized", "float-quantized", "pack-quantized", "mixed-precision")
     for group in (entry, *groups.values()):
-        if group.get("format") not in (None, *known):
+        if group.get("format") not in (None, *_FORMATS):
             raise SourceError(
-                f"{where}: is {group['format']}, which is not read (only {', '.join(known)}); "
+                f"{where}: is {group['format']}, which is not read (only {', '.join(_FORMATS)}); "
                 "use the original checkpoint"
             )
     arguments = [group["weights"] for group in groups.values() if isinstance(group.get("weights"), dict)]
@@ -278,6 +299,8 @@ def _module(stored: Checkpoint, module: str, arguments: list[dict[str, Any]]) ->
         raise SourceError(f"{file}: {module} has {SCALE} but no weight; fetch the folder again")
     tensors = (values, *(name for name in names if name in stored.tensors))
     info = stored.tensors[values]
+    if values.endswith(PACKED) and info.dtype == PACKED_TYPE:
+        return _float4(stored, module)
     rows, columns = (*info.shape, 0, 0)[:2]
     encoding = _Scaled(stored, module, tensors, (rows, columns))
     packed = values.endswith(PACKED)
@@ -292,6 +315,17 @@ def _module(stored: Checkpoint, module: str, arguments: list[dict[str, Any]]) ->
     rowwise = encoding.block in ((1, encoding.shape[1]), encoding.shape) and not zero
     if rowwise and (encoding.bits == 8 or info.dtype == "I8"):
         return _RowwiseInt8(stored, module, tensors, encoding.shape, bits=encoding.bits, block=encoding.block)
+    return encoding
+
+
+def _float4(stored: Checkpoint, module: str) -> Encoding:
+    parts = (f"{module}.{part}" for part in (PACKED, SCALE, _GLOBAL, _ZERO))
+    names = tuple(name for name in parts if name in stored.tensors)
+    kind = MXFP4 if stored.tensors[names[1]].dtype in E8M0_TYPES else NVFP4
+    encoding = _Float4(stored, module, names, stored.tensors[names[0]].shape, kind=kind)
+    if names[-1].endswith(_ZERO):
+        raise encoding.refuse("has zero points, which 4-bit floats are not read with")
+    encoding.check_parts(f"{module}.{_GLOBAL}")
     return encoding
 
 
