@@ -104,8 +104,8 @@ def _inspect_text(
 
 def _linear_modules(checkpoint: Checkpoint) -> dict[str, bool]:
     """Linear modules (of a quantized checkpoint, the quantized ones) -> whether the weight is stored as [in, out]."""
-    if checkpoint.decoded:
-        names = [name for name in checkpoint.tensors if name in checkpoint.decoded and name.endswith(".weight")]
+    names = [name for name in checkpoint.tensors if name in checkpoint.decoded and name.endswith(".weight")]
+    if names:
         return {name.removesuffix(".weight"): False for name in names}
     structure = structure_of(checkpoint)
     modules = structure.linears | dict.fromkeys([*structure.kept, *structure.experts], "")

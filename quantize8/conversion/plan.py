@@ -284,7 +284,8 @@ def plan_of(
         SourceError: The source cannot be converted with these options.
         OutputError: The options do not fit the source.
     """
-    output, structure = make_format(options.format, options.scheme, options.moe), structure_of(checkpoint)
+    output = make_format(options.format, options.scheme, options.moe, options.group_size)
+    structure = structure_of(checkpoint)
     structure.require_complete(checkpoint.name)
     modules, kept = _choose(structure, recipe, output, checkpoint)
     # an int8 Conv1D is stored [out, in] in every format, a floating-point one [in, out]
@@ -355,6 +356,7 @@ def _choose(
     for name in list(modules):
         info = tensors[f"{name}.weight"]
         unfit = f"dtype {info.dtype}" if info.dtype not in QUANTIZABLE else "empty" if 0 in info.shape else ""
+        unfit = unfit or output.unfit(info.shape)
         if reason := f"recipe {recipe.name}" if recipe.skips(name) else unfit:
             kept[name] = reason
             del modules[name]

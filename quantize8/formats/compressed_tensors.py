@@ -1,8 +1,9 @@
 """The compressed-tensors format, which vLLM, SGLang, transformers and llama.cpp's converter can load.
 
 Writing: with w8a8, codes are stored as int8, and activations are quantized per token at run time (`int-quantized`).
-With w8a16, four codes are packed into each int32, and activations stay in floating point (`pack-quantized`). Each
-expert is stored separately, as in checkpoints. transformers fuses experts into one tensor, and can only do that with
+With w8a16, four codes are packed into each int32, and activations stay in floating point (`pack-quantized`); scales can
+then be by group, in the model's dtype, to which its loaders would convert them (`kernels.groups`). Each expert is
+stored separately, as in checkpoints. transformers fuses experts into one tensor, and can only do that with
 packed ones.
 
 Reading: int, float and packed weights with one scale per tensor, row, group or block; and 4-bit floats.
@@ -25,13 +26,25 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from quantize8.artifact.manifest import summarize
 from quantize8.errors import SourceError
 from quantize8.formats import COMPRESSED_TENSORS, MoeLoader, Scheme
-from quantize8.formats.base import Int8Format, OutTensor, in_float
-from quantize8.formats.encoding import Encoding, RowwiseInt8, absmax_of, require, unpack_int32
+from quantize8.formats.base import (
+    Int8Format,
+    Measured,
+    OutTensor,
+    Piece,
+    Pieces,
+    WeightQuantizer,
+    cannot_hold,
+    check_finite,
+    in_float,
+)
+from quantize8.formats.encoding import Encoding, GroupwiseInt8, RowwiseInt8, absmax_of, require, unpack_int32
 from quantize8.formats.float4 import E8M0_TYPES, PACKED_TYPE, Float4
-from quantize8.kernels.reference import Array, scale_of
-from quantize8.sources.base import FLOATING, MXFP4, NVFP4, Checkpoint
+from quantize8.kernels import groups
+from quantize8.kernels.reference import STATS_TILE_ROWS, Array, ColumnStats, as_bytes, scale_of
+from quantize8.sources.base import DTYPES, FLOAT4, FLOATING, MXFP4, NVFP4, Checkpoint, TensorInfo
 from quantize8.sources.structure import CONV1D, EXPERT, Structure
 
 if TYPE_CHECKING:
@@ -56,24 +69,26 @@ _GATE = ".shared_expert_gate"  # of Qwen's shared expert, N = 1; vLLM builds it 
 
 @dataclass(frozen=True)
 class CompressedTensors(Int8Format):
-    """Int8 with one scale per row, in either scheme.
+    """Int8 in either scheme, with one scale per row or group.
 
     Attributes:
         scheme: w8a8 or w8a16.
         moe: The loader that the experts of a mixture-of-experts model are stored for.
+        group_size: Weights of a row that share a scale, in w8a16; None for all of a row.
     """
 
     name: str = COMPRESSED_TENSORS
     suffix: str = "w8a8"
     scheme: Scheme = "w8a8"
     moe: MoeLoader = "vllm"
+    group_size: int | None = None
     loaders: ClassVar[tuple[str, ...]] = ("vllm", "transformers", "quantize8")
     package: ClassVar[str] = "compressed-tensors"
 
     @property
     def title(self) -> str:
         """See `Format.title`."""
-        return f"{self.name} {self.scheme}"
+        return f"{self.name} {self.scheme}" + (f", groups of {self.group_size}" if self.group_size else "")
 
     def linears(self, structure: Structure) -> tuple[dict[str, str], dict[str, str]]:
         """See `Int8Format.linears`."""
@@ -102,10 +117,16 @@ class CompressedTensors(Int8Format):
         alone = [name for names in split for name in names if name in modules]
         return dict.fromkeys(alone, "vLLM fuses it with a layer that stays in floating point")
 
-    def module_tensors(self, module: str, shape: tuple[int, int], kind: str) -> list[OutTensor]:
+    def unfit(self, shape: tuple[int, ...]) -> str:
+        """See `Int8Format.unfit`."""
+        partial = self.group_size is not None and shape[-1] % self.group_size
+        return f"{shape[-1]} columns, which groups of {self.group_size} do not divide" if partial else ""
+
+    def module_tensors(self, module: str, shape: tuple[int, int], kind: str, dtype: str) -> list[OutTensor]:
         """See `Int8Format.module_tensors`."""
         rows, columns = shape
-        scale = OutTensor(f"{module}.{SCALE}", "F32", (rows, 1))
+        grouped = (dtype, (rows, columns // self.group_size)) if self.group_size else ("F32", (rows, 1))
+        scale = OutTensor(f"{module}.{SCALE}", *grouped)
         if not self._packs(kind):
             return [OutTensor(f"{module}.weight", "I8", shape), scale]
         words = -(-columns // _WORD)
@@ -128,6 +149,38 @@ class CompressedTensors(Int8Format):
         """See `Int8Format.scales`."""
         scale = scale_of(absmax)[:, None]
         return [scale, np.array(shape, np.int64)] if self._packs(kind) else [scale]
+
+    def encode(self, plan: Plan, name: str, quantizer: WeightQuantizer) -> Pieces:
+        """See `Format.encode`; scales by group are chosen on the CPU."""
+        module = name.removesuffix(".weight")
+        if self.group_size is None or module == name or module not in plan.modules:
+            return (yield from super().encode(plan, name, quantizer))
+        info, (weight, scale, shape) = plan.checkpoint.tensors[name], plan.outputs[name]
+        measured, parts = Measured(ColumnStats.empty(info.shape[1])), []
+        for first_row, block in plan.blocks(info, None, STATS_TILE_ROWS):
+            check_finite(block, info, first_row)
+            values = np.ascontiguousarray(block, np.float32)
+            codes, scales = self._groups(plan, info, first_row, values, DTYPES[scale.dtype])
+            if not (fit := np.isfinite(scales.astype(np.float32)).all(axis=1)).all():
+                raise cannot_hold(info, first_row + int(np.argmin(fit)), f"a scale in {scale.dtype}")
+            measured.source.update(as_bytes(codes if info.is_int8 else block))
+            measured.add(values, groups.row_errors(values, codes, scales))
+            parts.append(scales)
+            yield Piece(weight.name, self.pack(codes, plan.modules[module]), block.nbytes)
+        yield Piece(scale.name, np.concatenate(parts))
+        yield Piece(shape.name, np.array(info.shape, np.int64))
+        stats, peaks = measured.complete()
+        return summarize(stats, peaks, info.stored_dtype, measured.source.hexdigest(), False)
+
+    def _groups(
+        self, plan: Plan, info: TensorInfo, first_row: int, values: Array, dtype: np.dtype[Any]
+    ) -> tuple[Array, Array]:
+        """Codes int8 [n, K] and scales [n, G] of rows float32 [n, K]; codes of an int8 source are kept."""
+        assert self.group_size is not None
+        if not info.is_int8:
+            return groups.quantize_rows(values, self.group_size, dtype, info.stored_dtype in FLOAT4)
+        codes, absmax = plan.checkpoint.int8_rows(info.name, first_row, first_row + len(values))
+        return codes, groups.carry_rows(absmax, values.shape[1] // self.group_size, dtype)
 
     def edit_config(self, config: dict[str, Any], plan: Plan) -> dict[str, Any]:
         """See `Format.edit_config`."""
@@ -157,10 +210,12 @@ class CompressedTensors(Int8Format):
 
     def _group(self, targets: list[str], packed: bool = False) -> dict[str, Any]:
         shared = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None}
+        size = self.group_size
+        grouped = {"strategy": "group", "group_size": size} if size else {"strategy": "channel"}
         return {
             "targets": targets,
             "format": "pack-quantized" if packed else "int-quantized",
-            "weights": {**shared, "strategy": "channel", "dynamic": False},
+            "weights": {**shared, **grouped, "dynamic": False},
             "input_activations": None if packed else {**shared, "strategy": "token", "dynamic": True},
             "output_activations": None,
         }
@@ -233,6 +288,17 @@ class _Float4(Float4):
         """See `Float4.times_global`."""
         factors: Array = scales / self.global_scale(f"{self.module}.{_GLOBAL}")
         return factors
+
+
+class _GroupwiseInt8(_Scaled, GroupwiseInt8):
+    """Symmetric int8 with one scale per group of columns, all groups of one size."""
+
+    def codes(self, start: int, stop: int) -> Array:
+        return self.values(start, stop)
+
+    def scales(self, start: int, stop: int) -> Array:
+        scales: Array = self.whole(f"{self.module}.{SCALE}")[start:stop].astype(np.float32)
+        return scales
 
 
 def find(stored: Checkpoint, entry: dict[str, Any]) -> dict[str, Encoding]:
@@ -312,9 +378,13 @@ def _module(stored: Checkpoint, module: str, arguments: list[dict[str, Any]]) ->
     _check_parts(encoding)
     zero = names[2] in tensors and bool(encoding.zero_points().any())  # type: ignore[union-attr]
     encoding.release()
-    rowwise = encoding.block in ((1, encoding.shape[1]), encoding.shape) and not zero
-    if rowwise and (encoding.bits == 8 or info.dtype == "I8"):
+    if zero or not (encoding.bits == 8 or info.dtype == "I8"):
+        return encoding
+    down, across = encoding.block
+    if encoding.block in ((1, encoding.shape[1]), encoding.shape):
         return _RowwiseInt8(stored, module, tensors, encoding.shape, bits=encoding.bits, block=encoding.block)
+    if down == 1 and encoding.shape[1] % across == 0 and names[3] not in tensors:
+        return _GroupwiseInt8(stored, module, tensors, encoding.shape, bits=encoding.bits, block=encoding.block)
     return encoding
 
 

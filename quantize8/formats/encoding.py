@@ -94,6 +94,18 @@ class RowwiseInt8(Encoding):
         return dequantize(self.codes(start, stop), self.absmax(start, stop))
 
 
+class GroupwiseInt8(Encoding):
+    """Int8 codes with one scale per group of consecutive columns."""
+
+    @abstractmethod
+    def codes(self, start: int, stop: int) -> Array:
+        """Rows start..stop of the codes as they are stored, int8 [n, K]."""
+
+    @abstractmethod
+    def scales(self, start: int, stop: int) -> Array:
+        """The scales of those rows, float32 [n, G]."""
+
+
 def absmax_of(scale: Array) -> Array:
     """Compute the absmax whose 127th part is `scale`, recovering the float16 number that it was if it was one.
 

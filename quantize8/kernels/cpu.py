@@ -24,7 +24,16 @@ import ml_dtypes
 import numpy as np
 
 from quantize8.errors import DependencyError
-from quantize8.kernels.reference import Array, ColumnStats, Int8Weight, LayerMode, fixed_columns
+from quantize8.kernels.reference import (
+    INT8_MAX,
+    Array,
+    ColumnStats,
+    Int8Weight,
+    LayerMode,
+    exact_scales,
+    fixed_columns,
+    to_float16,
+)
 from quantize8.kernels.scales import CLIPS, LEAST_SCALE, ScaleSearch
 
 if TYPE_CHECKING:
@@ -92,7 +101,7 @@ _CLIPS = np.array(CLIPS, np.float32)
 
 
 def quantize_rowwise(
-    weight: Array, stats: ColumnStats | None = None, search: ScaleSearch | None = None
+    weight: Array, stats: ColumnStats | None = None, search: ScaleSearch | None = None, exact: bool = False
 ) -> tuple[Array, Array]:
     """`reference.quantize_rowwise`, and in the same pass `reference.column_stats`.
 
@@ -100,6 +109,7 @@ def quantize_rowwise(
         weight: float16, bfloat16 or float32 [N, K].
         stats: Column statistics to which these rows are added; its rows so far must be a multiple of 64.
         search: Take the absmax of `scales.search_absmax` instead of each row's largest magnitude.
+        exact: Take the scale of `reference.exact_scales` for each row that has one and that float16 holds.
 
     Returns:
         Codes int8 [N, K], and absmax float32 [N], not finite where a row cannot be quantized.
@@ -118,11 +128,24 @@ def quantize_rowwise(
             importance, kept = search.weights(columns), search.kept(columns)
             how = (pointer(importance), pointer(kept), pointer(_CLIPS), len(_CLIPS), LEAST_SCALE)
             check(kernels.q8_search_rows(*given, *how, pointer(absmax)))
+        if exact:
+            absmax = _lossless(weight.astype(np.float32), None if search is None else absmax)
         sums = (stats.absmax, stats.sum_square, stats.sum_error, stats.outliers)
         outputs = [pointer(array) for array in (codes, absmax, *sums)]
-        check(kernels.q8_quantize_rows(*given, search is not None, *outputs))
+        check(kernels.q8_quantize_rows(*given, search is not None or exact, *outputs))
     stats.rows += rows
     return codes, absmax
+
+
+def _lossless(values: Array, absmax: Array | None) -> Array:
+    """127 times the exact scale of each row of values float32 [N, K] that has one, for other rows `absmax`."""
+    halves = to_float16(values).astype(np.float32)
+    if absmax is None:
+        absmax = np.abs(halves).max(axis=1, initial=0.0)
+    scale = exact_scales(values, np.dtype(np.float32))
+    fits = (scale > 0) & (halves == values).all(axis=1)
+    chosen: Array = np.where(fits, np.float32(INT8_MAX) * scale, np.where(np.isfinite(absmax), absmax, np.inf))
+    return np.ascontiguousarray(chosen, np.float32)
 
 
 def all_finite(values: Array) -> bool:
@@ -139,16 +162,18 @@ class CpuQuantizer:
 
     Attributes:
         search: What the scales are searched for; None for those of the absolute maximum.
+        exact: Whether a row gets a scale that loses nothing, if there is one.
         block_bytes: It takes blocks of any size.
     """
 
     search: ScaleSearch | None = None
+    exact: bool = False
     block_bytes: int | None = None
 
     def quantize(self, blocks: Iterator[Array], stats: ColumnStats) -> Iterator[tuple[Array, Array, Array]]:
         """Yield (block, codes, absmax) for each block [n, K], n a multiple of 64 in all but the last."""
         for block in blocks:
-            yield (block, *quantize_rowwise(block, stats, self.search))
+            yield (block, *quantize_rowwise(block, stats, self.search, self.exact))
 
 
 def quantize_activations(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor]:

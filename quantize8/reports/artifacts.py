@@ -47,6 +47,8 @@ def conversion(result: Conversion) -> RenderableType:
         rows.add_row("codes", "copied from the source")
     elif result.errors:
         rows.add_row("relative error", f"{numbers['mean_relative_error']:.4f} mean, {numbers['worst']}")
+    if numbers["exact"] is not None:
+        rows.add_row("exact", f"{numbers['exact']:.1%} of the weights from 4-bit floats")
     if result.resumed:
         resumed = f"{result.resumed} tensors ({size(result.resumed_bytes)})"
         rows.add_row("resumed", f"{resumed} were already written and are valid")
