@@ -11,6 +11,7 @@ import torch
 from quantize8.errors import WeightError
 from quantize8.kernels import cpu, reference
 from quantize8.kernels.reference import STATIC_MODES, ColumnStats, Int8Weight
+from quantize8.kernels.scales import ScaleSearch
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32]
 SHAPES = [(1, 1), (3, 5), (64, 64), (65, 33), (130, 777), (7, 4096), (2, 0), (0, 4)]
@@ -51,6 +52,30 @@ def test_weight_pass_equals_the_reference_in_every_bit(shape, dtype):
     np.testing.assert_array_equal(got_absmax, absmax)
     for field in ("absmax", "sum_square", "sum_error", "outliers", "rows"):
         np.testing.assert_array_equal(getattr(got, field), getattr(stats, field), field)
+
+
+@pytest.mark.parametrize("searched", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_without_loss_have_the_scale_of_the_reference(dtype, searched):
+    rng = np.random.default_rng(0)
+    weight = hostile(70, 96, dtype)
+    weight[3:40] = (rng.integers(-127, 128, (37, 96)) * 2.0 ** rng.integers(-20, 5, (37, 1))).astype(dtype)
+    weight[50], weight[51, 3], weight[52, 4] = np.ldexp(1.0, -40), np.nan, np.inf
+    weight[53] = 2 * rng.integers(-63, 64, 96)
+    search = ScaleSearch() if searched else None
+    with np.errstate(invalid="ignore"):
+        values = weight.astype(np.float32)
+        scale = reference.exact_scales(values, np.dtype(np.float32))
+        _, plain = cpu.quantize_rowwise(weight, search=search)
+    scale[50] = 0  # float16, which codes are made of, does not hold it
+    expected = np.where(scale > 0, np.float32(127) * scale, plain)
+    stats = ColumnStats.empty(96)
+    codes, absmax = cpu.quantize_rowwise(weight, stats, search, exact=True)
+    np.testing.assert_array_equal(absmax, expected)
+    np.testing.assert_array_equal(codes, reference.quantize_rowwise(weight, expected)[0])
+    exact = scale > 0
+    assert exact[3:40].all() and exact[53] and not exact[[1, 51, 52]].any()
+    assert np.array_equal(reference.dequantize(codes[exact], absmax[exact]), values[exact])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -172,14 +172,14 @@ def test_stored_fields_are_documented():
     for record in (TensorRecord, Quantized):
         for name in record.__dataclass_fields__:
             assert f"`{name}`" in section(text, "quantize8.json"), name
-    stored = {tensor.name for tensor in BitsAndBytes().module_tensors("M", (2, 4), LINEAR, "BF16")}
+    stored = {tensor.name for tensor in BitsAndBytes().module_tensors("M", (2, 4), LINEAR)}
     assert first_cells(section(text, "Tensors of a quantized module `M` with a weight w [N, K]")) == stored
 
 
 @pytest.mark.parametrize("scheme", get_args(Scheme))
 def test_compressed_tensors_fields_are_documented(scheme):
     text = section(read("docs/formats.md"), "compressed-tensors")
-    for tensor in CompressedTensors(scheme=scheme).module_tensors("M", (2, 4), LINEAR, "BF16"):
+    for tensor in CompressedTensors(scheme=scheme).module_tensors("M", (2, 4), LINEAR):
         assert f"`{tensor.name}`" in text
 
 

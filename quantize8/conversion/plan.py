@@ -356,7 +356,8 @@ def _choose(
     for name in list(modules):
         info = tensors[f"{name}.weight"]
         unfit = f"dtype {info.dtype}" if info.dtype not in QUANTIZABLE else "empty" if 0 in info.shape else ""
-        unfit = unfit or output.unfit(info.shape)
+        if output.group_size is not None and info.shape[-1] % output.group_size:
+            unfit = unfit or f"{info.shape[-1]} columns, which groups of {output.group_size} do not divide"
         if reason := f"recipe {recipe.name}" if recipe.skips(name) else unfit:
             kept[name] = reason
             del modules[name]

@@ -231,9 +231,10 @@ class Format(ABC):
 
 
 class Int8Format(Format):
-    """A format that stores int8 codes with one scale per row."""
+    """A format that stores int8 codes with one scale per row or group."""
 
     options: ClassVar[frozenset[str]] = frozenset({"recipe", "calibrate", "scale"})
+    group_size: int | None = None  # weights of a row that share a scale; None for all of them
 
     @abstractmethod
     def linears(self, structure: Structure) -> tuple[dict[str, str], dict[str, str]]:
@@ -258,23 +259,9 @@ class Int8Format(Format):
             Those that must stay in floating point -> the reason, which users see.
         """
 
-    def unfit(self, shape: tuple[int, ...]) -> str:
-        """Why a weight of this shape stays in floating point, which users see; empty if it can become int8."""
-        return ""
-
     @abstractmethod
-    def module_tensors(self, module: str, shape: tuple[int, int], kind: str, dtype: str) -> list[OutTensor]:
-        """The output tensors of an int8 module.
-
-        Args:
-            module: Name of the module.
-            shape: Shape [N, K] of its weight.
-            kind: Kind of the module, as in `linears`.
-            dtype: Floating-point dtype of the model.
-
-        Returns:
-            The tensors, the one with the codes first.
-        """
+    def module_tensors(self, module: str, shape: tuple[int, int], kind: str) -> list[OutTensor]:
+        """The output tensors of an int8 module with a weight of shape [N, K]; the codes come first."""
 
     def pack(self, codes: Array, kind: str) -> Array:
         """Convert codes int8 [n, K] to the form in which the first of `module_tensors` stores them."""
@@ -296,7 +283,7 @@ class Int8Format(Format):
         if module == info.name or module not in plan.modules:
             return super().outputs(plan, info)
         rows, columns = plan.shape_of(info)
-        return self.module_tensors(module, (rows, columns), plan.modules[module], plan.decoded_dtype)
+        return self.module_tensors(module, (rows, columns), plan.modules[module])
 
     def encode(self, plan: Plan, name: str, quantizer: WeightQuantizer) -> Pieces:
         """See `Format.encode`; quantizes the weight [N, K] of an int8 module, or copies its codes if it is int8."""

@@ -45,7 +45,7 @@ class BitsAndBytes(Int8Format):
         caught = [name for name in modules if is_skipped(structure.model_names.get(name, name), patterns)]
         return dict.fromkeys(caught, "loaders cannot distinguish it by name from a module that stays in floating point")
 
-    def module_tensors(self, module: str, shape: tuple[int, int], kind: str, dtype: str) -> list[OutTensor]:
+    def module_tensors(self, module: str, shape: tuple[int, int], kind: str) -> list[OutTensor]:
         """See `Int8Format.module_tensors`."""
         return [
             OutTensor(f"{module}.weight", "I8", shape),

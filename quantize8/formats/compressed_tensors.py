@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -64,6 +64,7 @@ _OFFSET = 128  # added to codes before packing, so that they are unsigned
 _WORD = 4  # codes in an int32
 # vLLM fuses each of these groups into one layer with one scheme; q_a and kv_a are of multi-head latent attention (MLA)
 _FUSED = re.compile(r"(?P<qkv>[qkv]_proj)$|(?P<gate_up>(?:gate|up)_proj)$|(?P<qkv_a>q_a_proj|kv_a_proj_with_mqa)$")
+_EXPERTS = re.compile(r"(?P<layer>.*\.experts)\.\d+\.")
 _GATE = ".shared_expert_gate"  # of Qwen's shared expert, N = 1; vLLM builds it without quantization
 
 
@@ -108,25 +109,32 @@ class CompressedTensors(Int8Format):
         return modules | dict.fromkeys(structure.experts, EXPERT), refused
 
     def misfits(self, modules: Mapping[str, str], structure: Structure) -> Mapping[str, str]:
-        """See `Int8Format.misfits`: modules that vLLM fuses with a layer that stays in floating point."""
-        groups: dict[str, list[str]] = {}
+        """See `Int8Format.misfits`: modules that loaders fuse with one that stays in floating point."""
+        fused: dict[str, list[str]] = {}
+        experts: dict[str, list[str]] = {}
         for name in (*structure.linears, *structure.experts):
             if match := _FUSED.search(name):
-                groups.setdefault(f"{name[: match.start()]}{match.lastgroup}", []).append(name)
-        split = [names for names in groups.values() if not modules.keys() >= set(names)]
-        alone = [name for names in split for name in names if name in modules]
-        return dict.fromkeys(alone, "vLLM fuses it with a layer that stays in floating point")
+                fused.setdefault(f"{name[: match.start()]}{match.lastgroup}", []).append(name)
+            if match := _EXPERTS.match(name):
+                experts.setdefault(match["layer"], []).append(name)
+        found: dict[str, str] = {}
+        for together, why in ((experts, "one of a layer's experts"), (fused, "a layer")):
+            split = [names for names in together.values() if not modules.keys() >= set(names)]
+            alone = [name for names in split for name in names if name in modules]
+            found |= dict.fromkeys(alone, f"vLLM fuses it with {why} that stays in floating point")
+        return found
 
-    def unfit(self, shape: tuple[int, ...]) -> str:
-        """See `Int8Format.unfit`."""
-        partial = self.group_size is not None and shape[-1] % self.group_size
-        return f"{shape[-1]} columns, which groups of {self.group_size} do not divide" if partial else ""
+    def outputs(self, plan: Plan, info: TensorInfo) -> list[OutTensor]:
+        """See `Format.outputs`; scales of groups are stored in the model's dtype."""
+        tensors = super().outputs(plan, info)
+        if self.group_size is None or len(tensors) == 1:
+            return tensors
+        return [replace(each, dtype=plan.decoded_dtype) if each.name.endswith(SCALE) else each for each in tensors]
 
-    def module_tensors(self, module: str, shape: tuple[int, int], kind: str, dtype: str) -> list[OutTensor]:
+    def module_tensors(self, module: str, shape: tuple[int, int], kind: str) -> list[OutTensor]:
         """See `Int8Format.module_tensors`."""
         rows, columns = shape
-        grouped = (dtype, (rows, columns // self.group_size)) if self.group_size else ("F32", (rows, 1))
-        scale = OutTensor(f"{module}.{SCALE}", *grouped)
+        scale = OutTensor(f"{module}.{SCALE}", "F32", (rows, columns // self.group_size if self.group_size else 1))
         if not self._packs(kind):
             return [OutTensor(f"{module}.weight", "I8", shape), scale]
         words = -(-columns // _WORD)
