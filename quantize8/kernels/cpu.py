@@ -30,8 +30,8 @@ from quantize8.kernels.reference import (
     ColumnStats,
     Int8Weight,
     LayerMode,
-    exact_scales,
     fixed_columns,
+    scale_limits,
     to_float16,
 )
 from quantize8.kernels.scales import CLIPS, LEAST_SCALE, ScaleSearch
@@ -87,6 +87,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "q8_search_rows": (
         c_int, (c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int, c_float, c_void_p)
     ),
+    "q8_exact_scales": (None, (c_void_p, c_int64, c_int64, c_float, c_float, c_void_p)),
     "q8_all_finite": (c_int, (c_int, c_void_p, c_int64)),
     "q8_0_peaks": (None, (c_void_p, c_int64, c_void_p)),
     "q8_0_encode": (None, (c_void_p, c_void_p, c_int64, c_void_p)),
@@ -129,7 +130,7 @@ def quantize_rowwise(
             how = (pointer(importance), pointer(kept), pointer(_CLIPS), len(_CLIPS), LEAST_SCALE)
             check(kernels.q8_search_rows(*given, *how, pointer(absmax)))
         if exact:
-            absmax = _lossless(weight.astype(np.float32), None if search is None else absmax)
+            absmax = _lossless(weight, None if search is None else absmax)
         sums = (stats.absmax, stats.sum_square, stats.sum_error, stats.outliers)
         outputs = [pointer(array) for array in (codes, absmax, *sums)]
         check(kernels.q8_quantize_rows(*given, search is not None or exact, *outputs))
@@ -137,15 +138,27 @@ def quantize_rowwise(
     return codes, absmax
 
 
-def _lossless(values: Array, absmax: Array | None) -> Array:
-    """127 times the exact scale of each row of values float32 [N, K] that has one, for other rows `absmax`."""
-    halves = to_float16(values).astype(np.float32)
-    if absmax is None:
-        absmax = np.abs(halves).max(axis=1, initial=0.0)
-    scale = exact_scales(values, np.dtype(np.float32))
-    fits = (scale > 0) & (halves == values).all(axis=1)
-    chosen: Array = np.where(fits, np.float32(INT8_MAX) * scale, np.where(np.isfinite(absmax), absmax, np.inf))
-    return np.ascontiguousarray(chosen, np.float32)
+def exact_scales(values: Array, dtype: np.dtype[Any]) -> Array:
+    """`reference.exact_scales` of contiguous float32 [R, K], in `dtype`: float32 [R]."""
+    rows, columns = values.shape
+    scales, (least, most) = np.zeros(rows, np.float32), scale_limits(dtype)
+    library().q8_exact_scales(pointer(values), rows, columns, least, most, pointer(scales))
+    return scales
+
+
+def _lossless(weight: Array, absmax: Array | None) -> Array:
+    """127 times the exact scale of each row of a weight [N, K] that has one, for other rows `absmax` or the plain one.
+
+    A scale that float16 holds leaves nothing for rounding to float16 to remove, unless the row is too large for it.
+    """
+    values = np.ascontiguousarray(weight, np.float32)
+    peaks = np.maximum(np.abs(values.max(axis=1)), np.abs(values.min(axis=1)))
+    plain = to_float16(peaks).astype(np.float32)
+    plain[~np.isfinite(plain)] = np.inf
+    scales = exact_scales(values, np.dtype(np.float16))
+    fits = (scales > 0) & np.isfinite(plain)
+    chosen: Array = np.where(fits, np.float32(INT8_MAX) * scales, plain if absmax is None else absmax)
+    return chosen
 
 
 def all_finite(values: Array) -> bool:

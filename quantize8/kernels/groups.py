@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from quantize8.kernels import q8_0
+from quantize8.kernels import cpu, q8_0
 from quantize8.kernels.q8_0 import BLOCK
-from quantize8.kernels.reference import INT8_MAX, Array, exact_scales, scale_of
+from quantize8.kernels.reference import INT8_MAX, Array, scale_of
 
 
 def quantize_rows(values: Array, size: int, dtype: np.dtype[Any], exact: bool = False) -> tuple[Array, Array]:
@@ -35,7 +35,7 @@ def quantize_rows(values: Array, size: int, dtype: np.dtype[Any], exact: bool = 
         peaks = q8_0.absmax_of(blocks).reshape(len(groups), size // BLOCK).max(axis=1)
         scales = _rounded(peaks, dtype)
         if exact:
-            powers = exact_scales(groups, dtype)
+            powers = cpu.exact_scales(groups, dtype)
             scales = np.where(powers > 0, powers.astype(dtype), scales)
         inverses = np.float32(1) / scales.astype(np.float32)
     inverses[~np.isfinite(inverses)] = 0

@@ -16,7 +16,7 @@ import numpy as np
 
 from quantize8.kernels import cpu
 from quantize8.kernels.cpu import pointer
-from quantize8.kernels.reference import INT8_MAX, Array, exact_scales, scale_of
+from quantize8.kernels.reference import INT8_MAX, Array, scale_of
 from quantize8.kernels.scales import ScaleSearch, folded
 
 Q8_0 = "Q8_0"  # llama.cpp's name of the type
@@ -49,7 +49,7 @@ def quantize_rows(values: Array, search: ScaleSearch | None = None, exact: bool 
         if search is not None:
             scales = _searched(blocks, search.weights(values.shape[1]).reshape(-1, BLOCK))
         if exact:
-            powers = exact_scales(blocks, _SCALE)
+            powers = cpu.exact_scales(blocks, _SCALE)
             scales = np.where(powers > 0, powers, scales)
         packed = encode(blocks, _inverses(scales))
         _put_scales(packed, scales)

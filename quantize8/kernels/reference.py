@@ -273,18 +273,23 @@ def exact_scales(values: Array, dtype: np.dtype[Any]) -> Array:
         float32 [R], numbers of `dtype` whose inverse is finite in float32; 0 for a row that has no such scale, or only
         zeros. The codes are values / scale.
     """
-    limits: Any = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
-    peaks = np.abs(values).max(axis=1, initial=0.0)
+    (least, most), peaks = scale_limits(dtype), np.abs(values).max(axis=1, initial=0.0)
     usable = np.isfinite(peaks) & (peaks > 0)
     fraction, exponent = np.frexp(np.where(usable, peaks, 1))
     needed = exponent - INT8_MAX.bit_length() + (fraction > INT8_MAX / (INT8_MAX + 1))
-    least = np.frexp(max(float(limits.smallest_subnormal), float(np.finfo(np.float32).tiny)))[1] - 1
-    power = np.ldexp(np.float32(1), np.maximum(needed, least))
-    usable &= power <= float(limits.max)
+    power = np.maximum(np.ldexp(np.float32(1), needed), least)
+    usable &= power <= most
     steps = np.rint(np.where(usable[:, None], values, 0) / power[:, None])
     usable &= (steps * power[:, None] == values).all(axis=1)
     scales: Array = np.where(usable, power, np.float32(0))
     return scales
+
+
+def scale_limits(dtype: np.dtype[Any]) -> tuple[np.float32, np.float32]:
+    """The smallest power of two that `dtype` holds and that has an inverse in float32, and the largest number."""
+    limits: Any = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
+    least = max(np.float32(limits.smallest_subnormal), np.finfo(np.float32).tiny)
+    return np.float32(least), np.float32(limits.max)
 
 
 def codes_of(values: Array, absmax: Array) -> Array:
