@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from compressed_tensors.entrypoints.convert import CompressedTensorsDequantizer
-from helpers.making import llama, mixtral
+from helpers.making import llama, mixtral, word_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from quantize8 import ArtifactError, OutputError, SourceError, WeightError, convert, verify
+from quantize8 import ArtifactError, OutputError, SourceError, WeightError, convert, inspect, load, verify
 from quantize8.kernels import cpu, groups
 from quantize8.sources import open_checkpoint
 
@@ -167,6 +167,20 @@ def test_experts_of_a_layer_have_groups_all_or_none(tmp_path):
         "vLLM fuses it with one of a layer's experts that stays in floating point",
         "48 columns, which groups of 32 do not divide",
     }
+
+
+def test_inspect_reports_the_error_of_the_conversion(tmp_path):
+    manifest = convert(str(wide(tmp_path / "source")), tmp_path / "out", **G32).manifest
+    (report,) = inspect(str(tmp_path / "out"), layer=MODULE)
+    assert report.relative_error == manifest.tensors[f"{MODULE}.weight_packed"].quantized.relative_error
+
+
+def test_load_computes_with_the_dequantized_weights(tmp_path):
+    convert(str(word_tokenizer(wide(tmp_path / "source"))), tmp_path / "out", **G32)
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    ours, _ = load(str(tmp_path / "out"))
+    with torch.inference_mode():
+        assert torch.equal(ours(IDS).logits, packed(IDS).logits)
 
 
 def test_codes_of_an_int8_source_are_kept(tmp_path):

@@ -6,15 +6,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from helpers.making import word_tokenizer
 from helpers.packing import opened
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from quantize8 import SourceError, convert
+from quantize8 import SourceError, convert, inspect, load
 from quantize8.formats import mxfp4
 from quantize8.sources import open_checkpoint
 
+IDS = torch.arange(2, 20)[None]
 NAME = "model.layers.0.mlp.experts.down_proj"
 
 
@@ -91,7 +93,19 @@ def test_as_bfloat16_it_is_what_transformers_loads(tmp_path):
     assert torch.equal(written[NAME], convert_moe_packed_tensors(state[f"{NAME}_blocks"], state[f"{NAME}_scales"]))
     model, notes = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(notes[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), notes
-    assert model(torch.arange(2, 20)[None]).logits.isfinite().all()
+    assert model(IDS).logits.isfinite().all()
+
+
+def test_load_computes_what_transformers_does_with_the_decoded_weights(tmp_path):
+    source = in_mxfp4(tmp_path / "source")
+    word_tokenizer(source)
+    convert(str(source), tmp_path / "out", format="bfloat16")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ours, _ = load(str(source))
+    with torch.inference_mode():
+        assert torch.equal(ours(IDS).logits, plain(IDS).logits)
+    assert {report.dtype for report in inspect(str(source))} == {"BF16"}  # experts are no Linear modules
+    assert convert(str(source), tmp_path / "int8", check=True).check.parameters
 
 
 def test_a_scale_that_is_nan_is_refused_when_it_is_read(tmp_path):
