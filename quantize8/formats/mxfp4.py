@@ -22,7 +22,7 @@ from quantize8.sources.base import DTYPES, MXFP4, Checkpoint
 
 METHOD = "mxfp4"
 _BLOCKS, _SCALES = "_blocks", "_scales"
-_CHUNK = 2**20  # numbers that are decoded at a time, small enough for a core's cache
+_CHUNK = 2**18  # numbers that are decoded at a time, which stay in a core's cache while they are transposed
 
 
 @dataclass
