@@ -112,7 +112,8 @@ def test_the_table_of_a_conversion_says_it(tmp_path):
     result = convert(str(source), tmp_path / "out", **TARGETS["g32"])
     text = io.StringIO()
     Console(width=120, file=text).print(artifacts.conversion(result))
-    assert "100.0% of the weights from 4-bit floats" in text.getvalue()
+    assert "100% of the weights that were 4-bit floats" in text.getvalue()
+    assert [artifacts._percent(share) for share in (0, 0.1239, 0.99999)] == ["0.0%", "12.3%", "99.9%"]
     assert {report.dtype for report in inspect(str(source))} == {"MXFP4"}
 
 

@@ -164,7 +164,8 @@ class CompressedTensors(Int8Format):
         if self.group_size is None or module == name or module not in plan.modules:
             return (yield from super().encode(plan, name, quantizer))
         info, (weight, scale, shape) = plan.checkpoint.tensors[name], plan.outputs[name]
-        measured, parts = Measured(ColumnStats.empty(info.shape[1])), []
+        rows, columns = plan.shape_of(info)
+        measured, parts = Measured(ColumnStats.empty(columns)), []
         for first_row, block in plan.blocks(info, None, STATS_TILE_ROWS):
             check_finite(block, info, first_row)
             values = np.ascontiguousarray(block, np.float32)
@@ -176,7 +177,7 @@ class CompressedTensors(Int8Format):
             parts.append(scales)
             yield Piece(weight.name, self.pack(codes, plan.modules[module]), block.nbytes)
         yield Piece(scale.name, np.concatenate(parts))
-        yield Piece(shape.name, np.array(info.shape, np.int64))
+        yield Piece(shape.name, np.array((rows, columns), np.int64))
         stats, peaks = measured.complete()
         return summarize(stats, peaks, info.stored_dtype, measured.source.hexdigest(), False)
 
