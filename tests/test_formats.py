@@ -145,6 +145,12 @@ def test_experts_for_vllm_are_one_by_one_and_all_int8(tmp_path):
         ({"name": "compressed-tensors", "scheme": "w4a16"}, "scheme w4a16: unknown; name one of w8a8, w8a16"),
         ({"name": "compressed-tensors", "moe": "sglang"}, "moe sglang: unknown"),
         ({"name": "bitsandbytes", "scheme": "w8a8"}, "scheme w8a8: needs --format compressed-tensors"),
+        ({"name": "gguf", "group_size": 32}, "group-size 32: needs --format compressed-tensors"),
+        ({"name": "compressed-tensors", "group_size": 32}, "group-size 32: needs --scheme w8a16"),
+        (
+            {"name": "compressed-tensors", "scheme": "w8a16", "group_size": 16},
+            "group-size 16: unknown; name one of 32, 64, 128",
+        ),
     ],
 )
 def test_options_that_do_not_fit(options, message):
@@ -155,9 +161,10 @@ def test_options_that_do_not_fit(options, message):
 def test_the_default_folder_says_what_was_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     llama(tmp_path / "tiny")
-    for options in ({"format": "compressed-tensors", "scheme": "w8a16"}, {"format": "bfloat16"}):
+    packed = {"format": "compressed-tensors", "scheme": "w8a16"}
+    for options in (packed, {**packed, "group_size": 32}, {"format": "bfloat16"}):
         convert("tiny", **options)
-    assert {path.name for path in tmp_path.iterdir()} == {"tiny", "tiny-w8a16", "tiny-bfloat16"}
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny", "tiny-w8a16", "tiny-w8a16-g32", "tiny-bfloat16"}
 
 
 def test_a_quantized_source_with_a_tensor_twice_is_refused(tmp_path):

@@ -153,6 +153,6 @@ def _weight_report(checkpoint: Checkpoint, module: str, transposed: bool, error:
         float(stats.absmax.max(initial=0)),
         math.sqrt(float(stats.sum_square.sum()) / max(1, rows * columns)),
         found.outliers,
-        error if info.is_int8 else found.relative_error,
+        error if info.is_int8 or error is not None else found.relative_error,
         found.worst_columns,
     )

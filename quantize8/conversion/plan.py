@@ -305,7 +305,8 @@ def plan_of(
         SourceError: The source cannot be converted with these options.
         OutputError: The options do not fit the source.
     """
-    output, structure = make_format(options.format, options.scheme, options.moe), structure_of(checkpoint)
+    output = make_format(options.format, options.scheme, options.moe, options.group_size)
+    structure = structure_of(checkpoint)
     structure.require_complete(checkpoint.name)
     if structure.slices or structure.fusions:
         arrange = with_separate_experts if output.holds_experts(structure) else with_fused_experts
@@ -391,6 +392,8 @@ def _choose(
         info, part = tensors[f"{name}.weight"], structure.towers.get(structure.model_names.get(name, name), "")
         outside = f"in {part}, outside of the language model" if part and not recipe.towers else ""
         unfit = f"dtype {info.dtype}" if info.dtype not in QUANTIZABLE else "empty" if 0 in info.shape else ""
+        if output.group_size is not None and info.shape[-1] % output.group_size:
+            unfit = unfit or f"{info.shape[-1]} columns, which groups of {output.group_size} do not divide"
         if reason := f"recipe {recipe.name}" if recipe.skips(name) else unfit or outside:
             kept[name] = reason
             del modules[name]

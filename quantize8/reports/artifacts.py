@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -50,6 +51,8 @@ def conversion(result: Conversion) -> RenderableType:
         rows.add_row("codes", "copied from the source")
     elif result.errors:
         rows.add_row("relative error", f"{numbers['mean_relative_error']:.4f} mean, {numbers['worst']}")
+    if numbers["exact"] is not None:
+        rows.add_row("exact", f"{_percent(numbers['exact'])} of the weights that were 4-bit floats")
     if result.resumed:
         resumed = f"{result.resumed} tensors ({size(result.resumed_bytes)})"
         rows.add_row("resumed", f"{resumed} were already written and are valid")
@@ -64,6 +67,11 @@ def conversion(result: Conversion) -> RenderableType:
 def verification(result: Verification) -> RenderableType:
     """Make the line that summarizes a verification."""
     return Text(f"{result.artifact}: {result.tensors} tensors, {result.files} files, {size(result.nbytes)}: all good")
+
+
+def _percent(share: float) -> str:
+    """A share rounded down, so that only all of it is 100%."""
+    return "100%" if share == 1 else f"{math.floor(share * 1000) / 10:.1f}%"
 
 
 def _check(found: Check) -> str:
