@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.experts import SETTINGS, fused, model_class
 from safetensors.torch import load_file, save_file
 
 import quantize8
@@ -15,7 +16,6 @@ from quantize8.runtime.quantizer import Int8Config
 from quantize8.sources import open_checkpoint
 from quantize8.sources.experts import FusedExperts, SplitExperts, layouts_of
 from quantize8.sources.structure import structure_of, with_fused_experts, with_separate_experts
-from tests.helpers.experts import SETTINGS, fused, model_class
 
 IDS = torch.arange(3, 27)[None]
 W8A8 = {"format": "compressed-tensors"}

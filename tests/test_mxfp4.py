@@ -1,6 +1,7 @@
 """gpt-oss as it is published: the fused experts are those that transformers decodes, bit for bit."""
 
 import json
+import math
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +16,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from quantize8 import SourceError, convert, inspect, load
 from quantize8.formats import mxfp4
 from quantize8.sources import open_checkpoint
+from quantize8.sources.structure import structure_of, with_fused_experts
 
 IDS = torch.arange(2, 20)[None]
 NAME = "model.layers.0.mlp.experts.down_proj"
@@ -104,7 +106,8 @@ def test_load_computes_what_transformers_does_with_the_decoded_weights(tmp_path)
     ours, _ = load(str(source))
     with torch.inference_mode():
         assert torch.equal(ours(IDS).logits, plain(IDS).logits)
-    assert {report.dtype for report in inspect(str(source))} == {"BF16"}  # experts are no Linear modules
+    experts = [report for report in inspect(str(source)) if ".experts." in report.module]
+    assert len(experts) == 2 * 3 * 2 and {report.dtype for report in experts} == {"MXFP4"}
     assert convert(str(source), tmp_path / "int8", check=True).check.parameters
 
 
@@ -138,3 +141,24 @@ def test_what_does_not_fit_is_refused_in_a_line(tmp_path, case):
         mxfp4.find(opened(tmp_path, state), {})
     assert message in str(error.value)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value) and "; " in str(error.value)
+
+
+def test_experts_in_groups_lose_nothing(tmp_path):
+    """From the published form to w8a16 in groups of 32, and what both compute."""
+    source = in_mxfp4(tmp_path / "source")
+    result = convert(
+        str(source), tmp_path / "out", format="compressed-tensors", scheme="w8a16", group_size=32, check=True
+    )
+    errors = {name: found.relative_error for name, found in quantized(result).items() if ".experts." in name}
+    assert len(errors) == 2 * 3 * 2 and set(errors.values()) == {0.0} and result.exact == 1.0
+    experts = sum(math.prod(info.shape) for name, info in result.plan.checkpoint.tensors.items() if ".experts." in name)
+    assert experts > 0.7 * result.plan.weights
+    stored, original = open_checkpoint(str(tmp_path / "out")), open_checkpoint(str(source))
+    joined, _ = with_fused_experts(stored, structure_of(stored))
+    for kind in ("gate_up_proj", "down_proj"):
+        name = f"model.layers.1.mlp.experts.{kind}"
+        assert np.array_equal(joined.rows(name, 0, 3), original.rows(name, 0, 3).astype(np.float32))
+
+
+def quantized(result):
+    return {name: record.quantized for name, record in result.manifest.tensors.items() if record.quantized}

@@ -3,11 +3,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.experts import model_class
 from safetensors.torch import load_file
 
 import quantize8
 from quantize8 import convert
-from tests.helpers.experts import model_class
 
 TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128, "pad_token_id": 0}
