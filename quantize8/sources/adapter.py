@@ -25,6 +25,7 @@ from quantize8.kernels.reference import Array
 from quantize8.sources.base import BLOCK_BYTES, QUANTIZABLE, Checkpoint, TensorInfo
 from quantize8.sources.lora import CONFIG_NAME, Adapter, Pair, open_adapter
 from quantize8.sources.names import ModelNames, Stack
+from quantize8.sources.untied import UntiedHead
 from quantize8.sources.wrapper import Wrapper
 
 _WRAPPED = ".base_layer"  # ends the name of a module within PEFT's wrapper of it
@@ -116,30 +117,16 @@ class AdaptedCheckpoint(Wrapper):
         inner: The base.
         adapter: The adapter.
         changes: What it does to each tensor, by name in the base.
-        copies: The weights that the model has in common with another one, and that become weights of their own because
-            the adapter changes one of the two -> the tensor that both are read from.
     """
 
-    def __init__(
-        self, inner: Checkpoint, adapter: Adapter, changes: Mapping[str, Change], copies: Mapping[str, str]
-    ) -> None:
-        tensors = {
-            **inner.tensors,
-            **{name: replace(inner.tensors[stored], name=name) for name, stored in copies.items()},
-        }
-        changed = {name: _changed(tensors[name], adapter, change) for name, change in changes.items()}
-        super().__init__(inner, {**tensors, **changed})
-        self.copies = copies
+    def __init__(self, inner: Checkpoint, adapter: Adapter, changes: Mapping[str, Change]) -> None:
+        changed = {name: _changed(inner.tensors[name], adapter, change) for name, change in changes.items()}
+        super().__init__(inner, {**inner.tensors, **changed})
         self.name = f"{inner.name}-{adapter.name}"
         self.identity = {**inner.identity, **adapter.identity}
         self.adapter, self.changes = adapter, changes
         self._factors: dict[str, Array] = {}  # DoRA's factors of columns, by name of the weight
         self._kept = _Kept()
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The config.json of the base; it says so if weights are no longer tied."""
-        return {**super().config, "tie_word_embeddings": False} if self.copies else super().config
 
     def fingerprint(self) -> dict[str, list[Any]]:
         """See `Checkpoint.fingerprint`; the files of the adapter are among them."""
@@ -149,7 +136,7 @@ class AdaptedCheckpoint(Wrapper):
         """See `Checkpoint.rows`."""
         change = self.changes.get(name)
         if change is None:
-            return super().rows(self.copies.get(name, name), start, stop)
+            return super().rows(name, start, stop)
         return self._merged(name, change, self._before(name, change, start, stop), start)
 
     def blocks(self, name: str, block_bytes: int | None = None, multiple: int = 1) -> Iterator[Array]:
@@ -158,18 +145,17 @@ class AdaptedCheckpoint(Wrapper):
         if change is not None and change.replacement:
             yield from super().blocks(name, block_bytes, multiple)
             return
-        source = self.copies.get(name, name)
-        info, stored = self.tensors[name], self.inner.tensors[source]
+        info, stored = self.tensors[name], self.inner.tensors[name]
         if change is not None and info.nbytes:  # the rows of a block are those of float32
             block_bytes = max(1, (block_bytes or BLOCK_BYTES) * stored.nbytes // info.nbytes)
-        for values in self.inner.blocks(source, block_bytes, multiple):
+        for values in self.inner.blocks(name, block_bytes, multiple):
             yield values if change is None else self._merged(name, change, values, start)
             start += len(values) if values.ndim else 1
 
     def _before(self, name: str, change: Change, start: int, stop: int) -> Array:
         """The rows of a tensor to which something is added."""
         if not change.replacement:
-            return super().rows(self.copies.get(name, name), start, stop)
+            return super().rows(name, start, stop)
         values = self.adapter.weights.rows(change.replacement, start, stop)
         self._check_finite(change.replacement, values)
         return values
@@ -279,7 +265,6 @@ class _Merging:
         self._base, self._adapter = base, adapter
         self._names = ModelNames(base, [*(f"{module}.weight" for module in adapter.pairs), *adapter.replaced])
         self._changes: dict[str, Change] = {}
-        self._copies: dict[str, str] = {}
 
     def checkpoint(self) -> AdaptedCheckpoint:
         """The base, changed."""
@@ -290,7 +275,7 @@ class _Merging:
                 self._add_to_experts(stack, pair)
             else:
                 self._add(self._find(f"{module}.weight", pair.a), pair)
-        return AdaptedCheckpoint(self._base, self._adapter, self._changes, self._copies)
+        return AdaptedCheckpoint(self._base, self._adapter, self._changes)
 
     def _find(self, weight: str, key: str) -> str:
         """The tensor that a name in the adapter stands for. A weight that is tied becomes one of its own."""
@@ -298,7 +283,8 @@ class _Merging:
         nested = any(isinstance(value, dict) and "tie_word_embeddings" in value for value in base.config.values())
         if apart is not None and not nested:
             stored, other = apart
-            self._copies[other] = stored
+            if other not in base.tensors:
+                self._base = UntiedHead(base, stored, other)
             return other if self._names.stored(weight) is None else stored
         name = self._names.stored(weight)
         if name is None:
@@ -314,12 +300,9 @@ class _Merging:
             raise adapter.error(f"{key} changes {name}, which is {dtype} in the base; merge it with PEFT")
         return name
 
-    def _info(self, name: str) -> TensorInfo:
-        return self._base.tensors[self._copies.get(name, name)]
-
     def _replace(self, name: str, key: str) -> None:
         """Read a tensor of the adapter instead of one of the base."""
-        shape, found = self._info(name).shape, self._adapter.weights.tensors[key].shape
+        shape, found = self._base.tensors[name].shape, self._adapter.weights.tensors[key].shape
         if name in self._changes:
             other = self._changes[name].replacement
             raise self._adapter.error(f"{key} and {other} both replace {name}; fetch the adapter again")
@@ -396,7 +379,7 @@ class _Merging:
 
     def _low_rank(self, name: str, pair: Pair) -> LowRank:
         """What a pair of matrices adds to a weight, after a check of all shapes."""
-        adapter, shape = self._adapter, self._info(name).shape
+        adapter, shape = self._adapter, self._base.tensors[name].shape
         a, b = (adapter.weights.tensors[key].shape for key in (pair.a, pair.b))
         # PEFT stores A [R, V] and B [H, R] for an embedding [V, H], as for the transpose of a Linear weight
         conv1d = self._names.is_conv1d(name, adapter.settings.fan_in_fan_out) and name not in self._base.decoded

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
-from blake3 import blake3
 from gguf import (
     GGML_QUANT_VERSION,
     MODEL_ARCH,
@@ -34,6 +33,7 @@ from quantize8.formats import GGUF
 from quantize8.formats.base import (
     Format,
     Layout,
+    Measured,
     OutTensor,
     Piece,
     Pieces,
@@ -45,11 +45,11 @@ from quantize8.formats.base import (
 from quantize8.formats.gguf.header import Header as GgufHeader
 from quantize8.formats.gguf.reader import GgufCheckpoint
 from quantize8.formats.gguf.settings import rope_factors
-from quantize8.kernels import ABSMAX, MSE, cpu, q8_0
+from quantize8.kernels import ABSMAX, MSE, q8_0
 from quantize8.kernels.q8_0 import BLOCK, Q8_0
 from quantize8.kernels.reference import STATS_TILE_ROWS, Array, ColumnStats, as_bytes
 from quantize8.optional import require
-from quantize8.sources.base import architecture_of
+from quantize8.sources.base import FLOAT4, architecture_of
 from quantize8.sources.guard import guarded
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class Gguf(Format):
             yield Piece(tensor.name, tensor.values)
             return None
         checkpoint, info = plan.checkpoint, plan.checkpoint.tensors[name]
-        measured = _Measured(ColumnStats.empty(info.shape[-1]))
+        measured = Measured(ColumnStats.empty(info.shape[-1]))
         for first_row, block in plan.blocks(info, None, math.lcm(STATS_TILE_ROWS, tensor.head or 1)):
             check_finite(block, info, first_row)
             measured.source.update(as_bytes(block))
@@ -171,10 +171,10 @@ class Gguf(Format):
                     rows = checkpoint.int8_rows(name, first_row, first_row + len(block))
                     data = q8_0.carry_rows(*map(tensor.arrange, rows))
                 else:
-                    data = q8_0.quantize_rows(values, plan.searches.get(name))
+                    data = q8_0.quantize_rows(values, plan.searches.get(name), info.stored_dtype in FLOAT4)
                 if (row := q8_0.first_unfit(data)) is not None:
                     raise cannot_hold(info, first_row + row, "Q8_0's float16 scale")
-                measured.add(values, data)
+                measured.add(values, q8_0.row_errors(values, data))
             yield Piece(tensor.name, data, block.nbytes)
         if tensor.dtype != Q8_0:
             return None
@@ -185,29 +185,6 @@ class Gguf(Format):
     def edit_config(self, config: dict[str, Any], plan: Plan) -> dict[str, Any]:
         """Not called, because the settings are in the GGUF file."""
         raise NotImplementedError(self.name)
-
-
-@dataclass
-class _Measured:
-    """Statistics of a matrix, collected block by block."""
-
-    stats: ColumnStats
-    source: Any = field(default_factory=blake3)  # digest of the values as read
-    peaks: list[Array] = field(default_factory=list)
-    squares: list[Array] = field(default_factory=list)
-    errors: list[Array] = field(default_factory=list)
-
-    def add(self, values: Array, data: Array) -> None:
-        """Add rows, float32 [n, K], and their Q8_0 data."""
-        cpu.quantize_rowwise(values, self.stats)
-        self.peaks.append(np.abs(values).max(axis=1, initial=0))
-        for sums, rows in zip((self.squares, self.errors), q8_0.row_errors(values, data), strict=True):
-            sums.append(rows)
-
-    def complete(self) -> tuple[ColumnStats, Array]:
-        """Return the statistics, with Q8_0's error by row, and the absmax of each row."""
-        self.stats.sum_square, self.stats.sum_error = np.concatenate(self.squares), np.concatenate(self.errors)
-        return self.stats, np.concatenate(self.peaks)
 
 
 def architecture(config: Mapping[str, Any], where: object) -> str:
