@@ -13,6 +13,7 @@ import torch
 import transformers
 from helpers.adapters import CONFIG, WEIGHTS, merge, settings, tensors, train
 from helpers.artifacts import digests
+from helpers.experts import SETTINGS, fused, model_class
 from helpers.gguf_files import config_of, folder_of
 from helpers.making import GPT2, SIZES, llama, mixtral, qwen3_moe, saved, word_tokenizer
 from peft import LoraConfig, PeftModel
@@ -38,6 +39,7 @@ from quantize8.conversion.driver import Writer
 from quantize8.kernels import reference
 from quantize8.runtime.check import check
 from quantize8.sources import open_checkpoint
+from quantize8.sources.experts import FusedExperts, Fusion
 from quantize8.sources.names import ModelNames
 
 pytestmark = [
@@ -148,12 +150,12 @@ def test_an_int8_conv1d_is_not_replaced(tmp_path):
         open_checkpoint(str(tmp_path / "int8"), adapter=str(adapter))
 
 
-def experts_by_hand(base: Path, folder: Path, projections: list[str]) -> Path:
+def experts_by_hand(base: Path, folder: Path, projections: list[str], names: list[str] | None = None) -> Path:
     """An adapter of every expert, as PEFT saved it when transformers had a module for each."""
     folder.mkdir()
     generator, state = torch.Generator().manual_seed(0), {}
     for name, info in open_checkpoint(str(base)).tensors.items():
-        if name.split(".")[-2] in (*projections, "q_proj"):
+        if (name in names) if names else name.split(".")[-2] in (*projections, "q_proj"):
             module = f"base_model.model.{name.removesuffix('.weight')}"
             state[f"{module}.lora_A.weight"] = torch.randn(2, info.shape[1], generator=generator) / 10
             state[f"{module}.lora_B.weight"] = torch.randn(info.shape[0], 2, generator=generator) / 10
@@ -205,6 +207,41 @@ def test_experts_that_are_stored_as_one_tensor(kind, tmp_path):
     for name in names:
         whole = rows_of(adapted, name)
         np.testing.assert_array_equal(np.concatenate(list(adapted.blocks(name, 1))), whole)
+
+
+@pytest.mark.parametrize("model_type", SETTINGS)
+def test_fused_experts_become_int8_after_merging(model_type, tmp_path):
+    base, kind = fused(tmp_path / "base", model_type), model_class(model_type)
+    asked = ["up_proj", "down_proj"] if model_type == "nemotron_h" else ["gate_up_proj", "down_proj"]
+    adapter = train(base, tmp_path / "adapter", kind, target_parameters=[f"experts.{name}" for name in asked], r=2)
+    merged = merge(base, adapter, tmp_path / "merged", kind)
+    for name in ("config.json", "generation_config.json"):  # PEFT's is in float32
+        (merged / name).write_bytes((base / name).read_bytes())
+    compare(open_checkpoint(str(base), adapter=str(adapter)), merged)
+    convert(str(base), tmp_path / "ours", format="compressed-tensors", adapter=str(adapter))
+    convert(str(merged), tmp_path / "theirs", format="compressed-tensors")
+    ours, theirs = (open_checkpoint(str(tmp_path / name)) for name in ("ours", "theirs"))
+    experts = {name for name in theirs.tensors if ".experts." in name and theirs.tensors[name].is_int8}
+    assert experts and ours.tensors.keys() == theirs.tensors.keys()
+    for name in experts:
+        codes, expected = (found.int8_rows(name, 0, found.tensors[name].shape[0])[0] for found in (ours, theirs))
+        assert np.abs(codes.astype(int) - expected).max() <= 1
+
+
+def test_experts_of_which_some_are_adapted(tmp_path):
+    """One matrix of one expert is float32 then, and where experts are read as one tensor, all of it is."""
+    base = fused(tmp_path / "base", "nemotron_h")
+    stored = [name for name in open_checkpoint(str(base)).tensors if "experts." in name and ".up_proj" in name]
+    names = sorted(name for name in stored if "shared" not in name)
+    adapter = experts_by_hand(base, tmp_path / "adapter", [], names[2:3])
+    convert(str(base), tmp_path / "ours", format="compressed-tensors", adapter=str(adapter), check=True)
+    adapted = open_checkpoint(str(base), adapter=str(adapter))
+    whole = FusedExperts(adapted, {"all": Fusion("all", tuple((name,) for name in names), False, False)})
+    assert (whole.tensors["all"].dtype, whole.tensors["all"].float_dtype) == ("F32", "BF16")
+    values = rows_of(whole, "all")
+    assert values.dtype == np.float32 and whole.rows("all", 0, 1).dtype == np.float32
+    for matrix, name in zip(values, names, strict=True):
+        np.testing.assert_array_equal(matrix, rows_of(adapted, name).astype(np.float32))
 
 
 def test_experts_in_int8(tmp_path):

@@ -98,8 +98,8 @@ class ModelNames:
         """The tensor of the checkpoint that is this weight alone; None if there is none."""
         if weight in self._tensors:
             return weight
-        target = self._in_model.get(weight)
-        return self._stored.get(target.name) if target is not None and target.pattern is None else None
+        target = self._in_model.get(weight, Target(weight, None))
+        return self._stored.get(target.name) if target.pattern is None else None
 
     def is_conv1d(self, name: str, otherwise: bool) -> bool:
         """Whether a tensor of the checkpoint is the weight of a Conv1D; `otherwise` if the model is not known."""
