@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 from gguf import GGUFReader
-from helpers.gguf_files import FAMILIES, assemble, config_of, folder_of, write_tokenizer
+from helpers.gguf_files import WRITTEN, assemble, config_of, folder_of, write_tokenizer
 
 from quantize8 import ArtifactError, OutputError, SourceError, convert, verify
-from quantize8.formats.gguf import writer as gguf
+from quantize8.formats.gguf import architectures as gguf
 from quantize8.formats.gguf.tokenizer import tokenizer_fields
 from quantize8.sources import open_checkpoint
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(WRITTEN))
 def test_convert_writes_what_the_parts_give(family, tmp_path):
     """From a float source to one file, equal to the parts assembled by hand, and verified."""
     source = folder_of(tmp_path / "source", config_of(family), tokenizer=False)

@@ -13,9 +13,10 @@ from helpers.gguf_files import FAMILIES, MERGED, assemble, config_of, dequantize
 from transformers import AutoModelForCausalLM
 
 from quantize8 import SourceError
-from quantize8.formats.gguf import writer as gguf
+from quantize8.formats.gguf import architectures as gguf
 from quantize8.formats.gguf.settings import llama3_scaling
 from quantize8.formats.gguf.tokenizer import tokenizer_fields
+from quantize8.formats.gguf.writer import carried
 from quantize8.kernels import q8_0
 from quantize8.kernels.reference import quantize_rowwise
 from quantize8.sources import open_checkpoint
@@ -75,7 +76,7 @@ def test_the_same_bytes_twice(tmp_path):
 
 
 def test_metadata_of_a_gguf_source_is_carried_unchanged(smollm2_gguf, tmp_path):
-    assemble(smollm2_gguf, tmp_path / "out.gguf", gguf.carried(open_checkpoint(str(smollm2_gguf)).header))
+    assemble(smollm2_gguf, tmp_path / "out.gguf", carried(open_checkpoint(str(smollm2_gguf)).header))
     before, after = GGUFReader(smollm2_gguf), GGUFReader(tmp_path / "out.gguf")
     kept = [name for name in before.fields if not name.startswith("GGUF.") and name != "general.file_type"]
     assert set(kept) <= set(after.fields) and len(kept) == 32
@@ -89,7 +90,7 @@ def test_metadata_of_a_gguf_source_is_carried_unchanged(smollm2_gguf, tmp_path):
 def test_a_folder_gives_the_metadata_of_the_gguf_that_it_was_made_from(smollm2, smollm2_gguf):
     config = open_checkpoint(str(smollm2)).config
     ours = {field.key: field for field in [*gguf.settings(config, "x", smollm2), *tokenizer_fields(smollm2, config)]}
-    theirs = {field.key: field for field in gguf.carried(open_checkpoint(str(smollm2_gguf)).header)}
+    theirs = {field.key: field for field in carried(open_checkpoint(str(smollm2_gguf)).header)}
     about = {"general.name", "general.organization", "general.finetune", "general.basename", "general.size_label"}
     about |= {"general.license", "general.languages", "tokenizer.ggml.add_space_prefix"}  # of no meaning to gpt2
     assert set(theirs) - set(ours) == about - {"general.name"}
@@ -174,8 +175,8 @@ def test_llama3_scaling_is_read_again(tmp_path):
         ("mistral", {"sliding_window": 100}, "looks back 100 tokens"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 100}, "looks back 100 tokens"),
         ("qwen2", {"head_dim": 32}, "heads of 32 do not add up to hidden_size"),
-        ("llama", {"hidden_act": "gelu"}, "activation 'gelu'"),
-        ("qwen3", {"attention_bias": True}, "attention biases"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu', but llama.cpp's llama computes with 'silu'"),
+        ("qwen3", {"attention_bias": True}, "attention_bias is True"),
         ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mystery": 3}}, "rope has mystery = 3"),
         (

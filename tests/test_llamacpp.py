@@ -6,11 +6,11 @@ the wrong order, lost biases or wrong rotary frequencies make them differ as muc
 
 import pytest
 import torch
-from helpers.gguf_files import FAMILIES, assemble, config_of, dequantized, folder_of
+from helpers.gguf_files import WRITTEN, assemble, config_of, dequantized, folder_of
 
 from benchmarks.llama_cpp import served
 from quantize8 import convert
-from quantize8.formats.gguf import writer as gguf
+from quantize8.formats.gguf import architectures as gguf
 from quantize8.formats.gguf.tokenizer import tokenizer_fields
 from quantize8.kernels.scales import ScaleSearch
 from quantize8.sources import open_checkpoint
@@ -41,7 +41,7 @@ def difference(path, model, ids):
 IDS = [1, *(3 + number * 37 % 290 for number in range(120))]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WRITTEN)
 def test_logits_of_each_family(family, tmp_path):
     config = config_of(family)
     assemble(folder_of(tmp_path / "model", config), tmp_path / "tiny.gguf")

@@ -89,7 +89,7 @@ class Piece(NamedTuple):
     read: int = 0
 
 
-Pieces = Generator[Piece, None, Quantized | None]  # returns the quantization statistics of the first tensor
+Pieces = Generator[Piece, None, Mapping[str, Quantized]]  # returns statistics by name of the output tensor
 
 
 class WeightQuantizer(Protocol):
@@ -167,7 +167,7 @@ class Format(ABC):
             The pieces of the output tensors; those of one tensor are in order.
 
         Returns:
-            The quantization statistics, if the tensor is quantized.
+            The quantization statistics of each output tensor that holds int8 weights.
 
         Raises:
             WeightError: A value is NaN, or too large for the output's dtype.
@@ -179,7 +179,7 @@ class Format(ABC):
                 check_finite(block, info, first_row)
             values = block if out.dtype == info.dtype else _rounded(block, out, info, first_row)
             yield Piece(out.name, values, block.nbytes)
-        return None
+        return {}
 
     @abstractmethod
     def edit_config(self, config: dict[str, Any], plan: Plan) -> dict[str, Any]:
@@ -192,6 +192,10 @@ class Format(ABC):
         Returns:
             The content of the artifact's config.json.
         """
+
+    def unreadable(self, config: dict[str, Any]) -> str:
+        """Why quantize8 cannot read the artifact of a model with this config.json back; empty if it can."""
+        return ""
 
     def accepts(self, config: dict[str, Any], recipe: dict[str, Any]) -> bool:
         """Whether a config.json could have been written by `edit_config` for a recipe, as stored in the manifest."""
@@ -281,10 +285,11 @@ class Int8Format(Format):
             arrays = [*calibrated.values(), np.concatenate(exact)]
             for tensor, array in zip(calibrated.tensors(module, rows), arrays, strict=True):
                 yield Piece(tensor.name, array)
-        return summarize(
+        found = summarize(
             stats, scales, info.stored_dtype, source.hexdigest(), name in plan.transposed,
             MSE if name in plan.searches else ABSMAX,
         )  # fmt: skip
+        return {weight.name: found}
 
 
 def make_format(name: str, scheme: str | None = None, moe: str | None = None) -> Format:

@@ -287,7 +287,7 @@ def _warm() -> None:
     """Make transformers import what it needs for a first model, so that this is not watched."""
     from transformers.utils import logging
 
-    from quantize8.formats.gguf.writer import complete
+    from quantize8.formats.gguf.architectures import complete
     from quantize8.sources.structure import read_structure
 
     logging.set_verbosity_error()

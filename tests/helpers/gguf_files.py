@@ -13,8 +13,10 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from quantize8.formats.gguf import writer as gguf
+from quantize8.formats.gguf import architectures as gguf
 from quantize8.formats.gguf.tokenizer import tokenizer_fields
+from quantize8.formats.gguf.writer import Header
+from quantize8.formats.gguf.writer import header as make_header
 from quantize8.kernels import q8_0
 from quantize8.kernels.scales import ScaleSearch
 from quantize8.sources import open_checkpoint
@@ -50,12 +52,36 @@ FAMILIES = {
     "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rms_norm_eps": 1e-5},
     "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MIXTURES = {
+    "qwen2moe": {
+        "model_type": "qwen2_moe",
+        "architectures": ["Qwen2MoeForCausalLM"],
+        **EXPERTS,
+        "shared_expert_intermediate_size": 64,
+    },
+    "qwen3moe": {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        **EXPERTS,
+        "head_dim": 32,
+        "norm_topk_prob": True,
+    },
+    "mixtral": {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+}
+WRITTEN = {**FAMILIES, **MIXTURES}
+ROUTERS = ("mlp.gate.weight", "shared_expert_gate.weight")  # these stay in float32
 MERGED = ["th", "he", "▁t", "▁th", "▁the", "an", "and", "▁and"]  # by falling score
 
 
 def config_of(family: str, **changes) -> dict:
     """The config.json of a tiny model."""
-    return {**SIZES, **FAMILIES[family], **changes}
+    return {**SIZES, **WRITTEN[family], **changes}
 
 
 def model_of(config: dict):
@@ -65,7 +91,7 @@ def model_of(config: dict):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **rest)).eval()
     for name, value in model.named_parameters():
         noise = torch.randn_like(value)
-        value.data = 1 + 0.2 * noise if "norm" in name else noise * (0.2 if value.ndim == 2 else 0.5)
+        value.data = 1 + 0.2 * noise if "norm" in name else noise * (0.2 if value.ndim > 1 else 0.5)
     return model
 
 
@@ -102,19 +128,19 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(entry))
 
 
-def assemble(source: Path, path: Path, fields: list[gguf.Field] | None = None) -> gguf.Header:
+def assemble(source: Path, path: Path, fields: list[gguf.Field] | None = None) -> Header:
     """A GGUF file from a checkpoint, with each tensor written in two blocks, the last one first."""
     checkpoint = open_checkpoint(str(source))
     config, shapes = checkpoint.config, {name: info.shape for name, info in checkpoint.tensors.items()}
     if fields is None:
         fields = [*gguf.settings(config, "tiny", source), *tokenizer_fields(source / "tokenizer", config)]
     tensors = gguf.tensors_of(config, shapes, source)
-    header = gguf.header(gguf.architecture(config, source), fields, tensors)
+    header = make_header(gguf.architecture(config, source), fields, tensors)
     with path.open("wb") as file:
         file.truncate(header.nbytes)
         file.write(header.content)
         for tensor in reversed(tensors):
-            middle = tensor.head or len(tensor.shape) - 1
+            middle = tensor.head or tensor.shape[0] // 2
             for first, last in ((middle, tensor.shape[0]), (0, middle)):
                 data = encoded(tensor, checkpoint, first, last)
                 file.seek(header.offsets[tensor.name] + first * tensor.nbytes // tensor.shape[0])
@@ -126,16 +152,21 @@ def encoded(tensor: gguf.GgufTensor, checkpoint, first: int, last: int) -> np.nd
     """Rows first..last of a tensor as stored."""
     if tensor.source is None:
         return tensor.values[first:last]
-    rows = tensor.arrange(checkpoint.rows(tensor.source, first, last).astype(np.float32))
-    return rows if tensor.dtype == gguf.F32 else q8_0.quantize_rows(rows)
+    if len(checkpoint.tensors[tensor.source].shape) > len(tensor.shape):  # [1, K], which llama.cpp has as [K]
+        return checkpoint.rows(tensor.source, 0, 1)[0, first:last].astype(np.float32)
+    step = tensor.rows[1]
+    rows = tensor.arrange(tensor.choose(checkpoint.rows(tensor.source, first * step, last * step).astype(np.float32)))
+    return rows + np.float32(tensor.offset) if tensor.dtype == gguf.F32 else q8_0.quantize_rows(rows)
 
 
 def dequantized(config: dict, search: ScaleSearch | None = None):
     """The same model in plain transformers with the weights after Q8_0 rounding, float32."""
     model = model_of(config)
-    for value in model.parameters():
-        if value.ndim == 2:
-            value.data = torch.from_numpy(q8_0.dequantize_rows(q8_0.quantize_rows(value.detach().numpy(), search)))
+    for name, value in model.named_parameters():
+        if value.ndim > 1 and not name.endswith(ROUTERS):
+            rows = np.ascontiguousarray(value.detach().numpy()).reshape(-1, value.shape[-1])
+            rounded = q8_0.dequantize_rows(q8_0.quantize_rows(rows, search))
+            value.data = torch.from_numpy(rounded).reshape(value.shape)
     return model
 
 

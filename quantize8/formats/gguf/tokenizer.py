@@ -17,7 +17,7 @@ from typing import Any
 from gguf import GGUFValueType, Keys, TokenType
 
 from quantize8.errors import SourceError, first_line
-from quantize8.formats.gguf.writer import ROUTE, Field, complete
+from quantize8.formats.gguf.architectures import ROUTE, Field, complete
 from quantize8.limits import VOCABULARY
 from quantize8.sources.guard import guarded
 from quantize8.sources.tokenizer import check_tokenizer
