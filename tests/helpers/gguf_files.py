@@ -74,7 +74,29 @@ MIXTURES = {
         "num_experts_per_tok": 2,
     },
 }
-WRITTEN = {**FAMILIES, **MIXTURES}
+GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64, "tie_word_embeddings": True}
+OTHERS = {
+    "gemma2": {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], **GEMMA},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "architectures": ["Gemma3ForCausalLM"],
+        "num_hidden_layers": 6,
+        **GEMMA,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+        },
+    },
+    "phi3": {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "pad_token_id": 0},
+    "phi3-partial": {
+        "model_type": "phi3",
+        "architectures": ["Phi3ForCausalLM"],
+        "pad_token_id": 0,
+        "partial_rotary_factor": 0.75,
+        "hidden_size": 128,
+    },
+}
+WRITTEN = {**FAMILIES, **MIXTURES, **OTHERS}
 ROUTERS = ("mlp.gate.weight", "shared_expert_gate.weight")  # these stay in float32
 MERGED = ["th", "he", "▁t", "▁th", "▁the", "an", "and", "▁and"]  # by falling score
 
@@ -91,7 +113,8 @@ def model_of(config: dict):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **rest)).eval()
     for name, value in model.named_parameters():
         noise = torch.randn_like(value)
-        value.data = 1 + 0.2 * noise if "norm" in name else noise * (0.2 if value.ndim > 1 else 0.5)
+        usual = 0 if "gemma" in config["model_type"] else 1  # Gemma itself adds 1 to the weights of its norms
+        value.data = usual + 0.2 * noise if "norm" in name else noise * (0.2 if value.ndim > 1 else 0.5)
     return model
 
 

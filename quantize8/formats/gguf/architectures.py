@@ -7,6 +7,7 @@ which models are refused because llama.cpp would compute something else (`archit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _GATE, _UP, _DOWN = MODEL_TENSOR.FFN_GATE_EXP, MODEL_TENSOR.FFN_UP_EXP, MODEL_TENSOR.FFN_DOWN_EXP
 _IGNORED = ".rotary_emb.inv_freq"  # a buffer in old checkpoints, which transformers computes itself
+_GLOBAL, _LOCAL = "full_attention", "sliding_attention"  # kinds of layers, in settings
 _EMBEDDING, _FINAL_NORM, _HEAD = "model.embed_tokens", "model.norm", "lm_head"
 
 
@@ -77,12 +79,13 @@ class Family:
         interleaved: Whether rows of query and key heads are stored interleaved (see `GgufTensor.arrange`).
         norm_offset: What the model adds to the weights of norms before it multiplies by them. llama.cpp does not.
         ropes: Types of rotary embedding that llama.cpp computes.
+        rope_keys: Further settings of rotary embeddings that may have any value.
         square: Whether all heads together must be as wide as the hidden state.
         window_period: One layer in so many attends to all tokens, the others within a sliding window; 0 if all do.
         by_hidden_size: The number of layers with which llama.cpp takes a model for the one whose queries are scaled by
             hidden_size / heads instead of the size of a head.
         fixed: Setting -> the value that llama.cpp computes with.
-        counts: Further keys of whole numbers -> the setting.
+        counts: Further keys of whole numbers -> the setting, or the number itself.
         reals: Further keys of real numbers -> the setting.
         renamed: Parts of tensor names -> what transformers' model has in their place.
         dropped: Beginnings of the names of tensors that are left out, as they are not part of the language model.
@@ -98,11 +101,12 @@ class Family:
     interleaved: bool = False
     norm_offset: float = 0.0
     ropes: tuple[str, ...] = ("default", "linear", "yarn")
+    rope_keys: tuple[str, ...] = ()
     square: bool = False
     window_period: int = 0
     by_hidden_size: int | None = None
     fixed: Mapping[str, Any] = field(default_factory=lambda: {"hidden_act": "silu"})
-    counts: Mapping[str, str] = field(default_factory=dict)
+    counts: Mapping[str, str | int] = field(default_factory=dict)
     reals: Mapping[str, str] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
@@ -123,6 +127,35 @@ _QWEN3 = Family(
     MODEL_ARCH.QWEN3,
     norms=(*_NORMS, *_HEAD_NORMS),
     fixed={"hidden_act": "silu", "attention_bias": False},
+)
+_GEMMA2 = Family(
+    MODEL_ARCH.GEMMA2,
+    norms=(*_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    norm_offset=1.0,
+    ropes=("default",),
+    window_period=2,
+    by_hidden_size=46,  # layers of Gemma 2 27B
+    fixed={
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        "use_bidirectional_attention": False,
+        "tie_word_embeddings": True,
+    },
+    counts={Keys.Attention.SLIDING_WINDOW: "sliding_window"},
+    reals={
+        Keys.LLM.ATTN_LOGIT_SOFTCAPPING: "attn_logit_softcapping",
+        Keys.LLM.FINAL_LOGIT_SOFTCAPPING: "final_logit_softcapping",
+    },
+)
+_GEMMA3 = replace(
+    _GEMMA2,
+    arch=MODEL_ARCH.GEMMA3,
+    norms=(*_GEMMA2.norms, *_HEAD_NORMS),
+    ropes=("default", "linear"),
+    window_period=6,
+    by_hidden_size=62,  # layers of Gemma 3 27B
+    fixed={**_GEMMA2.fixed, "attn_logit_softcapping": None, "final_logit_softcapping": None},
+    reals={},
 )
 _ALL_LAYERS = {"decoder_sparse_step": 1, "mlp_only_layers": []}  # have experts
 
@@ -163,6 +196,50 @@ FAMILIES = {
         experts=Experts(),
         fixed={**_QWEN3.fixed, "norm_topk_prob": True, **_ALL_LAYERS},
     ),
+    "Gemma2ForCausalLM": _GEMMA2,
+    "Gemma3ForCausalLM": _GEMMA3,
+    "Gemma3ForConditionalGeneration": replace(
+        _GEMMA3,
+        renamed={
+            "model.language_model.": "model.",
+            "language_model.model.": "model.",
+            "language_model.lm_head.": "lm_head.",
+        },
+        dropped=tuple(
+            f"{base}{part}." for base in ("", "model.") for part in ("vision_tower", "multi_modal_projector")
+        ),
+    ),
+    "Phi3ForCausalLM": Family(
+        MODEL_ARCH.PHI3,
+        linears=("self_attn.qkv_proj", _O, "mlp.gate_up_proj", "mlp.down_proj"),
+        ropes=("default", "longrope"),
+        rope_keys=("partial_rotary_factor",),
+        square=True,
+        counts={Keys.Attention.SLIDING_WINDOW: 0},  # without this key, llama.cpp assumes Phi-3-mini's window
+    ),
+    "GptOssForCausalLM": Family(
+        MODEL_ARCH.GPT_OSS,
+        linears=(*_QKV, _O),
+        biased=(*_QKV, _O),
+        parameters={"self_attn.sinks": MODEL_TENSOR.ATTN_SINKS},
+        experts=Experts(
+            router="mlp.router",
+            parts={"gate_up_proj": (_GATE, _UP), "down_proj": (_DOWN,)},
+            size="intermediate_size",
+            biased=True,
+        ),
+        # llama.cpp always rounds the limits of YaRN's ramp to whole features, and gpt-oss does not
+        rope_keys=("truncate",),
+        window_period=2,
+        fixed={
+            "hidden_act": "silu",
+            "attention_bias": True,
+            "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0,
+            "tie_word_embeddings": False,
+        },
+        counts={Keys.Attention.SLIDING_WINDOW: "sliding_window"},
+    ),
 }
 _COUNTS = {
     Keys.LLM.BLOCK_COUNT: "num_hidden_layers",
@@ -177,6 +254,10 @@ _ROPE_KEYS: dict[str, set[str]] = {
     "linear": {"factor"},
     "yarn": {"factor", "original_max_position_embeddings"},
     "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+    "longrope": {
+        *("factor", "original_max_position_embeddings", "attention_factor"),
+        *("short_factor", "long_factor"),
+    },
 }
 _ROPE_NEUTRAL = {"partial_rotary_factor": 1, "truncate": True, "beta_fast": 32, "beta_slow": 1}  # values without effect
 
@@ -257,6 +338,8 @@ def architecture(config: Mapping[str, Any], where: object) -> str:
             raise SourceError(
                 f"{where}: {key} is {value!r}, but llama.cpp's {family.name} computes with {expected!r}; {ROUTE}"
             )
+    if "query_pre_attn_scalar" in full:
+        _check_scale(family, full, where)
     if family.square and _head_dim(full) * full["num_attention_heads"] != full["hidden_size"]:
         raise SourceError(
             f"{where}: heads of {_head_dim(full)} do not add up to hidden_size, as llama.cpp's {family.name} requires; "
@@ -358,7 +441,7 @@ def settings(config: Mapping[str, Any], name: str, where: object) -> list[Field]
         whole |= {Keys.LLM.EXPERT_USED_COUNT: full["num_experts_per_tok"]}
         if family.experts.size:
             whole |= {Keys.LLM.EXPERT_FEED_FORWARD_LENGTH: full[family.experts.size]}
-    whole |= {key: full[setting] for key, setting in family.counts.items()}
+    whole |= {key: full[value] if isinstance(value, str) else value for key, value in family.counts.items()}
     rope = _rope(full)
     real = {Keys.Attention.LAYERNORM_RMS_EPS: full["rms_norm_eps"], Keys.Rope.FREQ_BASE: rope["rope_theta"]}
     real |= {key: full[setting] for key, setting in family.reals.items()}
@@ -366,13 +449,27 @@ def settings(config: Mapping[str, Any], name: str, where: object) -> list[Field]
     fields.append(Field(Keys.General.NAME, name, GGUFValueType.STRING))
     if (scaling := rope.get("rope_type")) in ("linear", "yarn"):
         fields.append(Field(Keys.Rope.SCALING_TYPE.format(arch=arch), scaling, GGUFValueType.STRING))
-        original = rope.get("original_max_position_embeddings") or full["max_position_embeddings"]
-        real[Keys.Rope.SCALING_FACTOR] = rope.get("factor") or full["max_position_embeddings"] / original
-        if scaling == "yarn":
-            whole[Keys.Rope.SCALING_ORIG_CTX_LEN] = original
+    scaled, context = _scaling(full)
+    real, whole = real | scaled, whole | context
     for entries, kind in ((whole, GGUFValueType.UINT32), (real, GGUFValueType.FLOAT32)):
         fields += [Field(key.format(arch=arch), value, kind) for key, value in entries.items()]
     return fields
+
+
+def _scaling(full: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, int]]:
+    """The settings of scaled rotary embeddings, apart from their type: real numbers, and whole ones."""
+    rope, context = _rope(full), full["max_position_embeddings"]
+    kind, original = rope.get("rope_type"), rope.get("original_max_position_embeddings") or context
+    factor = rope.get("factor") or context / original
+    real: dict[str, float] = {}
+    if kind in ("linear", "yarn"):
+        real[Keys.Rope.SCALING_FACTOR] = factor
+    if kind == "longrope":
+        usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        real[Keys.Rope.SCALING_ATTN_FACTOR] = rope.get("attention_factor") or usual
+    if local := full["rope_parameters"].get(_LOCAL):
+        real[Keys.Rope.FREQ_BASE_SWA] = local["rope_theta"]
+    return real, {Keys.Rope.SCALING_ORIG_CTX_LEN: original} if kind in ("yarn", "longrope") else {}
 
 
 def _family(config: Mapping[str, Any], where: object) -> Family:
@@ -385,20 +482,41 @@ def _family(config: Mapping[str, Any], where: object) -> Family:
 
 def _check_rope(family: Family, full: Mapping[str, Any], where: object) -> None:
     """Refuse rotary embeddings that llama.cpp does not compute."""
-    rope = _rope(full)
-    kind = rope.get("rope_type", "default")
-    if kind not in family.ropes:
-        raise SourceError(f"{where}: rope type {kind!r} is not written for {family.name}; {ROUTE}")
-    known = _ROPE_KEYS[kind] | {"rope_type", "type", "rope_theta"}
-    for key, value in rope.items():
-        if key not in known and value not in (None, _ROPE_NEUTRAL.get(key)):
-            raise SourceError(f"{where}: rope has {key} = {value!r}, which GGUF's {family.name} lacks; {ROUTE}")
+    for rope, kinds in ((_rope(full), family.ropes), (full["rope_parameters"].get(_LOCAL) or {}, ("default",))):
+        kind = rope.get("rope_type", "default")
+        if kind not in kinds:
+            raise SourceError(f"{where}: rope type {kind!r} is not written for {family.name}; {ROUTE}")
+        known = _ROPE_KEYS[kind] | {"rope_type", "type", "rope_theta", *family.rope_keys}
+        for key, value in rope.items():
+            if key not in known and value not in (None, _ROPE_NEUTRAL.get(key)):
+                raise SourceError(f"{where}: rope has {key} = {value!r}, which GGUF's {family.name} lacks; {ROUTE}")
+        if kind == "longrope" and not rope["original_max_position_embeddings"] > 1:
+            raise SourceError(f"{where}: rope has original_max_position_embeddings below 2; fix its config.json")
+
+
+def _check_scale(family: Family, full: Mapping[str, Any], where: object) -> None:
+    """Refuse attention that is scaled otherwise than in llama.cpp."""
+    scale, expected = full["query_pre_attn_scalar"], _head_dim(full)
+    if full["num_hidden_layers"] == family.by_hidden_size:
+        expected = full["hidden_size"] // full["num_attention_heads"]
+    if scale != expected:
+        raise SourceError(
+            f"{where}: query_pre_attn_scalar is {scale!r}, but llama.cpp's {family.name} computes with {expected}; "
+            f"{ROUTE}"
+        )
 
 
 def _check_window(family: Family, full: Mapping[str, Any], where: object) -> None:
     """Refuse a sliding window that llama.cpp does not compute."""
     window = full.get("sliding_window") if full.get("use_sliding_window", True) else None
-    if window is not None and window < full["max_position_embeddings"]:
+    if period := family.window_period:
+        kinds = [_LOCAL if number % period else _GLOBAL for number in range(1, 1 + full["num_hidden_layers"])]
+        if not window or full["layer_types"] != kinds:
+            raise SourceError(
+                f"{where}: in llama.cpp's {family.name} all layers but every {period}th have a sliding window, and not "
+                f"those of layer_types and sliding_window; {ROUTE}"
+            )
+    elif window is not None and window < full["max_position_embeddings"]:
         raise SourceError(
             f"{where}: attention looks back {window} tokens, but at all tokens in llama.cpp's {family.name}; "
             f"set max_position_embeddings in config.json to {window}, up to which both compute the same"
@@ -408,6 +526,7 @@ def _check_window(family: Family, full: Mapping[str, Any], where: object) -> Non
 def _rope(full: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary embedding of the layers that attend to all tokens."""
     rope: dict[str, Any] = full["rope_parameters"]
+    rope = rope.get(_GLOBAL, rope)
     return rope
 
 
@@ -500,9 +619,14 @@ def _shaped(tensor: GgufTensor, source: str, shape: tuple[int, ...], where: obje
 
 
 def _rope_tensors(full: Mapping[str, Any]) -> list[GgufTensor]:
-    """The factors by which llama.cpp divides the rotary frequencies, if a model has llama3 scaling."""
-    rope = _rope(full)
-    if rope.get("rope_type") != "llama3":
-        return []
-    values = rope_factors(rope["rope_theta"], _head_dim(full), rope)
-    return [GgufTensor("rope_freqs.weight", F32, values.shape, values=values)]
+    """The factors by which llama.cpp divides the rotary frequencies, if a model has llama3 or longrope scaling.
+
+    Of longrope's, llama.cpp takes the long ones if its context is longer than the original one.
+    """
+    rope, factors = _rope(full), dict[str, Array]()
+    if rope.get("rope_type") == "llama3":
+        factors["rope_freqs"] = rope_factors(rope["rope_theta"], _head_dim(full), rope)
+    if rope.get("rope_type") == "longrope":
+        for kind in ("long", "short"):
+            factors[f"rope_factors_{kind}"] = np.asarray(rope[f"{kind}_factor"], np.float32)
+    return [GgufTensor(f"{name}.weight", F32, values.shape, values=values) for name, values in factors.items()]
