@@ -28,6 +28,7 @@ class Recipe:
     name: str
     threshold: float  # outlier threshold on |x|; 0 turns the decomposition off
     output_head: bool = False  # quantize the output head too, unless it is tied
+    towers: bool = False  # quantize vision and audio encoders and projectors too, not the language model alone
     skip: tuple[str, ...] = ()  # glob patterns of module names to leave in float
 
     def skips(self, module: str) -> bool:
@@ -74,9 +75,10 @@ def _checked(values: dict[str, Any], path: Path) -> Recipe:
         raise RecipeError(f"{path}: threshold must be a number, such as 6.0")
     if not 0 <= threshold <= _LARGEST:
         raise RecipeError(f"{path}: threshold {threshold} must be 0 (no outlier decomposition) or a positive number")
-    head, skip = values.get("output_head", False), values.get("skip", [])
-    if not isinstance(head, bool):
-        raise RecipeError(f"{path}: output_head must be true or false")
+    flags, skip = {name: values.get(name, False) for name in ("output_head", "towers")}, values.get("skip", [])
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise RecipeError(f"{path}: {name} must be true or false")
     if not isinstance(skip, list) or not all(isinstance(pattern, str) for pattern in skip):
         raise RecipeError(f"{path}: skip must be a list of module names, such as ['model.layers.0.*']")
-    return Recipe(path.stem, float(threshold), head, tuple(skip))
+    return Recipe(path.stem, float(threshold), **flags, skip=tuple(skip))

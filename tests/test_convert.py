@@ -101,7 +101,7 @@ def test_manifest_tells_source_recipe_and_errors(tmp_path):
     assert entry.outliers == stats.outliers.sum()
     column, outliers, peak = entry.worst_columns[0]
     assert outliers == stats.outliers.max() and peak == stats.absmax[column]
-    assert manifest.kept == {"lm_head": "output head"}
+    assert manifest.kept == {"lm_head": "output head", "model.embed_tokens": "embedding"}
 
 
 @pytest.mark.parametrize("format", ["bitsandbytes", "compressed-tensors"])

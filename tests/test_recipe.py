@@ -27,7 +27,8 @@ def test_own_file_with_globs(tmp_path):
     assert recipe.name == "mine" and recipe.threshold == 5.0
     assert recipe.skips("model.layers.0.mlp.up_proj") and recipe.skips("x.down_proj")
     assert not recipe.skips("model.layers.10.mlp.up_proj")
-    assert recipe.as_json() == {"name": "mine", "threshold": 5.0, "output_head": False, "skip": list(recipe.skip)}
+    flags = {"output_head": False, "towers": False}
+    assert recipe.as_json() == {"name": "mine", "threshold": 5.0, **flags, "skip": list(recipe.skip)}
 
 
 @pytest.mark.parametrize(

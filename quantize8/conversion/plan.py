@@ -31,10 +31,20 @@ from quantize8.recipe import Recipe, load_recipe
 from quantize8.sources import open_checkpoint
 from quantize8.sources.base import FLOATING, QUANTIZABLE, Checkpoint, TensorInfo, main_dtype, model_dtype
 from quantize8.sources.smoothing import SmoothedCheckpoint
-from quantize8.sources.structure import CONV1D, LINEAR, Structure, structure_of
+from quantize8.sources.structure import (
+    CONV1D,
+    LINEAR,
+    Structure,
+    structure_of,
+    with_fused_experts,
+    with_separate_experts,
+)
 
 if TYPE_CHECKING:
     from quantize8.conversion.calibration import Calibration
+
+
+NAMED = 0.01  # share of the weights from which a tensor in floating point is reported
 
 
 @dataclass(frozen=True)
@@ -76,8 +86,9 @@ class Plan:
         checkpoint: The source; after calibration with `smooth`, the source with its smoothing factors applied.
         format: The output format.
         recipe: Which modules become int8, and the outlier threshold.
-        modules: Module that becomes int8 -> LINEAR, CONV1D or EXPERT.
-        kept: Linear module that is left in floating point -> the reason.
+        modules: Module that becomes int8 -> LINEAR, CONV1D, EXPERT or PACKED_EXPERT.
+        kept: Linear module that is left in floating point -> the reason. Also any other tensor that has more than
+            NAMED of the weights, by its name without ".weight".
         guessed: Why modules were recognized by their names alone; empty if the architecture's code was used.
         skip_list: Linear modules that are left in floating point, by the names that loaders use.
         transposed: Source tensors that are written transposed.
@@ -175,6 +186,10 @@ class Plan:
     def smoothed(self) -> str:
         """A description of how much of the source is smoothed; empty if nothing is."""
         return self.checkpoint.summary if isinstance(self.checkpoint, SmoothedCheckpoint) else ""
+
+    def outputs_of(self, kept: str) -> list[OutTensor]:
+        """The tensors of the artifact for an entry of `kept`."""
+        return self.outputs.get(f"{kept}.weight") or self.outputs.get(kept, [])
 
     def shape_of(self, info: TensorInfo) -> tuple[int, ...]:
         """The shape in which a source tensor is written."""
@@ -286,6 +301,9 @@ def plan_of(
     """
     output, structure = make_format(options.format, options.scheme, options.moe), structure_of(checkpoint)
     structure.require_complete(checkpoint.name)
+    if structure.slices or structure.fusions:
+        arrange = with_separate_experts if output.holds_experts(structure) else with_fused_experts
+        checkpoint, structure = arrange(checkpoint, structure)
     modules, kept = _choose(structure, recipe, output, checkpoint)
     # an int8 Conv1D is stored [out, in] in every format, a floating-point one [in, out]
     conv1d = {f"{name}.weight" for name, kind in structure.linears.items() if kind == CONV1D}
@@ -353,9 +371,10 @@ def _choose(
         modules[head] = LINEAR
         del kept[head]
     for name in list(modules):
-        info = tensors[f"{name}.weight"]
+        info, part = tensors[f"{name}.weight"], structure.towers.get(structure.model_names.get(name, name), "")
+        outside = f"in {part}, outside of the language model" if part and not recipe.towers else ""
         unfit = f"dtype {info.dtype}" if info.dtype not in QUANTIZABLE else "empty" if 0 in info.shape else ""
-        if reason := f"recipe {recipe.name}" if recipe.skips(name) else unfit:
+        if reason := f"recipe {recipe.name}" if recipe.skips(name) else unfit or outside:
             kept[name] = reason
             del modules[name]
     while misfits := output.misfits(modules, structure):
@@ -364,7 +383,9 @@ def _choose(
     kept = {name: why for name, why in kept.items() if f"{name}.weight" in tensors}
     if not modules:
         raise SourceError(_nothing(checkpoint, structure, kept, output))
-    return modules, kept
+    sizes = {name: math.prod(info.shape) for name, info in tensors.items() if info.dtype in FLOATING}
+    large = [name for name in structure.others if sizes.get(name, 0) > NAMED * sum(sizes.values())]
+    return modules, kept | {name.removesuffix(".weight"): structure.others[name] for name in large}
 
 
 def _nothing(checkpoint: Checkpoint, structure: Structure, kept: dict[str, str], output: Int8Format) -> str:

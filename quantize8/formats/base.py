@@ -151,6 +151,10 @@ class Format(ABC):
         dtype = plan.decoded_dtype if info.name in plan.checkpoint.decoded else info.dtype
         return [OutTensor(info.name, dtype, plan.shape_of(info))]
 
+    def holds_experts(self, structure: Structure) -> bool:
+        """Whether an artifact has a matrix for each expert, though the model has them fused."""
+        return False
+
     def quantizes(self, plan: Plan) -> list[str]:
         """Names of the source tensors that become int8."""
         return [f"{name}.weight" for name in plan.modules]

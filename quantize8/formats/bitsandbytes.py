@@ -39,6 +39,10 @@ class BitsAndBytes(Int8Format):
         """See `Int8Format.linears`."""
         return structure.linears, dict.fromkeys(structure.experts, "experts, which this format cannot hold in int8")
 
+    def holds_experts(self, structure: Structure) -> bool:
+        """See `Format.holds_experts`; transformers must replace them with Linear layers."""
+        return structure.replaced
+
     def misfits(self, modules: Mapping[str, str], structure: Structure) -> Mapping[str, str]:
         """See `Int8Format.misfits`: modules that loaders would skip too, as an entry matches prefixes and suffixes."""
         patterns = structure.skip_list(set(modules))

@@ -28,7 +28,8 @@ from quantize8.formats.base import Int8Format, OutTensor, in_float
 from quantize8.formats.encoding import Encoding, RowwiseInt8, absmax_of, require, unpack_int32
 from quantize8.kernels.reference import Array, scale_of
 from quantize8.sources.base import FLOATING, Checkpoint
-from quantize8.sources.structure import CONV1D, EXPERT, Structure
+from quantize8.sources.experts import GATED
+from quantize8.sources.structure import CONV1D, EXPERT, PACKED_EXPERT, Structure
 
 if TYPE_CHECKING:
     from quantize8.conversion.plan import Plan
@@ -82,7 +83,12 @@ class CompressedTensors(Int8Format):
                 )
             else:
                 modules[name] = kind
-        return modules | dict.fromkeys(structure.experts, EXPERT), refused
+        joint = any(name.endswith(f".{GATED}") for name in structure.experts)
+        return modules | dict.fromkeys(structure.experts, PACKED_EXPERT if joint else EXPERT), refused
+
+    def holds_experts(self, structure: Structure) -> bool:
+        """See `Format.holds_experts`; for transformers, it must join them again, or replace the fused experts."""
+        return self.moe == "vllm" or structure.replaced or (structure.joinable and not structure.fusions)
 
     def misfits(self, modules: Mapping[str, str], structure: Structure) -> Mapping[str, str]:
         """See `Int8Format.misfits`: modules that vLLM fuses with a layer that stays in floating point."""
@@ -123,7 +129,7 @@ class CompressedTensors(Int8Format):
 
     def edit_config(self, config: dict[str, Any], plan: Plan) -> dict[str, Any]:
         """See `Format.edit_config`."""
-        kinds = {kind == EXPERT for kind in plan.modules.values()}
+        kinds = {kind in (EXPERT, PACKED_EXPERT) for kind in plan.modules.values()}
         mixed = len({self._packs(kind) for kind in plan.modules.values()}) == 2
         groups = {"group_0": self._group(["Linear"], packed=all(self._packs(kind) for kind in plan.modules.values()))}
         if mixed:  # transformers takes the first group with a matching target: the narrower comes first
@@ -145,7 +151,7 @@ class CompressedTensors(Int8Format):
         return isinstance(entry, dict) and entry.get("quant_method") == self.name
 
     def _packs(self, kind: str) -> bool:
-        return self.scheme == "w8a16" or (kind == EXPERT and self.moe == "transformers")
+        return self.scheme == "w8a16" or kind == PACKED_EXPERT or (kind == EXPERT and self.moe == "transformers")
 
     def _group(self, targets: list[str], packed: bool = False) -> dict[str, Any]:
         shared = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None}

@@ -42,7 +42,8 @@ def conversion(result: Conversion) -> RenderableType:
     for title, found in (("left in float", plan.kept), ("left out", plan.left_out)):
         for reason, names in sorted(_by_reason(found).items()):
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            rows.add_row(title, f"{names[0]}{more}: {reason}")
+            nbytes = sum(tensor.nbytes for name in names for tensor in plan.outputs_of(name) if found is plan.kept)
+            rows.add_row(title, f"{names[0]}{more}{f', {size(nbytes)}' if nbytes else ''}: {reason}")
     if plan.carries:
         rows.add_row("codes", "copied from the source")
     elif result.errors:

@@ -28,7 +28,9 @@ from quantize8.runtime.loading import find_tokenizer, quiet
 from quantize8.runtime.streaming import Weights, empty_model, streamed
 from quantize8.sources import Checkpoint
 from quantize8.sources.base import READERS, model_dtype
+from quantize8.sources.experts import layouts_of
 from quantize8.sources.native import is_known
+from quantize8.sources.structure import structure_of, with_fused_experts
 
 TOKENS = 32
 _BLOCK = 2**20  # numbers of a parameter that are compared at a time: 4 MiB in each model
@@ -65,16 +67,25 @@ def check(source: Checkpoint, artifact: Checkpoint) -> Check:
 
 
 def _compare_parameters(source: Checkpoint, artifact: Checkpoint) -> int:
+    source, artifact = (with_fused_experts(one, structure_of(one))[0] for one in (source, artifact))
     model = empty_model(artifact)
     theirs, ours = Weights(empty_model(source), source), Weights(model, artifact)
     if not (theirs.complete and ours.complete):
         return 0  # transformers generates or splits some of them, so that only the outputs can be compared
 
     shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    turned = {
+        f"{path}.{projection.name}"
+        for path, layout in layouts_of(model, {}).items()
+        for projection in layout.projections.values()
+        if projection.transposed
+    }
 
     def compare(name: str) -> None:
         fault = _row_fault if _is_int8(artifact, ours.stored_as(name)) else _float_fault
         pairs = _pairs(ours, theirs, name, shapes[name])
+        if name in turned:
+            pairs = ((actual.mT, expected.mT) for actual, expected in pairs)
         wrong = sum(fault(*pair) if pair[0].shape == pair[1].shape else len(pair[1]) for pair in pairs)
         if wrong:
             kind = "rows are off by more than int8 rounding" if fault is _row_fault else "numbers are different"

@@ -9,80 +9,93 @@ from torch import Tensor, nn
 
 from quantize8.kernels.reference import LayerMode
 from quantize8.runtime.linear import Int8Linear
+from quantize8.sources.experts import BIAS, DOWN, GATED, Layout, is_dense
 
-PROJECTIONS = ("gate_up_proj", "down_proj")  # [E, 2 I, H] and [E, H, I]: E experts with intermediate size I
 SCALE = "_SCB"  # suffix of a projection's name for its absmax float32 [E, N]
+_NORM = "post_expert_norm"  # which some models apply to the output of each expert
 
 
 class Int8Experts(nn.Module):
     """The experts of a mixture-of-experts layer in int8.
 
-    While a model is loaded, the experts are two tensors, as transformers stores them; `split` then makes them layers.
+    While a model is loaded, the experts are two tensors, as transformers stores them, but always [E, N, K]; `split`
+    then makes them layers.
 
     Args:
-        source: transformers' module of the experts, for which `fits` is true.
+        source: transformers' module of the experts.
+        layout: Its layout, as of `layouts_of`.
         threshold: Outlier threshold of the layers; 0 for none.
         mode: Outlier mode of the layers; None for the default of their device.
     """
 
-    def __init__(self, source: nn.Module, threshold: float, mode: LayerMode | None) -> None:
+    def __init__(self, source: nn.Module, layout: Layout, threshold: float, mode: LayerMode | None) -> None:
         super().__init__()
-        self.threshold, self.mode = threshold, mode
+        self.layout, self.threshold, self.mode = layout, threshold, mode
         self._source: Any
         # For its activation function, and for dequantizing; set in this way it is not a submodule of the model
         self.__dict__["_source"] = source
-        for name in PROJECTIONS:
-            shape = getattr(source, name).shape
+        for name, projection in layout.projections.items():
+            shape: tuple[int, ...] = getattr(source, name).shape
+            if projection.transposed:
+                shape = (shape[0], shape[2], shape[1])
             codes = torch.empty(shape, dtype=torch.int8, device="meta")
             self.register_parameter(name, nn.Parameter(codes, requires_grad=False))
             absmax = torch.empty(shape[:2], dtype=torch.float32, device="meta")
             self.register_parameter(name + SCALE, nn.Parameter(absmax, requires_grad=False))
+            self.register_parameter(name + BIAS, getattr(source, name + BIAS, None))
+        if hasattr(source, _NORM):
+            self.add_module(_NORM, getattr(source, _NORM))
 
-    @staticmethod
-    def fits(module: nn.Module) -> bool:
-        """Whether a module holds experts in the common layout: gated, without bias, with weights [E, N, K]."""
-        weights = [getattr(module, name, None) for name in PROJECTIONS]
-        return (
-            all(isinstance(weight, nn.Parameter) and weight.dim() == 3 for weight in weights)
-            and hasattr(module, "_apply_gate")
-            and bool(getattr(module, "has_gate", False))
-            and not any(getattr(module, name, False) for name in ("has_bias", "is_transposed", "has_post_expert_norm"))
-        )
+    @property
+    def first(self) -> str:
+        """Name of the projection that comes first."""
+        return next(name for name in self.layout.projections if name != DOWN)
 
     def split(self) -> None:
         """Make each expert's matrix a layer, which shares the memory of the joint tensor."""
-        for name in PROJECTIONS:
-            codes, absmax = getattr(self, name).data, getattr(self, name + SCALE).data
-            delattr(self, name)
-            delattr(self, name + SCALE)
-            layers = [self._layer(expert, peaks) for expert, peaks in zip(codes, absmax, strict=True)]
+        for name in self.layout.projections:
+            codes, absmax, biases = (getattr(self, name + suffix) for suffix in ("", SCALE, BIAS))
+            for suffix in ("", SCALE, BIAS):
+                delattr(self, name + suffix)
+            layers = [self._layer(*parts) for parts in zip(codes.data, absmax.data, strict=True)]
+            for layer, bias in zip(layers, biases if biases is not None else (), strict=False):
+                layer.bias = nn.Parameter(bias.data, requires_grad=False)
             self.register_module(name, nn.ModuleList(layers))
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
         """Compute the experts that the router chose, and add up their weighted outputs in the order of the experts.
 
         Args:
-            hidden_states: [T, H].
+            hidden_states: [T, H]; or [E * T, H] if every expert has tokens of its own, as in Llama 4.
             top_k_index: int64 [T, k], the experts of each token.
             top_k_weights: [T, k], the weights of their outputs.
 
         Returns:
-            [T, H] in the dtype of hidden_states.
+            [T, H] in the dtype of hidden_states; or [E * T, H].
         """
+        if top_k_index is None or top_k_weights is None:
+            return self._dense(hidden_states)
         result = torch.zeros_like(hidden_states)
-        gate_up, down = (getattr(self, name) for name in PROJECTIONS)
         for expert in top_k_index.unique().tolist():
-            if expert == len(down):  # marks an expert on another machine
+            if expert == self.layout.count:  # marks an expert on another machine
                 continue
             token, rank = torch.where(top_k_index == expert)
-            inner = self._source._apply_gate(gate_up[expert](hidden_states[token]))
-            output = down[expert](inner) * top_k_weights[token, rank, None]
+            output = self._expert(expert, hidden_states[token]) * top_k_weights[token, rank, None]
             result.index_add_(0, token, output.to(result.dtype))
         return result
 
     def dequantized(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The dequantized weights [E, N, K] of each projection, in a dtype."""
-        return {name: torch.stack([e.dequantize().to(dtype) for e in getattr(self, name)]) for name in PROJECTIONS}
+        """The dequantized weights of each projection, in a dtype and in the order of the model's parameters."""
+        result = {}
+        for name, projection in self.layout.projections.items():
+            layers: Any = getattr(self, name)
+            weights = [layer.dequantize().to(dtype) for layer in layers]
+            result[name] = torch.stack([weight.t() if projection.transposed else weight for weight in weights])
+            if layers[0].bias is not None:
+                result[name + BIAS] = torch.stack([layer.bias.data for layer in layers])
+        return result
 
     def to_float(self, dtype: torch.dtype) -> nn.Module:
         """The module that transformers made for these experts, with the dequantized weights in a dtype."""
@@ -91,6 +104,31 @@ class Int8Experts(nn.Module):
             setattr(source, name, nn.Parameter(weight, requires_grad=False))
         module: nn.Module = source
         return module
+
+    def _expert(self, expert: int, inputs: Tensor) -> Tensor:
+        """The output [n, H] of one expert for inputs [n, H]."""
+        source: Any = self._source
+        inner: Tensor = getattr(self, self.first)[expert](inputs)
+        if self.first != GATED:
+            inner = source.act_fn(inner)
+        elif is_dense(source):
+            gate, up = inner.chunk(2, dim=-1)
+            inner = up * source.act_fn(gate)
+        else:
+            inner = source._apply_gate(inner)
+        output: Tensor = getattr(self, DOWN)[expert](inner)
+        norm = self._modules.get(_NORM)
+        return output if norm is None else norm(output)
+
+    def _dense(self, hidden_states: Tensor) -> Tensor:
+        """Llama 4: each expert computes its own copy of the tokens, which is zero where it was not chosen."""
+        blocks = hidden_states.view(self.layout.count, -1, hidden_states.shape[-1])
+        result = torch.zeros_like(blocks)
+        for expert, block in enumerate(blocks):
+            (token,) = torch.where(block.any(dim=-1))
+            if len(token):
+                result[expert, token] = self._expert(expert, block[token]).to(result.dtype)
+        return result.view(hidden_states.shape)
 
     def _layer(self, codes: Tensor, absmax: Tensor) -> Int8Linear:
         layer = Int8Linear(codes.shape[1], codes.shape[0], False, self.threshold, self.mode, "meta")

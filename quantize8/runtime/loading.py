@@ -19,7 +19,7 @@ from quantize8.sources.base import FLOAT_NAMES
 from quantize8.sources.guard import guarded
 from quantize8.sources.native import Native, is_known, native_class
 from quantize8.sources.quantized import QuantizedCheckpoint
-from quantize8.sources.structure import structure_of
+from quantize8.sources.structure import has_separate_experts, structure_of
 from quantize8.sources.tokenizer import check_tokenizer
 
 _ADAPTER = "adapter_config.json"  # makes transformers read more weights, and not through quantize8's safe readers
@@ -82,7 +82,9 @@ def load(
         if checkpoint.decoded and device_map in ("auto", "cuda"):
             device_map = device_map if resolve(device_map) == "cuda" else "cpu"
         given = {"dtype": _dtype(dtype, checkpoint.config, device_map), "device_map": device_map}
-        if isinstance(stored, GgufCheckpoint) or (checkpoint.decoded and not is_int8(stored.config)):
+        is_ours = isinstance(stored, GgufCheckpoint) or (checkpoint.decoded and not is_int8(stored.config))
+        threshold = _threshold(stored) if threshold is None else threshold
+        if is_ours or has_separate_experts(checkpoint):
             model = _load_decoded(checkpoint, mode, threshold, given)
         else:
             native = _with_int8_entry(native_of(stored), stored, mode, threshold)
@@ -119,24 +121,29 @@ def native_of(checkpoint: Checkpoint) -> Native:
     return native_class(config, checkpoint.tensors, checkpoint.is_encoder)
 
 
-def _with_int8_entry(native: Native, stored: Checkpoint, mode: OutlierMode, threshold: float | None) -> Native:
+def _threshold(stored: Checkpoint) -> float:
+    """The outlier threshold that config.json names, else the default."""
+    entry = stored.config.get("quantization_config")
+    named = entry.get("llm_int8_threshold") if isinstance(entry, dict) else None
+    return DEFAULT_THRESHOLD if named is None else float(named)
+
+
+def _with_int8_entry(native: Native, stored: Checkpoint, mode: OutlierMode, threshold: float) -> Native:
     """`native`, with the settings that quantize8's quantizer needs if the folder is in the bitsandbytes format."""
     entry = stored.config.get("quantization_config")
     if isinstance(entry, dict):
-        asked = float(entry.get("llm_int8_threshold", DEFAULT_THRESHOLD)) if threshold is None else threshold
         skip = entry.get("llm_int8_skip_modules")
-        native.settings.quantization_config = _entry(asked, skip, mode, int8_experts=False)
+        native.settings.quantization_config = _entry(threshold, skip, mode, int8_experts=False)
     return native
 
 
-def _load_decoded(checkpoint: Checkpoint, mode: OutlierMode, threshold: float | None, given: dict[str, Any]) -> Any:
+def _load_decoded(checkpoint: Checkpoint, mode: OutlierMode, threshold: float, given: dict[str, Any]) -> Any:
     """Load a model through quantize8's readers: int8 weights stay as they are, all others become floating point."""
     from quantize8.runtime.state import plan_loading
 
     native, plan = native_of(checkpoint), plan_loading(checkpoint)
     if any(tensor.dtype == "I8" for tensor in plan.state.values()):
-        asked = DEFAULT_THRESHOLD if threshold is None else threshold
-        native.settings.quantization_config = _entry(asked, plan.skip_modules, mode, plan.int8_experts)
+        native.settings.quantization_config = _entry(threshold, plan.skip_modules, mode, plan.int8_experts)
     return _built(native, checkpoint.folder, None, state_dict=plan.state, **given).eval()
 
 

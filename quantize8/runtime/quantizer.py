@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -23,9 +24,10 @@ from quantize8.kernels.cuda import CHUNK
 from quantize8.kernels.devices import resolve
 from quantize8.kernels.reference import OutlierMode
 from quantize8.runtime.config import METHOD, Int8Config
-from quantize8.runtime.experts import PROJECTIONS, SCALE, Int8Experts
+from quantize8.runtime.experts import SCALE, Int8Experts
 from quantize8.runtime.linear import Int8Linear, quantize
 from quantize8.runtime.training import TrainableInt8Linear
+from quantize8.sources.experts import layouts_of
 from quantize8.sources.structure import CONV1D, READ_DIRECTLY, linear_kinds
 
 __all__ = ["METHOD", "Int8Config", "Int8Quantizer", "enable"]
@@ -89,7 +91,7 @@ class Int8Quantizer(HfQuantizer):
             return name == "weight" and module.transposed
         return not self.pre_quantized and (
             (isinstance(module, Int8Linear) and name == "weight")
-            or (isinstance(module, Int8Experts) and name in PROJECTIONS)
+            or (isinstance(module, Int8Experts) and name in module.layout.projections)
         )
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
@@ -111,9 +113,10 @@ class Int8Quantizer(HfQuantizer):
             skip += [name for name in linear_kinds(model) if name.endswith(READ_DIRECTLY)]
         mode: OutlierMode | None = getattr(config, "mode", None)  # a BitsAndBytesConfig names none
         if getattr(config, "quantize_experts", False) and not config.llm_int8_has_fp16_weight:
-            for name, module in list(model.named_modules()):
-                if Int8Experts.fits(module) and should_convert_module(name, skip):
-                    model.set_submodule(name, Int8Experts(module, config.llm_int8_threshold, mode))
+            for name, layout in layouts_of(model, {}).items():
+                if should_convert_module(name, skip):
+                    experts = Int8Experts(model.get_submodule(name), layout, config.llm_int8_threshold, mode)
+                    model.set_submodule(name, experts)
         for name, kind in linear_kinds(model).items():
             if should_convert_module(name, skip):
                 model.set_submodule(name, _empty_layer(model.get_submodule(name), kind, config, mode))
@@ -123,7 +126,7 @@ class Int8Quantizer(HfQuantizer):
         _require_loaded(model)
         for name, module in list(model.named_modules()):
             if isinstance(module, Int8Experts):
-                if module.down_proj.is_meta:
+                if next(iter(module.parameters())).is_meta:
                     raise ValueError(
                         f"{name}: int8 experts cannot be offloaded to disk; use a device_map that puts them on a device"
                     )
@@ -190,7 +193,9 @@ class _Quantize(ConversionOps):
             if isinstance(module, TrainableInt8Linear):
                 result[name] = weight.t().contiguous()
             elif isinstance(module, Int8Experts):
-                codes, absmax = zip(*map(quantize, weight), strict=True)
+                transposed = module.layout.projections[last].transposed
+                experts = weight.transpose(1, 2) if transposed else weight
+                codes, absmax = zip(*map(quantize, experts), strict=True)
                 result |= {name: torch.stack(codes), name + SCALE: torch.stack(absmax)}
             else:
                 base = name.removesuffix(last)
@@ -212,9 +217,9 @@ def _tied_modules(model: Any) -> list[str]:
 def _require_loaded(model: Any) -> None:
     """Raise WeightError for codes that no tensor was loaded into: transformers only warns, and they are noise."""
     for name, module in model.named_modules():
-        parameters = (
-            ("weight",) if isinstance(module, Int8Linear) else PROJECTIONS if isinstance(module, Int8Experts) else ()
-        )
+        parameters: Iterable[str] = ("weight",) if isinstance(module, Int8Linear) else ()
+        if isinstance(module, Int8Experts):
+            parameters = module.layout.projections
         for parameter in parameters:
             codes: Any = module._parameters[parameter]
             if not (codes.is_meta or getattr(codes, "_is_hf_initialized", False)):

@@ -14,7 +14,7 @@ from quantize8.formats.bitsandbytes import LAYOUT, SCALE
 from quantize8.kernels.reference import Array
 from quantize8.runtime.experts import SCALE as EXPERT_SCALE
 from quantize8.sources import Checkpoint
-from quantize8.sources.structure import structure_of
+from quantize8.sources.structure import structure_of, with_fused_experts
 
 _DTYPES = {"BF16": torch.bfloat16}  # dtypes that torch.from_numpy does not take
 
@@ -56,15 +56,16 @@ def plan_loading(checkpoint: Checkpoint) -> LoadPlan:
     Linear weights and experts that are stored as int8 stay int8. Everything else is loaded in floating point, and
     decoded if it is quantized in another way.
     """
-    structure = structure_of(checkpoint)
+    checkpoint, structure = with_fused_experts(checkpoint, structure_of(checkpoint))
     int8 = {info.name.removesuffix(".weight") for info in checkpoint.tensors.values() if info.is_int8}
     linears = {name for name in (*structure.linears, *structure.kept) if name in int8}
-    int8_experts = int8 >= set(structure.experts)
-    experts = set(structure.experts if int8_experts else ())
+    experts = {*structure.experts, *(name for name in structure.others if name in int8)}
+    int8_experts = int8 >= experts and not structure.slices
+    experts = experts if int8_experts else set()
     state: dict[str, LazyTensor] = {}
     for name in checkpoint.tensors:
         module = name.removesuffix(".weight")
-        if name != module and module in linears | experts:
+        if (name != module and module in linears) or module in experts:
             scale = f"{module}.{SCALE}" if module in linears else f"{name}{EXPERT_SCALE}"
             state[name] = LazyTensor(_int8(checkpoint, name, 0), "I8")
             state[scale] = LazyTensor(_int8(checkpoint, name, 1), "F32")

@@ -25,7 +25,7 @@ from quantize8.runtime.state import LazyTensor, to_torch
 from quantize8.sources import Checkpoint
 from quantize8.sources.base import FLOATING
 from quantize8.sources.guard import guarded
-from quantize8.sources.structure import CONV1D, linear_kinds, structure_of, targets_in_model
+from quantize8.sources.structure import CONV1D, linear_kinds, structure_of, targets_in_model, with_fused_experts
 
 
 @contextmanager
@@ -51,7 +51,9 @@ def streamed(checkpoint: Checkpoint) -> Iterator[Any]:
             model.
     """
     with quiet():
-        structure_of(checkpoint).require_complete(checkpoint.name)
+        structure = structure_of(checkpoint)
+        structure.require_complete(checkpoint.name)
+        checkpoint, _ = with_fused_experts(checkpoint, structure)
         model = empty_model(checkpoint)
         weights = Weights(model, checkpoint)
         if not weights.complete:

@@ -11,6 +11,9 @@ Some checkpoints have an extra layer for multi-token prediction (MTP: `model.lay
 Qwen3-Next). transformers drops it; vLLM and SGLang run it, with the same code as the layers before it. So each of its
 weights is treated like its counterpart in those layers. A weight without a counterpart stays in float, as it is an
 nn.Linear in vLLM.
+
+In a language model that also takes images or sound, only the language model becomes int8: the encoders (towers) and
+projectors before it are small, and sensitive to rounding.
 """
 
 from __future__ import annotations
@@ -19,16 +22,29 @@ import contextlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from quantize8.errors import SourceError
 from quantize8.optional import require
-from quantize8.sources.base import Checkpoint, TensorInfo, architecture_of
+from quantize8.sources.base import FLOATING, Checkpoint, TensorInfo, architecture_of
+from quantize8.sources.experts import (
+    OF_EXPERT,
+    FusedExperts,
+    Fusion,
+    Slice,
+    SplitExperts,
+    fusions_of,
+    layouts_of,
+    slices_of,
+)
 from quantize8.sources.native import build_meta_model, is_known
 
 LINEAR, CONV1D = "Linear", "Conv1D"  # Conv1D is GPT-2's Linear, with its weight stored [in, out]
 EXPERT = "expert"  # a matrix of one expert, which checkpoints store separately and transformers joins with the others
+# A matrix of an expert whose gate and up projection are one matrix with alternating rows (gpt-oss). vLLM's loader of
+# such a model takes int8 only if it is packed (vllm 0.32, models/gpt_oss.py, GptOssRoutedExperts.weight_loader).
+PACKED_EXPERT = "packed expert"
 
 _WRAPPERS = ("module.", "_orig_mod.", "_forward_module.", "_fsdp_wrapped_module.", "base_model.model.")
 _OLD_BUFFER = ".rotary_emb.inv_freq"  # which earlier releases of transformers saved
@@ -37,6 +53,8 @@ _FURTHER = re.compile(r"(^|\.)mtp")  # a list of layers for multi-token predicti
 # Mamba's forward multiplies by the layer's weight instead of calling the layer: it would take int8 codes for the weight
 READ_DIRECTLY = ("dt_proj",)
 _FOREIGN = "not part of transformers' model"
+FUSED_EXPERTS = "experts in one tensor, which this format cannot hold in int8"
+_CONVERTED = "transformers splits or joins it while loading, which it cannot do with int8"
 _NOT_LINEAR = re.compile(r"embed|wte|wpe|norm|ln_|position|token_type|shared|relative_attention|router|gate$|head$")
 
 
@@ -75,7 +93,14 @@ class Structure:
         output_head: The module of `kept` that is the output head and has its own weight (not tied), if there is one.
         model_names: The module name in the model, by module name in the checkpoint, if they differ.
         absent: Linear modules of the model (by the model's names) that have no weight of their own in the checkpoint.
-        experts: Matrices that transformers joins into one tensor of experts, which is not a Linear module.
+        experts: Matrices of single experts, which transformers joins into one tensor that is not a Linear module.
+        slices: Matrix or bias of one expert -> its place in a fused tensor of the checkpoint, by name of that tensor.
+        fusions: Fused parameter -> the tensors of `experts` that it consists of, if transformers does not join them.
+        joinable: Whether transformers joins the matrices that `slices` names while loading.
+        replaced: Whether transformers replaces these experts with Linear layers when it loads quantized ones.
+        others: The reason, by tensor name, for each floating-point tensor that is not the weight of a Linear module.
+        towers: The part of the model, by module name in the checkpoint, of each module that is outside of the language
+            model, if that is only a part of the model.
         read_on_loading: Modules whose weight transformers reads while it loads the model, even if the checkpoint
             stores the weight under another name.
         missing: Parameters (by the model's names) that the model needs and that are neither stored nor tied.
@@ -90,6 +115,12 @@ class Structure:
     model_names: dict[str, str] = field(default_factory=dict)
     absent: list[str] = field(default_factory=list)
     experts: list[str] = field(default_factory=list)
+    slices: dict[str, dict[str, Slice]] = field(default_factory=dict)
+    fusions: dict[str, Fusion] = field(default_factory=dict)
+    joinable: bool = True
+    replaced: bool = False
+    others: dict[str, str] = field(default_factory=dict)
+    towers: dict[str, str] = field(default_factory=dict)
     read_on_loading: set[str] = field(default_factory=set)
     missing: list[str] = field(default_factory=list)
     wrong_shapes: list[str] = field(default_factory=list)
@@ -114,6 +145,22 @@ class Structure:
         if self.wrong_shapes:
             raise SourceError(f"{where}: {self.wrong_shapes[0]}; fetch the checkpoint again, or correct config.json")
 
+    def with_separate_experts(self) -> Structure:
+        """The structure of the checkpoint with its fused experts read as one matrix for each expert."""
+        split = [name.removesuffix(".weight") for names in self.slices.values() for name in names]
+        others = {name: why for name, why in self.others.items() if name not in self.slices}
+        weights = [name for name in split if not name.endswith(".bias")]
+        if self.replaced:
+            return replace(self, linears=self.linears | dict.fromkeys(weights, LINEAR), others=others, slices={})
+        return replace(self, experts=[*self.experts, *weights], others=others, slices={})
+
+    def with_fused_experts(self) -> Structure:
+        """The structure of the checkpoint with the experts of `fusions` read as transformers' parameters."""
+        parts = {name.removesuffix(".weight") for fusion in self.fusions.values() for e in fusion.parts for name in e}
+        others = self.others | dict.fromkeys(self.fusions, FUSED_EXPERTS)
+        experts = [name for name in self.experts if name not in parts]
+        return replace(self, experts=experts, others=others, fusions={})
+
     def skip_list(self, quantized: set[str]) -> list[str]:
         """The sorted names, as a loader of the model sees them, of all Linear modules that are not in `quantized`."""
         in_float = (set(self.linears) | set(self.kept)) - quantized
@@ -123,6 +170,21 @@ class Structure:
 def structure_of(checkpoint: Checkpoint) -> Structure:
     """The structure of a checkpoint. One that sentence-transformers opens is a model without a head."""
     return read_structure(checkpoint.config, checkpoint.tensors, checkpoint.is_encoder)
+
+
+def with_separate_experts(checkpoint: Checkpoint, structure: Structure) -> tuple[Checkpoint, Structure]:
+    """The checkpoint and its structure with one matrix for each expert, as quantized experts are stored."""
+    if not structure.slices:
+        return checkpoint, structure
+    slices = {name: part for parts in structure.slices.values() for name, part in parts.items()}
+    return SplitExperts(checkpoint, slices), structure.with_separate_experts()
+
+
+def with_fused_experts(checkpoint: Checkpoint, structure: Structure) -> tuple[Checkpoint, Structure]:
+    """The checkpoint and its structure with experts as transformers loads them."""
+    if not structure.fusions:
+        return checkpoint, structure
+    return FusedExperts(checkpoint, structure.fusions), structure.with_fused_experts()
 
 
 def read_structure(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], encoder: bool = False) -> Structure:
@@ -147,23 +209,30 @@ def read_structure(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo],
     if not encoder and _is_plain_decoder(config, tensors):
         linears = {name: LINEAR for name in weights if name not in (EMBEDDING, HEAD)}
         untied = HEAD in weights and not config.get("tie_word_embeddings", False)
-        return Structure(linears, {HEAD: "output head"}, HEAD if untied else None)
+        rest = tensors.keys() - {f"{name}.weight" for name in (*linears, HEAD)}
+        others = {name: "embedding" if name == f"{EMBEDDING}.weight" else "norm or bias" for name in rest}
+        return Structure(linears, {HEAD: "output head"}, HEAD if untied else None, others=others)
     model_type = config.get("model_type")
     require(f"to find the Linear layers of {architecture_of(config) or model_type}", "transformers", "torch")
     if not is_known(config):
-        return _by_names(weights, f"transformers knows no model type {model_type!r}")
+        return _by_names(tensors, weights, f"transformers knows no model type {model_type!r}")
     own_code = bool(config.get("auto_map"))
     try:
         model = build_meta_model(config, tensors, encoder)
     except SourceError as error:
         if not own_code:
             raise
-        return _by_names(weights, str(error))
+        return _by_names(tensors, weights, str(error))
     structure = _from_model(model, tensors, weights)
     foreign = [name for name, why in structure.kept.items() if why == _FOREIGN]
     if own_code and foreign and structure.missing:  # another model than the one that transformers has by this name
-        return _by_names(weights, f"transformers' {type(model).__name__} has no {foreign[0]}")
+        return _by_names(tensors, weights, f"transformers' {type(model).__name__} has no {foreign[0]}")
     return structure
+
+
+def has_separate_experts(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint has a matrix for each expert where transformers would not join them."""
+    return any(OF_EXPERT.fullmatch(name) for name in checkpoint.tensors) and bool(structure_of(checkpoint).fusions)
 
 
 def is_skipped(module: str, patterns: list[str]) -> bool:
@@ -224,10 +293,13 @@ def plain_tensors(architecture: str | None, config: Mapping[str, Any]) -> Iterat
     yield f"{HEAD}.weight", (vocabulary, hidden)
 
 
-def _by_names(weights: list[str], why: str) -> Structure:
+def _by_names(tensors: Mapping[str, TensorInfo], weights: list[str], why: str) -> Structure:
     doubtful = [name for name in weights if _NOT_LINEAR.search(name.rpartition(".")[2])]
     linears = {name: LINEAR for name in weights if name not in doubtful}
-    return Structure(linears, dict.fromkeys(doubtful, "by name an embedding, a router or a head"), guessed=why)
+    kept = dict.fromkeys(doubtful, "by name an embedding, a router or a head")
+    rest = [name for name in tensors if name.removesuffix(".weight") not in linears.keys() | kept.keys()]
+    others = {name: f"of {len(tensors[name].shape)} dimensions, not the weight of a Linear layer" for name in rest}
+    return Structure(linears, kept, others=others, guessed=why)
 
 
 def _is_plain_decoder(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> bool:
@@ -245,8 +317,30 @@ def _is_plain_decoder(config: Mapping[str, Any], tensors: Mapping[str, TensorInf
 
 def _from_model(model: Any, tensors: Mapping[str, TensorInfo], weights: list[str]) -> Structure:
     """The structure according to a transformers model without storage."""
-    from torch import nn
     from transformers.quantizers.base import get_keys_to_not_convert
+
+    state, conversions = model.state_dict(), conversions_of(model)
+    targets = targets_in_model(model, tensors, conversions)
+    structure = Structure({}, towers=_outside_of_language(model))
+    _add_experts(structure, model, tensors, targets, conversions)
+    fixed = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or []), *READ_DIRECTLY]
+    _add_linears(structure, model, {name: targets[f"{name}.weight"] for name in weights}, fixed)
+    _add_others(structure, model, tensors, targets)
+    present = {target.name for target in targets.values()}
+    structure.absent = sorted(name for name in linear_kinds(model) if f"{name}.weight" not in present)
+    read = _read_on_loading(model)
+    structure.read_on_loading = {name for name in weights if targets[f"{name}.weight"].module in read}
+    fused = {fusion.parameter for fusion in structure.fusions.values()}
+    structure.missing = [name for name in _missing(model, targets) if name not in fused]
+    structure.missing += _missing_parts(state, targets)
+    structure.wrapped = _wrapped(tensors)
+    structure.wrong_shapes = _wrong_shapes(state, targets, tensors)
+    return structure
+
+
+def _add_linears(structure: Structure, model: Any, targets: Mapping[str, Target], fixed: list[str]) -> None:
+    """Add the modules with a matrix, by name in the checkpoint, to `linears` or `kept`; skip other kinds of modules."""
+    from torch import nn
 
     modules = linear_kinds(model)
     others = {
@@ -254,41 +348,128 @@ def _from_model(model: Any, tensors: Mapping[str, TensorInfo], weights: list[str
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name not in modules
     }
-    state = model.state_dict()
-    targets = targets_in_model(model, tensors)
-    to_model = {name: targets[f"{name}.weight"].name.removesuffix(".weight") for name in weights}
-    likes = _likes(to_model.values(), [name.removesuffix(".weight") for name in state])
-    joined = [name for name in weights if targets[f"{name}.weight"].pattern is not None]
-    fixed = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or []), *READ_DIRECTLY]
+    known = [name.removesuffix(".weight") for name in model.state_dict()]
+    likes = _likes([target.module for target in targets.values()], known)
     head = model.get_output_embeddings()
     tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
-    structure, fused = Structure({}, experts=joined), set(joined)
-    for name in weights:
-        in_model, like = to_model[name], likes.get(to_model[name])
-        if name in fused or (like is not None and like not in modules and like not in others):
-            continue  # fused experts, an embedding, or a router
+    experts = set(structure.experts)
+    for name, target in targets.items():
+        in_model, like = target.module, likes.get(target.module)
+        if name in experts or (like is not None and like not in modules and like not in others):
+            continue  # an expert, an embedding, or a router
         if in_model != name:
             structure.model_names[name] = in_model
-        if like is None or like in others:
+        if target.pattern is not None:
+            structure.kept[name] = _CONVERTED
+        elif like is None or like in others:
             structure.kept[name] = others.get(like or "", _FOREIGN)
-            continue
-        if not is_skipped(in_model, fixed):
+        elif not is_skipped(in_model, fixed):
             structure.linears[name] = modules[like]
+        else:
+            is_head = head is not None and model.get_submodule(like) is head
+            structure.kept[name] = "output head" if is_head else "kept in floating point by transformers"
+            if in_model.endswith(READ_DIRECTLY):
+                structure.kept[name] = "the model reads its weight without calling the layer"
+            if is_head and in_model not in tied:
+                structure.output_head = name
+
+
+def _add_experts(
+    structure: Structure,
+    model: Any,
+    tensors: Mapping[str, TensorInfo],
+    targets: Mapping[str, Target],
+    conversions: Sequence[Any],
+) -> None:
+    """Add the experts that the checkpoint stores in one tensor, or one by one."""
+    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+
+    layouts, state = layouts_of(model, _joined(conversions)), model.state_dict()
+    kinds = {type(model.get_submodule(path)).__name__ for path in layouts}
+    structure.replaced = bool(kinds) and kinds <= MODULES_TO_PATCH_FOR_QUANTIZATION.keys()
+    for name, target in targets.items():
+        steps = [type(step).__name__ for step in target.steps]
+        if "MergeModulelist" in steps:  # also in MTP layers, which the model does not have
+            structure.experts.append(name.removesuffix(".weight"))
             continue
-        is_head = head is not None and model.get_submodule(like) is head
-        structure.kept[name] = "output head" if is_head else "kept in floating point by transformers"
-        if in_model.endswith(READ_DIRECTLY):
-            structure.kept[name] = "the model reads its weight without calling the layer"
-        if is_head and in_model not in tied:
-            structure.output_head = name
-    present = set(to_model.values())
-    structure.absent = sorted(name for name in modules if name not in present)
-    read = _read_on_loading(model)
-    structure.read_on_loading = {name for name in weights if to_model[name] in read}
-    structure.missing = [*_missing(model, targets), *_missing_parts(state, targets)]
-    structure.wrapped = _wrapped(tensors)
-    structure.wrong_shapes = _wrong_shapes(state, targets, tensors)
-    return structure
+        module, _, parameter = target.name.rpartition(".")
+        layout = layouts.get(module)
+        found = layout and layout.find(parameter)
+        if layout is None or not found or target.name not in state:
+            continue
+        shape = tuple(state[target.name].shape)
+        if len(tensors[name].shape) == len(shape) and len(steps) <= 1 and {*steps} <= {"Transpose", "Interleave"}:
+            always = any(not getattr(step, "check_dims", True) for step in target.steps)
+            turned = "Transpose" in steps and (always or tensors[name].shape != shape)
+            structure.slices[name] = slices_of(tensors[name], parameter, layout, turned, "Interleave" in steps)
+            structure.joinable &= found[0].known and not layout.interleaved
+    unknown = {name: target.name for name, target in targets.items() if target.name not in state}
+    structure.fusions = fusions_of(unknown, layouts)
+    for fusion in structure.fusions.values():
+        names = [name for parts in fusion.parts for name in parts]
+        structure.experts += [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+
+
+def _add_others(
+    structure: Structure, model: Any, tensors: Mapping[str, TensorInfo], targets: Mapping[str, Target]
+) -> None:
+    """Add the reason for each floating-point tensor that is not the weight of a Linear module."""
+    named = structure.linears.keys() | structure.kept.keys() | set(structure.experts)
+    types = {name: type(module).__name__ for name, module in model.named_modules()}
+    for name, info in tensors.items():
+        if info.dtype not in FLOATING or name.removesuffix(".weight") in named:
+            continue
+        module = targets[name].name.rpartition(".")[0]
+        kind = types.get(module, "")
+        structure.others[name] = f"a parameter of {kind}" if kind else _FOREIGN
+        if kind.endswith("Embedding"):
+            structure.others[name] = "embedding"
+        if name in structure.slices:
+            structure.others[name] = FUSED_EXPERTS
+
+
+def _outside_of_language(model: Any) -> dict[str, str]:
+    """The modules outside of the language model -> the part of the model that they belong to.
+
+    Empty unless the model takes text and something else, and has a part for the latter with settings of its own. The
+    language model is the part that has the text settings; without such a part, only the other parts are meant.
+    """
+    from transformers import PreTrainedModel
+
+    if "text" not in _modalities(model) or _modalities(model) == {"text"}:
+        return {}
+    parts = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    own = {name: module for name, module in parts.items() if module.config is not model.config}
+    settings = set()
+    for module in parts.values():
+        for side in ({"decoder": True}, {"encoder": True}):
+            with contextlib.suppress(ValueError):  # several settings for text
+                text = module.config.get_text_config(**side)
+                settings |= {id(text)} if text is not module.config else set()
+    languages = [name for name, module in own.items() if id(module.config) in settings]
+    towers = [name for name, module in own.items() if "text" not in _modalities(module)]
+    head, outside = model.get_output_embeddings(), {}
+    for name, module in model.named_modules():
+        if module is head:
+            continue
+        if languages and not any(name == one or name.startswith(f"{one}.") for one in languages):
+            words = name.split(".")
+            tops = (".".join(words[: i + 1]) for i in range(len(words)))
+            outside[name] = next((top for top in tops if not any(_holds(top, one) for one in languages)), "")
+        elif not languages and (tower := next((one for one in towers if _holds(one, name)), "")):
+            outside[name] = tower
+    return {name: part for name, part in outside.items() if part}
+
+
+def _holds(module: str, other: str) -> bool:
+    """Whether a module is the other one, or contains it."""
+    return other == module or other.startswith(f"{module}.")
+
+
+def _modalities(module: Any) -> set[str]:
+    """What a model takes: text, image, video or audio."""
+    taken = module.input_modalities
+    return {taken} if isinstance(taken, str) else set(taken)
 
 
 def _read_on_loading(model: Any) -> set[str]:
@@ -340,33 +521,60 @@ class Target(NamedTuple):
     name: str  # of the parameter or buffer; of the first, if the tensor is split
     pattern: str | None  # of the conversion that joins or splits the tensor; None if the tensor is at most renamed
     others: tuple[str, ...] = ()  # the other parameters, if the tensor is split
+    steps: tuple[Any, ...] = ()  # transformers' operations of the conversion
+
+    @property
+    def module(self) -> str:
+        """The module that has the weight."""
+        return self.name.removesuffix(".weight")
 
 
-def targets_in_model(model: Any, names: Collection[str]) -> dict[str, Target]:
+def conversions_of(model: Any) -> list[Any]:
+    """transformers' rules for loading the tensors of a checkpoint into a model: renamings and converters."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return list(get_model_conversion_mapping(model))
+
+
+def _joined(conversions: Sequence[Any]) -> dict[str, list[str]]:
+    """What transformers joins while loading: the end of a parameter's name -> the patterns of what it is made of."""
+    return {
+        entry.target_patterns[0].replace("\\", ""): entry.source_patterns
+        for entry in conversions
+        if any(type(step).__name__ == "MergeModulelist" for step in getattr(entry, "operations", ()))
+        and len(entry.target_patterns) == 1
+    }
+
+
+def targets_in_model(model: Any, names: Collection[str], conversions: Sequence[Any] | None = None) -> dict[str, Target]:
     """Find where transformers loads the tensors of a checkpoint.
 
     Args:
         model: A transformers model.
         names: The names of the tensors.
+        conversions: The rules, as of `conversions_of`; None if they are not known yet.
 
     Returns:
         The target of each tensor by name, in the order of `names`.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    conversions = get_model_conversion_mapping(model)
+    conversions = conversions_of(model) if conversions is None else conversions
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    made = {pattern: entry.target_patterns for entry in converters for pattern in entry.source_patterns}
+    made = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     state, prefix = model.state_dict(), model.base_model_prefix
     found: dict[str, Target] = {}
     for name in names:
         target, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if target not in state and name in state:  # the model has this very name
             target, pattern = rename_source_key(name, [], [], prefix, state)
-        first, *rest = made.get(pattern, ("",))
-        found[name] = Target(target, pattern, tuple(target.replace(first, other) for other in rest))
+        if pattern is None:
+            found[name] = Target(target, None)
+        else:
+            first, *rest = made[pattern].target_patterns
+            others = tuple(target.replace(first, other) for other in rest)
+            found[name] = Target(target, pattern, others, tuple(made[pattern].operations))
     return found
 
 

@@ -241,7 +241,8 @@ def _table(found: list[_Weight], rest: str) -> str:
 
 def _kept(plan: Plan) -> str:
     """Linear weights that are left in floating point, with the reason."""
-    shapes = {name: plan.checkpoint.tensors[f"{name}.weight"].shape for name in plan.kept}
+    tensors = plan.checkpoint.tensors
+    shapes = {name: tensors[name if name in tensors else f"{name}.weight"].shape for name in plan.kept}
     rows = [(name, names.shape(shapes[name]), why) for name, why in plan.kept.items()]
     return markup.table(f"Left in floating point: {len(rows):,}", ["<module", "shape", "<reason"], rows[:_TABLE])
 
