@@ -4,9 +4,13 @@ llama.cpp rounds activations to int8 and stores keys and values in float16, so l
 the wrong order, lost biases or wrong rotary frequencies make them differ as much as those of unrelated models.
 """
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
-from helpers.gguf_files import WRITTEN, assemble, config_of, dequantized, folder_of
+from gguf import Keys
+from helpers.gguf_files import WRITTEN, assemble, config_of, dequantized, folder_of, model_of
 
 from benchmarks.llama_cpp import served
 from quantize8 import convert
@@ -64,6 +68,118 @@ def test_rows_in_transformers_order_would_show(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf.GgufTensor, "arrange", lambda _, rows: rows)
     assemble(folder_of(tmp_path / "model", config), tmp_path / "tiny.gguf")
     assert difference(tmp_path / "tiny.gguf", dequantized(config), IDS) > 0.5
+
+
+GATE, UP, DOWN = (names[0] for names in gguf.Experts().parts.values())
+MISTAKES = {
+    "rows of heads in another order": ("qwen2moe", {"interleaved": True}),
+    "rows of heads in transformers' order": ("mixtral", {"interleaved": False}),
+    "norms without the 1 that Gemma 2 adds": ("gemma2", {"norm_offset": 0.0}),
+    "norms without the 1 that Gemma 3 adds": ("gemma3", {"norm_offset": 0.0}),
+    "another sliding window in Gemma 2": ("gemma2", {"counts": {Keys.Attention.SLIDING_WINDOW: 128}}),
+    "another sliding window in Gemma 3": ("gemma3", {"counts": {Keys.Attention.SLIDING_WINDOW: 128}}),
+    "another sliding window in gpt-oss": ("gpt-oss", {"counts": {Keys.Attention.SLIDING_WINDOW: 128}}),
+    "logits not capped at the same magnitude": (
+        "gemma2",
+        {"reals": {Keys.LLM.FINAL_LOGIT_SOFTCAPPING: "initializer_range"}},
+    ),
+    "gate and up projection exchanged": (
+        "mixtral",
+        {
+            "experts": replace(
+                gguf.FAMILIES["MixtralForCausalLM"].experts, parts={"w1": (UP,), "w3": (GATE,), "w2": (DOWN,)}
+            )
+        },
+    ),
+    "alternating rows exchanged": (
+        "gpt-oss",
+        {
+            "experts": replace(
+                gguf.FAMILIES["GptOssForCausalLM"].experts,
+                parts={"gate_up_proj": (UP, GATE), "down_proj": (DOWN,)},
+            )
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_in_the_table_would_show(mistake, tmp_path, monkeypatch):
+    family, changes = MISTAKES[mistake]
+    config = config_of(family)
+    (name,) = config["architectures"]
+    monkeypatch.setitem(gguf.FAMILIES, name, replace(gguf.FAMILIES[name], **changes))
+    assemble(folder_of(tmp_path / "model", config), tmp_path / "tiny.gguf")
+    assert difference(tmp_path / "tiny.gguf", dequantized(config), IDS) > 0.2
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
+def test_experts_in_another_order_would_show(family, tmp_path, monkeypatch):
+    number = gguf.expert_of
+    monkeypatch.setattr(gguf, "expert_of", lambda name: -number(name))
+    config = config_of(family)
+    assemble(folder_of(tmp_path / "model", config), tmp_path / "tiny.gguf")
+    assert difference(tmp_path / "tiny.gguf", dequantized(config), IDS) > 0.2
+
+
+@pytest.mark.parametrize(("original", "rest"), [(64, "short_factor"), (256, "long_factor")])
+def test_long_and_short_factors_of_phi3(original, rest, tmp_path):
+    """llama.cpp takes the long ones if its context, at least 256, is longer than the original one.
+
+    The embedding is scaled up for the longer context, which sharpens attention, and so adds to the error.
+    """
+    scaling = {"type": "longrope", "short_factor": [1.0 + i / 16 for i in range(16)]}
+    scaling["long_factor"] = [1.0 + i / 4 for i in range(16)]
+    context = {"original_max_position_embeddings": original, "max_position_embeddings": 512, "hidden_size": 128}
+    config = config_of("phi3", **context, rope_scaling=scaling)
+    assemble(folder_of(tmp_path / "model", config), tmp_path / "tiny.gguf")
+    assert difference(tmp_path / "tiny.gguf", dequantized(config), IDS) < 0.15
+    other = config_of(
+        "phi3", **context, rope_scaling={**scaling, "short_factor": [2.0] * 16, "long_factor": [2.0] * 16}
+    )
+    assert difference(tmp_path / "tiny.gguf", dequantized(other), IDS) > 0.3
+    same = config_of("phi3", **context, rope_scaling={**scaling, rest: [2.0] * 16})
+    assert difference(tmp_path / "tiny.gguf", dequantized(same), IDS) < 0.15
+
+
+def test_gpt_oss_with_its_rotary_embeddings(tmp_path):
+    rope = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "rope_theta": 150000.0}
+    sizes = {"head_dim": 64, "hidden_size": 128, "max_position_embeddings": 131072}
+    config = config_of("gpt-oss", **sizes, rope_parameters={**rope, "truncate": False})
+    assemble(folder_of(tmp_path / "model", config), tmp_path / "tiny.gguf")
+    assert difference(tmp_path / "tiny.gguf", dequantized(config), IDS) < 0.1
+    assert difference(tmp_path / "tiny.gguf", dequantized(config_of("gpt-oss", **sizes)), IDS) > 0.5
+
+
+@pytest.mark.parametrize("prefixes", [("language_model.model.", ""), ("model.language_model.", "model.")])
+def test_the_language_model_of_gemma3_with_images(prefixes, tmp_path):
+    from safetensors.torch import save_file
+
+    text = config_of("gemma3")
+    config = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "text_config": text}
+    config["vision_config"] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "image_size": 28}
+    config["vision_config"] |= {"num_attention_heads": 2, "patch_size": 14, "model_type": "siglip_vision_model"}
+    config |= {"mm_tokens_per_image": 4, "image_token_index": 300, "boi_token_index": 301, "eoi_token_index": 302}
+    source = folder_of(tmp_path / "model", text)
+    stored = model_of(text).state_dict()
+    language, vision = prefixes
+    state = {name.replace("model.", language): value for name, value in stored.items() if name != "lm_head.weight"}
+    state |= {name: torch.ones(shape) for name, shape in vision_tensors(config, vision).items()}
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    (source / "config.json").write_text(json.dumps(config))
+    assemble(source, tmp_path / "tiny.gguf")
+    assert difference(tmp_path / "tiny.gguf", dequantized(text), IDS) < 0.1
+
+
+def vision_tensors(config, prefix):
+    """Name and shape of the tensors that are not part of the language model."""
+    from transformers import AutoModelForImageTextToText, Gemma3Config
+
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(Gemma3Config(**config))
+    names = {name: value.shape for name, value in model.state_dict().items() if "language_model" not in name}
+    del names["lm_head.weight"]
+    return {name.replace("model.", prefix, 1): shape for name, shape in names.items()}
 
 
 @pytest.mark.parametrize(

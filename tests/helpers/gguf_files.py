@@ -20,6 +20,7 @@ from quantize8.formats.gguf.writer import header as make_header
 from quantize8.kernels import q8_0
 from quantize8.kernels.scales import ScaleSearch
 from quantize8.sources import open_checkpoint
+from quantize8.sources.structure import structure_of, with_separate_experts
 
 SIZES = {
     "hidden_size": 64,
@@ -96,8 +97,19 @@ OTHERS = {
         "hidden_size": 128,
     },
 }
-WRITTEN = {**FAMILIES, **MIXTURES, **OTHERS}
-ROUTERS = ("mlp.gate.weight", "shared_expert_gate.weight")  # these stay in float32
+FUSED = {
+    "gpt-oss": {
+        "model_type": "gpt_oss",
+        "architectures": ["GptOssForCausalLM"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 32,
+        "sliding_window": 64,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
+WRITTEN = {**FAMILIES, **MIXTURES, **OTHERS, **FUSED}
+ROUTERS = ("mlp.gate.weight", "shared_expert_gate.weight", "router.weight")  # these stay in float32
 MERGED = ["th", "he", "▁t", "▁th", "▁the", "an", "and", "▁and"]  # by falling score
 
 
@@ -154,6 +166,7 @@ def write_tokenizer(folder: Path) -> None:
 def assemble(source: Path, path: Path, fields: list[gguf.Field] | None = None) -> Header:
     """A GGUF file from a checkpoint, with each tensor written in two blocks, the last one first."""
     checkpoint = open_checkpoint(str(source))
+    checkpoint, _ = with_separate_experts(checkpoint, structure_of(checkpoint))
     config, shapes = checkpoint.config, {name: info.shape for name, info in checkpoint.tensors.items()}
     if fields is None:
         fields = [*gguf.settings(config, "tiny", source), *tokenizer_fields(source / "tokenizer", config)]
@@ -186,10 +199,12 @@ def dequantized(config: dict, search: ScaleSearch | None = None):
     """The same model in plain transformers with the weights after Q8_0 rounding, float32."""
     model = model_of(config)
     for name, value in model.named_parameters():
-        if value.ndim > 1 and not name.endswith(ROUTERS):
-            rows = np.ascontiguousarray(value.detach().numpy()).reshape(-1, value.shape[-1])
-            rounded = q8_0.dequantize_rows(q8_0.quantize_rows(rows, search))
-            value.data = torch.from_numpy(rounded).reshape(value.shape)
+        if value.ndim > 1 and not name.endswith((*ROUTERS, "_bias")):
+            turned = value.ndim == 3 and config["model_type"] == "gpt_oss"  # [E, K, N]
+            stored = value.data.mT if turned else value.data
+            rows = np.ascontiguousarray(stored.numpy()).reshape(-1, stored.shape[-1])
+            rounded = torch.from_numpy(q8_0.dequantize_rows(q8_0.quantize_rows(rows, search))).reshape(stored.shape)
+            value.data = rounded.mT if turned else rounded
     return model
 
 

@@ -413,7 +413,7 @@ def tensors_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
                 tensors.append(placed)
     found = []
     for tensor in tensors:
-        found += sorted(stacks.get(tensor.stack, [tensor]), key=lambda each: _expert_of(each.name))
+        found += sorted(stacks.get(tensor.stack, [tensor]), key=lambda each: expert_of(each.name))
     return found
 
 
@@ -603,7 +603,8 @@ def _named(tensor: MODEL_TENSOR, layer: int) -> str:
     return str(TENSOR_NAMES[tensor]).format(bid=layer)
 
 
-def _expert_of(name: str) -> int:
+def expert_of(name: str) -> int:
+    """The number of the expert that a tensor is; 0 if it is none."""
     return int(name.rpartition("[")[2].rstrip("]")) if name.endswith("]") else 0
 
 

@@ -43,6 +43,7 @@ from quantize8.sources.base import TensorInfo
 
 if TYPE_CHECKING:
     from quantize8.conversion.plan import Plan
+    from quantize8.sources.structure import Structure
 
 _OWN_KEYS = {Keys.General.ARCHITECTURE, Keys.General.FILE_TYPE, Keys.General.QUANTIZATION_VERSION}
 _OWN_KEYS |= {Keys.General.ALIGNMENT, Keys.Split.LLM_KV_SPLIT_NO, Keys.Split.LLM_KV_SPLIT_COUNT}
@@ -83,6 +84,10 @@ class Gguf(Format):
         for tensor in tensors:
             outputs.setdefault(tensor.source or tensor.name, []).append(tensor)
         return Layout(outputs, [Shard(f"{where}-{Q8_0}.gguf", [*tensors], *start)])
+
+    def holds_experts(self, structure: Structure) -> bool:
+        """See `Format.holds_experts`; they are written one by one, each to its place."""
+        return True
 
     def quantizes(self, plan: Plan) -> list[str]:
         """See `Format.quantizes`; every matrix is quantized."""
