@@ -338,6 +338,9 @@ def architecture(config: Mapping[str, Any], where: object) -> str:
             raise SourceError(
                 f"{where}: {key} is {value!r}, but llama.cpp's {family.name} computes with {expected!r}; {ROUTE}"
             )
+    for key in family.reals.values():
+        if not full[key]:
+            raise SourceError(f"{where}: {key} is {full[key]!r}, which llama.cpp's {family.name} cannot do; {ROUTE}")
     if "query_pre_attn_scalar" in full:
         _check_scale(family, full, where)
     if family.square and _head_dim(full) * full["num_attention_heads"] != full["hidden_size"]:
@@ -392,7 +395,12 @@ def tensors_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
     """
     architecture(config, where)
     family, full = _family(config, where), complete(config, where)
-    names = {_in_model(family, name): name for name in shapes if not name.startswith(family.dropped)}
+    names: dict[str, str] = {}
+    for name in shapes:
+        if not name.startswith(family.dropped):
+            twin = names.setdefault(_in_model(family, name), name)
+            if twin != name:
+                raise SourceError(f"{where}: holds both {twin} and {name}, which are the same; remove one of them")
     expected = dict(_expected(family, full))
     spare = {name for name in names if name.endswith(_IGNORED)}
     if full["tie_word_embeddings"]:
@@ -513,8 +521,8 @@ def _check_window(family: Family, full: Mapping[str, Any], where: object) -> Non
         kinds = [_LOCAL if number % period else _GLOBAL for number in range(1, 1 + full["num_hidden_layers"])]
         if not window or full["layer_types"] != kinds:
             raise SourceError(
-                f"{where}: in llama.cpp's {family.name} all layers but every {period}th have a sliding window, and not "
-                f"those of layer_types and sliding_window; {ROUTE}"
+                f"{where}: layer_types and sliding_window differ from llama.cpp's {family.name}, where one layer in "
+                f"{period} attends to all tokens and the others have a window; {ROUTE}"
             )
     elif window is not None and window < full["max_position_embeddings"]:
         raise SourceError(
