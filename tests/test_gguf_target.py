@@ -408,6 +408,22 @@ def test_merges_that_scores_cannot_order_are_refused(tmp_path):
             tokenizer_fields(tmp_path / "tokenizer", config_of("llama"))
 
 
+def test_merges_into_an_added_token_may_have_any_order(tmp_path):
+    """As those into Gemma's runs of spaces and of line breaks, which are found before anything is merged."""
+    write_tokenizer(tmp_path / "tokenizer")
+    path = tmp_path / "tokenizer" / "tokenizer.json"
+    state = json.loads(path.read_text())
+    number = state["model"]["vocab"]["▁th"]
+    entry = {**state["added_tokens"][-1], "id": number, "content": "▁th"}
+    apart = [merge for merge in state["model"]["merges"] if merge != ["▁", "th"]]
+    for merges in ([*apart, ["▁", "th"]], apart):
+        model = {**state["model"], "merges": merges}
+        path.write_text(json.dumps({**state, "model": model, "added_tokens": [*state["added_tokens"], entry]}))
+        fields = {field.key: field.value for field in tokenizer_fields(tmp_path / "tokenizer", config_of("llama"))}
+        assert fields["tokenizer.ggml.tokens"][number] == " th"
+        assert fields["tokenizer.ggml.token_type"][number] == 4
+
+
 def test_a_tokenizer_in_python_is_refused(tmp_path, monkeypatch):
     from transformers import AutoTokenizer
 
