@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from blake3 import blake3
 from gguf import GGUFReader
-from helpers.gguf_files import WRITTEN, assemble, config_of, folder_of, write_tokenizer
+from helpers.gguf_files import WRITTEN, assemble, config_of, folder_of, multimodal, write_tokenizer
 from safetensors.torch import load_file, save_file
 
 from quantize8 import ArtifactError, OutputError, SourceError, WeightError, convert, verify
@@ -123,11 +123,14 @@ def test_int8_experts_keep_their_codes(family, tmp_path):
         assert np.array_equal(blocks[:, :, 2:].reshape(codes.shape).view(np.int8), codes)
 
 
-def test_a_model_that_is_not_read_back_is_not_checked_either(tmp_path):
-    result = convert(str(source_of(tmp_path, "gpt-oss")), tmp_path / "out", format="gguf", check=True)
-    assert result.check.skipped == "quantize8 does not read gpt-oss from GGUF"
-    with pytest.raises(SourceError, match="architecture 'gpt-oss' is not read from GGUF"):
-        open_checkpoint(str(tmp_path / "out"))
+def test_the_language_model_alone_is_not_compared_with_a_source_that_sees_images(tmp_path):
+    source = multimodal(tmp_path / "source", "model.language_model.", "model.")
+    for path in (source / "tokenizer").iterdir():
+        path.rename(source / path.name)
+    result = convert(str(source), tmp_path / "out", format="gguf", check=True)
+    assert result.check.skipped == "of Gemma3ForConditionalGeneration, only the language model is in GGUF"
+    verify(tmp_path / "out")
+    assert open_checkpoint(str(tmp_path / "out")).config["architectures"] == ["Gemma3ForCausalLM"]
 
 
 def test_a_value_that_is_too_large_is_named_by_its_row(tmp_path):

@@ -4,13 +4,12 @@ llama.cpp rounds activations to int8 and stores keys and values in float16, so l
 the wrong order, lost biases or wrong rotary frequencies make them differ as much as those of unrelated models.
 """
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
 from gguf import Keys
-from helpers.gguf_files import WRITTEN, assemble, config_of, dequantized, folder_of, model_of
+from helpers.gguf_files import WRITTEN, assemble, config_of, dequantized, folder_of, multimodal
 
 from benchmarks.llama_cpp import served
 from quantize8 import convert
@@ -153,33 +152,8 @@ def test_gpt_oss_with_its_rotary_embeddings(tmp_path):
 
 @pytest.mark.parametrize("prefixes", [("language_model.model.", ""), ("model.language_model.", "model.")])
 def test_the_language_model_of_gemma3_with_images(prefixes, tmp_path):
-    from safetensors.torch import save_file
-
-    text = config_of("gemma3")
-    config = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "text_config": text}
-    config["vision_config"] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "image_size": 28}
-    config["vision_config"] |= {"num_attention_heads": 2, "patch_size": 14, "model_type": "siglip_vision_model"}
-    config |= {"mm_tokens_per_image": 4, "image_token_index": 300, "boi_token_index": 301, "eoi_token_index": 302}
-    source = folder_of(tmp_path / "model", text)
-    stored = model_of(text).state_dict()
-    language, vision = prefixes
-    state = {name.replace("model.", language): value for name, value in stored.items() if name != "lm_head.weight"}
-    state |= {name: torch.ones(shape) for name, shape in vision_tensors(config, vision).items()}
-    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
-    (source / "config.json").write_text(json.dumps(config))
-    assemble(source, tmp_path / "tiny.gguf")
-    assert difference(tmp_path / "tiny.gguf", dequantized(text), IDS) < 0.1
-
-
-def vision_tensors(config, prefix):
-    """Name and shape of the tensors that are not part of the language model."""
-    from transformers import AutoModelForImageTextToText, Gemma3Config
-
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(Gemma3Config(**config))
-    names = {name: value.shape for name, value in model.state_dict().items() if "language_model" not in name}
-    del names["lm_head.weight"]
-    return {name.replace("model.", prefix, 1): shape for name, shape in names.items()}
+    assemble(multimodal(tmp_path / "model", *prefixes), tmp_path / "tiny.gguf")
+    assert difference(tmp_path / "tiny.gguf", dequantized(config_of("gemma3")), IDS) < 0.1
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def _check_artifact(result: Conversion, check: bool | None, seconds: float) -> N
     wanted = check or (not source.is_remote and expected <= seconds)
     if not wanted or result.manifest is None or not isinstance(out, Path):
         return
-    reason = result.plan.format.unreadable(source.config) or (problem("for a check") if check is None else "")
+    reason = result.plan.format.incomparable(source.config) or (problem("for a check") if check is None else "")
     if reason:
         result.check = Check(skipped=reason)
         return

@@ -197,8 +197,8 @@ class Format(ABC):
             The content of the artifact's config.json.
         """
 
-    def unreadable(self, config: dict[str, Any]) -> str:
-        """Why quantize8 cannot read the artifact of a model with this config.json back; empty if it can."""
+    def incomparable(self, config: dict[str, Any]) -> str:
+        """Why the artifact of a model with this config.json cannot be compared with its source; empty if it can."""
         return ""
 
     def accepts(self, config: dict[str, Any], recipe: dict[str, Any]) -> bool:

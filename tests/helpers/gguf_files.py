@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Gemma3Config
 
 from quantize8.formats.gguf import architectures as gguf
 from quantize8.formats.gguf.tokenizer import tokenizer_fields
@@ -139,6 +140,26 @@ def folder_of(folder: Path, config: dict, tokenizer: bool = True) -> Path:
     return folder
 
 
+def multimodal(folder: Path, language: str, prefix: str) -> Path:
+    """Gemma 3 with an image encoder, under the names of a release: what is before the language model's, and others."""
+    text = config_of("gemma3")
+    config = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "text_config": text}
+    config["vision_config"] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "image_size": 28}
+    config["vision_config"] |= {"num_attention_heads": 2, "patch_size": 14, "model_type": "siglip_vision_model"}
+    config |= {"mm_tokens_per_image": 4, "image_token_index": 300, "boi_token_index": 301, "eoi_token_index": 302}
+    source = folder_of(folder, text)
+    stored = model_of(text).state_dict()
+    state = {name.replace("model.", language): value for name, value in stored.items() if name != "lm_head.weight"}
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(Gemma3Config(**config))
+    for name, value in model.state_dict().items():
+        if "language_model" not in name and name != "lm_head.weight":
+            state[name.replace("model.", prefix, 1)] = torch.ones(value.shape)
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    (source / "config.json").write_text(json.dumps(config))
+    return source
+
+
 def write_tokenizer(folder: Path) -> None:
     """Byte fallback and a few merges, in the shape that transformers gives Llama's SentencePiece."""
     folder.mkdir()
@@ -165,8 +186,7 @@ def write_tokenizer(folder: Path) -> None:
 
 def assemble(source: Path, path: Path, fields: list[gguf.Field] | None = None) -> Header:
     """A GGUF file from a checkpoint, with each tensor written in two blocks, the last one first."""
-    checkpoint = open_checkpoint(str(source))
-    checkpoint, _ = with_separate_experts(checkpoint, structure_of(checkpoint))
+    checkpoint = separate(open_checkpoint(str(source)))
     config, shapes = checkpoint.config, {name: info.shape for name, info in checkpoint.tensors.items()}
     if fields is None:
         fields = [*gguf.settings(config, "tiny", source), *tokenizer_fields(source / "tokenizer", config)]
@@ -182,6 +202,11 @@ def assemble(source: Path, path: Path, fields: list[gguf.Field] | None = None) -
                 file.seek(header.offsets[tensor.name] + first * tensor.nbytes // tensor.shape[0])
                 file.write(data.tobytes())
     return header
+
+
+def separate(checkpoint):
+    """A checkpoint with its experts one by one."""
+    return with_separate_experts(checkpoint, structure_of(checkpoint))[0]
 
 
 def encoded(tensor: gguf.GgufTensor, checkpoint, first: int, last: int) -> np.ndarray:

@@ -157,6 +157,7 @@ _GEMMA3 = replace(
     fixed={**_GEMMA2.fixed, "attn_logit_softcapping": None, "final_logit_softcapping": None},
     reals={},
 )
+MULTIMODAL = "Gemma3ForConditionalGeneration"  # of which only the language model is written
 _ALL_LAYERS = {"decoder_sparse_step": 1, "mlp_only_layers": []}  # have experts
 
 FAMILIES = {
@@ -198,7 +199,7 @@ FAMILIES = {
     ),
     "Gemma2ForCausalLM": _GEMMA2,
     "Gemma3ForCausalLM": _GEMMA3,
-    "Gemma3ForConditionalGeneration": replace(
+    MULTIMODAL: replace(
         _GEMMA3,
         renamed={
             "model.language_model.": "model.",
@@ -241,7 +242,7 @@ FAMILIES = {
         counts={Keys.Attention.SLIDING_WINDOW: "sliding_window"},
     ),
 }
-_COUNTS = {
+COUNTS = {
     Keys.LLM.BLOCK_COUNT: "num_hidden_layers",
     Keys.LLM.CONTEXT_LENGTH: "max_position_embeddings",
     Keys.LLM.EMBEDDING_LENGTH: "hidden_size",
@@ -401,7 +402,7 @@ def tensors_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
             twin = names.setdefault(_in_model(family, name), name)
             if twin != name:
                 raise SourceError(f"{where}: holds both {twin} and {name}, which are the same; remove one of them")
-    expected = dict(_expected(family, full))
+    expected = dict(expected_tensors(family, full))
     spare = {name for name in names if name.endswith(_IGNORED)}
     if full["tie_word_embeddings"]:
         spare.add(f"{_HEAD}.weight")
@@ -437,7 +438,7 @@ def settings(config: Mapping[str, Any], name: str, where: object) -> list[Field]
         SourceError: llama.cpp would compute something else with these settings.
     """
     arch, family, full = architecture(config, where), _family(config, where), complete(config, where)
-    whole = {key: full[setting] for key, setting in _COUNTS.items()}
+    whole = {key: full[setting] for key, setting in COUNTS.items()}
     whole |= {
         Keys.Attention.KEY_LENGTH: _head_dim(full),
         Keys.Attention.VALUE_LENGTH: _head_dim(full),
@@ -554,7 +555,7 @@ def _in_model(family: Family, name: str) -> str:
     return name
 
 
-def _expected(family: Family, full: Mapping[str, Any]) -> Iterator[tuple[str, list[GgufTensor]]]:
+def expected_tensors(family: Family, full: Mapping[str, Any]) -> Iterator[tuple[str, list[GgufTensor]]]:
     """The tensors that a model has in transformers -> what is written of each, without source and shape."""
     layers, head = full["num_hidden_layers"], _head_dim(full) if family.interleaved else 0
     names = get_tensor_name_map(family.arch, layers)
@@ -592,7 +593,7 @@ def _expected(family: Family, full: Mapping[str, Any]) -> Iterator[tuple[str, li
 def _of_experts(
     experts: Experts, full: Mapping[str, Any], layer: int, ends: Iterable[str]
 ) -> Iterator[tuple[str, list[GgufTensor]]]:
-    """The tensors of the experts of a layer, as `_expected` gives them."""
+    """The tensors of the experts of a layer, as `expected_tensors` gives them."""
     module = f"model.layers.{layer}.{experts.router.rpartition('.')[0]}.experts"
     for number in range(full[experts.count]):
         for part, tensors in experts.parts.items():

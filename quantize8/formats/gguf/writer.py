@@ -31,15 +31,14 @@ from quantize8.formats.base import (
     cannot_hold,
     check_finite,
 )
-from quantize8.formats.gguf.architectures import Field, GgufTensor, architecture, settings, tensors_of
+from quantize8.formats.gguf.architectures import MULTIMODAL, Field, GgufTensor, architecture, settings, tensors_of
 from quantize8.formats.gguf.header import Header as GgufHeader
 from quantize8.formats.gguf.reader import GgufCheckpoint
-from quantize8.formats.gguf.settings import ARCHITECTURES
 from quantize8.kernels import ABSMAX, MSE, cpu, q8_0
 from quantize8.kernels.q8_0 import Q8_0
 from quantize8.kernels.reference import STATS_TILE_ROWS, Array, ColumnStats, as_bytes
 from quantize8.kernels.scales import ScaleSearch
-from quantize8.sources.base import TensorInfo
+from quantize8.sources.base import TensorInfo, architecture_of
 
 if TYPE_CHECKING:
     from quantize8.conversion.plan import Plan
@@ -111,10 +110,10 @@ class Gguf(Format):
                 yield Piece(each.tensor.name, each.encode(block, codes, first_row), 0 if i else block.nbytes)
         return {each.tensor.name: each.complete() for each in encodings if each.tensor.dtype == Q8_0}
 
-    def unreadable(self, config: dict[str, Any]) -> str:
-        """See `Format.unreadable`."""
-        arch = architecture(config, self.name)
-        return "" if arch in ARCHITECTURES else f"quantize8 does not read {arch} from GGUF"
+    def incomparable(self, config: dict[str, Any]) -> str:
+        """See `Format.incomparable`."""
+        class_name = architecture_of(config)
+        return f"of {class_name}, only the language model is in GGUF" if class_name == MULTIMODAL else ""
 
     def edit_config(self, config: dict[str, Any], plan: Plan) -> dict[str, Any]:
         """Not called, because the settings are in the GGUF file."""
