@@ -89,6 +89,27 @@ EXPORT int q8_quantize_rows(int dtype, const void *weight, int64_t rows, int64_t
   return 0;
 }
 
+/* reference.exact_scales: scales [R] of values [R, K]: the smallest power of two from `least` on of which all values of
+ * the row are multiples, at most 127 times; 0 if there is none up to `most`. */
+EXPORT void q8_exact_scales(const float *values, int64_t rows, int64_t columns, float least, float most,
+                            float *scales) {
+  for (int64_t n = 0; n < rows; n++) {
+    const float *row = values + n * columns;
+    uint32_t bits = largest_magnitude(row, columns);
+    scales[n] = 0;
+    if (bits == 0 || bits >= INFINITY_BITS) continue;
+    int exponent;
+    float fraction = frexpf(as_float(bits), &exponent);
+    float power = ldexpf(1.0f, exponent - 7 + (fraction > 127.0f / 128.0f));
+    power = power < least ? least : power;
+    if (power > most) continue;
+    float inverse = 1.0f / power;
+    int32_t unequal = 0;
+    for (int64_t k = 0; k < columns; k++) unequal |= ((row[k] * inverse + ROUNDER) - ROUNDER) * power != row[k];
+    scales[n] = unequal ? 0 : power;
+  }
+}
+
 /* Returns whether all values are finite. */
 EXPORT int q8_all_finite(int dtype, const void *values, int64_t count) {
   float part[1024];

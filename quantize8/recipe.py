@@ -28,6 +28,7 @@ class Recipe:
     name: str
     threshold: float  # outlier threshold on |x|; 0 turns the decomposition off
     output_head: bool = False  # quantize the output head too, unless it is tied
+    embeddings: bool = False  # quantize the input embedding too, and an output head that is tied to it
     towers: bool = False  # quantize vision and audio encoders and projectors too, not the language model alone
     skip: tuple[str, ...] = ()  # glob patterns of module names to leave in float
 
@@ -75,7 +76,8 @@ def _checked(values: dict[str, Any], path: Path) -> Recipe:
         raise RecipeError(f"{path}: threshold must be a number, such as 6.0")
     if not 0 <= threshold <= _LARGEST:
         raise RecipeError(f"{path}: threshold {threshold} must be 0 (no outlier decomposition) or a positive number")
-    flags, skip = {name: values.get(name, False) for name in ("output_head", "towers")}, values.get("skip", [])
+    flags = {name: values.get(name, False) for name in ("output_head", "embeddings", "towers")}
+    skip = values.get("skip", [])
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise RecipeError(f"{path}: {name} must be true or false")

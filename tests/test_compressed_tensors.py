@@ -228,7 +228,7 @@ def bad_groups(config, state):
 
 
 def bad_format(config, state):
-    config["quantization_config"]["config_groups"]["group_0"]["format"] = "nvfp4-pack-quantized"
+    config["quantization_config"]["config_groups"]["group_0"]["format"] = "mxfp6-pack-quantized"
 
 
 def rotated(config, state):
@@ -260,7 +260,7 @@ def wrong_dtype(config, state):
     [
         (bad_status, "quantization_status = 'frozen'"),
         (bad_groups, "no config_groups"),
-        (bad_format, "nvfp4-pack-quantized, which is not read"),
+        (bad_format, "mxfp6-pack-quantized, which is not read"),
         (rotated, "transform_config, which is not read"),
         (no_weight, "has weight_scale but no weight"),
         (no_shape, "no weight_shape"),

@@ -11,6 +11,7 @@ import torch
 from quantize8.errors import WeightError
 from quantize8.kernels import cpu, reference
 from quantize8.kernels.reference import STATIC_MODES, ColumnStats, Int8Weight
+from quantize8.kernels.scales import ScaleSearch
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32]
 SHAPES = [(1, 1), (3, 5), (64, 64), (65, 33), (130, 777), (7, 4096), (2, 0), (0, 4)]
@@ -51,6 +52,48 @@ def test_weight_pass_equals_the_reference_in_every_bit(shape, dtype):
     np.testing.assert_array_equal(got_absmax, absmax)
     for field in ("absmax", "sum_square", "sum_error", "outliers", "rows"):
         np.testing.assert_array_equal(getattr(got, field), getattr(stats, field), field)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 7, 32, 100])
+def test_scales_without_loss_equal_the_reference(columns, dtype):
+    rng = np.random.default_rng(columns)
+    values = rng.integers(-127, 128, (3000, columns)) * 2.0 ** rng.integers(-155, 117, (3000, 1))
+    values[::3] *= 2.0 ** rng.integers(0, 4, (1000, columns))  # beyond 127 times, often
+    values[::7, 0] += 2.0 ** rng.integers(-160, 117, len(values[::7]))
+    values[10], values[11, -1], values[12, 0], values[13, 0] = 0, np.nan, np.inf, -np.inf
+    values = values.astype(np.float32)
+    expected = reference.exact_scales(values, np.dtype(dtype))
+    np.testing.assert_array_equal(cpu.exact_scales(values, np.dtype(dtype)), expected)
+    assert 0.2 < (expected > 0).mean() < 0.95 or dtype == np.float16
+    assert not cpu.exact_scales(values[:0], np.dtype(dtype)).size
+
+
+@pytest.mark.parametrize("searched", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_without_loss_have_the_scale_of_the_reference(dtype, searched):
+    rng = np.random.default_rng(0)
+    weight = hostile(70, 96, dtype)
+    weight[3:40] = (rng.integers(-127, 128, (37, 96)) * 2.0 ** rng.integers(-20, 5, (37, 1))).astype(dtype)
+    weight[50], weight[51, 3], weight[52, 4] = np.ldexp(1.0, -40), np.nan, np.inf
+    weight[53], weight[54] = 2 * rng.integers(-63, 64, 96), 512 * rng.integers(-127, 128, 96)
+    weight[54, 7] = 65024  # 127 times 512
+    if dtype != np.float16:
+        weight[55, 0] = 65536  # a power of two, but too large for float16
+    search = ScaleSearch() if searched else None
+    with np.errstate(invalid="ignore"):
+        values = weight.astype(np.float32)
+        scale = reference.exact_scales(values, np.dtype(np.float16))
+        _, plain = cpu.quantize_rowwise(weight, search=search)
+    scale[55] = 0  # float16, which codes are made of, does not hold the row, though it does the scale
+    expected = np.where(scale > 0, np.float32(127) * scale, plain)
+    stats = ColumnStats.empty(96)
+    codes, absmax = cpu.quantize_rowwise(weight, stats, search, exact=True)
+    assert absmax.tobytes() == expected.tobytes()  # the sign of zero, too
+    np.testing.assert_array_equal(codes, reference.quantize_rowwise(weight, expected)[0])
+    exact = scale > 0
+    assert exact[3:40].all() and exact[53:55].all() and not exact[[1, 51, 52]].any()
+    assert np.array_equal(reference.dequantize(codes[exact], absmax[exact]), values[exact])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM
 from quantize8 import OutputError, WeightError, convert, verify
 from quantize8.formats import FORMATS
 from quantize8.formats.base import make_format
+from quantize8.formats.bitsandbytes import BitsAndBytes
 from quantize8.kernels import reference
 from quantize8.sources import open_checkpoint
+from quantize8.sources.structure import LINEAR, Structure
 
 IDS = torch.arange(2, 42)[None]
 
@@ -143,6 +145,12 @@ def test_experts_for_vllm_are_one_by_one_and_all_int8(tmp_path):
         ({"name": "compressed-tensors", "scheme": "w4a16"}, "scheme w4a16: unknown; name one of w8a8, w8a16"),
         ({"name": "compressed-tensors", "moe": "sglang"}, "moe sglang: unknown"),
         ({"name": "bitsandbytes", "scheme": "w8a8"}, "scheme w8a8: needs --format compressed-tensors"),
+        ({"name": "gguf", "group_size": 32}, "group-size 32: needs --format compressed-tensors"),
+        ({"name": "compressed-tensors", "group_size": 32}, "group-size 32: needs --scheme w8a16"),
+        (
+            {"name": "compressed-tensors", "scheme": "w8a16", "group_size": 16},
+            "group-size 16: unknown; name one of 32, 64, 128",
+        ),
     ],
 )
 def test_options_that_do_not_fit(options, message):
@@ -153,9 +161,10 @@ def test_options_that_do_not_fit(options, message):
 def test_the_default_folder_says_what_was_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     llama(tmp_path / "tiny")
-    for options in ({"format": "compressed-tensors", "scheme": "w8a16"}, {"format": "bfloat16"}):
+    packed = {"format": "compressed-tensors", "scheme": "w8a16"}
+    for options in (packed, {**packed, "group_size": 32}, {"format": "bfloat16"}):
         convert("tiny", **options)
-    assert {path.name for path in tmp_path.iterdir()} == {"tiny", "tiny-w8a16", "tiny-bfloat16"}
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny", "tiny-w8a16", "tiny-w8a16-g32", "tiny-bfloat16"}
 
 
 def test_a_quantized_source_with_a_tensor_twice_is_refused(tmp_path):
@@ -165,3 +174,10 @@ def test_a_quantized_source_with_a_tensor_twice_is_refused(tmp_path):
     save_file(state, tmp_path / "out" / "model.safetensors")
     with pytest.raises(Exception, match=r"up_proj\.weight is I8 without a scale"):
         open_checkpoint(str(tmp_path / "out"))
+
+
+def test_a_module_with_weight_in_its_name_is_not_for_transformers_and_bitsandbytes():
+    """transformers' pattern for the tensors of a layer, `weight`, finds it in `inject_weight.SCB`."""
+    modules = dict.fromkeys(("layers.0.up", "layers.0.inject_weight"), LINEAR)
+    kept, refused = BitsAndBytes().linears(Structure(modules))
+    assert kept == {"layers.0.up": LINEAR} and list(refused) == ["layers.0.inject_weight"]

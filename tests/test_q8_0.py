@@ -82,6 +82,20 @@ def test_errors_are_the_same_in_any_company(way):
     np.testing.assert_array_equal(np.concatenate([part for _, part in alone]), errors)
 
 
+def test_scales_without_loss_are_taken_where_float16_holds_them(way):
+    values = np.tile(np.array([0.5, 1, 1.5, 2, 3, 4, 6, -6], np.float32), (2, 12))
+    values[0, 32:64] *= 2.0**-23  # the smallest number is 2^-24, the smallest scale of float16
+    values[0, 64:] *= 2.0**-24
+    values[1, 7] = 5.03
+    packed = q8_0.quantize_rows(values, exact=True)
+    back, plain = q8_0.dequantize_rows(packed), q8_0.quantize_rows(values)
+    exact = (back == values).reshape(2, 3, 32).all(axis=2)
+    assert exact.tolist() == [[True, True, False], [False, True, True]]
+    blocks, plain = packed.reshape(2, 3, 34), plain.reshape(2, 3, 34)
+    assert blocks[0, 0, :2].view("<f2") == 2.0**-4 and blocks[0, 1, :2].view("<f2") == 2.0**-24
+    np.testing.assert_array_equal(blocks[~exact], plain[~exact])
+
+
 def importances(columns=1024):
     """Log-normal, one column without any, one with most of it."""
     importance = np.exp(np.random.default_rng(5).normal(size=columns) * 2).astype(np.float32)

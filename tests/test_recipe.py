@@ -27,7 +27,7 @@ def test_own_file_with_globs(tmp_path):
     assert recipe.name == "mine" and recipe.threshold == 5.0
     assert recipe.skips("model.layers.0.mlp.up_proj") and recipe.skips("x.down_proj")
     assert not recipe.skips("model.layers.10.mlp.up_proj")
-    flags = {"output_head": False, "towers": False}
+    flags = {"output_head": False, "embeddings": False, "towers": False}
     assert recipe.as_json() == {"name": "mine", "threshold": 5.0, **flags, "skip": list(recipe.skip)}
 
 
@@ -63,5 +63,5 @@ def test_bytes_that_are_no_text(tmp_path):
 
 @pytest.mark.parametrize("name", ["nope", "../secrets", "missing.toml"])
 def test_unknown_recipes_name_the_known_ones(name):
-    with pytest.raises(RecipeError, match="int8, int8-all, llm-int8"):
+    with pytest.raises(RecipeError, match="int8, int8-all, int8-embeddings, llm-int8, towers"):
         load_recipe(name)

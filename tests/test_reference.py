@@ -19,6 +19,34 @@ def test_codes_round_half_to_even():
     assert absmax.tolist() == [127.0]
 
 
+def test_scales_that_lose_nothing_by_hand():
+    values = np.array([[0.5, -6, 1.5], [127, 1, 0], [128, 1, 0], [127, 0.5, 0], [0, 0, 0], [np.nan, 1, 1], [0.1, 1, 1]])
+    scales = reference.exact_scales(values.astype(np.float32), np.dtype(np.float32))
+    assert scales.tolist() == [2.0**-4, 1, 0, 0, 0, 0, 0]  # 6 is 96 steps of 2^-4; 12 of 2^-1 would do as well
+
+
+@pytest.mark.parametrize(
+    ("dtype", "least", "most"),
+    [(np.float16, -24, 15), (ml_dtypes.bfloat16, -126, 121), (np.float32, -126, 121)],
+)
+def test_scales_that_lose_nothing_are_numbers_of_their_dtype(dtype, least, most):
+    """Down to the smallest number that has an inverse in float32, with the codes that remain."""
+    for exponent in range(-149, 125):
+        values = np.ldexp(np.array([[1, -3, 6]], np.float32), exponent)
+        (scale,), smallest = reference.exact_scales(values, np.dtype(dtype)), max(exponent - 4, least)
+        held = exponent >= least and exponent - 4 <= most
+        assert scale == (np.ldexp(np.float32(1), smallest) if held else 0), exponent
+        if held:
+            codes = values / scale
+            assert np.array_equal(codes, np.rint(codes)) and abs(codes).max() <= 127
+            assert np.array_equal(codes.astype(np.int8) * np.float32(dtype(scale)), values)
+
+
+def test_values_too_small_beside_others_are_not_lost():
+    values = np.ldexp(np.float32(1), np.array([[100, -100], [120, -140]]))
+    assert not reference.exact_scales(values, np.dtype(np.float32)).any()
+
+
 def test_zero_row_has_zero_codes_and_absmax():
     codes, absmax = reference.quantize_rowwise(np.zeros((2, 5), np.float32))
     assert not codes.any() and not absmax.any()

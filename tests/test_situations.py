@@ -366,6 +366,50 @@ def test_mambas_dt_proj_stays_in_float(tmp_path):
     assert error(tmp_path / "int8", source, transformers.MambaForCausalLM) < 0.1
 
 
+GRANITE_MOE = SIZES | {"num_local_experts": 2, "num_experts_per_tok": 1}
+AFMOE = SIZES | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_dense_layers": 1}
+AFMOE |= {"num_shared_experts": 1, "head_dim": 8, "global_attn_every_n_layers": 2}
+NOMIC = SIZES | {"num_key_value_heads": 4, "head_dim": 8}
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
+def test_experts_that_stay_in_float_are_not_taken_for_int8(scheme, tmp_path):
+    """They are stored as one tensor, so that there are no experts by name, of which all would be int8."""
+    source = saved(tmp_path / "source", transformers.GraniteMoeForCausalLM, **GRANITE_MOE)
+    convert(str(source), tmp_path / "int8", format="compressed-tensors", scheme=scheme, moe="transformers")
+    assert error(tmp_path / "int8", source, transformers.GraniteMoeForCausalLM) < 0.1
+
+
+@pytest.mark.parametrize("format", ["bitsandbytes", "compressed-tensors"])
+def test_a_linear_weight_that_transformers_splits_stays_in_float(format, tmp_path):
+    """Nomic's checkpoints store Wqkv; the model has q_proj, k_proj and v_proj."""
+    source = saved(tmp_path / "source", transformers.NomicBertForMaskedLM, **NOMIC)
+    result = convert(str(source), tmp_path / "int8", format=format)
+    split = {name for name, why in result.plan.kept.items() if "splits it" in why}
+    assert split == {f"nomic_bert.encoder.layers.{layer}.attn.Wqkv" for layer in (0, 1)}
+    assert len(result.plan.modules) >= 8
+    kind = transformers.NomicBertForMaskedLM
+    assert error(tmp_path / "int8", source, kind) < 0.1
+    expected, theirs = (
+        outputs(kind.from_pretrained(each, dtype=torch.float32), {"input_ids": TOKENS})
+        for each in (source, tmp_path / "int8")
+    )
+    assert (theirs - expected).norm() < 0.1 * expected.norm()
+
+
+def test_a_linear_layer_that_is_named_like_a_router_stays_in_float(tmp_path):
+    """AFMoE's router contains a Linear named gate, which is ignored by that name."""
+    source = saved(tmp_path / "source", transformers.AfmoeForCausalLM, **AFMOE)
+    result = convert(str(source), tmp_path / "int8", format="compressed-tensors", moe="transformers")
+    assert "like a router" in result.plan.kept["model.layers.1.mlp.router.gate"]
+    kind = transformers.AfmoeForCausalLM
+    expected, theirs = (
+        outputs(kind.from_pretrained(each, dtype=torch.float32), {"input_ids": TOKENS})
+        for each in (source, tmp_path / "int8")
+    )
+    assert (theirs - expected).norm() < 0.1 * expected.norm()
+
+
 SMALL_MAMBA = {"vocab_size": 64, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "pad_token_id": 0}
 
 

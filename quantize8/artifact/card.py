@@ -107,7 +107,7 @@ def _rows(folder: Path, manifest: Manifest) -> dict[str, str]:
     if errors:
         rows["recipe"] = f"{manifest.recipe['name']}, threshold {manifest.recipe['threshold']:g}"
         rows["calibration"] = _calibration(manifest.calibration)
-        rows["int8"] = f"{len(errors)} weights; {len(manifest.kept)} Linear weights left in floating point"
+        rows["int8"] = f"{len(errors)} weights; {len(manifest.kept)} left in floating point"
     rows["weights on disk"] = f"{manifest.source_bytes / _MB:,.1f} MB -> {size / _MB:,.1f} MB"
     if errors:
         worst = max(errors, key=lambda name: errors[name])
@@ -133,7 +133,7 @@ def _calibration(asked: dict[str, Any]) -> str:
 
 def _loaders(manifest: Manifest, output: Format, repo_id: str, causal: bool) -> list[str]:
     """How to open the artifact in each loader of its format; quantize8 runs causal language models alone."""
-    names = [name for name in output.loaders if causal or name != "quantize8"]
+    names = [name for name in output.loaders if name not in manifest.closed_to and (causal or name != "quantize8")]
     facts = {
         "repo": repo_id,
         "file": next(iter(manifest.headers), ""),

@@ -26,6 +26,7 @@ from quantize8.sources.base import contained
 MANIFEST_NAME = "quantize8.json"
 CHECK_FAILED = "check-failed.txt"  # in an artifact that failed `convert --check`: contains the reason
 FORMAT_VERSION = 1
+_DIGITS = 8  # of an error, after the point
 _WORST_COLUMNS = 8  # as many as fit on one line of a report
 _DIGEST = "manifest_blake3"
 _LARGEST = 2**63  # limit for integers, which can have any number of digits in JSON
@@ -66,16 +67,18 @@ class Manifest:
     recipe: dict[str, Any]
     source_bytes: int  # size of the source weights
     tensors: dict[str, TensorRecord] = field(default_factory=dict)
-    kept: dict[str, str] = field(default_factory=dict)  # Linear weights left in float -> reason
+    kept: dict[str, str] = field(default_factory=dict)  # Linear weights and large tensors left in float -> reason
     headers: dict[str, str] = field(default_factory=dict)  # weight file -> digest of its header
     files: dict[str, str] = field(default_factory=dict)  # every other file -> digest
     calibration: dict[str, Any] = field(default_factory=dict)  # text and options of calibration; empty without
+    closed_to: dict[str, str] = field(default_factory=dict)  # loader of the format that cannot open it -> reason
 
     def to_bytes(self) -> bytes:
         """The contents of the file, which end with a digest of everything before it."""
         value: dict[str, Any] = {"format_version": FORMAT_VERSION, **asdict(self)}
-        if not self.calibration:
-            del value["calibration"]
+        for name in ("calibration", "closed_to"):
+            if not value[name]:
+                del value[name]
         for record in value["tensors"].values():
             if record["quantized"] is None:
                 del record["quantized"]
@@ -105,14 +108,15 @@ def summarize(
         scale: How scales were chosen, absmax or mse.
 
     Returns:
-        The record for the manifest, with the error rounded to its significant digits.
+        The record for the manifest, with the error rounded to its significant digits, but not to 0 unless it is 0.
     """
     square, error = float(stats.sum_square.sum()), float(stats.sum_error.sum())
+    relative = max(round((error / square) ** 0.5, _DIGITS), 10**-_DIGITS) if error and square else 0.0
     order = np.lexsort((np.arange(len(stats.absmax)), -stats.absmax, -stats.outliers))[:_WORST_COLUMNS]
     return Quantized(
         source_dtype=source_dtype,
         source_blake3=source_blake3,
-        relative_error=round((error / square) ** 0.5, 8) if square else 0.0,
+        relative_error=relative,
         absmax_range=(float(absmax.min(initial=np.inf)), float(absmax.max(initial=0))) if len(absmax) else (0.0, 0.0),
         outliers=int(stats.outliers.sum()),
         worst_columns=[(int(k), int(stats.outliers[k]), float(stats.absmax[k])) for k in order],

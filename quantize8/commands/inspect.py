@@ -23,7 +23,7 @@ from quantize8.kernels.reference import DEFAULT_THRESHOLD, STATS_TILE_ROWS, Colu
 from quantize8.optional import require
 from quantize8.sources import Checkpoint, open_checkpoint
 from quantize8.sources.base import QUANTIZABLE, READERS
-from quantize8.sources.structure import CONV1D, structure_of
+from quantize8.sources.structure import CONV1D, structure_of, with_separate_experts
 
 DEFAULT_TOKENS = 1024
 
@@ -85,7 +85,7 @@ def inspect(
         report.advice = recommend(report, budget) if report.thresholds else None
         return report
     errors = _known_errors(checkpoint.folder) if checkpoint.decoded else {}
-    modules = _linear_modules(checkpoint)
+    checkpoint, modules = _linear_modules(checkpoint)
     chosen = _matching(list(modules), layer, model)
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(lambda name: _weight_report(checkpoint, name, modules[name], errors.get(name)), chosen))
@@ -102,13 +102,19 @@ def _inspect_text(
         return activations(loaded, ids, threshold, layer)
 
 
-def _linear_modules(checkpoint: Checkpoint) -> dict[str, bool]:
-    """Linear modules (of a quantized checkpoint, the quantized ones) -> whether the weight is stored as [in, out]."""
-    if checkpoint.decoded:
-        return {name.removesuffix(".weight"): False for name in checkpoint.tensors if name in checkpoint.decoded}
-    structure = structure_of(checkpoint)
+def _linear_modules(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, bool]]:
+    """Find what can be inspected.
+
+    Returns:
+        The checkpoint, with one matrix for each expert, and its Linear modules (of a quantized checkpoint, the
+        quantized ones) -> whether the weight is stored as [in, out].
+    """
+    decoded = [info for info in checkpoint.tensors.values() if info.name in checkpoint.decoded]
+    if decoded and all(len(info.shape) == 2 for info in decoded):
+        return checkpoint, {info.name.removesuffix(".weight"): False for info in decoded}
+    checkpoint, structure = with_separate_experts(checkpoint, structure_of(checkpoint))
     modules = structure.linears | dict.fromkeys([*structure.kept, *structure.experts], "")
-    return {name: kind == CONV1D for name, kind in modules.items() if _quantizable(checkpoint, name)}
+    return checkpoint, {name: kind == CONV1D for name, kind in modules.items() if _quantizable(checkpoint, name)}
 
 
 def _quantizable(checkpoint: Checkpoint, module: str) -> bool:
@@ -147,6 +153,6 @@ def _weight_report(checkpoint: Checkpoint, module: str, transposed: bool, error:
         float(stats.absmax.max(initial=0)),
         math.sqrt(float(stats.sum_square.sum()) / max(1, rows * columns)),
         found.outliers,
-        error if info.is_int8 else found.relative_error,
+        error if info.is_int8 or error is not None else found.relative_error,
         found.worst_columns,
     )

@@ -17,7 +17,7 @@ from quantize8.artifact.outliers import open_outliers, read_outliers
 from quantize8.destinations.base import path_of
 from quantize8.errors import ArtifactError, OutputError, SourceError
 from quantize8.formats.base import Format, make_format
-from quantize8.formats.encoding import Encoding, RowwiseInt8
+from quantize8.formats.encoding import Encoding, GroupwiseInt8, RowwiseInt8
 from quantize8.formats.gguf.header import StoredTensor, read_header
 from quantize8.kernels.reference import INT8_MAX, as_bytes
 from quantize8.limits import HEADER_BYTES, is_file
@@ -214,10 +214,13 @@ def _check_tensor(stored: Checkpoint, name: str, record: TensorRecord, encoding:
 
 
 def _check_codes(encoding: Encoding, start: int, stop: int, where: str) -> None:
-    if not isinstance(encoding, RowwiseInt8):
-        raise ArtifactError(f"{where}: is not symmetric int8 with one scale per row; convert the source again")
-    codes, absmax = encoding.codes(start, stop), encoding.absmax(start, stop)
-    if not (np.isfinite(absmax).all() and (absmax >= 0).all()):
+    if isinstance(encoding, RowwiseInt8):
+        codes, scales = encoding.codes(start, stop), encoding.absmax(start, stop)[:, None]
+    elif isinstance(encoding, GroupwiseInt8):
+        codes, scales = encoding.codes(start, stop), encoding.scales(start, stop)
+    else:
+        raise ArtifactError(f"{where}: is not symmetric int8 with scales by row or group; convert the source again")
+    if not (np.isfinite(scales).all() and (scales >= 0).all()):
         raise ArtifactError(f"{where}: a scale is negative, NaN or infinite; convert the source again")
-    if codes.size and (codes.min() < -INT8_MAX or codes[absmax == 0].any()):
+    if codes.size and (codes.min() < -INT8_MAX or codes.reshape(*scales.shape, -1)[scales == 0].any()):
         raise ArtifactError(f"{where}: contains codes that quantization never produces; convert the source again")

@@ -423,6 +423,7 @@ def assemble(plan: Plan, records: Records, folder: Path, parts: Path) -> Manifes
         checkpoint.stored_bytes,
         kept=plan.kept,
         calibration=plan.calibration,
+        closed_to=plan.closed_to,
         tensors=records,
         headers={shard.file: digest(shard.header) for shard in (*plan.shards, plan.outliers) if shard is not None},
     )

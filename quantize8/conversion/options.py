@@ -16,13 +16,32 @@ from typing import Any, TypeVar
 
 from quantize8.errors import OutputError
 from quantize8.files import is_url
-from quantize8.formats import DEFAULT_FORMAT, DEFAULT_SHARD_SIZE, FORMATS, MOE_LOADERS, SCHEMES
+from quantize8.formats import (
+    DEFAULT_FORMAT,
+    DEFAULT_SHARD_SIZE,
+    FORMATS,
+    GROUP_SIZES,
+    GROUPED_SCHEME,
+    MOE_LOADERS,
+    SCHEMES,
+)
 from quantize8.kernels import ABSMAX, MSE, SCALES
 from quantize8.recipe import DEFAULT_RECIPE
 
 _AUTO = "auto"
 # Options whose effect a plan already records as its source, format, recipe, calibration or layout
-_RECORDED = {"source", "revision", "stream", "format", "scheme", "moe", "recipe", "threshold", "max_shard_size"}
+_RECORDED = {
+    "source",
+    "revision",
+    "stream",
+    "format",
+    "scheme",
+    "moe",
+    "group_size",
+    "recipe",
+    "threshold",
+    "max_shard_size",
+}
 _RECORDED |= {"calibrate", "outlier_columns", "smooth"}
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -42,6 +61,7 @@ class ConvertOptions:
         format: One of `formats.FORMATS`.
         scheme: w8a8 or w8a16, for compressed-tensors; None for w8a8.
         moe: Loader whose layout of experts is written, vllm or transformers, for compressed-tensors; None for vllm.
+        group_size: Weights that share a scale, for scheme w8a16; None for one scale per row.
         threshold: Outlier threshold on |x|, instead of the recipe's; 0 turns off the outlier decomposition.
         calibrate: Text file to calibrate with. It decides which outlier columns are stored, and which errors the
             search for scales weights most.
@@ -63,11 +83,14 @@ class ConvertOptions:
     moe: str | None = _option(
         None, f"Loader to write experts for: {' or '.join(MOE_LOADERS)}.  [default: {MOE_LOADERS[0]}]"
     )
+    group_size: int | None = _option(
+        None, f"For {GROUPED_SCHEME}: weights that share a scale, {', '.join(map(str, GROUP_SIZES))}.  [default: a row]"
+    )
     threshold: float | None = _option(None, "Outlier threshold; 0 for none.  [default: the recipe's]")
     calibrate: str | None = _option(None, "Calibration text, which decides the outlier columns.", "FILE")
     outlier_columns: str = _option(_AUTO, "Outlier columns per weight: auto, or a number.")
     smooth: float | None = _option(None, "SmoothQuant's alpha, such as 0.5 (with --calibrate).")
-    recipe: str = _option(DEFAULT_RECIPE, "llm-int8, int8, int8-all, or a .toml file.")
+    recipe: str = _option(DEFAULT_RECIPE, "llm-int8, int8, int8-all, int8-embeddings, towers, or a .toml file.")
     scale: str = _option(ABSMAX, "absmax, or mse for scales with the least squared error.")
     max_shard_size: str = _option(DEFAULT_SHARD_SIZE, "Size of the largest weight file.")
     stream: bool = _option(False, "Read remote weights by byte range, without storing them.")
@@ -80,7 +103,9 @@ class ConvertOptions:
             object.__setattr__(self, name, value)
         if self.scale not in SCALES:
             raise OutputError(f"scale {self.scale}: unknown; name one of {', '.join(SCALES)}")
-        output = make_format(self.format, self.scheme, self.moe)
+        output = make_format(self.format, self.scheme, self.moe, self.group_size)
+        if self.group_size is not None:
+            self._check_groups()
         unsupported = f"--format {output.name} does not support it; leave it out"
         if self.threshold is not None and "threshold" not in output.options:
             raise OutputError(f"threshold {self.threshold:g}: {unsupported}")
@@ -95,6 +120,12 @@ class ConvertOptions:
         if self.outlier_columns != _AUTO or self.smooth is not None:
             self._check_calibration()
         parse_size(self.max_shard_size)
+
+    def _check_groups(self) -> None:
+        """Refuse what is defined for scales by row alone."""
+        for name, value in (("scale", self.scale if self.scale != ABSMAX else None), ("calibrate", self.calibrate)):
+            if value is not None:
+                raise OutputError(f"{name} {value}: does not go with --group-size; leave one of them out")
 
     def _check_calibration(self) -> None:
         columns, alpha = self.outlier_columns, self.smooth

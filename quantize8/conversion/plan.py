@@ -33,12 +33,14 @@ from quantize8.sources.base import FLOATING, QUANTIZABLE, Checkpoint, TensorInfo
 from quantize8.sources.smoothing import SmoothedCheckpoint
 from quantize8.sources.structure import (
     CONV1D,
+    EMBEDDED,
     LINEAR,
     Structure,
     structure_of,
     with_fused_experts,
     with_separate_experts,
 )
+from quantize8.sources.untied import UntiedHead
 
 if TYPE_CHECKING:
     from quantize8.conversion.calibration import Calibration
@@ -89,6 +91,8 @@ class Plan:
         modules: Module that becomes int8 -> LINEAR, CONV1D, EXPERT or PACKED_EXPERT.
         kept: Linear module that is left in floating point -> the reason. Also any other tensor that has more than
             NAMED of the weights, by its name without ".weight".
+        unloaded: Source tensor that is written, but not loaded by transformers -> the reason.
+        closed_to: Loader of the format that cannot open the artifact -> the reason.
         guessed: Why modules were recognized by their names alone; empty if the architecture's code was used.
         skip_list: Linear modules that are left in floating point, by the names that loaders use.
         transposed: Source tensors that are written transposed.
@@ -107,6 +111,8 @@ class Plan:
     recipe: Recipe
     modules: dict[str, str]
     kept: dict[str, str]
+    unloaded: dict[str, str]
+    closed_to: dict[str, str]
     guessed: str
     skip_list: list[str]
     transposed: set[str]
@@ -299,18 +305,27 @@ def plan_of(
         SourceError: The source cannot be converted with these options.
         OutputError: The options do not fit the source.
     """
-    output, structure = make_format(options.format, options.scheme, options.moe), structure_of(checkpoint)
+    output = make_format(options.format, options.scheme, options.moe, options.group_size)
+    structure = structure_of(checkpoint)
     structure.require_complete(checkpoint.name)
     if structure.slices or structure.fusions:
         arrange = with_separate_experts if output.holds_experts(structure) else with_fused_experts
         checkpoint, structure = arrange(checkpoint, structure)
+    untie = recipe.embeddings and getattr(output, "holds_embeddings", False)
+    if untie and structure.embedding and structure.tied_head:
+        head = structure.tied_head
+        checkpoint = UntiedHead(checkpoint, f"{structure.embedding}.weight", f"{head}.weight")
+        structure = replace(structure, output_head=head, kept=structure.kept | {head: "output head"})
+        recipe = replace(recipe, output_head=True)
     modules, kept = _choose(structure, recipe, output, checkpoint)
     # an int8 Conv1D is stored [out, in] in every format, a floating-point one [in, out]
     conv1d = {f"{name}.weight" for name, kind in structure.linears.items() if kind == CONV1D}
     transposed = {name for name in conv1d if (name in checkpoint.decoded) != (name.removesuffix(".weight") in modules)}
+    special = {*modules.values()} - {LINEAR, CONV1D}
+    closed_to = output.closed_to(special) if special else {}
     plan = Plan(
-        options, checkpoint, output, recipe, modules, kept, structure.guessed, structure.skip_list(set(modules)),
-        transposed, calibration or {}, text,
+        options, checkpoint, output, recipe, modules, kept, structure.unloaded, closed_to, structure.guessed,
+        structure.skip_list(set(modules)), transposed, calibration or {}, text,
     )  # fmt: skip
     outputs, shards = output.lay_out(plan, options.max_shard_size)
     names = [tensor.name for group in outputs.values() for tensor in group]
@@ -367,6 +382,9 @@ def _choose(
     tensors, head = checkpoint.tensors, structure.output_head
     linears, refused = output.linears(structure)
     modules, kept = dict(linears), structure.kept | refused
+    if recipe.embeddings and structure.embedding and output.holds_embeddings:
+        modules[structure.embedding] = EMBEDDED
+        del structure.others[f"{structure.embedding}.weight"]
     if head is not None and (recipe.output_head or checkpoint.tensors[f"{head}.weight"].is_int8):
         modules[head] = LINEAR
         del kept[head]
@@ -374,6 +392,8 @@ def _choose(
         info, part = tensors[f"{name}.weight"], structure.towers.get(structure.model_names.get(name, name), "")
         outside = f"in {part}, outside of the language model" if part and not recipe.towers else ""
         unfit = f"dtype {info.dtype}" if info.dtype not in QUANTIZABLE else "empty" if 0 in info.shape else ""
+        if output.group_size is not None and info.shape[-1] % output.group_size:
+            unfit = unfit or f"{info.shape[-1]} columns, which groups of {output.group_size} do not divide"
         if reason := f"recipe {recipe.name}" if recipe.skips(name) else unfit or outside:
             kept[name] = reason
             del modules[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quantize8.artifact.manifest import Manifest, Quantized, TensorRecord
 from quantize8.conversion.parts import Part
 from quantize8.conversion.plan import Plan
+from quantize8.sources.base import FLOAT4
 
 if TYPE_CHECKING:
     from quantize8.conversion.forecast import Forecast
@@ -57,6 +59,17 @@ class Conversion:
         """Quantized weight -> its quantization error and related values."""
         return {name: record.quantized for name, record in self.records.items() if record.quantized}
 
+    @property
+    def exact(self) -> float | None:
+        """The share of the weights from 4-bit floats whose tensors lost nothing; None if there are no such weights."""
+        sizes = {True: 0, False: 0}
+        for name, outputs in self.plan.outputs.items():
+            info, found = self.plan.checkpoint.tensors.get(name), self.errors.get(outputs[0].name)
+            if info is not None and found is not None and info.stored_dtype in FLOAT4:
+                sizes[found.relative_error == 0] += math.prod(info.shape)
+        total = sum(sizes.values())
+        return sizes[True] / total if total else None
+
     def as_json(self) -> dict[str, Any]:
         """The result as JSON values, without the layout of every tensor."""
         plan = self.plan
@@ -77,9 +90,12 @@ class Conversion:
             "files": {shard.file: shard.nbytes for shard in plan.shards},
             "int8_modules": sorted(plan.modules),
             "kept": plan.kept,
+            "unloaded": plan.unloaded,
+            "closed_to": plan.closed_to,
             "guessed": plan.guessed,
             "left_out": plan.left_out,
             "mean_relative_error": sum(errors.values()) / len(errors) if errors else None,
+            "exact": self.exact,
             "worst": f"{errors[worst]:.4f} in {worst}" if errors else None,
             "check": None if self.check is None else asdict(self.check),
             "pushed": self.pushed,

@@ -20,12 +20,21 @@ from blake3 import blake3
 
 from quantize8.artifact.manifest import Quantized, summarize
 from quantize8.errors import OutputError, WeightError
-from quantize8.formats import COMPRESSED_TENSORS, DEFAULT_FORMAT, FORMATS, GGUF, MOE_LOADERS, SCHEMES
+from quantize8.formats import (
+    COMPRESSED_TENSORS,
+    DEFAULT_FORMAT,
+    FORMATS,
+    GGUF,
+    GROUP_SIZES,
+    GROUPED_SCHEME,
+    MOE_LOADERS,
+    SCHEMES,
+)
 from quantize8.kernels import ABSMAX, MSE, cpu
 from quantize8.kernels.cpu import CpuQuantizer
 from quantize8.kernels.q8_0 import BLOCK, BLOCK_BYTES, Q8_0
 from quantize8.kernels.reference import FLOAT16_MAX, STATS_TILE_ROWS, Array, ColumnStats, as_bytes, dequantize
-from quantize8.sources.base import DTYPES, FLOATING, TensorInfo
+from quantize8.sources.base import DTYPES, FLOAT4, FLOATING, TensorInfo
 from quantize8.sources.safetensors import INDEX_NAME, SINGLE_NAME
 
 if TYPE_CHECKING:
@@ -90,6 +99,29 @@ class Piece(NamedTuple):
 
 
 Pieces = Generator[Piece, None, Mapping[str, Quantized]]  # returns statistics by name of the output tensor
+
+
+@dataclass
+class Measured:
+    """Statistics of a weight whose scales are not by row, collected block by block."""
+
+    stats: ColumnStats
+    source: Any = field(default_factory=blake3)  # digest of the values as read
+    peaks: list[Array] = field(default_factory=list)
+    squares: list[Array] = field(default_factory=list)
+    errors: list[Array] = field(default_factory=list)
+
+    def add(self, values: Array, sums: tuple[Array, Array]) -> None:
+        """Add rows, float32 [n, K], and the sums of their squares and of those of their errors, float64 [n]."""
+        cpu.quantize_rowwise(values, self.stats)
+        self.peaks.append(np.abs(values).max(axis=1, initial=0))
+        self.squares.append(sums[0])
+        self.errors.append(sums[1])
+
+    def complete(self) -> tuple[ColumnStats, Array]:
+        """Return the statistics, with squares and errors by row, and the absmax of each row."""
+        self.stats.sum_square, self.stats.sum_error = np.concatenate(self.squares), np.concatenate(self.errors)
+        return self.stats, np.concatenate(self.peaks)
 
 
 class WeightQuantizer(Protocol):
@@ -201,15 +233,22 @@ class Format(ABC):
         """Why the artifact of a model with this config.json cannot be compared with its source; empty if it can."""
         return ""
 
+    def closed_to(self, kinds: set[str]) -> dict[str, str]:
+        """Which of `loaders` cannot open an artifact with these kinds of int8 modules -> the reason."""
+        return {}
+
     def accepts(self, config: dict[str, Any], recipe: dict[str, Any]) -> bool:
         """Whether a config.json could have been written by `edit_config` for a recipe, as stored in the manifest."""
         return config.get("quantization_config") is None
 
 
 class Int8Format(Format):
-    """A format that stores int8 codes with one scale per row."""
+    """A format that stores int8 codes with one scale per row or group."""
 
     options: ClassVar[frozenset[str]] = frozenset({"recipe", "calibrate", "scale"})
+    group_size: int | None = None  # weights of a row that share a scale; None for all of them
+
+    holds_embeddings: ClassVar[bool] = False  # in int8, as kind EMBEDDED
 
     @abstractmethod
     def linears(self, structure: Structure) -> tuple[dict[str, str], dict[str, str]]:
@@ -271,8 +310,9 @@ class Int8Format(Format):
         stats, source = ColumnStats.empty(columns), blake3()
         absmax: list[Array] = []
         exact: list[Array] = []
-        if search := plan.searches.get(name):
-            quantizer = CpuQuantizer(search)
+        search, from_float4 = plan.searches.get(name), info.stored_dtype in FLOAT4
+        if search or from_float4:
+            quantizer = CpuQuantizer(search, exact=from_float4)
         blocks = (block for _, block in plan.blocks(info, quantizer.block_bytes, STATS_TILE_ROWS))
         for values, codes, peaks in _carried(plan, info, stats) if info.is_int8 else quantizer.quantize(blocks, stats):
             source.update(as_bytes(codes if info.is_int8 else values))
@@ -296,28 +336,34 @@ class Int8Format(Format):
         return {weight.name: found}
 
 
-def make_format(name: str, scheme: str | None = None, moe: str | None = None) -> Format:
+def make_format(name: str, scheme: str | None = None, moe: str | None = None, group_size: int | None = None) -> Format:
     """Make the output format for the given options.
 
     Args:
         name: Name of the format (`--format`).
         scheme: Scheme of compressed-tensors (`--scheme`); None for its default.
         moe: Loader that experts of compressed-tensors are laid out for (`--moe`); None for its default.
+        group_size: Weights that share a scale, in scheme w8a16 (`--group-size`); None for one scale per row.
 
     Raises:
         OutputError: A value is unknown, or the format does not support one of the options.
     """
-    options = {"scheme": (scheme, SCHEMES), "moe": (moe, MOE_LOADERS)}
+    options: dict[str, tuple[object, tuple[object, ...]]] = {
+        "scheme": (scheme, SCHEMES), "moe": (moe, MOE_LOADERS), "group_size": (group_size, GROUP_SIZES)
+    }  # fmt: skip
     for option, (value, known) in options.items():
+        written = f"{option.replace('_', '-')} {value}"
         if value is not None and value not in known:
-            raise OutputError(f"{option} {value}: unknown; name one of {', '.join(known)}")
+            raise OutputError(f"{written}: unknown; name one of {', '.join(map(str, known))}")
         if value is not None and name != COMPRESSED_TENSORS:
-            raise OutputError(f"{option} {value}: needs --format compressed-tensors; leave it out, or add that")
+            raise OutputError(f"{written}: needs --format compressed-tensors; leave it out, or add that")
+    if group_size is not None and scheme != GROUPED_SCHEME:
+        raise OutputError(f"group-size {group_size}: needs --scheme {GROUPED_SCHEME}; leave it out, or add that")
     if name == COMPRESSED_TENSORS:
         from quantize8.formats.compressed_tensors import CompressedTensors
 
-        given = {option: value for option, (value, _) in options.items() if value is not None}
-        return CompressedTensors(suffix=scheme or SCHEMES[0], **given)  # type: ignore[arg-type]
+        given: dict[str, Any] = {option: value for option, (value, _) in options.items() if value is not None}
+        return CompressedTensors(suffix=(scheme or SCHEMES[0]) + (f"-g{group_size}" if group_size else ""), **given)
     if name == DEFAULT_FORMAT:
         from quantize8.formats.bitsandbytes import BitsAndBytes
 

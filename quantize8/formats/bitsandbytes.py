@@ -37,7 +37,13 @@ class BitsAndBytes(Int8Format):
 
     def linears(self, structure: Structure) -> tuple[dict[str, str], dict[str, str]]:
         """See `Int8Format.linears`."""
-        return structure.linears, dict.fromkeys(structure.experts, "experts, which this format cannot hold in int8")
+        refused = dict.fromkeys(structure.experts, "experts, which this format cannot hold in int8")
+        refused |= {
+            name: "transformers' loader looks for `weight` in the names of tensors, and finds it in this module's"
+            for name in structure.linears
+            if "weight" in structure.model_names.get(name, name)
+        }
+        return {name: kind for name, kind in structure.linears.items() if name not in refused}, refused
 
     def holds_experts(self, structure: Structure) -> bool:
         """See `Format.holds_experts`; transformers must replace them with Linear layers."""

@@ -1,15 +1,19 @@
 """The compressed-tensors format, which vLLM, SGLang, transformers and llama.cpp's converter can load.
 
 Writing: with w8a8, codes are stored as int8, and activations are quantized per token at run time (`int-quantized`).
-With w8a16, four codes are packed into each int32, and activations stay in floating point (`pack-quantized`). Each
-expert is stored separately, as in checkpoints. transformers fuses experts into one tensor, and can only do that with
+With w8a16, four codes are packed into each int32, and activations stay in floating point (`pack-quantized`); scales can
+then be by group, in the model's dtype, to which its loaders would convert them (`kernels.groups`). Each expert is
+stored separately, as in checkpoints. transformers fuses experts into one tensor, and can only do that with
 packed ones.
 
-Reading: int, float and packed weights with one scale per tensor, row, group or block.
-The layout is that of the package's compressors (compressed-tensors 0.20, `naive_quantized` and `pack_quantized`).
+Reading: int, float and packed weights with one scale per tensor, row, group or block; and 4-bit floats.
+The layout is that of the package's compressors (compressed-tensors 0.20: `naive_quantized`, `pack_quantized`, `nvfp4`
+and `mxfp4`).
 A module has `weight` (int8 or float8), or `weight_packed` (int32 words of 4-bit or 8-bit numbers, lowest bits first,
 each stored with half its range added). It also has `weight_scale`; `weight_zero_point` if the quantization is
 asymmetric; and `weight_g_idx` if the columns were reordered.
+If `weight_packed` is uint8, it holds 4-bit floats (`formats.float4`). The `weight_scale` of MXFP4 is uint8. That of
+NVFP4 is float8, and divided by `weight_global_scale`.
 """
 
 from __future__ import annotations
@@ -17,56 +21,78 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from quantize8.artifact.manifest import summarize
 from quantize8.errors import SourceError
 from quantize8.formats import COMPRESSED_TENSORS, MoeLoader, Scheme
-from quantize8.formats.base import Int8Format, OutTensor, in_float
-from quantize8.formats.encoding import Encoding, RowwiseInt8, absmax_of, require, unpack_int32
-from quantize8.kernels.reference import Array, scale_of
-from quantize8.sources.base import FLOATING, Checkpoint
+from quantize8.formats.base import (
+    Int8Format,
+    Measured,
+    OutTensor,
+    Piece,
+    Pieces,
+    WeightQuantizer,
+    cannot_hold,
+    check_finite,
+    in_float,
+)
+from quantize8.formats.encoding import Encoding, GroupwiseInt8, RowwiseInt8, absmax_of, require, unpack_int32
+from quantize8.formats.float4 import E8M0_TYPES, PACKED_TYPE, Float4
+from quantize8.kernels import groups
+from quantize8.kernels.reference import STATS_TILE_ROWS, Array, ColumnStats, as_bytes, scale_of
+from quantize8.sources.base import DTYPES, FLOAT4, FLOATING, MXFP4, NVFP4, Checkpoint, TensorInfo
 from quantize8.sources.experts import GATED
-from quantize8.sources.structure import CONV1D, EXPERT, PACKED_EXPERT, Structure
+from quantize8.sources.structure import CONV1D, EMBEDDED, EXPERT, FUSED_EXPERTS, HEAD, PACKED_EXPERT, Structure
 
 if TYPE_CHECKING:
     from quantize8.conversion.plan import Plan
 
 SCALE, PACKED, SHAPE = "weight_scale", "weight_packed", "weight_shape"
-_ZERO, _ORDER = "weight_zero_point", "weight_g_idx"
-_UNUSED = ("input_scale", "input_zero_point", "weight_global_scale")  # of activations, or of formats refused below
+_ZERO, _ORDER, _GLOBAL = "weight_zero_point", "weight_g_idx", "weight_global_scale"
+_UNUSED = ("input_scale", "input_zero_point", "input_global_scale")  # of activations
 _CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale")  # of an 8-bit key-value cache
+_FORMATS = (
+    *("int-quantized", "naive-quantized", "float-quantized", "pack-quantized", "mixed-precision"),
+    *("nvfp4-pack-quantized", "mxfp4-pack-quantized"),
+)
 _VALUES = ("I8", "F8_E4M3")
 _PACKED_BITS = (4, 8)
 _OFFSET = 128  # added to codes before packing, so that they are unsigned
 _WORD = 4  # codes in an int32
 # vLLM fuses each of these groups into one layer with one scheme; q_a and kv_a are of multi-head latent attention (MLA)
 _FUSED = re.compile(r"(?P<qkv>[qkv]_proj)$|(?P<gate_up>(?:gate|up)_proj)$|(?P<qkv_a>q_a_proj|kv_a_proj_with_mqa)$")
+_EXPERTS = re.compile(r"(?P<layer>.*\.experts)\.\d+\.")
 _GATE = ".shared_expert_gate"  # of Qwen's shared expert, N = 1; vLLM builds it without quantization
+_ROUTER = ".gate"  # of models with experts, by its usual name
 
 
 @dataclass(frozen=True)
 class CompressedTensors(Int8Format):
-    """Int8 with one scale per row, in either scheme.
+    """Int8 in either scheme, with one scale per row or group.
 
     Attributes:
         scheme: w8a8 or w8a16.
         moe: The loader that the experts of a mixture-of-experts model are stored for.
+        group_size: Weights of a row that share a scale, in w8a16; None for all of a row.
     """
 
     name: str = COMPRESSED_TENSORS
     suffix: str = "w8a8"
     scheme: Scheme = "w8a8"
     moe: MoeLoader = "vllm"
+    group_size: int | None = None
     loaders: ClassVar[tuple[str, ...]] = ("vllm", "transformers", "quantize8")
     package: ClassVar[str] = "compressed-tensors"
+    holds_embeddings: ClassVar[bool] = True
 
     @property
     def title(self) -> str:
         """See `Format.title`."""
-        return f"{self.name} {self.scheme}"
+        return f"{self.name} {self.scheme}" + (f", groups of {self.group_size}" if self.group_size else "")
 
     def linears(self, structure: Structure) -> tuple[dict[str, str], dict[str, str]]:
         """See `Int8Format.linears`."""
@@ -77,6 +103,8 @@ class CompressedTensors(Int8Format):
                 refused[name] = "a Conv1D, which this format's loaders do not quantize"
             elif name.endswith(_GATE):
                 refused[name] = "vLLM keeps this gate in floating point"
+            elif structure.experts and name.endswith(_ROUTER):
+                refused[name] = "named like a router, which vLLM must not quantize"
             elif self.scheme == "w8a16" and name in structure.read_on_loading:
                 refused[name] = (
                     "read by transformers while it loads the model, which fails for packed codes (w8a8 has none)"
@@ -91,19 +119,32 @@ class CompressedTensors(Int8Format):
         return self.moe == "vllm" or structure.replaced or (structure.joinable and not structure.fusions)
 
     def misfits(self, modules: Mapping[str, str], structure: Structure) -> Mapping[str, str]:
-        """See `Int8Format.misfits`: modules that vLLM fuses with a layer that stays in floating point."""
-        groups: dict[str, list[str]] = {}
+        """See `Int8Format.misfits`: modules that loaders fuse with one that stays in floating point."""
+        fused: dict[str, list[str]] = {}
+        experts: dict[str, list[str]] = {}
         for name in (*structure.linears, *structure.experts):
             if match := _FUSED.search(name):
-                groups.setdefault(f"{name[: match.start()]}{match.lastgroup}", []).append(name)
-        split = [names for names in groups.values() if not modules.keys() >= set(names)]
-        alone = [name for names in split for name in names if name in modules]
-        return dict.fromkeys(alone, "vLLM fuses it with a layer that stays in floating point")
+                fused.setdefault(f"{name[: match.start()]}{match.lastgroup}", []).append(name)
+            if match := _EXPERTS.match(name):
+                experts.setdefault(match["layer"], []).append(name)
+        found: dict[str, str] = {}
+        for together, why in ((experts, "one of a layer's experts"), (fused, "a layer")):
+            split = [names for names in together.values() if not modules.keys() >= set(names)]
+            alone = [name for names in split for name in names if name in modules]
+            found |= dict.fromkeys(alone, f"vLLM fuses it with {why} that stays in floating point")
+        return found
+
+    def outputs(self, plan: Plan, info: TensorInfo) -> list[OutTensor]:
+        """See `Format.outputs`; scales of groups are stored in the model's dtype."""
+        tensors = super().outputs(plan, info)
+        if self.group_size is None or len(tensors) == 1:
+            return tensors
+        return [replace(each, dtype=plan.decoded_dtype) if each.name.endswith(SCALE) else each for each in tensors]
 
     def module_tensors(self, module: str, shape: tuple[int, int], kind: str) -> list[OutTensor]:
         """See `Int8Format.module_tensors`."""
         rows, columns = shape
-        scale = OutTensor(f"{module}.{SCALE}", "F32", (rows, 1))
+        scale = OutTensor(f"{module}.{SCALE}", "F32", (rows, columns // self.group_size if self.group_size else 1))
         if not self._packs(kind):
             return [OutTensor(f"{module}.weight", "I8", shape), scale]
         words = -(-columns // _WORD)
@@ -127,23 +168,66 @@ class CompressedTensors(Int8Format):
         scale = scale_of(absmax)[:, None]
         return [scale, np.array(shape, np.int64)] if self._packs(kind) else [scale]
 
+    def encode(self, plan: Plan, name: str, quantizer: WeightQuantizer) -> Pieces:
+        """See `Format.encode`; scales by group are chosen on the CPU."""
+        module = name.removesuffix(".weight")
+        if self.group_size is None or module == name or module not in plan.modules:
+            return (yield from super().encode(plan, name, quantizer))
+        info, (weight, scale, shape) = plan.checkpoint.tensors[name], plan.outputs[name]
+        rows, columns = plan.shape_of(info)
+        measured, parts = Measured(ColumnStats.empty(columns)), []
+        for first_row, block in plan.blocks(info, None, STATS_TILE_ROWS):
+            check_finite(block, info, first_row)
+            values = np.ascontiguousarray(block, np.float32)
+            codes, scales = self._groups(plan, info, first_row, values, DTYPES[scale.dtype])
+            if not (fit := np.isfinite(scales.astype(np.float32)).all(axis=1)).all():
+                raise cannot_hold(info, first_row + int(np.argmin(fit)), f"a scale in {scale.dtype}")
+            measured.source.update(as_bytes(codes if info.is_int8 else block))
+            measured.add(values, groups.row_errors(values, codes, scales))
+            parts.append(scales)
+            yield Piece(weight.name, self.pack(codes, plan.modules[module]), block.nbytes)
+        yield Piece(scale.name, np.concatenate(parts))
+        yield Piece(shape.name, np.array((rows, columns), np.int64))
+        stats, peaks = measured.complete()
+        found = summarize(stats, peaks, info.stored_dtype, measured.source.hexdigest(), False)
+        return {weight.name: found}
+
+    def _groups(
+        self, plan: Plan, info: TensorInfo, first_row: int, values: Array, dtype: np.dtype[Any]
+    ) -> tuple[Array, Array]:
+        """Codes int8 [n, K] and scales [n, G] of rows float32 [n, K]; codes of an int8 source are kept."""
+        assert self.group_size is not None
+        if not info.is_int8:
+            return groups.quantize_rows(values, self.group_size, dtype, info.stored_dtype in FLOAT4)
+        codes, absmax = plan.checkpoint.int8_rows(info.name, first_row, first_row + len(values))
+        return codes, groups.carry_rows(absmax, values.shape[1] // self.group_size, dtype)
+
     def edit_config(self, config: dict[str, Any], plan: Plan) -> dict[str, Any]:
         """See `Format.edit_config`."""
-        kinds = {kind in (EXPERT, PACKED_EXPERT) for kind in plan.modules.values()}
-        mixed = len({self._packs(kind) for kind in plan.modules.values()}) == 2
-        groups = {"group_0": self._group(["Linear"], packed=all(self._packs(kind) for kind in plan.modules.values()))}
-        if mixed:  # transformers takes the first group with a matching target: the narrower comes first
-            groups = {"group_0": self._group([r"re:.*\.experts\..*"], packed=True), "group_1": self._group(["Linear"])}
-        routers = [r"re:.*\.gate$"] if True in kinds else []  # a quantizable layer in vLLM, but not in transformers
+        config_groups = self._config_groups(plan)
+        formats = {group["format"] for group in config_groups.values()}
+        is_expert = any(kind in (EXPERT, PACKED_EXPERT) for kind in plan.modules.values())
+        # a quantizable layer in vLLM, but not in transformers
+        routers = [rf"re:.*\{_ROUTER}$"] if is_expert else []
+        fused = {name.rpartition(".")[0] for name, why in plan.kept.items() if why == FUSED_EXPERTS}
+        experts = [f"re:{re.escape(module)}\\..*" for module in sorted(fused)]
         entry = {
             "quant_method": COMPRESSED_TENSORS,
-            "format": "mixed-precision" if mixed else groups["group_0"]["format"],
+            "format": "mixed-precision" if len(formats) > 1 else formats.pop(),
             "quantization_status": "compressed",  # with any other status, loaders read the codes as floats
-            "ignore": sorted({*in_float(plan)}) + routers,
+            "ignore": sorted({*in_float(plan)}) + routers + experts,
             "kv_cache_scheme": None,
-            "config_groups": groups,
+            "config_groups": config_groups,
         }
         return {**config, "quantization_config": entry}
+
+    def closed_to(self, kinds: set[str]) -> dict[str, str]:
+        """See `Format.closed_to`; transformers 5.23 fuses experts, and reads the weight of an embedding."""
+        if EMBEDDED in kinds:
+            return {"transformers": "it cannot load an int8 embedding"}
+        if kinds & {EXPERT, PACKED_EXPERT} and self.moe == "vllm":
+            return {"transformers": "it needs experts as --moe transformers stores them"}
+        return {}
 
     def accepts(self, config: dict[str, Any], recipe: dict[str, Any]) -> bool:
         """See `Format.accepts`."""
@@ -151,14 +235,31 @@ class CompressedTensors(Int8Format):
         return isinstance(entry, dict) and entry.get("quant_method") == self.name
 
     def _packs(self, kind: str) -> bool:
-        return self.scheme == "w8a16" or kind == PACKED_EXPERT or (kind == EXPERT and self.moe == "transformers")
+        always = (PACKED_EXPERT, EMBEDDED) if self.moe == "vllm" else (PACKED_EXPERT, EMBEDDED, EXPERT)
+        return self.scheme == "w8a16" or kind in always
+
+    def _config_groups(self, plan: Plan) -> dict[str, Any]:
+        """The config_groups. Loaders take the first group with a matching target, so the narrower come first."""
+        named = [name for name, kind in plan.modules.items() if kind == EMBEDDED]
+        experts = [kind for kind in plan.modules.values() if kind in (EXPERT, PACKED_EXPERT)]
+        # vLLM's output head is no Linear layer by its class
+        heads = [name for name in plan.modules if name.endswith(HEAD)]
+        groups = [self._group(named, packed=True)] if named else []
+        packed = [self._packs(kind) for kind in plan.modules.values() if kind != EMBEDDED]
+        if any(packed) and not all(packed):
+            groups.append(self._group([r"re:.*\.experts\..*"], packed=True))
+        if len(packed) > len(experts) or not groups:
+            groups.append(self._group([*heads, "Linear"], packed=all(packed)))
+        return {f"group_{i}": group for i, group in enumerate(groups)}
 
     def _group(self, targets: list[str], packed: bool = False) -> dict[str, Any]:
         shared = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None}
+        size = self.group_size
+        grouped = {"strategy": "group", "group_size": size} if size else {"strategy": "channel"}
         return {
             "targets": targets,
             "format": "pack-quantized" if packed else "int-quantized",
-            "weights": {**shared, "strategy": "channel", "dynamic": False},
+            "weights": {**shared, **grouped, "dynamic": False},
             "input_activations": None if packed else {**shared, "strategy": "token", "dynamic": True},
             "output_activations": None,
         }
@@ -224,6 +325,26 @@ class _RowwiseInt8(_Scaled, RowwiseInt8):
         return absmax_of(np.broadcast_to(scale, self.shape[0])[start:stop])
 
 
+class _Float4(Float4):
+    """4-bit floats; the scale of the tensor is a divisor."""
+
+    def times_global(self, scales: Array) -> Array:
+        """See `Float4.times_global`."""
+        factors: Array = scales / self.global_scale(f"{self.module}.{_GLOBAL}")
+        return factors
+
+
+class _GroupwiseInt8(_Scaled, GroupwiseInt8):
+    """Symmetric int8 with one scale per group of columns, all groups of one size."""
+
+    def codes(self, start: int, stop: int) -> Array:
+        return self.values(start, stop)
+
+    def scales(self, start: int, stop: int) -> Array:
+        scales: Array = self.whole(f"{self.module}.{SCALE}")[start:stop].astype(np.float32)
+        return scales
+
+
 def find(stored: Checkpoint, entry: dict[str, Any]) -> dict[str, Encoding]:
     """Find the modules that have scales.
 
@@ -235,8 +356,8 @@ def find(stored: Checkpoint, entry: dict[str, Any]) -> dict[str, Encoding]:
         The encoding of each module, by module name.
 
     Raises:
-        SourceError: The format is not int-, naive-, float- or pack-quantized, the weights are sparse or rotated, or the
-            shapes of a module do not fit together.
+        SourceError: The format is not among those that are read, the weights are sparse or rotated, or the tensors of a
+            module do not fit together.
     """
     where = str(stored.folder)
     require(entry, {"quantization_status": ("compressed",)}, where)
@@ -245,6 +366,11 @@ def find(stored: Checkpoint, entry: dict[str, Any]) -> dict[str, Encoding]:
         if not isinstance(asked, dict) or asked.get("format", "dense") != "dense" or asked.get("config_groups"):
             raise SourceError(f"{where}: is compressed with a {name}, which is not read; use the original checkpoint")
     arguments = _weight_arguments(entry, where)
+    for info in stored.tensors.values():
+        module, _, part = info.name.rpartition(".")
+        if part in (PACKED, _GLOBAL) and f"{module}.{SCALE}" not in stored.tensors:
+            where = f"{stored.folder / info.file}: {info.name}"
+            raise SourceError(f"{where} has no {SCALE} beside it; fetch the checkpoint again")
     modules = [name.removesuffix(f".{SCALE}") for name in stored.tensors if name.endswith(f".{SCALE}")]
     return {name: _module(stored, name, arguments) for name in modules}
 
@@ -258,11 +384,10 @@ def _weight_arguments(entry: dict[str, Any], where: str) -> list[dict[str, Any]]
     groups = entry.get("config_groups")
     if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
         raise SourceError(f"{where}: its quantization_config has no config_groups; fetch it again")
-    known = ("int-quantized", "naive-quantized", "float-quantized", "pack-quantized", "mixed-precision")
     for group in (entry, *groups.values()):
-        if group.get("format") not in (None, *known):
+        if group.get("format") not in (None, *_FORMATS):
             raise SourceError(
-                f"{where}: is {group['format']}, which is not read (only {', '.join(known)}); "
+                f"{where}: is {group['format']}, which is not read (only {', '.join(_FORMATS)}); "
                 "use the original checkpoint"
             )
     arguments = [group["weights"] for group in groups.values() if isinstance(group.get("weights"), dict)]
@@ -284,6 +409,8 @@ def _module(stored: Checkpoint, module: str, arguments: list[dict[str, Any]]) ->
         raise SourceError(f"{file}: {module} has {SCALE} but no weight; fetch the folder again")
     tensors = (values, *(name for name in names if name in stored.tensors))
     info = stored.tensors[values]
+    if values.endswith(PACKED) and info.dtype == PACKED_TYPE:
+        return _float4(stored, module)
     rows, columns = (*info.shape, 0, 0)[:2]
     encoding = _Scaled(stored, module, tensors, (rows, columns))
     packed = values.endswith(PACKED)
@@ -295,9 +422,24 @@ def _module(stored: Checkpoint, module: str, arguments: list[dict[str, Any]]) ->
     _check_parts(encoding)
     zero = names[2] in tensors and bool(encoding.zero_points().any())  # type: ignore[union-attr]
     encoding.release()
-    rowwise = encoding.block in ((1, encoding.shape[1]), encoding.shape) and not zero
-    if rowwise and (encoding.bits == 8 or info.dtype == "I8"):
+    if zero or not (encoding.bits == 8 or info.dtype == "I8"):
+        return encoding
+    down, across = encoding.block
+    if encoding.block in ((1, encoding.shape[1]), encoding.shape):
         return _RowwiseInt8(stored, module, tensors, encoding.shape, bits=encoding.bits, block=encoding.block)
+    if down == 1 and encoding.shape[1] % across == 0 and names[3] not in tensors:
+        return _GroupwiseInt8(stored, module, tensors, encoding.shape, bits=encoding.bits, block=encoding.block)
+    return encoding
+
+
+def _float4(stored: Checkpoint, module: str) -> Encoding:
+    parts = (f"{module}.{part}" for part in (PACKED, SCALE, _GLOBAL, _ZERO))
+    names = tuple(name for name in parts if name in stored.tensors)
+    kind = MXFP4 if stored.tensors[names[1]].dtype in E8M0_TYPES else NVFP4
+    encoding = _Float4(stored, module, names, stored.tensors[names[0]].shape, kind=kind)
+    if names[-1].endswith(_ZERO):
+        raise encoding.refuse("has zero points, which 4-bit floats are not read with")
+    encoding.check_parts(f"{module}.{_GLOBAL}")
     return encoding
 
 

@@ -1,11 +1,11 @@
-"""Quantized weights of a checkpoint: several stored tensors that represent one floating-point matrix."""
+"""Quantized weights of a checkpoint: several stored tensors that represent one floating-point tensor."""
 
 from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -22,14 +22,26 @@ class Encoding(ABC):
         stored: The checkpoint that holds the tensors.
         module: The name of the module that the weight belongs to.
         tensors: The full names of the tensors, the one with the values first.
-        shape: The shape [N, K] of the weight.
+        shape: The shape [N, K] of the weight; of fused experts [E, K, N].
+        dtype: The dtype in which `rows` returns it.
     """
 
     stored: Checkpoint
     module: str
     tensors: tuple[str, ...]
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
+    dtype: ClassVar[str] = "F32"
     _whole: threading.local = field(default_factory=threading.local, init=False, repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        """The name of the weight in the model."""
+        return f"{self.module}.weight"
+
+    @property
+    def stored_dtype(self) -> str:
+        """See `TensorInfo.stored_dtype`."""
+        return self.stored.tensors[self.tensors[0]].dtype
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> Array:
@@ -80,6 +92,18 @@ class RowwiseInt8(Encoding):
     def rows(self, start: int, stop: int) -> Array:
         """See `Encoding.rows`."""
         return dequantize(self.codes(start, stop), self.absmax(start, stop))
+
+
+class GroupwiseInt8(Encoding):
+    """Int8 codes with one scale per group of consecutive columns."""
+
+    @abstractmethod
+    def codes(self, start: int, stop: int) -> Array:
+        """Rows start..stop of the codes as they are stored, int8 [n, K]."""
+
+    @abstractmethod
+    def scales(self, start: int, stop: int) -> Array:
+        """The scales of those rows, float32 [n, G]."""
 
 
 def absmax_of(scale: Array) -> Array:

@@ -26,7 +26,7 @@ METHOD = "fp8"
 WEIGHT = "weight"
 _SCALES = ("weight_scale_inv", "weight_scale")
 _UNUSED = ("activation_scale", "input_scale")  # for static quantization of activations
-_VALUES = ("F8_E4M3", "F8_E5M2")
+VALUES = ("F8_E4M3", "F8_E5M2")
 _CAST = "BF16"  # holds every number of both float8 types exactly
 _LOOSE_SCALES = ("scale", "scale_weight", "scaled_fp8", "scale_input", *_SCALES)  # including ComfyUI's names
 _SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
@@ -77,14 +77,14 @@ def find(stored: Checkpoint, entry: dict[str, Any]) -> dict[str, Encoding]:
     encodings: dict[str, Encoding] = {}
     for info in stored.tensors.values():
         module, _, part = info.name.rpartition(".")
-        if info.dtype in _VALUES and part == WEIGHT:
-            encodings[module] = _module(stored, module, info, block)
-        elif info.dtype in _VALUES:
+        if info.dtype in VALUES and part == WEIGHT:
+            encodings[module] = module_of(stored, info, block)
+        elif info.dtype in VALUES:
             where = stored.folder / info.file
             raise SourceError(
                 f"{where}: {info.name} is {info.dtype} but not a weight, which is not read; use the original checkpoint"
             )
-        elif part in _SCALES and stored.tensors.get(f"{module}.{WEIGHT}", info).dtype not in _VALUES:
+        elif part in _SCALES and stored.tensors.get(f"{module}.{WEIGHT}", info).dtype not in VALUES:
             where = stored.folder / info.file
             raise SourceError(
                 f"{where}: {module} has {part} but no float8 weight, which is not read; use the original checkpoint"
@@ -98,7 +98,7 @@ def uncast(stored: Checkpoint) -> Checkpoint:
     Raises:
         SourceError: The checkpoint has scales that config.json does not explain.
     """
-    cast = {name for name, info in stored.tensors.items() if info.dtype in _VALUES}
+    cast = {name for name, info in stored.tensors.items() if info.dtype in VALUES}
     scale = next((name for name in stored.tensors if name.rpartition(".")[2] in _LOOSE_SCALES), None)
     if scale is not None:
         raise SourceError(
@@ -115,7 +115,7 @@ class _Uncast(Wrapper):
     def rows(self, name: str, start: int, stop: int) -> Array:
         """See `Checkpoint.rows`."""
         values = self.inner.rows(name, start, stop)
-        if self.inner.tensors[name].dtype not in _VALUES:
+        if self.inner.tensors[name].dtype not in VALUES:
             return values
         numbers = np.arange(256, dtype=np.uint8).view(values.dtype).astype(DTYPES[_CAST])
         cast: Array = numbers[values.view(np.uint8)]
@@ -132,7 +132,18 @@ def _block_size(stored: Checkpoint, entry: dict[str, Any]) -> tuple[int, int] | 
     return block[0], block[1]
 
 
-def _module(stored: Checkpoint, module: str, weight: TensorInfo, block: tuple[int, int] | None) -> Encoding:
+def module_of(stored: Checkpoint, weight: TensorInfo, block: tuple[int, int] | None) -> Encoding:
+    """The encoding of one module.
+
+    Args:
+        stored: The checkpoint as it is stored.
+        weight: Its float8 weight.
+        block: The rows and columns that share a scale, or None for one scale by tensor or by row.
+
+    Raises:
+        SourceError: The scales are missing or do not fit, or the weight is not a matrix.
+    """
+    module = weight.name.removesuffix(f".{WEIGHT}")
     scales = [f"{module}.{part}" for part in _SCALES if f"{module}.{part}" in stored.tensors]
     unused = [f"{module}.{part}" for part in _UNUSED if f"{module}.{part}" in stored.tensors]
     shape = weight.shape if len(weight.shape) == 2 else (0, 0)

@@ -24,7 +24,16 @@ import ml_dtypes
 import numpy as np
 
 from quantize8.errors import DependencyError
-from quantize8.kernels.reference import Array, ColumnStats, Int8Weight, LayerMode, fixed_columns
+from quantize8.kernels.reference import (
+    INT8_MAX,
+    Array,
+    ColumnStats,
+    Int8Weight,
+    LayerMode,
+    fixed_columns,
+    scale_limits,
+    to_float16,
+)
 from quantize8.kernels.scales import CLIPS, LEAST_SCALE, ScaleSearch
 
 if TYPE_CHECKING:
@@ -78,6 +87,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "q8_search_rows": (
         c_int, (c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int, c_float, c_void_p)
     ),
+    "q8_exact_scales": (None, (c_void_p, c_int64, c_int64, c_float, c_float, c_void_p)),
     "q8_all_finite": (c_int, (c_int, c_void_p, c_int64)),
     "q8_0_peaks": (None, (c_void_p, c_int64, c_void_p)),
     "q8_0_encode": (None, (c_void_p, c_void_p, c_int64, c_void_p)),
@@ -92,7 +102,7 @@ _CLIPS = np.array(CLIPS, np.float32)
 
 
 def quantize_rowwise(
-    weight: Array, stats: ColumnStats | None = None, search: ScaleSearch | None = None
+    weight: Array, stats: ColumnStats | None = None, search: ScaleSearch | None = None, exact: bool = False
 ) -> tuple[Array, Array]:
     """`reference.quantize_rowwise`, and in the same pass `reference.column_stats`.
 
@@ -100,6 +110,7 @@ def quantize_rowwise(
         weight: float16, bfloat16 or float32 [N, K].
         stats: Column statistics to which these rows are added; its rows so far must be a multiple of 64.
         search: Take the absmax of `scales.search_absmax` instead of each row's largest magnitude.
+        exact: Take the scale of `reference.exact_scales` for each row that has one and that float16 holds.
 
     Returns:
         Codes int8 [N, K], and absmax float32 [N], not finite where a row cannot be quantized.
@@ -118,11 +129,36 @@ def quantize_rowwise(
             importance, kept = search.weights(columns), search.kept(columns)
             how = (pointer(importance), pointer(kept), pointer(_CLIPS), len(_CLIPS), LEAST_SCALE)
             check(kernels.q8_search_rows(*given, *how, pointer(absmax)))
+        if exact:
+            absmax = _lossless(weight, None if search is None else absmax)
         sums = (stats.absmax, stats.sum_square, stats.sum_error, stats.outliers)
         outputs = [pointer(array) for array in (codes, absmax, *sums)]
-        check(kernels.q8_quantize_rows(*given, search is not None, *outputs))
+        check(kernels.q8_quantize_rows(*given, search is not None or exact, *outputs))
     stats.rows += rows
     return codes, absmax
+
+
+def exact_scales(values: Array, dtype: np.dtype[Any]) -> Array:
+    """`reference.exact_scales` of contiguous float32 [R, K], in `dtype`: float32 [R]."""
+    rows, columns = values.shape
+    scales, (least, most) = np.zeros(rows, np.float32), scale_limits(dtype)
+    library().q8_exact_scales(pointer(values), rows, columns, least, most, pointer(scales))
+    return scales
+
+
+def _lossless(weight: Array, absmax: Array | None) -> Array:
+    """127 times the exact scale of each row of a weight [N, K] that has one, for other rows `absmax` or the plain one.
+
+    A scale that float16 holds leaves nothing for rounding to float16 to remove, unless the row is too large for it.
+    """
+    values = np.ascontiguousarray(weight, np.float32)
+    peaks = np.maximum(np.abs(values.max(axis=1)), np.abs(values.min(axis=1)))
+    plain = to_float16(peaks).astype(np.float32)
+    plain[~np.isfinite(plain)] = np.inf
+    scales = exact_scales(values, np.dtype(np.float16))
+    fits = (scales > 0) & np.isfinite(plain)
+    chosen: Array = np.where(fits, np.float32(INT8_MAX) * scales, plain if absmax is None else absmax)
+    return chosen
 
 
 def all_finite(values: Array) -> bool:
@@ -139,16 +175,18 @@ class CpuQuantizer:
 
     Attributes:
         search: What the scales are searched for; None for those of the absolute maximum.
+        exact: Whether a row gets a scale that loses nothing, if there is one.
         block_bytes: It takes blocks of any size.
     """
 
     search: ScaleSearch | None = None
+    exact: bool = False
     block_bytes: int | None = None
 
     def quantize(self, blocks: Iterator[Array], stats: ColumnStats) -> Iterator[tuple[Array, Array, Array]]:
         """Yield (block, codes, absmax) for each block [n, K], n a multiple of 64 in all but the last."""
         for block in blocks:
-            yield (block, *quantize_rowwise(block, stats, self.search))
+            yield (block, *quantize_rowwise(block, stats, self.search, self.exact))
 
 
 def quantize_activations(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor]:

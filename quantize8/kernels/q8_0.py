@@ -6,6 +6,8 @@ to float16. `gguf.quants` is the definition; the kernels of cpu/weights.c equal 
 
 A searched scale is d = absmax / level, for the level among a few from 127 down at which the dequantized block has the
 least weighted squared error, summed as in `scales`. The level 127, llama.cpp's own, is tried first and wins ties.
+
+Weights that were 4-bit floats can be stored without any loss: then d is the power of two of `reference.exact_scales`.
 """
 
 from __future__ import annotations
@@ -20,20 +22,22 @@ from quantize8.kernels.scales import ScaleSearch, folded
 Q8_0 = "Q8_0"  # llama.cpp's name of the type
 BLOCK = 32  # weights that share a scale
 BLOCK_BYTES = 34
-_SCALE_BYTES = 2
+_SCALE = np.dtype("<f2")
+_SCALE_BYTES = _SCALE.itemsize
 # The codes that absmax can get. A block is so short that a slightly wider step often fits its weights better, the
 # largest one included. Clipping, as for whole rows, gains nothing here. Compared with 127 alone these nine levels
 # remove 10% of the error on normally distributed weights; 16 levels would remove 11%.
 _LEVELS = (INT8_MAX - np.arange(9)).astype(np.float32)
 
 
-def quantize_rows(values: Array, search: ScaleSearch | None = None) -> Array:
+def quantize_rows(values: Array, search: ScaleSearch | None = None, exact: bool = False) -> Array:
     """Quantize rows of a weight to Q8_0.
 
     Args:
         values: Contiguous float32 [N, K], K a multiple of 32.
         search: Search the scales with the least error, weighted by its importance; its exact columns are ignored, as
             Q8_0 cannot store any. None for llama.cpp's own scales.
+        exact: Take the scale of `reference.exact_scales` for each block that has one.
 
     Returns:
         uint8 [N, K // 32 * 34]. A block with NaN, infinity or an absmax beyond 127 * 65504 has a scale that is not
@@ -41,13 +45,36 @@ def quantize_rows(values: Array, search: ScaleSearch | None = None) -> Array:
     """
     blocks = values.reshape(-1, BLOCK)
     with np.errstate(all="ignore"):
-        packed, scales = np.empty((len(blocks), BLOCK_BYTES), np.uint8), scale_of(_absmax(blocks))
+        scales = scale_of(absmax_of(blocks))
         if search is not None:
             scales = _searched(blocks, search.weights(values.shape[1]).reshape(-1, BLOCK))
-        inverses = _inverses(scales)
-        cpu.library().q8_0_encode(pointer(blocks), pointer(inverses), len(blocks), pointer(packed))
+        if exact:
+            powers = cpu.exact_scales(blocks, _SCALE)
+            scales = np.where(powers > 0, powers, scales)
+        packed = encode(blocks, _inverses(scales))
         _put_scales(packed, scales)
     return packed.reshape(len(values), values.shape[1] // BLOCK * BLOCK_BYTES)
+
+
+def encode(blocks: Array, inverses: Array) -> Array:
+    """The codes of blocks: weights times the inverse of the scale, rounded half away from zero.
+
+    Args:
+        blocks: Contiguous float32 [B, 32].
+        inverses: float32 [B].
+
+    Returns:
+        uint8 [B, 34]; the two bytes before the codes of a block, for the scale, are not set.
+    """
+    packed = np.empty((len(blocks), BLOCK_BYTES), np.uint8)
+    cpu.library().q8_0_encode(pointer(blocks), pointer(inverses), len(blocks), pointer(packed))
+    return packed
+
+
+def codes_of(packed: Array) -> Array:
+    """The codes of blocks uint8 [..., 34], int8 [..., 32]; a view."""
+    codes: Array = packed[..., _SCALE_BYTES:].view(np.int8)
+    return codes
 
 
 def carry_rows(codes: Array, absmax: Array) -> Array:
@@ -64,7 +91,7 @@ def carry_rows(codes: Array, absmax: Array) -> Array:
     """
     rows, columns = codes.shape
     packed = np.empty((rows, columns // BLOCK, BLOCK_BYTES), np.uint8)
-    packed[:, :, _SCALE_BYTES:] = codes.reshape(rows, columns // BLOCK, BLOCK).view(np.uint8)
+    codes_of(packed)[:] = codes.reshape(rows, columns // BLOCK, BLOCK)
     with np.errstate(all="ignore"):
         _put_scales(packed, np.broadcast_to(scale_of(absmax)[:, None], packed.shape[:2]))
     return packed.reshape(rows, columns // BLOCK * BLOCK_BYTES)
@@ -85,7 +112,7 @@ def first_unfit(packed: Array) -> int | None:
     return None if fit.all() else int(np.argmin(fit))
 
 
-def row_errors(values: Array, packed: Array) -> tuple[Array, Array]:
+def row_errors(values: Array, packed: Array, scales: Array | None = None) -> tuple[Array, Array]:
     """The sum of squares of each row, and the sum of squares of its quantization error.
 
     In each row, weight i of every block is added to sum i of 32; these sums are then added from left to right. This
@@ -94,19 +121,20 @@ def row_errors(values: Array, packed: Array) -> tuple[Array, Array]:
     Args:
         values: Contiguous float32 [N, K].
         packed: uint8 [N, K // 32 * 34], as `quantize_rows` or `carry_rows` makes it.
+        scales: Contiguous float32 [N, K // 32], instead of those in `packed`.
 
     Returns:
         Two arrays float64 [N]: squares of the values, and of the errors.
     """
     squares, errors = np.zeros((len(values), BLOCK)), np.zeros((len(values), BLOCK))
-    scales, blocks = _scales(packed), values.shape[1] // BLOCK
+    scales, blocks = _scales(packed) if scales is None else scales, values.shape[1] // BLOCK
     cpu.library().q8_0_add_squares(
         *map(pointer, (values, packed, scales)), len(values), blocks, pointer(squares), pointer(errors)
     )
     return np.cumsum(squares, axis=1)[:, -1], np.cumsum(errors, axis=1)[:, -1]
 
 
-def _absmax(blocks: Array) -> Array:
+def absmax_of(blocks: Array) -> Array:
     """The largest magnitude of each block [B, 32]: float32 [B], NaN where the block holds a NaN."""
     peaks = np.empty(len(blocks), np.uint32)
     cpu.library().q8_0_peaks(pointer(blocks), len(blocks), pointer(peaks))
@@ -160,16 +188,16 @@ def search_scales(blocks: Array, weights: Array) -> Array:
 
 def _candidates(blocks: Array) -> tuple[Array, Array, Array]:
     """The scales of each level and block, their inverses, and the float16 scales that are stored: float32 [L, B]."""
-    scales: Array = np.ascontiguousarray(_absmax(blocks) / _LEVELS[:, None])
-    return scales, _inverses(scales), scales.astype("<f2").astype(np.float32)
+    scales: Array = np.ascontiguousarray(absmax_of(blocks) / _LEVELS[:, None])
+    return scales, _inverses(scales), scales.astype(_SCALE).astype(np.float32)
 
 
 def _scales(packed: Array) -> Array:
     """The scales float32 [N, K // 32] of blocks uint8 [N, K // 32 * 34]."""
     blocks = packed.reshape(len(packed), packed.shape[1] // BLOCK_BYTES, BLOCK_BYTES)
-    scales: Array = np.ascontiguousarray(blocks[:, :, :_SCALE_BYTES]).view("<f2")[:, :, 0].astype(np.float32)
+    scales: Array = np.ascontiguousarray(blocks[:, :, :_SCALE_BYTES]).view(_SCALE)[:, :, 0].astype(np.float32)
     return scales
 
 
 def _put_scales(packed: Array, scales: Array) -> None:
-    packed[..., :_SCALE_BYTES] = np.ascontiguousarray(scales.astype("<f2"))[..., None].view(np.uint8)
+    packed[..., :_SCALE_BYTES] = np.ascontiguousarray(scales.astype(_SCALE))[..., None].view(np.uint8)

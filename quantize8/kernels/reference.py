@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -255,6 +256,40 @@ def scale_of(absmax: Array) -> Array:
     """The step between two adjacent codes: absmax / 127, in float32."""
     scale: Array = absmax / np.float32(INT8_MAX)
     return scale
+
+
+def exact_scales(values: Array, dtype: np.dtype[Any]) -> Array:
+    """The scales that lose nothing: powers of two of which all values of a row are multiples, at most 127 times.
+
+    4-bit floats (formats/float4.py) have such a scale: in a block of MXFP4 every weight is 0, 1, 2, 3, 4, 6, 8 or 12
+    times the same power of two. Of several powers the smallest is taken, with which the largest code is the largest
+    possible. Where `dtype` does not hold that one, a larger power that it holds may still divide all values.
+
+    Args:
+        values: float32 [R, K].
+        dtype: The dtype in which scales are stored.
+
+    Returns:
+        float32 [R], numbers of `dtype` whose inverse is finite in float32; 0 for a row that has no such scale, or only
+        zeros. The codes are values / scale.
+    """
+    (least, most), peaks = scale_limits(dtype), np.abs(values).max(axis=1, initial=0.0)
+    usable = np.isfinite(peaks) & (peaks > 0)
+    fraction, exponent = np.frexp(np.where(usable, peaks, 1))
+    needed = exponent - INT8_MAX.bit_length() + (fraction > INT8_MAX / (INT8_MAX + 1))
+    power = np.maximum(np.ldexp(np.float32(1), needed), least)
+    usable &= power <= most
+    steps = np.rint(np.where(usable[:, None], values, 0) / power[:, None])
+    usable &= (steps * power[:, None] == values).all(axis=1)
+    scales: Array = np.where(usable, power, np.float32(0))
+    return scales
+
+
+def scale_limits(dtype: np.dtype[Any]) -> tuple[np.float32, np.float32]:
+    """The smallest power of two that `dtype` holds and that has an inverse in float32, and the largest number."""
+    limits: Any = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
+    least = max(np.float32(limits.smallest_subnormal), np.finfo(np.float32).tiny)
+    return np.float32(least), np.float32(limits.max)
 
 
 def codes_of(values: Array, absmax: Array) -> Array:

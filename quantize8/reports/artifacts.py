@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -39,15 +40,19 @@ def conversion(result: Conversion) -> RenderableType:
         rows.add_row("outliers", f"{wide} columns, {exact} of them stored exactly: {size(plan.outliers.nbytes)}")
     if plan.guessed:
         rows.add_row("guessed", f"which layers are Linear, from their names: {plan.guessed}")
-    for title, found in (("left in float", plan.kept), ("left out", plan.left_out)):
+    for title, found in (("left in float", plan.kept), ("not loaded", plan.unloaded), ("left out", plan.left_out)):
         for reason, names in sorted(_by_reason(found).items()):
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            nbytes = sum(tensor.nbytes for name in names for tensor in plan.outputs_of(name) if found is plan.kept)
-            rows.add_row(title, f"{names[0]}{more}{f', {size(nbytes)}' if nbytes else ''}: {reason}")
+            nbytes = sum(tensor.nbytes for name in names for tensor in plan.outputs_of(name))
+            rows.add_row(title, f"{names[0]}{more}: {reason}{f' ({size(nbytes)})' if nbytes else ''}")
+    for loader, reason in plan.closed_to.items():
+        rows.add_row("not for", f"{loader}: {reason}")
     if plan.carries:
         rows.add_row("codes", "copied from the source")
     elif result.errors:
         rows.add_row("relative error", f"{numbers['mean_relative_error']:.4f} mean, {numbers['worst']}")
+    if numbers["exact"] is not None:
+        rows.add_row("exact", f"{_percent(numbers['exact'])} of the weights that were 4-bit floats")
     if result.resumed:
         resumed = f"{result.resumed} tensors ({size(result.resumed_bytes)})"
         rows.add_row("resumed", f"{resumed} were already written and are valid")
@@ -62,6 +67,11 @@ def conversion(result: Conversion) -> RenderableType:
 def verification(result: Verification) -> RenderableType:
     """Make the line that summarizes a verification."""
     return Text(f"{result.artifact}: {result.tensors} tensors, {result.files} files, {size(result.nbytes)}: all good")
+
+
+def _percent(share: float) -> str:
+    """A share rounded down, so that only all of it is 100%."""
+    return "100%" if share == 1 else f"{math.floor(share * 1000) / 10:.1f}%"
 
 
 def _check(found: Check) -> str:

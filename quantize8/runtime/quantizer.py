@@ -28,7 +28,8 @@ from quantize8.runtime.experts import SCALE, Int8Experts
 from quantize8.runtime.linear import Int8Linear, quantize
 from quantize8.runtime.training import TrainableInt8Linear
 from quantize8.sources.experts import layouts_of
-from quantize8.sources.structure import CONV1D, READ_DIRECTLY, linear_kinds
+from quantize8.sources.reading import read_by_code
+from quantize8.sources.structure import CONV1D, linear_kinds
 
 __all__ = ["METHOD", "Int8Config", "Int8Quantizer", "enable"]
 
@@ -110,7 +111,7 @@ class Int8Quantizer(HfQuantizer):
             skip += [name for name, device in device_map.items() if device in ("cpu", "disk")]
         skip += _tied_modules(model)
         if not self.pre_quantized:  # what a folder stores as int8 must not be loaded as floating point
-            skip += [name for name in linear_kinds(model) if name.endswith(READ_DIRECTLY)]
+            skip += sorted(read_by_code(model))
         mode: OutlierMode | None = getattr(config, "mode", None)  # a BitsAndBytesConfig names none
         if getattr(config, "quantize_experts", False) and not config.llm_int8_has_fp16_weight:
             for name, layout in layouts_of(model, {}).items():

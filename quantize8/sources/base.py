@@ -55,12 +55,15 @@ BLOCK_BYTES = 4 * 2**20  # size of a block that is read: several fit a core's sh
 READERS = 2  # threads that check or measure tensors in parallel: one reads while the other computes
 QUANTIZABLE = ("F16", "BF16", "F32")
 FLOATING = ("F64", *QUANTIZABLE)
+MXFP4, NVFP4 = FLOAT4 = ("MXFP4", "NVFP4")  # of 4-bit floats in blocks that share a scale (formats/float4.py)
 FLOAT_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # in a config.json
 CONFIG_NAME = "config.json"
+QUANT_CONFIG_NAME = "hf_quant_config.json"  # ModelOpt's: how the weights are quantized
 _MODULES_NAME = "modules.json"  # sentence-transformers: the modules that process a text, starting with the model
 
 # Files of a model folder, by name
-_OURS = ("config.json", "*.index.json", "quantize8.json")  # an artifact has its own version of these
+# An artifact has its own version of these, if any
+_OURS = (CONFIG_NAME, "*.index.json", "quantize8.json", QUANT_CONFIG_NAME)
 _WEIGHTS = (
     *(".safetensors", ".bin", ".gguf", ".ggml", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot"),
     *(".onnx", ".onnx_data", ".tflite", ".nemo", ".mlmodel", ".mlpackage", ".xml", ".engine"),
@@ -84,7 +87,7 @@ class TensorInfo:
         dtype: The dtype in which `Checkpoint.rows` returns it, by its safetensors name.
         shape: Shape of the tensor.
         file: The file that contains it, relative to the model folder.
-        stored_dtype: The dtype in which its values are stored; `dtype` by default.
+        stored_dtype: The dtype in which its values are stored, a name of DTYPES or FLOAT4; `dtype` by default.
         is_int8: Whether it is stored as int8 codes with one scale per row; `Checkpoint.int8_rows` returns these.
         nbytes: Size of the values in `dtype`, in bytes.
 
@@ -117,7 +120,8 @@ class Checkpoint(ABC):
         identity: What the manifest records about the source: its id, and its revision if it is a hub model.
         tensors: The tensors by name, in the order in which they are stored.
         files: Weight file -> number of leading bytes that identify its content.
-        decoded: Weights [N, K] that are stored quantized and that `rows` returns in float32.
+        decoded: Weights that are stored quantized and that `rows` decodes: [N, K] in float32, or the fused experts of
+            a layer [E, K, N] in bfloat16.
         is_remote: Whether the weights are read over the network and not stored on this machine.
         one_reader_a_file: Whether each file should be read by one thread, tensor by tensor in the order of `tensors`.
     """

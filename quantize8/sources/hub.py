@@ -11,7 +11,7 @@ from pathlib import Path
 from quantize8.errors import SourceError, first_line
 from quantize8.formats.gguf.parts import group_parts
 from quantize8.sources import safetensors, torch_bin
-from quantize8.sources.base import CONFIG_NAME, files_to_copy
+from quantize8.sources.base import CONFIG_NAME, QUANT_CONFIG_NAME, files_to_copy
 from quantize8.sources.ranges import Digest, HubFile, Interrupted
 
 _MANIFEST = "quantize8.json"
@@ -181,7 +181,8 @@ def needed_files(names: list[str]) -> tuple[list[str], list[str]]:
     weights = weights or [name for name in top if fnmatch(name, "pytorch_model*.bin")]
     models = list(group_parts(top).values())
     weights = weights or (models[0] if len(models) == 1 else [])
-    small = {name for name in top if name in (CONFIG_NAME, _MANIFEST) or name.endswith(".index.json")}
+    settings = (CONFIG_NAME, QUANT_CONFIG_NAME, _MANIFEST)
+    small = {name for name in top if name in settings or name.endswith(".index.json")}
     return sorted(weights), sorted(small.union(files_to_copy(names)))
 
 

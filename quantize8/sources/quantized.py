@@ -7,10 +7,20 @@ from typing import Any
 
 from quantize8 import limits
 from quantize8.errors import SourceError
-from quantize8.formats import BITSANDBYTES, COMPRESSED_TENSORS, awq, bitsandbytes, compressed_tensors, fp8, gptq
+from quantize8.formats import (
+    BITSANDBYTES,
+    COMPRESSED_TENSORS,
+    awq,
+    bitsandbytes,
+    compressed_tensors,
+    fp8,
+    gptq,
+    modelopt,
+    mxfp4,
+)
 from quantize8.formats.encoding import Encoding, RowwiseInt8
 from quantize8.kernels.reference import Array
-from quantize8.sources.base import Checkpoint, TensorInfo, contained
+from quantize8.sources.base import QUANT_CONFIG_NAME, Checkpoint, TensorInfo, contained
 from quantize8.sources.wrapper import Wrapper
 
 _FORMATS: dict[str, Callable[[Checkpoint, dict[str, Any]], dict[str, Encoding]]] = {
@@ -19,11 +29,13 @@ _FORMATS: dict[str, Callable[[Checkpoint, dict[str, Any]], dict[str, Encoding]]]
     fp8.METHOD: fp8.find,
     awq.METHOD: awq.find,
     gptq.METHOD: gptq.find,
+    mxfp4.METHOD: mxfp4.find,
+    modelopt.METHOD: modelopt.find,
 }
 
 
 class QuantizedCheckpoint(Wrapper):
-    """The weights of `stored` under their usual names, in float32; `int8_rows` gives int8 weights unchanged.
+    """The weights of `stored` under their usual names, dequantized; `int8_rows` gives int8 weights unchanged.
 
     Args:
         stored: The checkpoint as it is stored.
@@ -35,7 +47,7 @@ class QuantizedCheckpoint(Wrapper):
 
     def __init__(self, stored: Checkpoint, encodings: dict[str, Encoding]) -> None:
         super().__init__(stored, {})
-        self.encodings = {f"{module}.weight": encoding for module, encoding in encodings.items()}
+        self.encodings = {encoding.name: encoding for encoding in encodings.values()}
         self.decoded = frozenset(self.encodings)
         parts = {part: name for name, encoding in self.encodings.items() for part in encoding.tensors}
         for info in stored.tensors.values():
@@ -45,8 +57,8 @@ class QuantizedCheckpoint(Wrapper):
                 self.tensors[info.name] = info
             elif name is not None and name not in self.tensors:
                 encoding = self.encodings[name]
-                stored_dtype, is_int8 = stored.tensors[encoding.tensors[0]].dtype, isinstance(encoding, RowwiseInt8)
-                self.tensors[name] = TensorInfo(name, "F32", encoding.shape, info.file, stored_dtype, is_int8)
+                how = (encoding.stored_dtype, isinstance(encoding, RowwiseInt8))
+                self.tensors[name] = TensorInfo(name, encoding.dtype, encoding.shape, info.file, *how)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -101,6 +113,8 @@ def decode(stored: Checkpoint) -> Checkpoint:
         is_cast = any(info.dtype.startswith("F8") for info in stored.tensors.values())
         return fp8.uncast(stored) if is_cast else stored
     method = entry.get("quant_method", BITSANDBYTES if "load_in_8bit" in entry else None)
+    if isinstance(method, str) and method.startswith(modelopt.METHOD):  # vLLM's names add the kind: modelopt_fp4
+        method = modelopt.METHOD
     if method is None and "group_size" in entry:
         method = "MLX"
     if not isinstance(method, str) or method not in _FORMATS:
@@ -117,14 +131,20 @@ def decode(stored: Checkpoint) -> Checkpoint:
 
 
 def _entry(stored: Checkpoint) -> dict[str, Any] | None:
-    """The quantization_config of config.json; for AutoGPTQ's first checkpoints, the contents of a separate file."""
+    """The quantization_config of config.json, or for early checkpoints of AutoGPTQ and ModelOpt that of a file."""
     config = stored.config
     entry = next((config[key] for key in (*_CONFIG_KEYS, _MLX_KEY) if config.get(key)), None)
     if entry is not None and not isinstance(entry, dict):
         raise SourceError(f"{stored.folder}: its quantization_config is not a JSON object; fetch config.json again")
-    packed = next((name for name in stored.tensors if name.endswith(_PACKED)), None)
-    if entry is not None or packed is None:
+    if entry is not None:
         return entry
+    path = stored.folder / QUANT_CONFIG_NAME
+    if path.is_file() and any(name.endswith(modelopt.SCALE) for name in stored.tensors):
+        found = limits.read_object(contained(path, stored.folder), limits.CONFIG_BYTES, SourceError)
+        return found | {"quant_method": modelopt.METHOD}
+    packed = next((name for name in stored.tensors if name.endswith(_PACKED)), None)
+    if packed is None:
+        return None
     path = stored.folder / _GPTQ_NAME
     if not path.is_file():
         raise SourceError(

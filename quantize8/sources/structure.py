@@ -39,22 +39,24 @@ from quantize8.sources.experts import (
     slices_of,
 )
 from quantize8.sources.native import build_meta_model, is_known
+from quantize8.sources.reading import read_by_code, read_on_loading
 
 LINEAR, CONV1D = "Linear", "Conv1D"  # Conv1D is GPT-2's Linear, with its weight stored [in, out]
 EXPERT = "expert"  # a matrix of one expert, which checkpoints store separately and transformers joins with the others
 # A matrix of an expert whose gate and up projection are one matrix with alternating rows (gpt-oss). vLLM's loader of
 # such a model takes int8 only if it is packed (vllm 0.32, models/gpt_oss.py, GptOssRoutedExperts.weight_loader).
 PACKED_EXPERT = "packed expert"
+EMBEDDED = "Embedding"  # the input embedding
 
 _WRAPPERS = ("module.", "_orig_mod.", "_forward_module.", "_fsdp_wrapped_module.", "base_model.model.")
 _OLD_BUFFER = ".rotary_emb.inv_freq"  # which earlier releases of transformers saved
 _IN_LAYER = re.compile(r"(.+?)\.\d+\.(.+)")  # a list of layers, and a module of one
 _FURTHER = re.compile(r"(^|\.)mtp")  # a list of layers for multi-token prediction
-# Mamba's forward multiplies by the layer's weight instead of calling the layer: it would take int8 codes for the weight
-READ_DIRECTLY = ("dt_proj",)
+READ_BY_CODE = "the model's code reads its weight, and would take int8 codes for it"
+_CONVERTED = "transformers splits it, or joins it with others, while it loads the model"
 _FOREIGN = "not part of transformers' model"
 FUSED_EXPERTS = "experts in one tensor, which this format cannot hold in int8"
-_CONVERTED = "transformers splits or joins it while loading, which it cannot do with int8"
+_MTP = "a layer for multi-token prediction, which vLLM runs and transformers does not load"
 _NOT_LINEAR = re.compile(r"embed|wte|wpe|norm|ln_|position|token_type|shared|relative_attention|router|gate$|head$")
 
 
@@ -91,6 +93,8 @@ class Structure:
         kept: The reason, by module name in the checkpoint, for each module that stays in float because transformers'
             8-bit loading leaves it alone or does not know it.
         output_head: The module of `kept` that is the output head and has its own weight (not tied), if there is one.
+        embedding: The module of the input embedding, if it is an ordinary one.
+        tied_head: The output head, if it has no weight of its own but that of the embedding.
         model_names: The module name in the model, by module name in the checkpoint, if they differ.
         absent: Linear modules of the model (by the model's names) that have no weight of their own in the checkpoint.
         experts: Matrices of single experts, which transformers joins into one tensor that is not a Linear module.
@@ -101,6 +105,7 @@ class Structure:
         others: The reason, by tensor name, for each floating-point tensor that is not the weight of a Linear module.
         towers: The part of the model, by module name in the checkpoint, of each module that is outside of the language
             model, if that is only a part of the model.
+        unloaded: The reason, by tensor name, for each tensor that transformers does not load.
         read_on_loading: Modules whose weight transformers reads while it loads the model, even if the checkpoint
             stores the weight under another name.
         missing: Parameters (by the model's names) that the model needs and that are neither stored nor tied.
@@ -112,6 +117,8 @@ class Structure:
     linears: dict[str, str]
     kept: dict[str, str] = field(default_factory=dict)
     output_head: str | None = None
+    embedding: str | None = None
+    tied_head: str | None = None
     model_names: dict[str, str] = field(default_factory=dict)
     absent: list[str] = field(default_factory=list)
     experts: list[str] = field(default_factory=list)
@@ -121,6 +128,7 @@ class Structure:
     replaced: bool = False
     others: dict[str, str] = field(default_factory=dict)
     towers: dict[str, str] = field(default_factory=dict)
+    unloaded: dict[str, str] = field(default_factory=dict)
     read_on_loading: set[str] = field(default_factory=set)
     missing: list[str] = field(default_factory=list)
     wrong_shapes: list[str] = field(default_factory=list)
@@ -211,7 +219,8 @@ def read_structure(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo],
         untied = HEAD in weights and not config.get("tie_word_embeddings", False)
         rest = tensors.keys() - {f"{name}.weight" for name in (*linears, HEAD)}
         others = {name: "embedding" if name == f"{EMBEDDING}.weight" else "norm or bias" for name in rest}
-        return Structure(linears, {HEAD: "output head"}, HEAD if untied else None, others=others)
+        found = Structure(linears, {HEAD: "output head"}, others=others, embedding=EMBEDDING)
+        return replace(found, output_head=HEAD) if untied else replace(found, tied_head=HEAD)
     model_type = config.get("model_type")
     require(f"to find the Linear layers of {architecture_of(config) or model_type}", "transformers", "torch")
     if not is_known(config):
@@ -323,12 +332,14 @@ def _from_model(model: Any, tensors: Mapping[str, TensorInfo], weights: list[str
     targets = targets_in_model(model, tensors, conversions)
     structure = Structure({}, towers=_outside_of_language(model))
     _add_experts(structure, model, tensors, targets, conversions)
-    fixed = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or []), *READ_DIRECTLY]
+    fixed = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or [])]
     _add_linears(structure, model, {name: targets[f"{name}.weight"] for name in weights}, fixed)
     _add_others(structure, model, tensors, targets)
+    _add_embedding(structure, model, targets)
+    _add_unloaded(structure, state, targets)
     present = {target.name for target in targets.values()}
     structure.absent = sorted(name for name in linear_kinds(model) if f"{name}.weight" not in present)
-    read = _read_on_loading(model)
+    read = read_on_loading(model)
     structure.read_on_loading = {name for name in weights if targets[f"{name}.weight"].module in read}
     fused = {fusion.parameter for fusion in structure.fusions.values()}
     structure.missing = [name for name in _missing(model, targets) if name not in fused]
@@ -350,7 +361,7 @@ def _add_linears(structure: Structure, model: Any, targets: Mapping[str, Target]
     }
     known = [name.removesuffix(".weight") for name in model.state_dict()]
     likes = _likes([target.module for target in targets.values()], known)
-    head = model.get_output_embeddings()
+    head, by_code = model.get_output_embeddings(), read_by_code(model)
     tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
     experts = set(structure.experts)
     for name, target in targets.items():
@@ -363,13 +374,13 @@ def _add_linears(structure: Structure, model: Any, targets: Mapping[str, Target]
             structure.kept[name] = _CONVERTED
         elif like is None or like in others:
             structure.kept[name] = others.get(like or "", _FOREIGN)
+        elif like in by_code:
+            structure.kept[name] = READ_BY_CODE
         elif not is_skipped(in_model, fixed):
             structure.linears[name] = modules[like]
         else:
             is_head = head is not None and model.get_submodule(like) is head
             structure.kept[name] = "output head" if is_head else "kept in floating point by transformers"
-            if in_model.endswith(READ_DIRECTLY):
-                structure.kept[name] = "the model reads its weight without calling the layer"
             if is_head and in_model not in tied:
                 structure.output_head = name
 
@@ -428,6 +439,44 @@ def _add_others(
             structure.others[name] = FUSED_EXPERTS
 
 
+def _add_unloaded(structure: Structure, state: Mapping[str, Any], targets: Mapping[str, Target]) -> None:
+    """Add the tensors that the model has no place for."""
+    fused = {part for fusion in structure.fusions.values() for parts in fusion.parts for part in parts}
+    names = [name for name, target in targets.items() if target.name not in state and not name.endswith(_OLD_BUFFER)]
+    likes = _likes([targets[name].module for name in names], [name.removesuffix(".weight") for name in state])
+    further = {_layer(name) for name in names if targets[name].module in likes}
+    for name in names:
+        if name not in fused:
+            is_mtp = _layer(name) in further or _FURTHER.search(name)
+            structure.unloaded[name] = _MTP if is_mtp else "transformers does not load it"
+
+
+def _layer(name: str) -> str:
+    """The layer that a tensor belongs to, such as model.layers.61; its whole name if there is none."""
+    match = _IN_LAYER.fullmatch(name)
+    return name.removesuffix(f".{match[2]}") if match else name
+
+
+def _add_embedding(structure: Structure, model: Any, targets: Mapping[str, Target]) -> None:
+    """Add the input embedding, and the output head that shares its weight."""
+    from torch import nn
+
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(embedding, nn.Embedding):
+        return
+    weight = f"{names[id(embedding)]}.weight"
+    stored = [name for name, target in targets.items() if target.name == weight and target.pattern is None]
+    if len(stored) != 1 or not stored[0].endswith(".weight"):
+        return
+    structure.embedding = stored[0].removesuffix(".weight")
+    tied = model.all_tied_weights_keys
+    name = f"{names.get(id(head), '')}.weight"
+    is_tied = type(head) is nn.Linear and tied.get(name) == weight and name not in targets
+    if is_tied and targets_in_model(model, [name])[name].name == name:
+        structure.tied_head = name.removesuffix(".weight")
+
+
 def _outside_of_language(model: Any) -> dict[str, str]:
     """The modules outside of the language model -> the part of the model that they belong to.
 
@@ -470,44 +519,6 @@ def _modalities(module: Any) -> set[str]:
     """What a model takes: text, image, video or audio."""
     taken = module.input_modalities
     return {taken} if isinstance(taken, str) else set(taken)
-
-
-def _read_on_loading(model: Any) -> set[str]:
-    """Linear modules whose weight is read by the initialization of a module that contains them.
-
-    After loading, transformers also runs `_init_weights` on modules that have no parameters of their own; it relies on
-    loaded tensors not being changed. A layer that has no tensor named weight fails there. This function finds such
-    layers by running `_init_weights` for one module of each type, on a model without storage.
-    """
-    from torch import nn
-
-    def watched(layer: nn.Module, name: str) -> None:
-        """Record when `layer.weight` is read, until its class is restored."""
-
-        def weight(self: nn.Module) -> Any:
-            found.add(name)
-            return self._parameters["weight"]
-
-        layer.__class__ = type(type(layer).__name__, (type(layer),), {"weight": property(weight)})
-
-    result: set[str] = set()
-    readers: dict[type, set[str]] = {}
-    for name, module in model.named_modules():
-        kind = type(module)
-        if kind not in readers:
-            found: set[str] = set()
-            layers = {path: layer for path, layer in module.named_modules() if path and type(layer) is nn.Linear}
-            try:
-                for path, layer in layers.items():
-                    watched(layer, path)
-                with contextlib.suppress(Exception):  # a failed initialization reads nothing
-                    model._init_weights(module)
-            finally:
-                for layer in layers.values():
-                    layer.__class__ = nn.Linear
-            readers[kind] = found
-        result |= {f"{name}.{path}".lstrip(".") for path in readers[kind]}
-    return result
 
 
 def _wrapped(names: Collection[str]) -> str:

@@ -760,7 +760,7 @@ def _quantized(data: bytes, folder: Path) -> None:
     checkpoint = decode(_Memory(folder, _parsed(data)))
     assert checkpoint.stored_bytes >= 0
     for name, info in checkpoint.tensors.items():
-        assert checkpoint.tensors[name].stored_dtype in base.DTYPES
+        assert checkpoint.tensors[name].stored_dtype in (*base.DTYPES, *base.FLOAT4)
         for block in checkpoint.blocks(name):
             assert block.shape[1:] == info.shape[1:]
         if isinstance(checkpoint, QuantizedCheckpoint) and checkpoint.tensors[name].is_int8:
@@ -832,6 +832,19 @@ _COMPRESSED = _quantized_seeds(
     (
         {
             "quant_method": "compressed-tensors",
+            "config_groups": {"g": {"weights": {"num_bits": 4, "group_size": 16}, "format": "nvfp4-pack-quantized"}},
+        },
+        {
+            "m.weight_packed": ["U8", [2, 16]],
+            "m.weight_scale": ["F8_E4M3", [2, 2], [1.0] * 4],
+            "m.weight_global_scale": ["F32", [1], [2.0]],
+            "n.weight_packed": ["U8", [2, 16]],
+            "n.weight_scale": ["U8", [2, 1]],
+        },
+    ),
+    (
+        {
+            "quant_method": "compressed-tensors",
             "config_groups": {"g": {"weights": {"num_bits": 8, "block_structure": [2, 2]}}},
         },
         {
@@ -853,6 +866,28 @@ _BITSANDBYTES = _quantized_seeds(
         {"m.weight": ["I8", [4, 8]], "m.SCB": ["F32", [4]], "m.weight_format": ["U8", []]},
     ),
     ({"load_in_8bit": True}, {"m.weight": ["I8", [2, 0]], "m.SCB": ["F32", [2]]}),
+)
+
+_MXFP4 = _quantized_seeds(
+    (
+        {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+        {"m.down_proj_blocks": ["U8", [2, 3, 2, 16]], "m.down_proj_scales": ["U8", [2, 3, 2]]},
+    ),
+)
+_MODELOPT = _quantized_seeds(
+    (
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]},
+        {
+            "m.weight": ["U8", [2, 16]],
+            "m.weight_scale": ["F8_E4M3", [2, 2], [1.0] * 4],
+            "m.weight_scale_2": ["F32", [], 2.0],
+            "m.input_scale": ["F32", []],
+        },
+    ),
+    (
+        {"quant_method": "modelopt", "quantization": {"quant_algo": "FP8"}},
+        {"m.weight": ["F8_E4M3", [4, 6]], "m.weight_scale": ["F32", []]},
+    ),
 )
 
 
@@ -925,6 +960,8 @@ READERS: dict[str, Reader] = {
     "fp8": _json(_quantized, _FP8),
     "compressed-tensors": _json(_quantized, _COMPRESSED),
     "bitsandbytes": _json(_quantized, _BITSANDBYTES),
+    "mxfp4": _json(_quantized, _MXFP4),
+    "modelopt": _json(_quantized, _MODELOPT),
 }
 
 

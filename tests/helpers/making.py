@@ -105,11 +105,11 @@ def write_shards(folder: Path, state: dict[str, torch.Tensor], shards: int) -> N
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def mixtral(folder: Path) -> Path:
+def mixtral(folder: Path, inner: int = INNER) -> Path:
     """A Mixtral with 4 experts per layer, as transformers writes it: separate matrices for each expert."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    sizes = {"hidden_size": 32, "intermediate_size": INNER, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
+    sizes = {"hidden_size": 32, "intermediate_size": inner, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
     heads = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "num_local_experts": 4}
     torch.manual_seed(0)
     MixtralForCausalLM(MixtralConfig(**sizes, **heads, pad_token_id=0)).save_pretrained(folder)

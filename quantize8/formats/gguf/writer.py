@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
-from blake3 import blake3
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFValueType, GGUFWriter, Keys, LlamaFileType
 
 from quantize8.artifact.manifest import Quantized, summarize
@@ -23,6 +22,7 @@ from quantize8.formats import GGUF
 from quantize8.formats.base import (
     Format,
     Layout,
+    Measured,
     OutTensor,
     Piece,
     Pieces,
@@ -34,11 +34,11 @@ from quantize8.formats.base import (
 from quantize8.formats.gguf.architectures import MULTIMODAL, Field, GgufTensor, architecture, settings, tensors_of
 from quantize8.formats.gguf.header import Header as GgufHeader
 from quantize8.formats.gguf.reader import GgufCheckpoint
-from quantize8.kernels import ABSMAX, MSE, cpu, q8_0
+from quantize8.kernels import ABSMAX, MSE, q8_0
 from quantize8.kernels.q8_0 import Q8_0
 from quantize8.kernels.reference import STATS_TILE_ROWS, Array, ColumnStats, as_bytes
 from quantize8.kernels.scales import ScaleSearch
-from quantize8.sources.base import TensorInfo, architecture_of
+from quantize8.sources.base import FLOAT4, TensorInfo, architecture_of
 
 if TYPE_CHECKING:
     from quantize8.conversion.plan import Plan
@@ -131,11 +131,7 @@ class _Encoding:
 
     def __init__(self, tensor: GgufTensor, info: TensorInfo, search: ScaleSearch | None) -> None:
         self.tensor, self._info, self._search = tensor, info, search
-        self._stats = ColumnStats.empty(info.shape[-1])
-        self._source = blake3()  # digest of the values as read
-        self._peaks: list[Array] = []
-        self._squares: list[Array] = []
-        self._errors: list[Array] = []
+        self._measured = Measured(ColumnStats.empty(info.shape[-1]))
 
     def encode(self, block: Array, codes: tuple[Array, Array] | None, first_row: int) -> Array:
         """The data of the tensor that a block of rows of its source becomes.
@@ -146,29 +142,25 @@ class _Encoding:
             first_row: Index of the first of them.
         """
         chosen = self.tensor.choose(block)
-        self._source.update(as_bytes(chosen))
+        self._measured.source.update(as_bytes(chosen))
         values = np.ascontiguousarray(self.tensor.arrange(chosen), np.float32)
         if self.tensor.dtype != Q8_0:
             return values + np.float32(self.tensor.offset) if self.tensor.offset else values
         if codes is not None:
             data = q8_0.carry_rows(*(self.tensor.arrange(self.tensor.choose(part)) for part in codes))
         else:
-            data = q8_0.quantize_rows(values, self._search)
+            data = q8_0.quantize_rows(values, self._search, self._info.stored_dtype in FLOAT4)
         if (row := q8_0.first_unfit(data)) is not None:
             first, step = self.tensor.rows
             raise cannot_hold(self._info, first_row + first + row * step, "Q8_0's float16 scale")
-        cpu.quantize_rowwise(values, self._stats)
-        self._peaks.append(np.abs(values).max(axis=1, initial=0))
-        for sums, rows in zip((self._squares, self._errors), q8_0.row_errors(values, data), strict=True):
-            sums.append(rows)
+        self._measured.add(values, q8_0.row_errors(values, data))
         return data
 
     def complete(self) -> Quantized:
         """The statistics of all rows, with Q8_0's error."""
-        stats = self._stats
-        stats.sum_square, stats.sum_error = np.concatenate(self._squares), np.concatenate(self._errors)
-        peaks, scale = np.concatenate(self._peaks), ABSMAX if self._search is None else MSE
-        return summarize(stats, peaks, self._info.stored_dtype, self._source.hexdigest(), False, scale)
+        stats, peaks = self._measured.complete()
+        scale, digest = ABSMAX if self._search is None else MSE, self._measured.source.hexdigest()
+        return summarize(stats, peaks, self._info.stored_dtype, digest, False, scale)
 
 
 def carried(source: GgufHeader) -> list[Field]:
