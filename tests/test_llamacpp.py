@@ -4,12 +4,16 @@ llama.cpp rounds activations to int8 and stores keys and values in float16, so l
 the wrong order, lost biases or wrong rotary frequencies make them differ as much as those of unrelated models.
 """
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from gguf import Keys
 from helpers.gguf_files import WRITTEN, assemble, config_of, dequantized, folder_of, multimodal
+from safetensors.torch import load_file, save_file
+from test_mxfp4 import packed
+from transformers import AutoModelForCausalLM
 
 from benchmarks.llama_cpp import served
 from quantize8 import convert
@@ -148,6 +152,28 @@ def test_gpt_oss_with_its_rotary_embeddings(tmp_path):
     assemble(folder_of(tmp_path / "model", config), tmp_path / "tiny.gguf")
     assert difference(tmp_path / "tiny.gguf", dequantized(config), IDS) < 0.1
     assert difference(tmp_path / "tiny.gguf", dequantized(config_of("gpt-oss", **sizes)), IDS) > 0.5
+
+
+def test_gpt_oss_as_it_is_published(tmp_path):
+    """In MXFP4, whose blocks of 32 become blocks of Q8_0 without any loss."""
+    source = folder_of(tmp_path / "source", config_of("gpt-oss", dtype="bfloat16"))
+    for path in (source / "tokenizer").iterdir():
+        path.rename(source / path.name)
+    state = {name: value.bfloat16() for name, value in load_file(source / "model.safetensors").items()}
+    for name in [name for name in state if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = state.pop(name).shape
+        state[f"{name}_blocks"], state[f"{name}_scales"] = packed(experts, rows, columns, 120, 125)
+    save_file(state, source / "model.safetensors", {"format": "pt"})
+    config = config_of("gpt-oss", dtype="bfloat16", quantization_config={"quant_method": "mxfp4"})
+    (source / "config.json").write_text(json.dumps(config))
+    result = convert(str(source), tmp_path / "out", format="gguf", check=True)
+    experts = {name: each.quantized for name, each in result.manifest.tensors.items() if "exps.weight[" in name}
+    assert len(experts) == 24 and {each.relative_error for each in experts.values()} == {0.0}
+    assert {each.source_dtype for each in experts.values()} == {"MXFP4"}
+    convert(str(source), tmp_path / "float32", format="float32")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float32", dtype=torch.float32).eval()
+    (path,) = (tmp_path / "out").glob("*.gguf")
+    assert difference(path, model, IDS) < 0.1
 
 
 @pytest.mark.parametrize("prefixes", [("language_model.model.", ""), ("model.language_model.", "model.")])
