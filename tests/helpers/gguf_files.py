@@ -162,7 +162,7 @@ def multimodal(folder: Path, language: str, prefix: str) -> Path:
 
 def write_tokenizer(folder: Path) -> None:
     """Byte fallback and a few merges, in the shape that transformers gives Llama's SentencePiece."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     texts += ["▁", *"abcdefghijklmnopqrstuvwxyz.,", *MERGED]
     cuts = [(text[:cut], text[cut:]) for text in MERGED for cut in range(1, len(text))]
