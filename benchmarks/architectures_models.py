@@ -33,12 +33,30 @@ KINDS = {  # kind -> transformers' tables of the classes for it, the preferred c
 }
 # Encoders without a head that text, image or audio models are made of; further ones are parts of models above.
 ENCODERS = (
-    *("clip", "clip_text_model", "clip_vision_model", "siglip", "siglip2", "siglip_vision_model", "siglip2_vision_model"),
+    *(
+        "clip",
+        "clip_text_model",
+        "clip_vision_model",
+        "siglip",
+        "siglip2",
+        "siglip_vision_model",
+        "siglip2_vision_model",
+    ),
     *("chinese_clip", "altclip", "align", "metaclip_2", "aimv2", "blip_2_qformer", "bridgetower", "flava", "groupvit"),
     *("dpr", "bros", "canine", "layoutlmv3", "lilt", "lxmert", "markuplm", "splinter", "visual_bert", "vilt"),
     *("vit", "vit_mae", "vit_msn", "deit", "beit", "data2vec-vision", "dinov2", "dinov2_with_registers", "dinov3_vit"),
     *("ijepa", "videomae", "vivit", "timesformer", "vjepa2", "yolos", "pixtral", "mlcd_vision_model", "swin", "swinv2"),
-    *("wav2vec2", "wav2vec2-bert", "wav2vec2-conformer", "hubert", "wavlm", "unispeech", "unispeech-sat", "sew", "sew-d"),
+    *(
+        "wav2vec2",
+        "wav2vec2-bert",
+        "wav2vec2-conformer",
+        "hubert",
+        "wavlm",
+        "unispeech",
+        "unispeech-sat",
+        "sew",
+        "sew-d",
+    ),
     *("data2vec-audio", "audio-spectrogram-transformer", "clap", "parakeet_ctc", "parakeet_encoder", "lasr_encoder"),
     *("qwen2_audio_encoder", "voxtral_encoder", "audioflamingo3_encoder", "imagegpt", "decision_transformer", "owlvit"),
     *("embedding_gemma2", "openai_privacy_filter", "xclip", "clipseg", "x-clip", "tipsv2", "mimi", "encodec"),
@@ -65,12 +83,18 @@ RULES: list[tuple[str, Rule]] = [
     (r"qk_head_dim", _at_most(24)),
     (r"head_dim|d_kv$|head_size|kv_channels|dim_head|d_head|query_pre_attn_scalar", _at_most(WIDTH // HEADS)),
     (r"lora_rank|lowrank|_rank$", _at_most(WIDTH // 2)),
-    (r"feat_extract|stages|conv_(layers|dim|stride|kernel)$|upsampl|downsampl|kernel|stride|dilation|ratio", lambda n: n),
+    (
+        r"feat_extract|stages|conv_(layers|dim|stride|kernel)$|upsampl|downsampl|kernel|stride|dilation|ratio",
+        lambda n: n,
+    ),
     (r"first_k_dense|dense_layers|attn_layer_offset|expert_layer_offset", _at_most(1)),
     (r"kv_shared_layers|nextn|mtp|num_adapter_layers", lambda n: 0),
     (r"layer_period|interval|sparse_step|layer_step|window_pattern|cross_attention_frequency|every_n", _at_most(2)),
     (r"layers?$|depth$|n_layer$|num_blocks$|num_hidden_groups", _at_most(2)),
-    (r"inter(mediate)?_size|ffn|d_ff$|dff$|dim_ff$|n_inner|inner_dim|feed_?forward_(size|dim)|mlp_dim", _at_most(INNER)),
+    (
+        r"inter(mediate)?_size|ffn|d_ff$|dff$|dim_ff$|n_inner|inner_dim|feed_?forward_(size|dim)|mlp_dim",
+        _at_most(INNER),
+    ),
     (r"image_size|crop_size|resolution", _at_most(IMAGE)),
     (r"num_mel_bins|mel_dim", _at_most(16)),
     (r"^patch_size|[^l]_patch_size", _at_most(PATCH)),
@@ -108,7 +132,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": _TOKENS, "image_token_id": 255, "vq_config": _VQ},
     "emu3": {"vocabulary_map": _TOKENS, "vq_config": _VQ},
     "deepseek_ocr2": {"text_config": _DEEPSEEK},
-    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "1/2", "spatial_target_layers": [0, 0, 1, 1]},
+    "granite4_vision": {
+        "deepstack_layer_map": [[0, 0]],
+        "downsample_rate": "1/2",
+        "spatial_target_layers": [0, 0, 1, 1],
+    },
     "ernie4_5_vl_moe": {"text_config": _HEAD},
     "reformer": {"is_decoder": True},
     "esm": {"vocab_size": VOCABULARY, "mask_token_id": 32, "pad_token_id": 1},
@@ -117,7 +145,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "molmo2": {"adapter_config": {"vision_feature_layers": [-1, -2]}},
     "janus": {"vq_config": _VQ},
     "funnel": {"d_inner": INNER},
-    "zamba": {"layers_block_type": ["linear_attention", "hybrid"], "attention_head_dim": 32, "attention_hidden_size": 128},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"],
+        "attention_head_dim": 32,
+        "attention_hidden_size": 128,
+    },
 }
 
 

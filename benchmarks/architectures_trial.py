@@ -196,9 +196,7 @@ def reason_of(plan: Plan, tensor: str) -> str:
     return plan.kept.get(tensor) or plan.kept.get(tensor.removesuffix(".weight")) or "UNSAID"
 
 
-def _loader(
-    case: Case, target: str, plan: Plan, out: Path, name: str, opener: Callable[[], Any]
-) -> dict[str, Any]:
+def _loader(case: Case, target: str, plan: Plan, out: Path, name: str, opener: Callable[[], Any]) -> dict[str, Any]:
     try:
         model = opener()
         found = case.outputs(model)

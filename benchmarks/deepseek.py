@@ -41,7 +41,7 @@ from quantize8.sources.safetensors import INDEX_NAME
 Header = dict[str, tuple[str, tuple[int, ...]]]  # tensor -> dtype, shape
 BLOCK = 128  # rows and columns of a weight block with one scale
 SHARD_BYTES = 4.3e9  # 163 files
-SIZES = {"BF16": 2, "F32": 4, "F8_E4M3": 1}
+SIZES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "U8": 1}
 CONFIG = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "model_type": "deepseek_v3",
