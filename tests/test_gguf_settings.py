@@ -139,7 +139,7 @@ def test_biases_are_in_the_settings(tmp_path):
         ({"rope__freq_base": ("x", STRING)}, "llama.rope.freq_base is 'x', not a number"),
         ({"rope__scaling__factor": (2, UINT32)}, "llama.rope.scaling.factor is 2, not a number"),
         ({"attention__causal": (False, BOOL)}, "llama.attention.causal is False, which LlamaForCausalLM does"),
-        ({"expert_count": (8, UINT32)}, "llama.expert_count is 8, which LlamaForCausalLM does not"),
+        ({"expert_count": (8, UINT32)}, "lacks llama.expert_used_count"),
     ],
 )
 def test_settings_that_are_missing_or_not_these_models_are_refused(fields, message, tmp_path):

@@ -13,14 +13,16 @@ from helpers.gguf_files import FAMILIES, MERGED, assemble, config_of, dequantize
 from transformers import AutoModelForCausalLM
 
 from quantize8 import SourceError
-from quantize8.formats.gguf import writer as gguf
+from quantize8.formats.gguf import architectures as gguf
 from quantize8.formats.gguf.settings import llama3_scaling
 from quantize8.formats.gguf.tokenizer import tokenizer_fields
+from quantize8.formats.gguf.writer import carried
 from quantize8.kernels import q8_0
 from quantize8.kernels.reference import quantize_rowwise
 from quantize8.sources import open_checkpoint
 
 IDS = torch.arange(3, 63)[None]
+EXPERT = "model.layers.1.block_sparse_moe.experts.2"
 
 
 def shapes_of(folder):
@@ -75,7 +77,7 @@ def test_the_same_bytes_twice(tmp_path):
 
 
 def test_metadata_of_a_gguf_source_is_carried_unchanged(smollm2_gguf, tmp_path):
-    assemble(smollm2_gguf, tmp_path / "out.gguf", gguf.carried(open_checkpoint(str(smollm2_gguf)).header))
+    assemble(smollm2_gguf, tmp_path / "out.gguf", carried(open_checkpoint(str(smollm2_gguf)).header))
     before, after = GGUFReader(smollm2_gguf), GGUFReader(tmp_path / "out.gguf")
     kept = [name for name in before.fields if not name.startswith("GGUF.") and name != "general.file_type"]
     assert set(kept) <= set(after.fields) and len(kept) == 32
@@ -89,7 +91,7 @@ def test_metadata_of_a_gguf_source_is_carried_unchanged(smollm2_gguf, tmp_path):
 def test_a_folder_gives_the_metadata_of_the_gguf_that_it_was_made_from(smollm2, smollm2_gguf):
     config = open_checkpoint(str(smollm2)).config
     ours = {field.key: field for field in [*gguf.settings(config, "x", smollm2), *tokenizer_fields(smollm2, config)]}
-    theirs = {field.key: field for field in gguf.carried(open_checkpoint(str(smollm2_gguf)).header)}
+    theirs = {field.key: field for field in carried(open_checkpoint(str(smollm2_gguf)).header)}
     about = {"general.name", "general.organization", "general.finetune", "general.basename", "general.size_label"}
     about |= {"general.license", "general.languages", "tokenizer.ggml.add_space_prefix"}  # of no meaning to gpt2
     assert set(theirs) - set(ours) == about - {"general.name"}
@@ -174,8 +176,8 @@ def test_llama3_scaling_is_read_again(tmp_path):
         ("mistral", {"sliding_window": 100}, "looks back 100 tokens"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 100}, "looks back 100 tokens"),
         ("qwen2", {"head_dim": 32}, "heads of 32 do not add up to hidden_size"),
-        ("llama", {"hidden_act": "gelu"}, "activation 'gelu'"),
-        ("qwen3", {"attention_bias": True}, "attention biases"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu', but llama.cpp's llama computes with 'silu'"),
+        ("qwen3", {"attention_bias": True}, "attention_bias is True"),
         ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mystery": 3}}, "rope has mystery = 3"),
         (
@@ -198,6 +200,46 @@ def test_llama3_scaling_is_read_again(tmp_path):
         ),
         ("qwen2", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_slow": 2}}, "rope has beta_slow = 2"),
         ("llama", {"num_attention_heads": "many"}, "cannot read its config.json"),
+        ("mixtral", {"sliding_window": 100}, "looks back 100 tokens"),
+        ("qwen2moe", {"norm_topk_prob": True}, "norm_topk_prob is True, but llama.cpp's qwen2moe computes with False"),
+        ("qwen2moe", {"mlp_only_layers": [1]}, r"mlp_only_layers is \[1\]"),
+        ("qwen2moe", {"qkv_bias": False}, "qkv_bias is False"),
+        ("qwen3moe", {"norm_topk_prob": False}, "norm_topk_prob is False"),
+        ("qwen3moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
+        ("qwen3moe", {"attention_bias": True}, "attention_bias is True"),
+        (
+            "gemma2",
+            {"query_pre_attn_scalar": 16},
+            "query_pre_attn_scalar is 16, .* computes with 32",
+        ),
+        ("gemma2", {"num_hidden_layers": 46}, "query_pre_attn_scalar is 32, but llama.cpp's gemma2 computes with 16"),
+        ("gemma2", {"hidden_activation": "silu"}, "hidden_activation is 'silu'"),
+        ("gemma2", {"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+        ("gemma2", {"final_logit_softcapping": None}, "final_logit_softcapping is None"),
+        ("gemma2", {"layer_types": ["full_attention"] * 2}, "one layer in 2 attends to all tokens"),
+        ("gemma2", {"sliding_window": None}, "one layer in 2 attends to all tokens"),
+        ("gemma2", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope type 'linear'"),
+        ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ("gemma3", {"sliding_window_pattern": 3}, "one layer in 6 attends to all tokens"),
+        (
+            "gemma3",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "rope type 'linear'",
+        ),
+        ("phi3", {"sliding_window": 100}, "looks back 100 tokens"),
+        ("phi3", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        (
+            "phi3",
+            {
+                "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0] * 8},
+                "original_max_position_embeddings": 1,
+            },
+            "original_max_position_embeddings below 2",
+        ),
+        ("gpt-oss", {"swiglu_limit": 5.0}, "swiglu_limit is 5.0"),
+        ("gpt-oss", {"attention_bias": False}, "attention_bias is False"),
+        ("gpt-oss", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_slow": 2.0}}, "rope has beta_slow"),
     ],
 )
 def test_what_llama_cpp_would_compute_otherwise_is_refused(family, changes, message):
@@ -224,6 +266,74 @@ def test_tensors_that_do_not_fit_are_refused(edit, message, tmp_path):
     edit(shapes)
     with pytest.raises(SourceError, match=message):
         gguf.tensors_of(config_of("llama"), shapes, "here")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda shapes: shapes.pop(f"{EXPERT}.w3.weight"), r"lacks model\.layers\.1\.mlp\.experts\.2\.w3"),
+        (lambda shapes: shapes.update({f"{EXPERT}.w3.weight": (32, 64)}), "another shape than .*experts.0.w3.weight"),
+        (lambda shapes: shapes.update({f"{EXPERT}.w3.weight": (96, 2, 32)}), r"has the shape \[96, 2, 32\]"),
+        (lambda shapes: shapes.update({f"{EXPERT}.w3.weight": (96,)}), r"has the shape \[96\]"),
+        (lambda shapes: shapes.update({f"{EXPERT}.w3.weight": ()}), r"has the shape \[\]"),
+        (
+            lambda shapes: shapes.update({f"{EXPERT}.w4.weight": (96, 64)}),
+            "w4.weight does not exist",
+        ),
+        (
+            lambda shapes: shapes.update({f"{EXPERT.replace('2', '9')}.w3.weight": (96, 64)}),
+            "w3.weight does not exist",
+        ),
+        (
+            lambda shapes: shapes.update({"model.layers.0.mlp.gate.weight": (4, 64)}),
+            "holds both model.layers.0.block_sparse_moe.gate.weight and model.layers.0.mlp.gate.weight",
+        ),
+    ],
+)
+def test_experts_that_do_not_fit_are_refused(edit, message, tmp_path):
+    shapes = shapes_of(folder_of(tmp_path / "model", config_of("mixtral"), tokenizer=False))
+    edit(shapes)
+    with pytest.raises(SourceError, match=message):
+        gguf.tensors_of(config_of("mixtral"), shapes, "here")
+
+
+def test_experts_of_a_tensor_come_one_after_the_other_in_any_order_of_the_source(tmp_path):
+    shapes = shapes_of(folder_of(tmp_path / "model", config_of("qwen2moe"), tokenizer=False))
+    backwards = dict(reversed(shapes.items()))
+    for given in (shapes, backwards):
+        tensors = gguf.tensors_of(config_of("qwen2moe"), given, "here")
+        names = [tensor.name for tensor in tensors if tensor.stack == "blk.1.ffn_up_exps.weight"]
+        assert names == [f"blk.1.ffn_up_exps.weight[{number}]" for number in range(4)]
+        places = [place for place, tensor in enumerate(tensors) if tensor.name in names]
+        assert places == list(range(places[0], places[0] + 4))
+        assert len(tensors) == len(given)
+        (gate,) = (tensor for tensor in tensors if tensor.name == "blk.0.ffn_gate_inp_shexp.weight")
+        assert (gate.dtype, gate.shape) == ("F32", (64,))
+
+
+def test_settings_of_each_family():
+    def of(family, **changes):
+        fields = gguf.settings(config_of(family, **changes), "x", "here")
+        return {field.key.partition(".")[2]: field.value for field in fields}
+
+    values = of("qwen2moe")
+    assert (values["expert_count"], values["expert_used_count"]) == (4, 2)
+    assert (values["expert_feed_forward_length"], values["expert_shared_feed_forward_length"]) == (32, 64)
+    assert "expert_feed_forward_length" not in of("mixtral") and of("mixtral")["feed_forward_length"] == 96
+    values = of("gemma2")
+    assert (values["attn_logit_softcapping"], values["final_logit_softcapping"]) == (50, 30)
+    assert values["attention.sliding_window"] == 64 and "rope.freq_base_swa" not in values
+    values = of("gemma3")
+    assert (values["rope.freq_base"], values["rope.freq_base_swa"], values["rope.scaling.factor"]) == (1e5, 1e3, 8)
+    assert "final_logit_softcapping" not in values
+    assert of("phi3-partial")["rope.dimension_count"] == 24 and of("phi3")["attention.sliding_window"] == 0
+    scaling = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    values = of("phi3", rope_scaling=scaling, original_max_position_embeddings=64)
+    assert values["rope.scaling.original_context_length"] == 64
+    assert values["rope.scaling.attn_factor"] == pytest.approx((1 + np.log(4) / np.log(64)) ** 0.5)
+    scaling["attention_factor"] = 1.5
+    assert of("phi3", rope_scaling=scaling, original_max_position_embeddings=64)["rope.scaling.attn_factor"] == 1.5
+    assert of("gpt-oss")["expert_feed_forward_length"] == 96
 
 
 def test_what_transformers_leaves_out_is_left_out(tmp_path):
@@ -296,6 +406,22 @@ def test_merges_that_scores_cannot_order_are_refused(tmp_path):
         path.write_text(json.dumps({**state, "model": {**state["model"], "merges": merges}}))
         with contextlib.nullcontext() if fit else pytest.raises(SourceError, match="do not match SentencePiece's"):
             tokenizer_fields(tmp_path / "tokenizer", config_of("llama"))
+
+
+def test_merges_into_an_added_token_may_have_any_order(tmp_path):
+    """As those into Gemma's runs of spaces and of line breaks, which are found before anything is merged."""
+    write_tokenizer(tmp_path / "tokenizer")
+    path = tmp_path / "tokenizer" / "tokenizer.json"
+    state = json.loads(path.read_text())
+    number = state["model"]["vocab"]["▁th"]
+    entry = {**state["added_tokens"][-1], "id": number, "content": "▁th"}
+    apart = [merge for merge in state["model"]["merges"] if merge != ["▁", "th"]]
+    for merges in ([*apart, ["▁", "th"]], apart):
+        model = {**state["model"], "merges": merges}
+        path.write_text(json.dumps({**state, "model": model, "added_tokens": [*state["added_tokens"], entry]}))
+        fields = {field.key: field.value for field in tokenizer_fields(tmp_path / "tokenizer", config_of("llama"))}
+        assert fields["tokenizer.ggml.tokens"][number] == " th"
+        assert fields["tokenizer.ggml.token_type"][number] == 4
 
 
 def test_a_tokenizer_in_python_is_refused(tmp_path, monkeypatch):

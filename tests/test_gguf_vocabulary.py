@@ -9,6 +9,7 @@ from helpers.gguf_files import VOCABULARY, TinyGguf, assemble, config_of, folder
 from transformers import AutoTokenizer
 
 from quantize8 import SourceError, convert, load
+from quantize8.formats.gguf import inverse
 from quantize8.formats.gguf import vocabulary as gguf_vocabulary
 from quantize8.formats.gguf.settings import ARCHITECTURES
 from quantize8.runtime.loading import find_tokenizer
@@ -76,9 +77,10 @@ def test_sentencepiece_of_a_qwen_would_not_outlive_saving(tmp_path):
 def test_the_classes_are_those_of_transformers():
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
-    assert set(gguf_vocabulary._CLASSES) == set(ARCHITECTURES)
+    assert set(gguf_vocabulary._CLASSES) == {*ARCHITECTURES, *inverse.ARCHITECTURES}
+    types = {arch: inverse.MODEL_TYPES[name] for arch, name in inverse.ARCHITECTURES.items()}
     for architecture, name in gguf_vocabulary._CLASSES.items():
-        assert (TOKENIZER_MAPPING_NAMES.get(architecture) or "TokenizersBackend") == name
+        assert (TOKENIZER_MAPPING_NAMES.get(types.get(architecture, architecture)) or "TokenizersBackend") == name
         assert getattr(transformers, name).__name__ == name
 
 

@@ -4,13 +4,20 @@ llama.cpp rounds activations to int8 and stores keys and values in float16, so l
 the wrong order, lost biases or wrong rotary frequencies make them differ as much as those of unrelated models.
 """
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
-from helpers.gguf_files import FAMILIES, assemble, config_of, dequantized, folder_of
+from gguf import Keys
+from helpers.gguf_files import WRITTEN, assemble, config_of, dequantized, folder_of, multimodal
+from safetensors.torch import load_file, save_file
+from test_mxfp4 import packed
+from transformers import AutoModelForCausalLM
 
 from benchmarks.llama_cpp import served
 from quantize8 import convert
-from quantize8.formats.gguf import writer as gguf
+from quantize8.formats.gguf import architectures as gguf
 from quantize8.formats.gguf.tokenizer import tokenizer_fields
 from quantize8.kernels.scales import ScaleSearch
 from quantize8.sources import open_checkpoint
@@ -41,7 +48,7 @@ def difference(path, model, ids):
 IDS = [1, *(3 + number * 37 % 290 for number in range(120))]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WRITTEN)
 def test_logits_of_each_family(family, tmp_path):
     config = config_of(family)
     assemble(folder_of(tmp_path / "model", config), tmp_path / "tiny.gguf")
@@ -64,6 +71,115 @@ def test_rows_in_transformers_order_would_show(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf.GgufTensor, "arrange", lambda _, rows: rows)
     assemble(folder_of(tmp_path / "model", config), tmp_path / "tiny.gguf")
     assert difference(tmp_path / "tiny.gguf", dequantized(config), IDS) > 0.5
+
+
+GATE, UP, DOWN = (names[0] for names in gguf.Experts().parts.values())
+MISTAKES = {
+    "rows of heads in another order": ("qwen2moe", {"interleaved": True}),
+    "rows of heads in transformers' order": ("mixtral", {"interleaved": False}),
+    "norms without the 1 that Gemma 2 adds": ("gemma2", {"norm_offset": 0.0}),
+    "norms without the 1 that Gemma 3 adds": ("gemma3", {"norm_offset": 0.0}),
+    "another sliding window in Gemma 2": ("gemma2", {"counts": {Keys.Attention.SLIDING_WINDOW: 128}}),
+    "another sliding window in Gemma 3": ("gemma3", {"counts": {Keys.Attention.SLIDING_WINDOW: 128}}),
+    "another sliding window in gpt-oss": ("gpt-oss", {"counts": {Keys.Attention.SLIDING_WINDOW: 128}}),
+    "logits not capped at the same magnitude": (
+        "gemma2",
+        {"reals": {Keys.LLM.FINAL_LOGIT_SOFTCAPPING: "initializer_range"}},
+    ),
+    "gate and up projection exchanged": (
+        "mixtral",
+        {
+            "experts": replace(
+                gguf.FAMILIES["MixtralForCausalLM"].experts, parts={"w1": (UP,), "w3": (GATE,), "w2": (DOWN,)}
+            )
+        },
+    ),
+    "alternating rows exchanged": (
+        "gpt-oss",
+        {
+            "experts": replace(
+                gguf.FAMILIES["GptOssForCausalLM"].experts,
+                parts={"gate_up_proj": (UP, GATE), "down_proj": (DOWN,)},
+            )
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_in_the_table_would_show(mistake, tmp_path, monkeypatch):
+    family, changes = MISTAKES[mistake]
+    config = config_of(family)
+    (name,) = config["architectures"]
+    monkeypatch.setitem(gguf.FAMILIES, name, replace(gguf.FAMILIES[name], **changes))
+    assemble(folder_of(tmp_path / "model", config), tmp_path / "tiny.gguf")
+    assert difference(tmp_path / "tiny.gguf", dequantized(config), IDS) > 0.2
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
+def test_experts_in_another_order_would_show(family, tmp_path, monkeypatch):
+    number = gguf.expert_of
+    monkeypatch.setattr(gguf, "expert_of", lambda name: -number(name))
+    config = config_of(family)
+    assemble(folder_of(tmp_path / "model", config), tmp_path / "tiny.gguf")
+    assert difference(tmp_path / "tiny.gguf", dequantized(config), IDS) > 0.2
+
+
+@pytest.mark.parametrize(("original", "rest"), [(64, "short_factor"), (256, "long_factor")])
+def test_long_and_short_factors_of_phi3(original, rest, tmp_path):
+    """llama.cpp takes the long ones if its context, at least 256, is longer than the original one.
+
+    The embedding is scaled up for the longer context, which sharpens attention, and so adds to the error.
+    """
+    scaling = {"type": "longrope", "short_factor": [1.0 + i / 16 for i in range(16)]}
+    scaling["long_factor"] = [1.0 + i / 4 for i in range(16)]
+    context = {"original_max_position_embeddings": original, "max_position_embeddings": 512, "hidden_size": 128}
+    config = config_of("phi3", **context, rope_scaling=scaling)
+    assemble(folder_of(tmp_path / "model", config), tmp_path / "tiny.gguf")
+    assert difference(tmp_path / "tiny.gguf", dequantized(config), IDS) < 0.15
+    other = config_of(
+        "phi3", **context, rope_scaling={**scaling, "short_factor": [2.0] * 16, "long_factor": [2.0] * 16}
+    )
+    assert difference(tmp_path / "tiny.gguf", dequantized(other), IDS) > 0.3
+    same = config_of("phi3", **context, rope_scaling={**scaling, rest: [2.0] * 16})
+    assert difference(tmp_path / "tiny.gguf", dequantized(same), IDS) < 0.15
+
+
+def test_gpt_oss_with_its_rotary_embeddings(tmp_path):
+    rope = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "rope_theta": 150000.0}
+    sizes = {"head_dim": 64, "hidden_size": 128, "max_position_embeddings": 131072}
+    config = config_of("gpt-oss", **sizes, rope_parameters={**rope, "truncate": False})
+    assemble(folder_of(tmp_path / "model", config), tmp_path / "tiny.gguf")
+    assert difference(tmp_path / "tiny.gguf", dequantized(config), IDS) < 0.1
+    assert difference(tmp_path / "tiny.gguf", dequantized(config_of("gpt-oss", **sizes)), IDS) > 0.5
+
+
+def test_gpt_oss_as_it_is_published(tmp_path):
+    """In MXFP4, whose blocks of 32 become blocks of Q8_0 without any loss."""
+    source = folder_of(tmp_path / "source", config_of("gpt-oss", dtype="bfloat16"))
+    for path in (source / "tokenizer").iterdir():
+        path.rename(source / path.name)
+    state = {name: value.bfloat16() for name, value in load_file(source / "model.safetensors").items()}
+    for name in [name for name in state if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = state.pop(name).shape
+        state[f"{name}_blocks"], state[f"{name}_scales"] = packed(experts, rows, columns, 120, 125)
+    save_file(state, source / "model.safetensors", {"format": "pt"})
+    config = config_of("gpt-oss", dtype="bfloat16", quantization_config={"quant_method": "mxfp4"})
+    (source / "config.json").write_text(json.dumps(config))
+    result = convert(str(source), tmp_path / "out", format="gguf", check=True)
+    experts = {name: each.quantized for name, each in result.manifest.tensors.items() if "exps.weight[" in name}
+    assert len(experts) == 24 and {each.relative_error for each in experts.values()} == {0.0}
+    assert {each.source_dtype for each in experts.values()} == {"MXFP4"}
+    convert(str(source), tmp_path / "float32", format="float32")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float32", dtype=torch.float32).eval()
+    (path,) = (tmp_path / "out").glob("*.gguf")
+    assert difference(path, model, IDS) < 0.1
+
+
+@pytest.mark.parametrize("prefixes", [("language_model.model.", ""), ("model.language_model.", "model.")])
+def test_the_language_model_of_gemma3_with_images(prefixes, tmp_path):
+    assemble(multimodal(tmp_path / "model", *prefixes), tmp_path / "tiny.gguf")
+    assert difference(tmp_path / "tiny.gguf", dequantized(config_of("gemma3")), IDS) < 0.1
 
 
 @pytest.mark.parametrize(

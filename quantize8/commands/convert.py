@@ -163,7 +163,8 @@ def _check_artifact(result: Conversion, check: bool | None, seconds: float) -> N
     wanted = check or (not source.is_remote and expected <= seconds)
     if not wanted or result.manifest is None or not isinstance(out, Path):
         return
-    if check is None and (reason := problem("for a check")):
+    reason = result.plan.format.incomparable(source.config) or (problem("for a check") if check is None else "")
+    if reason:
         result.check = Check(skipped=reason)
         return
     from quantize8.runtime.check import check as compare

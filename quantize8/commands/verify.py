@@ -18,8 +18,7 @@ from quantize8.destinations.base import path_of
 from quantize8.errors import ArtifactError, OutputError, SourceError
 from quantize8.formats.base import Format, make_format
 from quantize8.formats.encoding import Encoding, GroupwiseInt8, RowwiseInt8
-from quantize8.formats.gguf.header import read_header
-from quantize8.formats.gguf.settings import ARCHITECTURES
+from quantize8.formats.gguf.header import StoredTensor, read_header
 from quantize8.kernels.reference import INT8_MAX, as_bytes
 from quantize8.limits import HEADER_BYTES, is_file
 from quantize8.sources import Checkpoint
@@ -98,15 +97,18 @@ def _check_gguf(folder: Path, manifest: Manifest) -> int:
     """Compare the tensors of a GGUF file with their records; the padding between tensors must be zero."""
     if len(manifest.headers) != 1:
         raise ArtifactError(f"{folder / MANIFEST_NAME}: must list exactly one GGUF file; convert the source again")
+    from quantize8.formats.gguf.architectures import FAMILIES  # the gguf package takes a while to import
+
     (file,) = manifest.headers
-    header = read_header(folder / file, ARCHITECTURES)
-    if set(header.tensors) != set(manifest.tensors):
+    header = read_header(folder / file, {family.name for family in FAMILIES.values()})
+    tensors = _with_experts(header.tensors, manifest)
+    if set(tensors) != set(manifest.tensors):
         raise ArtifactError(f"{folder / file}: does not contain the tensors that {MANIFEST_NAME} lists")
     end = header.data_offset
     with (folder / file).open("rb") as content:
         if _digest(content, 0, end) != manifest.headers[file]:
             raise ArtifactError(f"{folder / file}: changed since it was written; copy the artifact again")
-        for name, tensor in sorted(header.tensors.items(), key=lambda item: item[1].offset):
+        for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
             record = manifest.tensors[name]
             if not _is_zero(content, end, tensor.offset):
                 where = f"{folder / file}: has nonzero padding before {name}"
@@ -117,6 +119,20 @@ def _check_gguf(folder: Path, manifest: Manifest) -> int:
         if not _is_zero(content, end, header.nbytes):
             raise ArtifactError(f"{folder / file}: has nonzero padding after its last tensor; convert the source again")
     return header.nbytes
+
+
+def _with_experts(tensors: dict[str, StoredTensor], manifest: Manifest) -> dict[str, StoredTensor]:
+    """The tensors of a GGUF file by name, with each expert of a tensor of its own if the manifest lists them."""
+    found = {}
+    for name, tensor in tensors.items():
+        count = tensor.shape[0] if tensor.shape and f"{name}[0]" in manifest.tensors else 0
+        if not count:
+            found[name] = tensor
+        for number in range(count):
+            nbytes = tensor.nbytes // count
+            place = tensor.offset + number * nbytes
+            found[f"{name}[{number}]"] = tensor._replace(shape=tensor.shape[1:], offset=place, nbytes=nbytes)
+    return found
 
 
 def _digest(file: BinaryIO, start: int, stop: int) -> str:

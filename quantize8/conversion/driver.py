@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, NamedTuple
 from blake3 import blake3
 
 from quantize8 import __version__
-from quantize8.artifact.manifest import MANIFEST_NAME, Manifest, TensorRecord, digest
+from quantize8.artifact.manifest import MANIFEST_NAME, Manifest, Quantized, TensorRecord, digest
 from quantize8.artifact.outliers import OUTLIERS_NAME
 from quantize8.conversion.parts import Part
 from quantize8.conversion.plan import Plan, WorkUnit, recorded_plan
@@ -234,12 +234,12 @@ class Writer:
         """Encode a source tensor, write the resulting output tensors, and return their records."""
         digests = {tensor.name: blake3() for tensor in self.plan.tensors_of(source)}
         positions = dict.fromkeys(digests, 0)
-        pieces, quantized = self.plan.format.encode(self.plan, source, quantizer), None
+        pieces, quantized = self.plan.format.encode(self.plan, source, quantizer), dict[str, Quantized]()
         while True:
             try:
                 name, values, read = next(pieces)
             except StopIteration as end:
-                quantized = end.value
+                quantized = dict(end.value)
                 break
             data, place = as_bytes(values), self.places[name]
             digests[name].update(data)
@@ -250,8 +250,7 @@ class Writer:
         records: Records = {}
         for name, content in digests.items():
             _, _, file, tensor = self.places[name]
-            records[name] = TensorRecord(file, tensor.dtype, tensor.shape, content.hexdigest(), quantized)
-            quantized = None  # only for the first tensor
+            records[name] = TensorRecord(file, tensor.dtype, tensor.shape, content.hexdigest(), quantized.get(name))
         return records
 
 

@@ -98,7 +98,7 @@ class Piece(NamedTuple):
     read: int = 0
 
 
-Pieces = Generator[Piece, None, Quantized | None]  # returns the quantization statistics of the first tensor
+Pieces = Generator[Piece, None, Mapping[str, Quantized]]  # returns statistics by name of the output tensor
 
 
 @dataclass
@@ -203,7 +203,7 @@ class Format(ABC):
             The pieces of the output tensors; those of one tensor are in order.
 
         Returns:
-            The quantization statistics, if the tensor is quantized.
+            The quantization statistics of each output tensor that holds int8 weights.
 
         Raises:
             WeightError: A value is NaN, or too large for the output's dtype.
@@ -215,7 +215,7 @@ class Format(ABC):
                 check_finite(block, info, first_row)
             values = block if out.dtype == info.dtype else _rounded(block, out, info, first_row)
             yield Piece(out.name, values, block.nbytes)
-        return None
+        return {}
 
     @abstractmethod
     def edit_config(self, config: dict[str, Any], plan: Plan) -> dict[str, Any]:
@@ -228,6 +228,10 @@ class Format(ABC):
         Returns:
             The content of the artifact's config.json.
         """
+
+    def incomparable(self, config: dict[str, Any]) -> str:
+        """Why the artifact of a model with this config.json cannot be compared with its source; empty if it can."""
+        return ""
 
     def closed_to(self, kinds: set[str]) -> dict[str, str]:
         """Which of `loaders` cannot open an artifact with these kinds of int8 modules -> the reason."""
@@ -325,10 +329,11 @@ class Int8Format(Format):
             arrays = [*calibrated.values(), np.concatenate(exact)]
             for tensor, array in zip(calibrated.tensors(module, rows), arrays, strict=True):
                 yield Piece(tensor.name, array)
-        return summarize(
+        found = summarize(
             stats, scales, info.stored_dtype, source.hexdigest(), name in plan.transposed,
             MSE if name in plan.searches else ABSMAX,
         )  # fmt: skip
+        return {weight.name: found}
 
 
 def make_format(name: str, scheme: str | None = None, moe: str | None = None, group_size: int | None = None) -> Format:

@@ -189,7 +189,8 @@ class CompressedTensors(Int8Format):
         yield Piece(scale.name, np.concatenate(parts))
         yield Piece(shape.name, np.array((rows, columns), np.int64))
         stats, peaks = measured.complete()
-        return summarize(stats, peaks, info.stored_dtype, measured.source.hexdigest(), False)
+        found = summarize(stats, peaks, info.stored_dtype, measured.source.hexdigest(), False)
+        return {weight.name: found}
 
     def _groups(
         self, plan: Plan, info: TensorInfo, first_row: int, values: Array, dtype: np.dtype[Any]

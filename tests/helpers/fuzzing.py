@@ -288,7 +288,7 @@ def _warm() -> None:
     """Make transformers import what it needs for a first model, so that this is not watched."""
     from transformers.utils import logging
 
-    from quantize8.formats.gguf.writer import complete
+    from quantize8.formats.gguf.architectures import complete
     from quantize8.sources.structure import read_structure
 
     logging.set_verbosity_error()
@@ -611,7 +611,7 @@ def gguf(value: Any) -> bytes:
         out.write(_gguf_string(name) + struct.pack("<I", len(dimensions)))
         out.write(struct.pack(f"<{len(dimensions)}Q", *dimensions) + struct.pack("<IQ", kind, offset))
     out.write(b"\0" * (-out.tell() % 32))
-    return out.getvalue() + _pattern(2048)
+    return out.getvalue() + _pattern(6144)
 
 
 def _gguf_string(text: Any) -> bytes:
@@ -670,16 +670,55 @@ def _gguf_value_seed() -> dict[str, Any]:
         ["general.type", 8, "model"],
     ]
     fields += [["general.alignment", 4, 32], ["x", 7, 1], ["y", 10, 5]]
-    tensors: list[list[Any]] = []
     shapes = {"token_embd": [32, 2], "blk.0.attn_norm": [32], "blk.0.attn_q": [32, 4], "blk.0.attn_k": [32, 2]}
     shapes |= {"blk.0.attn_v": [32, 2], "blk.0.attn_output": [4, 32], "blk.0.ffn_norm": [32], "blk.0.ffn_up": [32, 4]}
     shapes |= {"blk.0.ffn_gate": [32, 4], "blk.0.ffn_down": [4, 32], "output_norm": [32]}
+    return {
+        "version": 3,
+        "fields": fields,
+        "tensors": _gguf_tensors({f"{name}.weight": shapes[name] for name in shapes}),
+    }
+
+
+def _gguf_tensors(shapes: dict[str, list[int]]) -> list[list[Any]]:
+    """Tensors one after the other: vectors and biases in F32, matrices in Q8_0, or in F16 if their rows are short."""
+    tensors: list[list[Any]] = []
     offset = 0
     for name, shape in shapes.items():
-        kind, size = (0, 4) if len(shape) == 1 else (1, 2) if shape[0] % 32 else (8, 34 / 32)
-        tensors.append([f"{name}.weight", shape, kind, offset])
+        kind, size = (0, 4) if len(shape) == 1 or "bias" in name else (1, 2) if shape[0] % 32 else (8, 34 / 32)
+        tensors.append([name, shape, kind, offset])
         offset += -(-int(np.prod(shape) * size) // 32) * 32
-    return {"version": 3, "fields": fields, "tensors": tensors}
+    return tensors
+
+
+def _gguf_experts_seed() -> dict[str, Any]:
+    """A complete gpt-oss of one layer with two experts: stacked tensors, and rows of two that alternate."""
+    value = _gguf_value_seed()
+    fields = [[key.replace("llama", "gpt-oss"), kind, content] for key, kind, content in value["fields"]]
+    fields[0] = ["general.architecture", 8, "gpt-oss"]
+    counts = {"expert_count": 2, "expert_used_count": 1, "expert_feed_forward_length": 4}
+    fields += [[f"gpt-oss.{key}", 4, count] for key, count in (counts | {"attention.sliding_window": 4}).items()]
+    shapes = {name: shape for name, shape, _, _ in value["tensors"] if ".ffn_" not in name}
+    shapes |= {f"blk.0.attn_{name}.bias": [size] for name, size in (("q", 4), ("k", 2), ("v", 2), ("output", 32))}
+    shapes |= {"blk.0.post_attention_norm.weight": [32], "blk.0.attn_sinks.weight": [2], "output.weight": [32, 2]}
+    shapes |= {"blk.0.ffn_gate_inp.weight": [32, 2], "blk.0.ffn_gate_inp.bias": [2]}
+    for name, columns, rows in (("gate", 32, 4), ("up", 32, 4), ("down", 4, 32)):
+        shapes[f"blk.0.ffn_{name}_exps.weight"] = [columns, rows, 2]
+        shapes[f"blk.0.ffn_{name}_exps.bias"] = [rows, 2]
+    return {**value, "fields": fields, "tensors": _gguf_tensors(shapes)}
+
+
+def _gguf_gemma_seed() -> dict[str, Any]:
+    """A complete Gemma 3 of one layer, in which 1 is added to the weights of norms."""
+    value = _gguf_value_seed()
+    fields = [[key.replace("llama", "gemma3"), kind, content] for key, kind, content in value["fields"]]
+    fields = [field for field in fields if ".scaling." not in field[0]]
+    fields[0] = ["general.architecture", 8, "gemma3"]
+    fields += [["gemma3.attention.sliding_window", 4, 4], ["gemma3.rope.freq_base_swa", 6, 1e4]]
+    shapes = {name: shape for name, shape, _, _ in value["tensors"]}
+    shapes |= {"blk.0.post_attention_norm.weight": [32], "blk.0.post_ffw_norm.weight": [32]}
+    shapes |= {"blk.0.attn_q_norm.weight": [2], "blk.0.attn_k_norm.weight": [2]}
+    return {**value, "fields": fields, "tensors": _gguf_tensors(shapes)}
 
 
 def _gguf_split_seed() -> list[Any]:
@@ -696,8 +735,8 @@ def _gguf_split_seed() -> list[Any]:
 
 def _gguf_seeds() -> list[bytes]:
     value = _gguf_value_seed()
-    seeds = [described(value), RAW + gguf(value)[:-600], described({**value, "counts": [4, 8]})]
-    return [*seeds, described(_gguf_split_seed())]
+    seeds = [described(value), RAW + gguf(value)[:-4600], described({**value, "counts": [4, 8]})]
+    return [*seeds, *map(described, (_gguf_split_seed(), _gguf_experts_seed(), _gguf_gemma_seed()))]
 
 
 def torch_zip(content: bytes) -> bytes:

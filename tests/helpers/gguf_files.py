@@ -10,14 +10,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Gemma3Config
 
-from quantize8.formats.gguf import writer as gguf
+from quantize8.formats.gguf import architectures as gguf
 from quantize8.formats.gguf.tokenizer import tokenizer_fields
+from quantize8.formats.gguf.writer import Header
+from quantize8.formats.gguf.writer import header as make_header
 from quantize8.kernels import q8_0
 from quantize8.kernels.scales import ScaleSearch
 from quantize8.sources import open_checkpoint
+from quantize8.sources.structure import structure_of, with_separate_experts
 
 SIZES = {
     "hidden_size": 64,
@@ -50,12 +54,69 @@ FAMILIES = {
     "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rms_norm_eps": 1e-5},
     "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MIXTURES = {
+    "qwen2moe": {
+        "model_type": "qwen2_moe",
+        "architectures": ["Qwen2MoeForCausalLM"],
+        **EXPERTS,
+        "shared_expert_intermediate_size": 64,
+    },
+    "qwen3moe": {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        **EXPERTS,
+        "head_dim": 32,
+        "norm_topk_prob": True,
+    },
+    "mixtral": {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+}
+GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64, "tie_word_embeddings": True}
+OTHERS = {
+    "gemma2": {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], **GEMMA},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "architectures": ["Gemma3ForCausalLM"],
+        "num_hidden_layers": 6,
+        **GEMMA,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+        },
+    },
+    "phi3": {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "pad_token_id": 0},
+    "phi3-partial": {
+        "model_type": "phi3",
+        "architectures": ["Phi3ForCausalLM"],
+        "pad_token_id": 0,
+        "partial_rotary_factor": 0.75,
+        "hidden_size": 128,
+    },
+}
+FUSED = {
+    "gpt-oss": {
+        "model_type": "gpt_oss",
+        "architectures": ["GptOssForCausalLM"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 32,
+        "sliding_window": 64,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
+WRITTEN = {**FAMILIES, **MIXTURES, **OTHERS, **FUSED}
+ROUTERS = ("mlp.gate.weight", "shared_expert_gate.weight", "router.weight")  # these stay in float32
 MERGED = ["th", "he", "▁t", "▁th", "▁the", "an", "and", "▁and"]  # by falling score
 
 
 def config_of(family: str, **changes) -> dict:
     """The config.json of a tiny model."""
-    return {**SIZES, **FAMILIES[family], **changes}
+    return {**SIZES, **WRITTEN[family], **changes}
 
 
 def model_of(config: dict):
@@ -65,7 +126,8 @@ def model_of(config: dict):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **rest)).eval()
     for name, value in model.named_parameters():
         noise = torch.randn_like(value)
-        value.data = 1 + 0.2 * noise if "norm" in name else noise * (0.2 if value.ndim == 2 else 0.5)
+        usual = 0 if "gemma" in config["model_type"] else 1  # Gemma itself adds 1 to the weights of its norms
+        value.data = usual + 0.2 * noise if "norm" in name else noise * (0.2 if value.ndim > 1 else 0.5)
     return model
 
 
@@ -78,9 +140,29 @@ def folder_of(folder: Path, config: dict, tokenizer: bool = True) -> Path:
     return folder
 
 
+def multimodal(folder: Path, language: str, prefix: str) -> Path:
+    """Gemma 3 with an image encoder, under the names of a release: what is before the language model's, and others."""
+    text = config_of("gemma3")
+    config = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "text_config": text}
+    config["vision_config"] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "image_size": 28}
+    config["vision_config"] |= {"num_attention_heads": 2, "patch_size": 14, "model_type": "siglip_vision_model"}
+    config |= {"mm_tokens_per_image": 4, "image_token_index": 300, "boi_token_index": 301, "eoi_token_index": 302}
+    source = folder_of(folder, text)
+    stored = model_of(text).state_dict()
+    state = {name.replace("model.", language): value for name, value in stored.items() if name != "lm_head.weight"}
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(Gemma3Config(**config))
+    for name, value in model.state_dict().items():
+        if "language_model" not in name and name != "lm_head.weight":
+            state[name.replace("model.", prefix, 1)] = torch.ones(value.shape)
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    (source / "config.json").write_text(json.dumps(config))
+    return source
+
+
 def write_tokenizer(folder: Path) -> None:
     """Byte fallback and a few merges, in the shape that transformers gives Llama's SentencePiece."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     texts += ["▁", *"abcdefghijklmnopqrstuvwxyz.,", *MERGED]
     cuts = [(text[:cut], text[cut:]) for text in MERGED for cut in range(1, len(text))]
@@ -102,19 +184,19 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(entry))
 
 
-def assemble(source: Path, path: Path, fields: list[gguf.Field] | None = None) -> gguf.Header:
+def assemble(source: Path, path: Path, fields: list[gguf.Field] | None = None) -> Header:
     """A GGUF file from a checkpoint, with each tensor written in two blocks, the last one first."""
-    checkpoint = open_checkpoint(str(source))
+    checkpoint = separate(open_checkpoint(str(source)))
     config, shapes = checkpoint.config, {name: info.shape for name, info in checkpoint.tensors.items()}
     if fields is None:
         fields = [*gguf.settings(config, "tiny", source), *tokenizer_fields(source / "tokenizer", config)]
     tensors = gguf.tensors_of(config, shapes, source)
-    header = gguf.header(gguf.architecture(config, source), fields, tensors)
+    header = make_header(gguf.architecture(config, source), fields, tensors)
     with path.open("wb") as file:
         file.truncate(header.nbytes)
         file.write(header.content)
         for tensor in reversed(tensors):
-            middle = tensor.head or len(tensor.shape) - 1
+            middle = tensor.head or tensor.shape[0] // 2
             for first, last in ((middle, tensor.shape[0]), (0, middle)):
                 data = encoded(tensor, checkpoint, first, last)
                 file.seek(header.offsets[tensor.name] + first * tensor.nbytes // tensor.shape[0])
@@ -122,20 +204,32 @@ def assemble(source: Path, path: Path, fields: list[gguf.Field] | None = None) -
     return header
 
 
+def separate(checkpoint):
+    """A checkpoint with its experts one by one."""
+    return with_separate_experts(checkpoint, structure_of(checkpoint))[0]
+
+
 def encoded(tensor: gguf.GgufTensor, checkpoint, first: int, last: int) -> np.ndarray:
     """Rows first..last of a tensor as stored."""
     if tensor.source is None:
         return tensor.values[first:last]
-    rows = tensor.arrange(checkpoint.rows(tensor.source, first, last).astype(np.float32))
-    return rows if tensor.dtype == gguf.F32 else q8_0.quantize_rows(rows)
+    if len(checkpoint.tensors[tensor.source].shape) > len(tensor.shape):  # [1, K], which llama.cpp has as [K]
+        return checkpoint.rows(tensor.source, 0, 1)[0, first:last].astype(np.float32)
+    step = tensor.rows[1]
+    rows = tensor.arrange(tensor.choose(checkpoint.rows(tensor.source, first * step, last * step).astype(np.float32)))
+    return rows + np.float32(tensor.offset) if tensor.dtype == gguf.F32 else q8_0.quantize_rows(rows)
 
 
 def dequantized(config: dict, search: ScaleSearch | None = None):
     """The same model in plain transformers with the weights after Q8_0 rounding, float32."""
     model = model_of(config)
-    for value in model.parameters():
-        if value.ndim == 2:
-            value.data = torch.from_numpy(q8_0.dequantize_rows(q8_0.quantize_rows(value.detach().numpy(), search)))
+    for name, value in model.named_parameters():
+        if value.ndim > 1 and not name.endswith((*ROUTERS, "_bias")):
+            turned = value.ndim == 3 and config["model_type"] == "gpt_oss"  # [E, K, N]
+            stored = value.data.mT if turned else value.data
+            rows = np.ascontiguousarray(stored.numpy()).reshape(-1, stored.shape[-1])
+            rounded = torch.from_numpy(q8_0.dequantize_rows(q8_0.quantize_rows(rows, search))).reshape(stored.shape)
+            value.data = rounded.mT if turned else rounded
     return model
 
 

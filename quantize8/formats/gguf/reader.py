@@ -1,4 +1,4 @@
-"""Reads GGUF files of the Llama and Qwen families, whole or split, with transformers' names for the tensors.
+"""Reads GGUF files, whole or split, with transformers' names for the tensors.
 
 llama.cpp stores Llama's query and key rows interleaved for its rotary embedding; `rows` undoes that. Blocks are
 dequantized as they are read, to float16 (or to bfloat16 if the file holds bfloat16 tensors).
@@ -15,9 +15,10 @@ import numpy as np
 
 from quantize8.errors import SourceError
 from quantize8.files import fill_from, open_file
+from quantize8.formats.gguf import inverse
 from quantize8.formats.gguf.header import StoredTensor
 from quantize8.formats.gguf.parts import model_name, read_parts
-from quantize8.formats.gguf.settings import ARCHITECTURES, llama3_scaling, named_tensors, read_config
+from quantize8.formats.gguf.settings import ARCHITECTURES, Origin, llama3_scaling, named_tensors, read_config
 from quantize8.formats.gguf.vocabulary import TOKENS, read_tokenizer, require_tokenizer
 from quantize8.kernels import ggml
 from quantize8.kernels.reference import Array, as_bytes
@@ -42,7 +43,7 @@ class GgufCheckpoint(Checkpoint):
     """
 
     def __init__(self, path: Path, identity: dict[str, str], name: str) -> None:
-        self.headers = read_parts(path, ARCHITECTURES)
+        self.headers = read_parts(path, (*ARCHITECTURES, *inverse.ARCHITECTURES))
         self.header = self.headers[0]  # which has the metadata
         super().__init__(path.parent, model_name(name) if len(self.headers) > 1 else name, identity)
         self.path = self.header.path
@@ -51,16 +52,12 @@ class GgufCheckpoint(Checkpoint):
             what = ", only a tokenizer" if TOKENS in self.header.entries else ""
             raise SourceError(f"{self.path}: holds no weights{what}; name the model's file")
         self.dtype = "BF16" if any(tensor.kind == "BF16" for tensor in stored.values()) else "F16"
-        config = read_config(self.header, {key: tensor.shape for key, tensor in stored.items()})
-        if (factors := stored.pop(_ROPE_FACTORS, None)) is not None:
-            config |= self._scaling(config, factors)
-        check_settings(config, self.path)
-        self._config = config | {"dtype": {"F16": "float16", "BF16": "bfloat16"}[self.dtype]}
-        names = self._match(stored)
-        self._stored = {names[key]: tensor for key, tensor in stored.items()}
-        for name, tensor in self._stored.items():
-            self.tensors[name] = TensorInfo(name, self.dtype, tensor.shape, tensor.file)
-            self._check(name, tensor)
+        self._config, self._origins = self._find(stored)
+        for name, origin in self._origins.items():
+            count, first = sum(part.shape[0] for part in origin.parts), origin.parts[0]
+            self.tensors[name] = TensorInfo(name, self.dtype, (count, *first.shape[1:]), first.file)
+            for part in origin.parts:
+                self._check(name, part)
         self.files = {header.path.name: header.data_offset for header in self.headers}
         self._descriptors = {header.path.name: open_file(header.path, os.O_RDONLY) for header in self.headers}
 
@@ -70,18 +67,31 @@ class GgufCheckpoint(Checkpoint):
 
     def rows(self, name: str, start: int, stop: int) -> Array:
         """See `Checkpoint.rows`."""
-        tensor = self._stored[name]
+        origin = self._origins[name]
+        step = len(origin.parts)
+        if step == 1:
+            return self._decoded(name, origin.parts[0], origin.offset, start, stop)
+        first, last = start // step, -(-stop // step)
+        parts = [self._decoded(name, part, origin.offset, first, last) for part in origin.parts]
+        rows = np.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
+        return np.ascontiguousarray(rows[start - first * step : stop - first * step])
+
+    def _decoded(self, name: str, tensor: StoredTensor, offset: float, start: int, stop: int) -> Array:
+        """Rows of a stored tensor in the order and with the values that transformers' tensor has."""
         order = self._row_order(name, start, stop)
         if order is None or not len(order):
-            stored = self._read(name, start, stop)
+            stored = self._read(name, tensor, start, stop)
         else:
             first = int(order.min())
-            stored = self._read(name, first, int(order.max()) + 1)[order - first]
-        return ggml.decode(stored, tensor.kind, tensor.shape[1:], DTYPES[self.dtype])
+            stored = self._read(name, tensor, first, int(order.max()) + 1)[order - first]
+        dtype = DTYPES[self.dtype]
+        if not offset:
+            return ggml.decode(stored, tensor.kind, tensor.shape[1:], dtype)
+        values: Array = ggml.decode(stored, tensor.kind, tensor.shape[1:], np.dtype(np.float32)) - np.float32(offset)
+        return values.astype(dtype)
 
-    def _read(self, name: str, start: int, stop: int) -> Array:
+    def _read(self, name: str, tensor: StoredTensor, start: int, stop: int) -> Array:
         """Read rows of a tensor as they are stored, uint8 [n, bytes of a row]."""
-        tensor = self._stored[name]
         row_bytes = tensor.nbytes // tensor.shape[0] if tensor.shape[0] else 0
         stored = np.empty((stop - start, row_bytes), np.uint8)
         where = f"{self.folder / tensor.file}: {name}"
@@ -122,16 +132,35 @@ class GgufCheckpoint(Checkpoint):
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 
-    def _match(self, stored: dict[str, StoredTensor]) -> dict[str, str]:
+    def _find(self, stored: dict[str, StoredTensor]) -> tuple[dict[str, Any], dict[str, Origin]]:
+        """The config.json, and where each tensor of the model is."""
+        shapes = {key: tensor.shape for key, tensor in stored.items()}
+        by_table = inverse.class_of(self.header) is not None
+        if by_table:
+            scalings = [name for name in inverse.factors_of(self.header) if name in stored]
+            factors = {name: self._floats(stored.pop(name)) for name in scalings}
+            config = inverse.read_config(self.header, shapes, factors)
+        else:
+            config = read_config(self.header, shapes)
+            if (tensor := stored.pop(_ROPE_FACTORS, None)) is not None:
+                config |= self._scaling(config, tensor)
+        check_settings(config, self.path)
+        config |= {"dtype": {"F16": "float16", "BF16": "bfloat16"}[self.dtype]}
+        if by_table:
+            return config, inverse.origins(config, stored, self.path)
+        names = self._match(config, stored)
+        return config, {names[key]: Origin((tensor,)) for key, tensor in stored.items()}
+
+    def _match(self, config: dict[str, Any], stored: dict[str, StoredTensor]) -> dict[str, str]:
         """Map llama.cpp's names to transformers'.
 
         Raises SourceError for a tensor that is missing, unknown, or has another shape than the metadata implies.
         """
         arch, names = self.header.architecture, {}
-        for name, ours, shape in named_tensors(self._config):
+        for name, ours, shape in named_tensors(config):
             if name not in stored:
                 raise SourceError(
-                    f"{self.path}: lacks {name}, which a {arch} with {self._config['num_hidden_layers']} layers has; "
+                    f"{self.path}: lacks {name}, which a {arch} with {config['num_hidden_layers']} layers has; "
                     "fetch it again"
                 )
             if stored[name].shape != shape:
@@ -148,18 +177,21 @@ class GgufCheckpoint(Checkpoint):
 
     def _scaling(self, config: dict[str, Any], stored: StoredTensor) -> dict[str, Any]:
         """The entry of config.json that describes the stored rotary factors."""
-        where = self.folder / stored.file
-        scaling = None
-        if stored.kind == "F32" and stored.nbytes <= _ROPE_BYTES:
-            with where.open("rb") as file:
-                file.seek(stored.offset)
-                factors = np.frombuffer(file.read(stored.nbytes), np.float32)
-            scaling = llama3_scaling(config, factors)
+        where, factors = self.folder / stored.file, self._floats(stored)
+        scaling = None if factors is None else llama3_scaling(config, factors)
         if scaling is None:
             raise SourceError(
                 f"{where}: {_ROPE_FACTORS} does not match any llama3 rotary scaling; use a safetensors checkpoint"
             )
         return scaling
+
+    def _floats(self, stored: StoredTensor) -> Array | None:
+        """The values of a small tensor; None if it is not a small one in float32."""
+        if stored.kind != "F32" or stored.nbytes > _ROPE_BYTES:
+            return None
+        with (self.folder / stored.file).open("rb") as file:
+            file.seek(stored.offset)
+            return np.frombuffer(file.read(stored.nbytes), np.float32)
 
     def _check(self, name: str, tensor: StoredTensor) -> None:
         """Raise SourceError if the rows of a tensor cannot be read in the way it is stored."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from quantize8 import limits
 from quantize8.errors import SourceError
-from quantize8.formats.gguf.header import Header
+from quantize8.formats.gguf.header import Header, StoredTensor
 from quantize8.kernels.reference import Array
 from quantize8.sources.structure import EMBEDDING, FINAL_NORM, HEAD, LAYERS, OPTIONAL_BIASES, plain_tensors
 
@@ -61,6 +61,18 @@ class Named(NamedTuple):
     shape: tuple[int, ...]
 
 
+class Origin(NamedTuple):
+    """Where the values of a tensor are in a file.
+
+    Attributes:
+        parts: The stored tensors; of several, the rows alternate.
+        offset: What is subtracted from the stored values.
+    """
+
+    parts: tuple[StoredTensor, ...]
+    offset: float = 0.0
+
+
 def read_config(header: Header, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Derive the config.json of a model.
 
@@ -77,27 +89,22 @@ def read_config(header: Header, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
     arch = header.architecture
     config: dict[str, Any] = {"architectures": [ARCHITECTURES[arch]], "model_type": arch}
     for key, name in _COUNTS.items():
-        config[name] = _count(header, key)
+        config[name] = count(header, key)
     heads = config["num_attention_heads"]
-    config["num_key_value_heads"] = _count(header, "attention.head_count_kv", heads)  # llama.cpp's default
+    config["num_key_value_heads"] = count(header, "attention.head_count_kv", heads)  # llama.cpp's default
     if config["num_hidden_layers"] > limits.LAYERS:
-        raise _unfit(header, "block_count", f"more than the {limits.LAYERS:,} that are read")
+        raise unfit(header, "block_count", f"more than the {limits.LAYERS:,} that are read")
     head = _head_dim(header, config["hidden_size"] // heads)
     if arch != "qwen2" or head * heads != config["hidden_size"]:
         config["head_dim"] = head
-    epsilon = header.value(f"{arch}.attention.layer_norm_rms_epsilon")
-    if not isinstance(epsilon, float):
-        raise _unfit(header, "attention.layer_norm_rms_epsilon", "not a number")
-    config["rms_norm_eps"] = epsilon
-    config |= _rope(header, config["max_position_embeddings"])
+    config["rms_norm_eps"] = number(header, "attention.layer_norm_rms_epsilon")
+    config |= rope(header, config["max_position_embeddings"])
     for key, neutral in _NEUTRAL.items():
         if header.value(f"{arch}.{key}", neutral) != neutral:
-            raise _unfit(header, key, f"which {ARCHITECTURES[arch]} does not support")
+            raise unfit(header, key, f"which {ARCHITECTURES[arch]} does not support")
     config |= {name: True for name in _BIAS_SETTINGS[arch] if _any_bias(shapes, OPTIONAL_BIASES[name])}
-    for theirs, ours in _TOKEN_IDS.items():
-        if isinstance(number := header.value(f"tokenizer.ggml.{theirs}_token_id"), int):
-            config[f"{ours}_token_id"] = number
-    config["vocab_size"] = _vocabulary(header, shapes)
+    config |= special_tokens(header)
+    config["vocab_size"] = vocabulary(header, shapes)
     config["tie_word_embeddings"] = "output.weight" not in shapes
     return config
 
@@ -114,25 +121,43 @@ def named_tensors(config: Mapping[str, Any]) -> Iterator[Named]:
             yield Named(f"blk.{layer}.{_STORED_MODULES[part]}.{kind}", name, shape)
 
 
-def _count(header: Header, key: str, default: int | None = None) -> int:
+def count(header: Header, key: str, default: int | None = None) -> int:
+    """A positive whole number of the metadata; SourceError if it is missing or not valid."""
     value = header.value(f"{header.architecture}.{key}", default)
     if type(value) is not int or not 0 < value <= limits.EMPTY_LENGTH:
-        raise _unfit(header, key, "not a valid count")
+        raise unfit(header, key, "not a valid count")
     return value
+
+
+def number(header: Header, key: str, default: float | None = None) -> float:
+    """A real number of the metadata; SourceError if it is missing or not valid."""
+    value = header.value(f"{header.architecture}.{key}", default)
+    if not isinstance(value, float):
+        raise unfit(header, key, "not a number")
+    return value
+
+
+def special_tokens(header: Header) -> dict[str, int]:
+    """The entries of config.json for the tokens that begin or end a text, are unknown, or pad it."""
+    found = {}
+    for theirs, ours in _TOKEN_IDS.items():
+        if isinstance(value := header.value(f"tokenizer.ggml.{theirs}_token_id"), int):
+            found[f"{ours}_token_id"] = value
+    return found
 
 
 def _head_dim(header: Header, usual: int) -> int:
     """The size of a head. It must be the same for keys and values, and the whole head must be rotated."""
-    rotated = _count(header, "rope.dimension_count", _count(header, "attention.key_length", usual or 1))
+    rotated = count(header, "rope.dimension_count", count(header, "attention.key_length", usual or 1))
     for key in ("attention.key_length", "attention.value_length"):
-        if _count(header, key, rotated) != rotated:
-            raise _unfit(
+        if count(header, key, rotated) != rotated:
+            raise unfit(
                 header, key, f"not the {rotated} of rope.dimension_count, as it must be for {header.architecture}"
             )
     return rotated
 
 
-def _rope(header: Header, context: int) -> dict[str, Any]:
+def rope(header: Header, context: int) -> dict[str, Any]:
     """The rotary settings, in the form that every release of transformers reads.
 
     A factor without a type is linear scaling, as in llama.cpp.
@@ -143,19 +168,19 @@ def _rope(header: Header, context: int) -> dict[str, Any]:
     kind = header.value(f"{arch}.{_ROPE}type", "linear")
     for key, value in (("rope.freq_base", theta), (f"{_ROPE}factor", factor)):
         if not isinstance(value, float):
-            raise _unfit(header, key, "not a number")
+            raise unfit(header, key, "not a number")
     known = {f"{_ROPE}type", f"{_ROPE}factor", f"{_ROPE}original_context_length"}
     for key in (key.removeprefix(f"{arch}.") for key in header.entries if key.startswith(f"{arch}.{_ROPE}")):
         neutral = _ROPE_NEUTRAL.get(key.removeprefix(_ROPE), "")
         if key not in known and neutral is not None and header.value(f"{arch}.{key}") != neutral:
-            raise _unfit(header, key, "which config.json cannot express exactly")
+            raise unfit(header, key, "which config.json cannot express exactly")
     if kind not in ("none", "linear", "yarn"):
-        raise _unfit(header, f"{_ROPE}type", "which config.json cannot express exactly")
+        raise unfit(header, f"{_ROPE}type", "which config.json cannot express exactly")
     if kind == "none" or (kind == "linear" and factor == 1):
         return {"rope_theta": theta}
     scaling = {"rope_type": kind, "factor": factor}
     if kind == "yarn":
-        scaling["original_max_position_embeddings"] = _count(header, f"{_ROPE}original_context_length", context)
+        scaling["original_max_position_embeddings"] = count(header, f"{_ROPE}original_context_length", context)
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
@@ -211,7 +236,7 @@ def _any_bias(shapes: Mapping[str, tuple[int, ...]], modules: tuple[str, ...]) -
     return any(name.endswith(biases) for name in shapes)
 
 
-def _vocabulary(header: Header, shapes: Mapping[str, tuple[int, ...]]) -> int:
+def vocabulary(header: Header, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """The number of rows of the embedding; SourceError if there are more tokens."""
     rows, tokens = shapes.get("token_embd.weight", (0,))[0], header.length("tokenizer.ggml.tokens") or 0
     if rows < tokens and rows:
@@ -219,7 +244,7 @@ def _vocabulary(header: Header, shapes: Mapping[str, tuple[int, ...]]) -> int:
     return rows
 
 
-def _unfit(header: Header, key: str, why: str) -> SourceError:
+def unfit(header: Header, key: str, why: str) -> SourceError:
     """Build the error for a setting that is missing or not supported."""
     key = f"{header.architecture}.{key}"
     if key not in header.entries:

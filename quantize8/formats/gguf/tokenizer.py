@@ -1,6 +1,6 @@
 """Converts the tokenizer of a model folder, as transformers opens it, to the GGUF metadata that llama.cpp reads.
 
-llama.cpp has two algorithms for the supported models: byte-level BPE ("gpt2"), which merges by rank, and SentencePiece
+llama.cpp has two algorithms for these models: byte-level BPE ("gpt2"), which merges by rank, and SentencePiece
 ("llama"), which merges by the score of the resulting token. For the first, the pre-tokenizer, which splits the text
 beforehand, is built into llama.cpp and selected by name.
 """
@@ -17,7 +17,7 @@ from typing import Any
 from gguf import GGUFValueType, Keys, TokenType
 
 from quantize8.errors import SourceError, first_line
-from quantize8.formats.gguf.writer import ROUTE, Field, complete
+from quantize8.formats.gguf.architectures import ROUTE, Field, complete
 from quantize8.limits import VOCABULARY
 from quantize8.sources.guard import guarded
 from quantize8.sources.tokenizer import check_tokenizer
@@ -52,6 +52,8 @@ _NAMES = {  # SHA-256 of those token ids, written as a Python list -> name of th
     "9d032fcbd5501f4a38150912590928bfb36091efb5df11b8e2124b0390e3fb1e": "falcon3",  # Falcon3-7B-Base
     "63b97e4253352e6f357cc59ea5b583e3a680eaeaf2632188c2b952de2588485e": "tekken",  # Mistral-Nemo-Base-2407
     "3ce83efda5659b07b1ad37ca97ca5797ea4285d9b9ab0dc679e4a720c9da7454": "gpt-2",  # gpt2
+    "ccc2ef013c104be7bae2965776d611e1d7a8a2a9c547dd93a682c9a9fc80352e": "gpt-4o",  # gpt-oss-20b, Xenova/gpt-4o
+    "a8594e3edff7c29c003940395316294b2c623e09894deebbc65f33f1515df79e": "dbrx",  # dbrx-base
     "6221ad2852e85ce96f791f476e0b390cf9b474c9e3d1362f53a24a06dc8220ff": "refact",  # Refact-1_6-base, granite-3b-code
     "7fc505bd3104ca1083b150b17d088b59534ede9bde81f0dd2090967d7fe52cee": "viking",  # Viking-7B
     "d4c8f286ea6b520b3d495c4455483cfa2302c0cfcd4be05d781b6a8a0a7cdaf1": "megrez",  # Megrez-3B-Instruct
@@ -143,13 +145,13 @@ def _tokens(tokenizer: Any, size: int, folder: Path, sentencepiece: bool) -> tup
     texts = {number: text for text, number in tokenizer.get_vocab().items()}
     if max(texts, default=0) >= size:
         raise SourceError(f"{folder}: token {max(texts)} is beyond config.json's vocab_size {size}; fetch both again")
-    added = tokenizer.added_tokens_decoder
+    added, unknown = tokenizer.added_tokens_decoder, tokenizer.unk_token_id
     tokens, kinds = [], []
     for number in range(size):
         text, kind = texts.get(number), TokenType.NORMAL
         if text is None:
             text, kind = f"[PAD{number}]", TokenType.UNUSED
-        elif sentencepiece and number == tokenizer.unk_token_id:
+        elif sentencepiece and number == unknown:
             kind = TokenType.UNKNOWN
         elif number in added:
             kind = TokenType.CONTROL if added[number].special or _looks_special(text) else TokenType.USER_DEFINED
@@ -194,7 +196,7 @@ def _sentencepiece(
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(merges):
         ranks.setdefault("".join(merge), rank)
-    if not _is_sentencepiece(merges, set(tokens) - set(tokenizer.get_added_vocab())):
+    if not _is_sentencepiece(merges, set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab())):
         raise SourceError(f"{folder}: merges in tokenizer.json do not match SentencePiece's, as GGUF requires; {ROUTE}")
     last = len(merges) + 1  # for tokens that no merge produces
     scores = [-float(ranks.get(token, last)) for token in tokens]
@@ -206,8 +208,11 @@ def _sentencepiece(
 
 
 def _is_sentencepiece(merges: list[tuple[str, ...]], texts: set[str]) -> bool:
-    """Whether merges into the same token are consecutive, and every possible merge of two tokens is present."""
-    made = ["".join(merge) for merge in merges]
+    """Whether merges into the same token are consecutive, and every possible merge of two tokens is present.
+
+    Only merges into `texts` count: any other token was added, so it is found in the text before anything is merged.
+    """
+    made = [text for text in map("".join, merges) if text in texts]
     runs = sum(text != before for text, before in zip(made, ["", *made], strict=False))
     known = set(merges)
     splits = ((text[:cut], text[cut:]) for text in texts for cut in range(1, len(text)))

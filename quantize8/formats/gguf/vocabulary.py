@@ -18,7 +18,14 @@ _CLASSES = {
     "llama": "TokenizersBackend",
     "qwen2": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer",
+    "qwen2moe": "Qwen2Tokenizer",
+    "qwen3moe": "Qwen2Tokenizer",
+    "gemma2": "GemmaTokenizer",
+    "gemma3": "GemmaTokenizer",
+    "phi3": "TokenizersBackend",
+    "gpt-oss": "TokenizersBackend",
 }  # the classes that AutoTokenizer chooses
+_TYPES = {"Qwen2Tokenizer": "gpt2", "GemmaTokenizer": "llama"}  # class -> the only type of tokenizer that it is
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # transformers' names -> llama.cpp's
 
 
@@ -75,7 +82,7 @@ def _build(header: Header) -> Any:
         for names in GGUF_TOKENIZER_MAPPING.values()
     )
     model, name = fields.get("tokenizer_type"), _CLASSES[header.architecture]
-    if name == "Qwen2Tokenizer" and model != "gpt2":  # this class takes only tokens and merges from the file
+    if model != _TYPES.get(name, model):  # these classes take only tokens and merges from the file
         raise SourceError(
             f"{header.path}: transformers would open the {model!r} tokenizer of this {header.architecture} as another "
             "type; use a safetensors checkpoint"
