@@ -71,7 +71,7 @@ def test_biases_of_experts_follow_their_matrices(tmp_path):
     save_file(state, source / "model.safetensors", metadata={"format": "pt"})
     convert(str(source), tmp_path / "out", **W8A8)
     stored = load_file(tmp_path / "out" / "model.safetensors")
-    assert torch.equal(stored["model.layers.1.mlp.experts.2.gate_up_proj.bias"], biases.bfloat16()[2])
+    assert torch.equal(stored["model.layers.1.mlp.experts.2.w13_bias"], biases.bfloat16()[2])
     fused_again, _ = with_fused_experts(checkpoint := open_checkpoint(str(tmp_path / "out")), structure_of(checkpoint))
     name = "model.layers.1.mlp.experts.gate_up_proj_bias"
     assert np.array_equal(fused_again.rows(name, 1, 3).view(np.uint16), state[name][1:3].view(torch.uint16).numpy())
@@ -160,7 +160,7 @@ def _granite(name: str) -> str:
 def test_a_missing_expert_is_named(tmp_path):
     convert(str(fused(tmp_path / "source", "gpt_oss")), tmp_path / "out", **W8A8)
     path = tmp_path / "out" / "model.safetensors"
-    state = {name: value for name, value in load_file(path).items() if ".layers.1.mlp.experts.2.down_proj" not in name}
+    state = {name: value for name, value in load_file(path).items() if ".layers.1.mlp.experts.2.w2_weight" not in name}
     save_file(state, path, metadata={"format": "pt"})
     with pytest.raises(SourceError, match=r"the model needs model\.layers\.1\.mlp\.experts\.down_proj"):
         convert(str(tmp_path / "out"), tmp_path / "again", format="bfloat16")

@@ -47,6 +47,7 @@ from quantize8.kernels.reference import STATS_TILE_ROWS, Array, ColumnStats, as_
 from quantize8.sources.base import DTYPES, FLOAT4, FLOATING, MXFP4, NVFP4, Checkpoint, TensorInfo
 from quantize8.sources.experts import GATED
 from quantize8.sources.structure import CONV1D, EMBEDDED, EXPERT, FUSED_EXPERTS, HEAD, PACKED_EXPERT, Structure
+from quantize8.sources.wrapper import Renamed
 
 if TYPE_CHECKING:
     from quantize8.conversion.plan import Plan
@@ -65,6 +66,10 @@ _OFFSET = 128  # added to codes before packing, so that they are unsigned
 _WORD = 4  # codes in an int32
 # vLLM fuses each of these groups into one layer with one scheme; q_a and kv_a are of multi-head latent attention (MLA)
 _FUSED = re.compile(r"(?P<qkv>[qkv]_proj)$|(?P<gate_up>(?:gate|up)_proj)$|(?P<qkv_a>q_a_proj|kv_a_proj_with_mqa)$")
+# vLLM's names for the experts of gpt-oss, the only ones that its loader takes packed (vllm 0.33, models/gpt_oss.py)
+_IN_VLLM = {"gate_up_proj": "w13", "down_proj": "w2"}
+_OURS = re.compile(rf"(?P<expert>.*\.experts\.\d+)\.(?P<part>{'|'.join(_IN_VLLM)})\.(?P<rest>\w+)")
+_THEIRS = re.compile(rf"(?P<expert>.*\.experts\.\d+)\.(?P<part>{'|'.join(_IN_VLLM.values())})_(?P<rest>\w+)")
 _EXPERTS = re.compile(r"(?P<layer>.*\.experts)\.\d+\.")
 _GATE = ".shared_expert_gate"  # of Qwen's shared expert, N = 1; vLLM builds it without quantization
 _ROUTER = ".gate"  # of models with experts, by its usual name
@@ -135,8 +140,14 @@ class CompressedTensors(Int8Format):
         return found
 
     def outputs(self, plan: Plan, info: TensorInfo) -> list[OutTensor]:
-        """See `Format.outputs`; scales of groups are stored in the model's dtype."""
+        """See `Format.outputs`; gpt-oss has vLLM's names of experts, and groups have scales in the model's dtype."""
         tensors = super().outputs(plan, info)
+        if plan.modules.get(info.name.rpartition(".")[0]) == PACKED_EXPERT:
+            names = [_OURS.fullmatch(each.name) for each in tensors]
+            tensors = [
+                replace(each, name=f"{match['expert']}.{_IN_VLLM[match['part']]}_{match['rest']}") if match else each
+                for each, match in zip(tensors, names, strict=True)
+            ]
         if self.group_size is None or len(tensors) == 1:
             return tensors
         return [replace(each, dtype=plan.decoded_dtype) if each.name.endswith(SCALE) else each for each in tensors]
@@ -147,12 +158,8 @@ class CompressedTensors(Int8Format):
         scale = OutTensor(f"{module}.{SCALE}", "F32", (rows, columns // self.group_size if self.group_size else 1))
         if not self._packs(kind):
             return [OutTensor(f"{module}.weight", "I8", shape), scale]
-        words = -(-columns // _WORD)
-        return [
-            OutTensor(f"{module}.{PACKED}", "I32", (rows, words)),
-            scale,
-            OutTensor(f"{module}.{SHAPE}", "I64", (2,)),
-        ]
+        tensors = [OutTensor(f"{module}.{PACKED}", "I32", (rows, -(-columns // _WORD))), scale]
+        return [*tensors, OutTensor(f"{module}.{SHAPE}", "I64", (2,))] if self._has_shape(columns, kind) else tensors
 
     def pack(self, codes: Array, kind: str) -> Array:
         """See `Int8Format.pack`; packs four codes into each int32, the first in the lowest bits."""
@@ -166,14 +173,15 @@ class CompressedTensors(Int8Format):
     def scales(self, absmax: Array, shape: tuple[int, int], kind: str) -> list[Array]:
         """See `Int8Format.scales`."""
         scale = scale_of(absmax)[:, None]
-        return [scale, np.array(shape, np.int64)] if self._packs(kind) else [scale]
+        has_shape = self._packs(kind) and self._has_shape(shape[1], kind)
+        return [scale, np.array(shape, np.int64)] if has_shape else [scale]
 
     def encode(self, plan: Plan, name: str, quantizer: WeightQuantizer) -> Pieces:
         """See `Format.encode`; scales by group are chosen on the CPU."""
         module = name.removesuffix(".weight")
         if self.group_size is None or module == name or module not in plan.modules:
             return (yield from super().encode(plan, name, quantizer))
-        info, (weight, scale, shape) = plan.checkpoint.tensors[name], plan.outputs[name]
+        info, (weight, scale, *shape) = plan.checkpoint.tensors[name], plan.outputs[name]
         rows, columns = plan.shape_of(info)
         measured, parts = Measured(ColumnStats.empty(columns)), []
         for first_row, block in plan.blocks(info, None, STATS_TILE_ROWS):
@@ -187,7 +195,8 @@ class CompressedTensors(Int8Format):
             parts.append(scales)
             yield Piece(weight.name, self.pack(codes, plan.modules[module]), block.nbytes)
         yield Piece(scale.name, np.concatenate(parts))
-        yield Piece(shape.name, np.array((rows, columns), np.int64))
+        for tensor in shape:
+            yield Piece(tensor.name, np.array((rows, columns), np.int64))
         stats, peaks = measured.complete()
         found = summarize(stats, peaks, info.stored_dtype, measured.source.hexdigest(), False)
         return {weight.name: found}
@@ -237,6 +246,10 @@ class CompressedTensors(Int8Format):
     def _packs(self, kind: str) -> bool:
         always = (PACKED_EXPERT, EMBEDDED) if self.moe == "vllm" else (PACKED_EXPERT, EMBEDDED, EXPERT)
         return self.scheme == "w8a16" or kind in always
+
+    def _has_shape(self, columns: int, kind: str) -> bool:
+        """Whether a packed weight has a `weight_shape`, which vLLM's loader of gpt-oss takes for a weight."""
+        return kind != PACKED_EXPERT or columns % _WORD != 0
 
     def _config_groups(self, plan: Plan) -> dict[str, Any]:
         """The config_groups. Loaders take the first group with a matching target, so the narrower come first."""
@@ -345,6 +358,14 @@ class _GroupwiseInt8(_Scaled, GroupwiseInt8):
         return scales
 
 
+def with_module_names(stored: Checkpoint) -> Checkpoint:
+    """The checkpoint with the experts of gpt-oss by the names of modules, such as `experts.0.gate_up_proj.weight`."""
+    parts = {theirs: ours for ours, theirs in _IN_VLLM.items()}
+    matches = [match for name in stored.tensors if (match := _THEIRS.fullmatch(name))]
+    names = {f"{match['expert']}.{parts[match['part']]}.{match['rest']}": match[0] for match in matches}
+    return Renamed(stored, names) if names else stored
+
+
 def find(stored: Checkpoint, entry: dict[str, Any]) -> dict[str, Encoding]:
     """Find the modules that have scales.
 
@@ -447,6 +468,8 @@ def _read_packed_shape(encoding: _Scaled, arguments: list[dict[str, Any]]) -> No
     """Set the shape and bit width of packed numbers from weight_shape and the config's num_bits."""
     rows, words = encoding.shape
     shape = encoding.part(SHAPE)
+    if shape is None and _EXPERTS.match(encoding.module):  # of gpt-oss: all words are full
+        shape = np.array((rows, words * _WORD))
     if shape is None or shape.shape != (2,) or int(shape[0]) != rows:
         raise encoding.refuse(f"has no {SHAPE} [N, K] that matches its weight")
     columns = int(shape[1])

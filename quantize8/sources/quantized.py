@@ -122,6 +122,8 @@ def decode(stored: Checkpoint) -> Checkpoint:
         raise SourceError(
             f"{stored.folder}: is quantized by {method}, which is not read (only {known}); use the original checkpoint"
         )
+    if method == COMPRESSED_TENSORS:
+        stored = compressed_tensors.with_module_names(stored)
     encodings = _FORMATS[method](stored, entry)
     if not encodings:
         raise SourceError(

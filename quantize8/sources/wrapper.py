@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +73,26 @@ class Wrapper(Checkpoint):
     def write_companions(self, folder: Path) -> None:
         """See `Checkpoint.write_companions`."""
         self.inner.write_companions(folder)
+
+
+class Renamed(Wrapper):
+    """A checkpoint with some of its tensors under other names.
+
+    Args:
+        inner: The checkpoint.
+        names: Other name -> the name in the checkpoint.
+    """
+
+    def __init__(self, inner: Checkpoint, names: Mapping[str, str]) -> None:
+        new = {stored: name for name, stored in names.items()}
+        infos = (replace(info, name=new.get(info.name, info.name)) for info in inner.tensors.values())
+        super().__init__(inner, {info.name: info for info in infos})
+        self.names = names
+
+    def rows(self, name: str, start: int, stop: int) -> Array:
+        """See `Checkpoint.rows`."""
+        return self.inner.rows(self.names.get(name, name), start, stop)
+
+    def blocks(self, name: str, block_bytes: int | None = None, multiple: int = 1) -> Iterator[Array]:
+        """See `Checkpoint.blocks`."""
+        return self.inner.blocks(self.names.get(name, name), block_bytes, multiple)
