@@ -121,6 +121,44 @@ EXPORT int q8_all_finite(int dtype, const void *values, int64_t count) {
   return 1;
 }
 
+typedef float wide __attribute__((vector_size(64)));
+
+#define WIDE 16         /* columns in a wide vector */
+#define ROWS_AT_ONCE 4  /* rows whose sums stay in registers while the right matrix is read */
+
+/* reference.add_low_rank, in place: rows [n, K] += scaling * (left [n, R] times right [R, K]). The right matrix is copied
+ * by strips of columns: its rows are often a power of two apart, which the nearest cache does not hold together.
+ * Returns -1 if out of memory. */
+EXPORT int q8_add_low_rank(float *rows, const float *left, const float *right, int64_t count, int64_t columns,
+                           int64_t rank, float scaling) {
+  float *strip = calloc((size_t)rank * WIDE + 1, 4);
+  if (!strip) return -1;
+  for (int64_t first = 0; first < columns; first += WIDE) {
+    size_t nbytes = 4 * (size_t)(columns - first < WIDE ? columns - first : WIDE);
+    for (int64_t r = 0; r < rank; r++) memcpy(strip + r * WIDE, right + r * columns + first, nbytes);
+    for (int64_t n = 0; n < count; n += ROWS_AT_ONCE) {
+      int64_t here = count - n < ROWS_AT_ONCE ? count - n : ROWS_AT_ONCE;
+      const float *factors[ROWS_AT_ONCE];
+      wide sums[ROWS_AT_ONCE] = {0};
+      for (int64_t i = 0; i < ROWS_AT_ONCE; i++) factors[i] = left + (n + (i < here ? i : 0)) * rank;
+      for (int64_t r = 0; r < rank; r++) {
+        wide values;
+        memcpy(&values, strip + r * WIDE, sizeof values);
+        for (int i = 0; i < ROWS_AT_ONCE; i++) sums[i] += factors[i][r] * values;
+      }
+      for (int64_t i = 0; i < here; i++) {
+        wide values = {0};
+        float *place = rows + (n + i) * columns + first;
+        memcpy(&values, place, nbytes);
+        values += scaling * sums[i];
+        memcpy(place, &values, nbytes);
+      }
+    }
+  }
+  free(strip);
+  return 0;
+}
+
 /* Sums terms into terms[0] like scales.folded: adds the second half to the first until one term is left. */
 static float fold(float *restrict terms, int64_t count) {
   while (count > 1) {

@@ -55,6 +55,27 @@ def test_weight_pass_equals_the_reference_in_every_bit(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [0, 1, 3, 16])
+def test_low_rank_products_are_added_as_in_the_reference_whatever_the_rows(shape, dtype, rank):
+    rng, (rows, columns) = np.random.default_rng(rank), shape
+    weight = hostile(*shape, dtype)
+    left, right = (rng.standard_t(2, size).astype(np.float32) for size in ((rows, rank), (rank, columns)))
+    expected = reference.add_low_rank(weight.astype(np.float32), left, right, 0.3)
+    np.testing.assert_array_equal(cpu.add_low_rank(weight, left, right, 0.3), expected)
+    for step in (1, 2, 7):
+        parts = [cpu.add_low_rank(weight[n : n + step], left[n : n + step], right, 0.3) for n in range(0, rows, step)]
+        np.testing.assert_array_equal(np.concatenate([weight[:0].astype(np.float32), *parts]), expected)
+
+
+def test_low_rank_products_worked_out_by_hand():
+    rows, left, right = np.array([[1, 2], [3, 4]]), np.array([[1, 0], [2, 1]]), np.array([[5, 6], [7, 8]])
+    expected = [[1 + 0.5 * 5, 2 + 0.5 * 6], [3 + 0.5 * 17, 4 + 0.5 * 20]]
+    for add in (cpu.add_low_rank, reference.add_low_rank):
+        assert add(*(array.astype(np.float32) for array in (rows, left, right)), 0.5).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [1, 7, 32, 100])
 def test_scales_without_loss_equal_the_reference(columns, dtype):
     rng = np.random.default_rng(columns)

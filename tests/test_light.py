@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import light
+from helpers.adapters import train
 from helpers.making import llama
 from test_digests import CASES, DIGESTS, digest, sources
 
@@ -71,6 +72,17 @@ def made(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> dict[str, Pa
     (pickled / "config.json").write_bytes((found["llama"] / "config.json").read_bytes())
     torch.save({"model.norm.weight": torch.ones(2)}, pickled / "pytorch_model.bin")
     return found | {"text": root / "text", "bin": pickled}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT's name
+def test_an_adapter_is_merged_without_torch(tmp_path):
+    source = llama(tmp_path / "source")
+    adapter = train(source, tmp_path / "adapter", target_modules=["q_proj", "down_proj"], use_dora=True)
+    words = ("convert", source, "--adapter", adapter, "--out", tmp_path / "light")
+    code, _, err = quantize8_without_run(*words)
+    assert (code, err) == (0, "")
+    convert(str(source), tmp_path / "whole", adapter=str(adapter))
+    assert digest(tmp_path / "light") == digest(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("case", LIGHT)

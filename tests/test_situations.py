@@ -510,7 +510,10 @@ def packed(folder):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (adapter, r"holds an adapter, not a model; merge it into its base model"),
+        (
+            adapter,
+            r"holds an adapter, not a model; name its base model as the source: quantize8 convert BASE --adapter ",
+        ),
         (adapter_with_config, r"holds an adapter, not a model"),
         (lone_file, r"model\.safetensors: has no config\.json beside it"),
         (torchscript, r"pytorch_model\.bin: is a TorchScript archive"),

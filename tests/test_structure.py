@@ -45,9 +45,9 @@ def test_names_give_the_same_answer_as_transformers_where_they_are_trusted(archi
     if biased and model_type in ("llama", "qwen3", "gemma2"):
         config |= {"attention_bias": True, "mlp_bias": model_type == "llama"}
     _, tensors = meta(config)
-    assert structure._is_plain_decoder(config, tensors)
+    assert structure.is_plain_decoder(config, tensors)
     for name in tensors:  # each of them is needed
-        assert not structure._is_plain_decoder(config, {key: info for key, info in tensors.items() if key != name})
+        assert not structure.is_plain_decoder(config, {key: info for key, info in tensors.items() if key != name})
     by_names = read_structure(config, tensors)
     monkeypatch.setattr(structure, "FAMILIES", {})
     by_model = read_structure(config, tensors)

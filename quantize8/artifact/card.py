@@ -45,7 +45,7 @@ quantize8 run {repo} --prompt "The capital of France is"
 _HOW_TO_OPEN = {"transformers": _TRANSFORMERS, "vllm": _VLLM, "llama.cpp": _LLAMA_CPP, "quantize8": _QUANTIZE8}
 _CARD = """# {title}
 
-{source}, converted by [quantize8](https://pypi.org/project/quantize8/) {version}.
+{source}{adapter}, converted by [quantize8](https://pypi.org/project/quantize8/) {version}.
 
 | | |
 |---|---|
@@ -89,6 +89,7 @@ def card(folder: Path, manifest: Manifest, repo_id: str, license: str | None) ->
     text = _CARD.format(
         title=repo_id.rpartition("/")[2],
         source=_source(manifest, link=True),
+        adapter=f" with the adapter {manifest.source['adapter']} merged" if "adapter" in manifest.source else "",
         version=manifest.version,
         rows=rows,
         error_note=_ERROR_NOTE if quantized else "",
@@ -101,7 +102,7 @@ def _rows(folder: Path, manifest: Manifest) -> dict[str, str]:
     """The rows of the table, by name."""
     errors = {name: record.quantized.relative_error for name, record in manifest.tensors.items() if record.quantized}
     size = sum((folder / name).stat().st_size for name in manifest.headers)
-    rows = {"source": _source(manifest), "format": manifest.format}
+    rows = {"source": _source(manifest), **_adapter(manifest), "format": manifest.format}
     if scheme := _scheme(folder):
         rows["scheme"] = scheme
     if errors:
@@ -121,6 +122,14 @@ def _source(manifest: Manifest, link: bool = False) -> str:
     if revision is None:
         return name
     return f"[{name}](https://huggingface.co/{name}/tree/{revision})" if link else f"{name} at {revision}"
+
+
+def _adapter(manifest: Manifest) -> dict[str, str]:
+    """The row about the adapter, if one was merged into the source."""
+    source = manifest.source
+    if "adapter" not in source:
+        return {}
+    return {"adapter": f"{source['adapter']}, merged; its weights have the BLAKE3 {source['adapter_blake3']}"}
 
 
 def _calibration(asked: dict[str, Any]) -> str:

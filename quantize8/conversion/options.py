@@ -33,6 +33,7 @@ _AUTO = "auto"
 _RECORDED = {
     "source",
     "revision",
+    "adapter",
     "stream",
     "format",
     "scheme",
@@ -58,6 +59,7 @@ class ConvertOptions:
     Attributes:
         source: Hub id, folder, file (.safetensors, .bin, .gguf) or address such as s3://bucket/model.
         revision: Branch, tag or commit of a hub model.
+        adapter: Folder of a LoRA adapter (PEFT) that is merged into the source before it is rounded.
         format: One of `formats.FORMATS`.
         scheme: w8a8 or w8a16, for compressed-tensors; None for w8a8.
         moe: Loader whose layout of experts is written, vllm or transformers, for compressed-tensors; None for vllm.
@@ -78,6 +80,7 @@ class ConvertOptions:
 
     source: str = _option(MISSING, "Hub id, folder, .safetensors, .bin or .gguf file, or s3://...")
     revision: str | None = _option(None, "Branch, tag or commit of a hub model.")
+    adapter: str | None = _option(None, "Folder of a LoRA adapter to merge into the source.", "DIR")
     format: str = _option(DEFAULT_FORMAT, f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}.")
     scheme: str | None = _option(None, f"For compressed-tensors: {' or '.join(SCHEMES)}.  [default: {SCHEMES[0]}]")
     moe: str | None = _option(
@@ -98,7 +101,8 @@ class ConvertOptions:
     def __post_init__(self) -> None:
         from quantize8.formats.base import make_format, parse_size
 
-        given = {"calibrate": self.calibrate and str(self.calibrate), "outlier_columns": str(self.outlier_columns)}
+        given = {name: getattr(self, name) and str(getattr(self, name)) for name in ("adapter", "calibrate")}
+        given["outlier_columns"] = str(self.outlier_columns)
         for name, value in {**given, "stream": self.stream or is_url(self.source)}.items():
             object.__setattr__(self, name, value)
         if self.scale not in SCALES:
@@ -149,7 +153,7 @@ class ConvertOptions:
 
     def absolute(self) -> ConvertOptions:
         """The same options with absolute paths, for a process with another working directory."""
-        paths = {name: getattr(self, name) for name in ("source", "calibrate", "recipe")}
+        paths = {name: getattr(self, name) for name in ("source", "adapter", "calibrate", "recipe")}
         existing = {name: Path(text).expanduser() for name, text in paths.items() if text is not None}
         changes: dict[str, Any] = {name: str(path.absolute()) for name, path in existing.items() if path.exists()}
         return replace(self, **changes) if changes else self
@@ -165,10 +169,10 @@ class ConvertOptions:
 
     def command(self, out: object) -> str:
         """The command line that does this conversion, with `out` as its --out."""
-        source = str(Path(self.source).absolute()) if Path(self.source).exists() else self.source
-        words = ["quantize8", "convert", source, "--out", str(out)]
+        absolute = self.absolute()
+        words = ["quantize8", "convert", absolute.source, "--out", str(out)]
         for option in fields(self)[1:]:
-            value = getattr(self, option.name)
+            value = getattr(absolute if option.name == "adapter" else self, option.name)
             if value is True:
                 words.append(f"--{option.name}")
             elif value != option.default:

@@ -280,7 +280,9 @@ def make_plan(options: ConvertOptions, token: str | None = None, *, download: bo
         text = read_text(Path(options.calibrate))
         calibration = calibration_entry(options, text)
     stream = options.stream or (False if download else None)
-    checkpoint = open_checkpoint(options.source, revision=options.revision, token=token, stream=stream)
+    checkpoint = open_checkpoint(
+        options.source, revision=options.revision, token=token, stream=stream, adapter=options.adapter
+    )
     return plan_of(options, checkpoint, recipe, calibration=calibration, text=text)
 
 
@@ -369,7 +371,9 @@ def recorded_plan(heading: dict[str, Any], out: object, token: str | None = None
             f"{out}: its parts were not written by quantize8 {__version__}; finish it with the version that wrote "
             "them, or start over with convert --overwrite"
         )
-    checkpoint = open_checkpoint(options.source, revision=revision, token=token, stream=options.stream)
+    checkpoint = open_checkpoint(
+        options.source, revision=revision, token=token, stream=options.stream, adapter=options.adapter
+    )
     return plan_of(options, checkpoint, recipe, calibration=decisions["calibration"])
 
 

@@ -441,6 +441,8 @@ def difference(before: Any, now: dict[str, Any]) -> str:
 def _source_difference(old: Any, new: dict[str, Any]) -> str:
     if not fits(old, dict[str, Any]) or not fits(old.get("files"), dict[str, Any]) or "id" not in old:
         return "another source"
+    if any(old.get(key) != new.get(key) for key in ("adapter", "adapter_blake3", "adapter_config_blake3")):
+        return f"another adapter ({old['adapter']})" if "adapter" in old else "no adapter"
     if old["files"].keys() != new["files"].keys() or old["id"] != new["id"]:
         return f"another source ({old['id']})"
     changed = [file for file, stamp in old["files"].items() if new["files"][file] != stamp]

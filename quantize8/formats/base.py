@@ -180,7 +180,7 @@ class Format(ABC):
 
     def outputs(self, plan: Plan, info: TensorInfo) -> list[OutTensor]:
         """The output tensors made from a source tensor: by default itself, if dequantized in the model's dtype."""
-        dtype = plan.decoded_dtype if info.name in plan.checkpoint.decoded else info.dtype
+        dtype = plan.decoded_dtype if info.name in plan.checkpoint.decoded else info.float_dtype or info.dtype
         return [OutTensor(info.name, dtype, plan.shape_of(info))]
 
     def holds_experts(self, structure: Structure) -> bool:

@@ -89,6 +89,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     ),
     "q8_exact_scales": (None, (c_void_p, c_int64, c_int64, c_float, c_float, c_void_p)),
     "q8_all_finite": (c_int, (c_int, c_void_p, c_int64)),
+    "q8_add_low_rank": (c_int, (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_float)),
     "q8_0_peaks": (None, (c_void_p, c_int64, c_void_p)),
     "q8_0_encode": (None, (c_void_p, c_void_p, c_int64, c_void_p)),
     "q8_0_search": (None, (c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p)),
@@ -167,6 +168,29 @@ def all_finite(values: Array) -> bool:
         return bool(np.isfinite(values).all())
     values = np.ascontiguousarray(values)
     return bool(library().q8_all_finite(_DTYPES[values.dtype], pointer(values), values.size))
+
+
+def add_low_rank(rows: Array, left: Array, right: Array, scaling: float) -> Array:
+    """`reference.add_low_rank`.
+
+    Args:
+        rows: Any floating-point dtype [n, K]; not changed.
+        left: float32 [n, R].
+        right: float32 [R, K].
+        scaling: The factor of the product.
+
+    Returns:
+        float32 [n, K].
+
+    Raises:
+        MemoryError: The kernel cannot allocate its buffer.
+        DependencyError: The kernels are not compiled for this machine.
+    """
+    result: Array = np.array(rows, np.float32, order="C")
+    left, right = np.ascontiguousarray(left, np.float32), np.ascontiguousarray(right, np.float32)
+    sizes = (*result.shape, left.shape[1])
+    check(library().q8_add_low_rank(pointer(result), pointer(left), pointer(right), *sizes, scaling))
+    return result
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,28 @@ def dequantize(codes: Array, absmax: Array) -> Array:
     return codes.astype(np.float32) * scale_of(absmax)[:, None]
 
 
+def add_low_rank(rows: Array, left: Array, right: Array, scaling: float) -> Array:
+    """Add a product of two thin matrices: W + s B A of LoRA (Hu et al. 2021, arXiv:2106.09685, section 4.1).
+
+    Every operation rounds to float32, and the R products of an element are added in order, so that the result depends
+    on neither the number of rows at a time nor the machine.
+
+    Args:
+        rows: W, float32 [n, K].
+        left: B, float32 [n, R].
+        right: A, float32 [R, K].
+        scaling: s, rounded to float32.
+
+    Returns:
+        float32 [n, K].
+    """
+    total = np.zeros_like(rows)
+    for rank in range(left.shape[1]):
+        total += left[:, rank, None] * right[rank]
+    result: Array = rows + np.float32(scaling) * total
+    return result
+
+
 def quantize_activations(
     x: Array, threshold: float, columns: Array | None = None, hybrid: bool = False
 ) -> tuple[Array, Array, Array]:

@@ -16,6 +16,7 @@ from quantize8.reports.tables import duration, size, table
 
 if TYPE_CHECKING:
     from quantize8.runtime.check import Check
+    from quantize8.sources import Checkpoint
 
 
 def conversion(result: Conversion) -> RenderableType:
@@ -23,6 +24,8 @@ def conversion(result: Conversion) -> RenderableType:
     plan, numbers = result.plan, result.as_json()
     rows = table(("", "left"), ("", "left"))
     rows.add_row(*_artifact(result))
+    if adapter := _adapter(plan.checkpoint):
+        rows.add_row("adapter", adapter)
     rows.add_row("format", plan.format.title + (", scales with the least squared error" if plan.searches else ""))
     if isinstance(plan.format, Int8Format):
         rows.add_row("recipe", f"{plan.recipe.name}, threshold {plan.recipe.threshold:g}")
@@ -102,6 +105,16 @@ def _artifact(result: Conversion) -> tuple[str, str]:
     if result.dry_run:
         return f"part {result.part}", f"would write {files}"
     return f"part {result.part}", f"wrote {files}; when all parts are written, run quantize8 finalize {result.out}"
+
+
+def _adapter(source: Checkpoint) -> str:
+    """What is merged into the source; empty if nothing is."""
+    name, key = source.identity.get("adapter"), "tie_word_embeddings"
+    if name is None:
+        return ""
+    apart = "; the embedding and the output head, which it tied, become a weight each"
+    untied = source.config.get(key) != source.origin.config.get(key)
+    return f"{name}, merged into {source.identity['id']}{apart if untied else ''}"
 
 
 def _forecast(found: Forecast, to_calibrate: bool) -> list[RenderableType]:

@@ -75,7 +75,8 @@ def load(
         stored = checkpoint.inner if isinstance(checkpoint, QuantizedCheckpoint) else checkpoint
         if (stored.folder / _ADAPTER).exists():
             raise SourceError(
-                f"{path}: holds an adapter ({_ADAPTER}), which is not applied; merge it, or remove that file"
+                f"{path}: holds an adapter ({_ADAPTER}), which is not applied; merge it with convert --adapter, "
+                "or remove that file"
             )
         calibrated = has_outliers(stored.folder)
         mode = mode or ("hybrid" if calibrated else "dynamic")

@@ -16,7 +16,12 @@ _ADAPTER = "adapter_config.json"
 
 
 def open_checkpoint(
-    source: str, *, revision: str | None = None, token: str | None = None, stream: bool | None = False
+    source: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    stream: bool | None = False,
+    adapter: str | None = None,
 ) -> Checkpoint:
     """Open a model. Headers are read and checked, values are not.
 
@@ -26,10 +31,12 @@ def open_checkpoint(
         token: Hub token.
         stream: Read the weights of a hub model by byte range instead of downloading them; None to do so only if they
             are not stored on this machine. Weights at an address are always streamed, those of a folder or file never.
+        adapter: The folder of a LoRA adapter to merge into the model as it is read; None for none.
 
     Raises:
-        SourceError: The source is missing, incomplete, damaged or unsafe.
+        SourceError: The source or the adapter is missing, incomplete, damaged or unsafe, or they do not fit together.
     """
+    base: Checkpoint | None = None
     if is_url(source) or not Path(source).expanduser().exists():
         from quantize8.sources.fetch import is_stored
 
@@ -38,10 +45,16 @@ def open_checkpoint(
             from quantize8.sources.quantized import decode
             from quantize8.sources.remote import open_stream
 
-            return decode(open_stream(source, revision, token))
-    path, identity = locate(source, revision=revision, token=token)
-    name = identity["id"].rpartition("/")[2]
-    return _open_folder(path, identity, name) if path.is_dir() else _open_file(path, identity, name)
+            base = decode(open_stream(source, revision, token))
+    if base is None:
+        path, identity = locate(source, revision=revision, token=token)
+        name = identity["id"].rpartition("/")[2]
+        base = _open_folder(path, identity, name) if path.is_dir() else _open_file(path, identity, name)
+    if adapter is None:
+        return base
+    from quantize8.sources.adapter import merged
+
+    return merged(base, adapter)
 
 
 def locate(source: str, *, revision: str | None = None, token: str | None = None) -> tuple[Path, dict[str, str]]:
@@ -107,8 +120,8 @@ def _refuse_adapter(folder: Path) -> None:
     alone = bool(weights) and all(name.startswith("adapter_model.") for name in weights)
     if alone or not (folder / CONFIG_NAME).is_file():
         raise SourceError(
-            f"{folder}: holds an adapter, not a model; merge it into its base model (PEFT: merge_and_unload), "
-            "save that, and convert it"
+            f"{folder}: holds an adapter, not a model; name its base model as the source: "
+            f"quantize8 convert BASE --adapter {folder}"
         )
 
 

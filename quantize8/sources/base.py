@@ -89,6 +89,8 @@ class TensorInfo:
         file: The file that contains it, relative to the model folder.
         stored_dtype: The dtype in which its values are stored, a name of DTYPES or FLOAT4; `dtype` by default.
         is_int8: Whether it is stored as int8 codes with one scale per row; `Checkpoint.int8_rows` returns these.
+        float_dtype: The dtype in which it is written if it stays in floating point; empty for `dtype`. Formats decide
+            that of a tensor in `Checkpoint.decoded`.
         nbytes: Size of the values in `dtype`, in bytes.
 
     Raises:
@@ -101,6 +103,7 @@ class TensorInfo:
     file: str
     stored_dtype: str = ""
     is_int8: bool = False
+    float_dtype: str = ""
     nbytes: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -271,11 +274,12 @@ def model_dtype(config: dict[str, Any], tensors: Iterable[TensorInfo]) -> str:
 
 
 def main_dtype(tensors: Iterable[TensorInfo]) -> str:
-    """The dtype of most floating-point values in these tensors; F16 if there are none."""
+    """The dtype in which most floating-point values of these tensors are written; F16 if there are none."""
     sizes: dict[str, int] = {}
     for info in tensors:
         if info.dtype in FLOATING:
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + math.prod(info.shape)
+            dtype = info.float_dtype or info.dtype
+            sizes[dtype] = sizes.get(dtype, 0) + math.prod(info.shape)
     return max(sizes, key=lambda dtype: sizes[dtype], default="F16")
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from quantize8.kernels.reference import Array
-from quantize8.sources.base import Checkpoint, TensorInfo
+from quantize8.sources.base import DTYPES, Checkpoint, TensorInfo
 from quantize8.sources.wrapper import Wrapper
 
 GATED, UNGATED, DOWN = "gate_up_proj", "up_proj", "down_proj"  # transformers' names of the parameters
@@ -278,7 +278,9 @@ class FusedExperts(Wrapper):
             shape = (sum(part.shape[0] for part in parts[0]), *parts[0][0].shape[1:])
             is_int8 = all(part.is_int8 for expert in parts for part in expert)
             whole = (len(parts), *(shape[::-1] if fusion.transposed else shape))
-            self.tensors[name] = replace(parts[0][0], name=name, shape=whole, is_int8=is_int8)
+            # of parts with several dtypes, those that are changed as they are read are in float32
+            lead = max((part for expert in parts for part in expert), key=lambda part: DTYPES[part.dtype].itemsize)
+            self.tensors[name] = replace(lead, name=name, shape=whole, is_int8=is_int8)
         joined = {name for name, fusion in fusions.items() if fusion.parts[0][0] in inner.decoded}
         self.decoded = inner.decoded & set(self.tensors) | joined
 
@@ -288,7 +290,8 @@ class FusedExperts(Wrapper):
         if fusion is None:
             return super().rows(name, start, stop)
         whole = [self._joined(fusion, [self._whole(part) for part in parts]) for parts in fusion.parts[start:stop]]
-        return np.stack([values.T if fusion.transposed else values for values in whole])
+        dtype = DTYPES[self.tensors[name].dtype]
+        return np.stack([values.T if fusion.transposed else values for values in whole]).astype(dtype, copy=False)
 
     def int8_rows(self, name: str, start: int, stop: int) -> tuple[Array, Array]:
         """See `Checkpoint.int8_rows`; codes [n, N, K] and absmax [n, N], whatever the order of the parameter."""

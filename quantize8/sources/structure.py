@@ -214,7 +214,7 @@ def read_structure(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo],
         for name, info in tensors.items()
         if name.endswith(".weight") and len(info.shape) == 2
     ]
-    if not encoder and _is_plain_decoder(config, tensors):
+    if not encoder and is_plain_decoder(config, tensors):
         linears = {name: LINEAR for name in weights if name not in (EMBEDDING, HEAD)}
         untied = HEAD in weights and not config.get("tie_word_embeddings", False)
         rest = tensors.keys() - {f"{name}.weight" for name in (*linears, HEAD)}
@@ -311,7 +311,7 @@ def _by_names(tensors: Mapping[str, TensorInfo], weights: list[str], why: str) -
     return Structure(linears, kept, others=others, guessed=why)
 
 
-def _is_plain_decoder(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> bool:
+def is_plain_decoder(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> bool:
     """Whether a checkpoint is a plain decoder that has exactly the model's tensors, by name and shape."""
     found = {name: info.shape for name, info in tensors.items() if not name.endswith(_OLD_BUFFER)}
     try:

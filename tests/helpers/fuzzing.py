@@ -14,6 +14,7 @@ import copy
 import functools
 import io
 import json
+import math
 import os
 import pickle
 import pickletools
@@ -565,6 +566,39 @@ def _outliers_seeds() -> list[bytes]:
     return [made, RAW + _tensor_file(made)]
 
 
+_BASE = {"tensors": {"m.weight": ["F16", [3, 4]], "m.bias": ["F32", [3]], "e.weight": ["BF16", [5, 2]]}}
+
+
+def _adapter(data: bytes, folder: Path) -> None:
+    from quantize8.sources.adapter import merged
+    from quantize8.sources.lora import CONFIG_NAME, WEIGHTS_NAME
+
+    settings = {} if data[:1] == RAW else _get(_parsed(data), "config", dict)
+    (folder / CONFIG_NAME).write_text(json.dumps(settings or _LORA))
+    (folder / WEIGHTS_NAME).write_bytes(_tensor_file(data))
+    checkpoint = merged(_Memory(folder, _BASE), str(folder))
+    for name, info in checkpoint.tensors.items():
+        assert np.concatenate(list(checkpoint.blocks(name, 1))).shape == info.shape
+        json.dumps(checkpoint.identity, allow_nan=False)
+
+
+_LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "alpha_pattern": {"m": 1.5}, "base_model_name_or_path": "a/b"}
+
+
+def _adapter_seeds() -> list[bytes]:
+    m, e = "base_model.model.m", "base_model.model.e"
+    pair = {f"{m}.lora_A.weight": ["F32", [2, 4]], f"{m}.lora_B.weight": ["BF16", [3, 2]]}
+    more = {f"{m}.lora_magnitude_vector": ["F32", [3]], f"{m}.lora_B.bias": ["F16", [3]]}
+    embedding = {f"{e}.lora_embedding_A": ["F32", [2, 5]], f"{e}.lora_embedding_B": ["F32", [2, 2]]}
+    replaced = {f"{m}.base_layer.bias": ["F32", [3]], f"{e}.weight": ["F16", [5, 2]]}
+    cases = [pair, pair | more, embedding, replaced, pair | embedding | replaced]
+    cases = [
+        {name: [dtype, shape, [0.5] * math.prod(shape)] for name, (dtype, shape) in case.items()} for case in cases
+    ]
+    made = [described({"config": _LORA | {"use_rslora": True}, "tensors": tensors}) for tensors in cases]
+    return [*made, RAW + _tensor_file(made[0])]
+
+
 def gguf(value: Any) -> bytes:
     """A GGUF file of {"version", "fields": [[key, type, value]], "tensors": [[name, dims, type, offset]], "counts"}."""
     fields, tensors = _get(value, "fields", list), _get(value, "tensors", list)
@@ -984,6 +1018,7 @@ _json = functools.partial(Reader, mutate=mutate_json)
 READERS: dict[str, Reader] = {
     "safetensors": _json(_safetensors, _safetensors_seeds),
     "index": _json(_index, _index_seeds),
+    "adapter": _json(_adapter, _adapter_seeds),
     "gguf": _json(_gguf, _gguf_seeds),
     "torch": Reader(_torch, _torch_seeds, mutate_pickle),
     "config": _json(_config, _config_seeds),

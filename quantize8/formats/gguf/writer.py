@@ -74,8 +74,8 @@ class Gguf(Format):
         checkpoint = plan.checkpoint
         config, where = checkpoint.config, checkpoint.name
         tensors = tensors_of(config, {name: info.shape for name, info in checkpoint.tensors.items()}, where)
-        if isinstance(checkpoint, GgufCheckpoint):
-            fields = carried(checkpoint.header)
+        if isinstance(origin := checkpoint.origin, GgufCheckpoint):
+            fields = carried(origin.header)
         else:
             fields = [*settings(config, where, where), *tokenizer_fields(checkpoint.folder, config)]
         start = header(architecture(config, where), fields, tensors)

@@ -59,7 +59,9 @@ def conversion(result: Conversion) -> bytes:
     if isinstance(plan.format, Int8Format):
         how += f", with the recipe {plan.recipe.name}, threshold {plan.recipe.threshold:g}"
     source = plan.checkpoint.identity.get("id", plan.checkpoint.name)
-    lead = f"{did} {markup.code(source)} to {markup.code(result.out)}, {markup.text(how)}."
+    adapter = plan.checkpoint.identity.get("adapter")
+    merged = "" if adapter is None else f" with the adapter {markup.code(adapter)} merged"
+    lead = f"{did} {markup.code(source)}{merged} to {markup.code(result.out)}, {markup.text(how)}."
     parts = [markup.facts(items), markup.advice(_next_steps(result, found))]
     parts.append(markup.figures([_sizes(plan), *_figures(found)]))
     if found:
