@@ -34,6 +34,7 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _GATE, _UP, _DOWN = MODEL_TENSOR.FFN_GATE_EXP, MODEL_TENSOR.FFN_UP_EXP, MODEL_TENSOR.FFN_DOWN_EXP
 _IGNORED = ".rotary_emb.inv_freq"  # a buffer in old checkpoints, which transformers computes itself
+_EXPERT_COUNTS = ("num_experts", "num_local_experts")
 _GLOBAL, _LOCAL = "full_attention", "sliding_attention"  # kinds of layers, in settings
 _EMBEDDING, _FINAL_NORM, _HEAD = "model.embed_tokens", "model.norm", "lm_head"
 
@@ -194,7 +195,7 @@ FAMILIES = {
         _QWEN3,
         arch=MODEL_ARCH.QWEN3MOE,
         linears=(*_QKV, _O),
-        experts=Experts(),
+        experts=Experts(count="num_experts"),
         fixed={**_QWEN3.fixed, "norm_topk_prob": True, **_ALL_LAYERS},
     ),
     "Gemma2ForCausalLM": _GEMMA2,
@@ -374,6 +375,8 @@ def complete(config: Mapping[str, Any], where: object) -> dict[str, Any]:
         rest = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
         with guarded():
             full: dict[str, Any] = AutoConfig.for_model(config["model_type"], **rest).get_text_config().to_dict()
+        for one, other in (_EXPERT_COUNTS, _EXPERT_COUNTS[::-1]):  # releases of transformers differ in the name
+            full[one] = full.get(other) if full.get(one) is None else full[one]
     except Exception as error:  # a config.json may contain anything, so any error may be raised
         raise SourceError(f"{where}: transformers cannot read its config.json ({first_line(error)}); fix it") from None
     return full
