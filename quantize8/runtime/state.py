@@ -12,8 +12,10 @@ from torch import Tensor
 
 from quantize8.formats.bitsandbytes import LAYOUT, SCALE
 from quantize8.kernels.reference import Array
+from quantize8.runtime.experts import PROJECTIONS, Int8Experts
 from quantize8.runtime.experts import SCALE as EXPERT_SCALE
 from quantize8.sources import Checkpoint
+from quantize8.sources.native import build_meta_model
 from quantize8.sources.structure import structure_of
 
 _DTYPES = {"BF16": torch.bfloat16}  # dtypes that torch.from_numpy does not take
@@ -59,7 +61,7 @@ def plan_loading(checkpoint: Checkpoint) -> LoadPlan:
     structure = structure_of(checkpoint)
     int8 = {info.name.removesuffix(".weight") for info in checkpoint.tensors.values() if info.is_int8}
     linears = {name for name in (*structure.linears, *structure.kept) if name in int8}
-    int8_experts = bool(structure.experts) and int8 >= set(structure.experts)
+    int8_experts = bool(structure.experts) and int8 >= set(structure.experts) and _experts_fit(checkpoint)
     experts = set(structure.experts if int8_experts else ())
     state: dict[str, LazyTensor] = {}
     for name in checkpoint.tensors:
@@ -73,6 +75,13 @@ def plan_loading(checkpoint: Checkpoint) -> LoadPlan:
         else:
             state[name] = LazyTensor(_rows(checkpoint, name), checkpoint.tensors[name].dtype)
     return LoadPlan(state, structure.skip_list(linears), int8_experts)
+
+
+def _experts_fit(checkpoint: Checkpoint) -> bool:
+    """Whether all experts of the model can be int8: Nemotron-H's, for example, have no gate."""
+    model = build_meta_model(checkpoint.config, checkpoint.tensors, checkpoint.is_encoder)
+    experts = [module for module in model.modules() if PROJECTIONS[-1] in module._parameters]
+    return all(Int8Experts.fits(module) for module in experts)
 
 
 def _int8(checkpoint: Checkpoint, name: str, part: int) -> Callable[[], Array]:

@@ -35,7 +35,9 @@ _OLD_BUFFER = ".rotary_emb.inv_freq"  # which earlier releases of transformers s
 _IN_LAYER = re.compile(r"(.+?)\.\d+\.(.+)")  # a list of layers, and a module of one
 _FURTHER = re.compile(r"(^|\.)mtp")  # a list of layers for multi-token prediction
 READ_BY_CODE = "the model's code reads its weight, and would take int8 codes for it"
+_SCALE = "scale"  # a tensor of a quantized module besides its weight, by any name
 _CONVERTED = "transformers splits it, or joins it with others, while it loads the model"
+_RENAMED = "transformers renames its weight while it loads the model, but would not rename its scales"
 _FOREIGN = "not part of transformers' model"
 _NOT_LINEAR = re.compile(r"embed|wte|wpe|norm|ln_|position|token_type|shared|relative_attention|router|gate$|head$")
 
@@ -256,26 +258,30 @@ def _from_model(model: Any, tensors: Mapping[str, TensorInfo], weights: list[str
     }
     state = model.state_dict()
     targets = targets_in_model(model, tensors)
-    to_model = {name: targets[f"{name}.weight"].name.removesuffix(".weight") for name in weights}
+    found = {name: targets[f"{name}.weight"] for name in weights}
+    to_model = {name: target.name.removesuffix(".weight") for name, target in found.items()}
     likes = _likes(to_model.values(), [name.removesuffix(".weight") for name in state])
-    converted = [name for name in weights if targets[f"{name}.weight"].pattern is not None]
+    converted = {name: state.get(target.name) for name, target in found.items() if target.pattern is not None}
     of_linears = {name for name in converted if likes.get(to_model[name]) in modules}
     fixed = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or [])]
-    by_code = read_by_code(model)
+    by_code, alone = read_by_code(model), _renamed_alone(model, to_model)
     head = model.get_output_embeddings()
     tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
-    experts = [name for name in converted if name not in of_linears]
-    structure, fused = Structure({}, dict.fromkeys(of_linears, _CONVERTED), experts=experts), set(experts)
+    # a tensor of experts has three dimensions; of another model, such as one for a further token, this is not known
+    stacked = [name for name, value in converted.items() if value is None or value.dim() == 3]
+    experts = [name for name in stacked if name not in of_linears]
+    structure = Structure({}, dict.fromkeys(of_linears, _CONVERTED), experts=experts)
     for name in weights:
         in_model, like = to_model[name], likes.get(to_model[name])
-        if name in of_linears:
-            continue
-        if name in fused or (like is not None and like not in modules and like not in others):
-            continue  # fused experts, an embedding, or a router
+        if name in converted or (like is not None and like not in modules and like not in others):
+            continue  # experts, an embedding, or a router
         if in_model != name:
             structure.model_names[name] = in_model
         if like is None or like in others:
             structure.kept[name] = others.get(like or "", _FOREIGN)
+            continue
+        if name in alone:
+            structure.kept[name] = _RENAMED
             continue
         if like not in by_code and not is_skipped(in_model, fixed):
             structure.linears[name] = modules[like]
@@ -309,12 +315,13 @@ class Target(NamedTuple):
     others: tuple[str, ...] = ()  # the other parameters, if the tensor is split
 
 
-def targets_in_model(model: Any, names: Collection[str]) -> dict[str, Target]:
+def targets_in_model(model: Any, names: Collection[str], further: Collection[str] = ()) -> dict[str, Target]:
     """Find where transformers loads the tensors of a checkpoint.
 
     Args:
         model: A transformers model.
         names: The names of the tensors.
+        further: Names of parameters that the model has besides its own.
 
     Returns:
         The target of each tensor by name, in the order of `names`.
@@ -326,7 +333,7 @@ def targets_in_model(model: Any, names: Collection[str]) -> dict[str, Target]:
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     made = {pattern: entry.target_patterns for entry in converters for pattern in entry.source_patterns}
-    state, prefix = model.state_dict(), model.base_model_prefix
+    state, prefix = {**model.state_dict(), **dict.fromkeys(further, True)}, model.base_model_prefix
     found: dict[str, Target] = {}
     for name in names:
         target, pattern = rename_source_key(name, renamings, converters, prefix, state)
@@ -335,6 +342,13 @@ def targets_in_model(model: Any, names: Collection[str]) -> dict[str, Target]:
         first, *rest = made.get(pattern, ("",))
         found[name] = Target(target, pattern, tuple(target.replace(first, other) for other in rest))
     return found
+
+
+def _renamed_alone(model: Any, to_model: Mapping[str, str]) -> set[str]:
+    """Modules (in the checkpoint) whose weight gets a name in the model that their scale would not get."""
+    scales = {f"{name}.{_SCALE}": f"{inside}.{_SCALE}" for name, inside in to_model.items() if name != inside}
+    targets = targets_in_model(model, scales, {*scales.values()})
+    return {name.removesuffix(f".{_SCALE}") for name, wanted in scales.items() if targets[name].name != wanted}
 
 
 def _missing(model: Any, targets: Mapping[str, Target]) -> list[str]:
