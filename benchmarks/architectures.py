@@ -2,10 +2,11 @@
 
     python -m benchmarks.architectures [TYPE...]
 
-A model type is built from its own settings, shrunk. Its artifacts are opened with transformers' own loader (bitsandbytes
-or compressed-tensors) and with `quantize8.load`, and their outputs compared with those of the float model. Each batch of
-types runs in a process of its own, so that a crash or a hang costs one type. Rows are appended to a file as they are
-finished: a run that was stopped continues.
+A model type is built from its own settings, shrunk. Its artifacts are opened with transformers' own loader, through
+bitsandbytes or compressed-tensors, and with `quantize8.load`, and their outputs compared with those of the float model.
+Each batch of types runs in a process of its own, so that a crash or a hang costs one type. Rows are appended to a file
+as they are finished: a run that was stopped continues. The results are benchmarks/results/architectures.json and the
+tables of docs/architectures.md.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.architectures_table import summary
+from benchmarks.architectures_table import filled, summary
 from benchmarks.cpu import RESULTS, write
 
 SECONDS = 120  # that a type may take
@@ -52,7 +53,12 @@ def main() -> None:
     found = before | rows
     ordered = [found[name] for name in names if name in found]
     print("\n".join(summary(ordered)))
-    print(f"written to {write('architectures', {'rows': ordered})}")
+    write("architectures", {"rows": []})
+    about = path.read_text().replace('"rows": []', '"rows": [\n ROWS\n ]')
+    path.write_text(about.replace("ROWS", ",\n ".join(map(json.dumps, ordered))))
+    page = Path(__file__).parent.parent / "docs" / "architectures.md"
+    page.write_text(filled(page.read_text(), ordered))
+    print(f"written to {path} and {page}")
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:

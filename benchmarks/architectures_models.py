@@ -32,35 +32,15 @@ KINDS = {  # kind -> transformers' tables of the classes for it, the preferred c
     "encoder": ("MASKED_LM",),
 }
 # Encoders without a head that text, image or audio models are made of; further ones are parts of models above.
-ENCODERS = (
-    *(
-        "clip",
-        "clip_text_model",
-        "clip_vision_model",
-        "siglip",
-        "siglip2",
-        "siglip_vision_model",
-        "siglip2_vision_model",
-    ),
-    *("chinese_clip", "altclip", "align", "metaclip_2", "aimv2", "blip_2_qformer", "bridgetower", "flava", "groupvit"),
-    *("dpr", "bros", "canine", "layoutlmv3", "lilt", "lxmert", "markuplm", "splinter", "visual_bert", "vilt"),
-    *("vit", "vit_mae", "vit_msn", "deit", "beit", "data2vec-vision", "dinov2", "dinov2_with_registers", "dinov3_vit"),
-    *("ijepa", "videomae", "vivit", "timesformer", "vjepa2", "yolos", "pixtral", "mlcd_vision_model", "swin", "swinv2"),
-    *(
-        "wav2vec2",
-        "wav2vec2-bert",
-        "wav2vec2-conformer",
-        "hubert",
-        "wavlm",
-        "unispeech",
-        "unispeech-sat",
-        "sew",
-        "sew-d",
-    ),
-    *("data2vec-audio", "audio-spectrogram-transformer", "clap", "parakeet_ctc", "parakeet_encoder", "lasr_encoder"),
-    *("qwen2_audio_encoder", "voxtral_encoder", "audioflamingo3_encoder", "imagegpt", "decision_transformer", "owlvit"),
-    *("embedding_gemma2", "openai_privacy_filter", "xclip", "clipseg", "x-clip", "tipsv2", "mimi", "encodec"),
-)
+ENCODERS = """
+clip clip_text_model clip_vision_model siglip siglip2 siglip_vision_model siglip2_vision_model chinese_clip altclip
+metaclip_2 aimv2 blip_2_qformer bridgetower flava groupvit dpr bros canine layoutlmv3 lilt lxmert markuplm splinter
+visual_bert vilt vit vit_mae vit_msn deit beit data2vec-vision dinov2 dinov2_with_registers dinov3_vit ijepa videomae
+vivit timesformer vjepa2 yolos pixtral mlcd_vision_model swin swinv2 wav2vec2 wav2vec2-bert wav2vec2-conformer hubert
+wavlm unispeech unispeech-sat sew sew-d data2vec-audio audio-spectrogram-transformer parakeet_ctc parakeet_encoder
+lasr_encoder qwen2_audio_encoder voxtral_encoder audioflamingo3_encoder imagegpt decision_transformer owlvit
+embedding_gemma2 openai_privacy_filter xclip clipseg tipsv2 mimi
+"""
 
 Rule = Callable[[int], int]
 
@@ -71,30 +51,33 @@ def _at_most(limit: int) -> Rule:
 
 # The first entry that matches a name decides. Numbers are only ever made smaller.
 RULES: list[tuple[str, Rule]] = [
-    (r"chunk_size_feed_forward|num_labels|pretraining_tp|num_channels|in_channels$|type_vocab|ignore", lambda n: n),
+    (
+        r"chunk_size_feed_forward|num_labels|pretraining_tp|num_channels|in_channels$|type_vocab|ignore|kpool",
+        lambda n: n,
+    ),
+    (r"upsample_groups", _at_most(WIDTH)),
+    (r"num_filters", _at_most(8)),
     (r"(ngram|codebook)_(vocab_)?size|codebook_size|num_embeddings$", _at_most(64)),
     (r"vocab", _at_most(VOCABULARY)),
-    (r"experts_per_tok|top_?k$|moe_k$|num_selected_experts|cross_attn_k$", _at_most(2)),
+    (r"experts_per_tok|(?<!index_)top_?k$|moe_k$|num_selected_experts|cross_attn_k$", _at_most(2)),
     (r"shared_experts?$|topk_group|n_group$|num_expert_group|num_limited_groups|expert_group", _at_most(1)),
     (r"experts?$|experts_(?!inter|size)|zero_expert_num", _at_most(EXPERTS)),
     (r"kv_heads|key_value_heads|kv_n_heads|num_key_heads|query_groups", _at_most(2)),
     (r"num_value_heads|n_heads?$|heads$|num_heads", _at_most(HEADS)),
-    (r"rope_head_dim|rotary_dim", _at_most(8)),
-    (r"qk_head_dim", _at_most(24)),
+    (r"rotary_dim", _at_most(8)),
+    (r"qk_head_dim|swa_head_dim", _at_most(2 * WIDTH // HEADS)),
     (r"head_dim|d_kv$|head_size|kv_channels|dim_head|d_head|query_pre_attn_scalar", _at_most(WIDTH // HEADS)),
     (r"lora_rank|lowrank|_rank$", _at_most(WIDTH // 2)),
-    (
-        r"feat_extract|stages|conv_(layers|dim|stride|kernel)$|upsampl|downsampl|kernel|stride|dilation|ratio",
-        lambda n: n,
-    ),
+    (r"feat_extract|stages|conv_(layers|dim|stride|kernel)$|upsampl|downsampl", lambda n: n),
+    (r"kernel|stride|dilation|ratio", lambda n: n),
+    (r"index_topk$", _at_most(16)),
+    (r"n_groups$", _at_most(2)),
     (r"first_k_dense|dense_layers|attn_layer_offset|expert_layer_offset", _at_most(1)),
     (r"kv_shared_layers|nextn|mtp|num_adapter_layers", lambda n: 0),
     (r"layer_period|interval|sparse_step|layer_step|window_pattern|cross_attention_frequency|every_n", _at_most(2)),
     (r"layers?$|depth$|n_layer$|num_blocks$|num_hidden_groups", _at_most(2)),
-    (
-        r"inter(mediate)?_size|ffn|d_ff$|dff$|dim_ff$|n_inner|inner_dim|feed_?forward_(size|dim)|mlp_dim",
-        _at_most(INNER),
-    ),
+    (r"inter(mediate)?_size|ffn|d_ff$|dff$|dim_ff$|inner", _at_most(INNER)),
+    (r"feed_?forward_(size|dim)|mlp_dim", _at_most(INNER)),
     (r"image_size|crop_size|resolution", _at_most(IMAGE)),
     (r"num_mel_bins|mel_dim", _at_most(16)),
     (r"^patch_size|[^l]_patch_size", _at_most(PATCH)),
@@ -103,7 +86,7 @@ RULES: list[tuple[str, Rule]] = [
     (r"max_source_positions", _at_most(32)),
     (r"position|n_ctx|seq_len|max_length|max_pos|rel_extent", _at_most(VOCABULARY)),
     (r"(^|_)(hidden|embedding|embed|proj|projection|model|d_model|width|n_embd|embd|emb)(_|$)", _at_most(WIDTH)),
-    (r"hidden_size|d_model|dim$|_size$|channels|n_embd|units$|features$|num_filters", _at_most(WIDTH)),
+    (r"hidden_size|d_model|dim$|_size$|channels|n_embd|units$|features$", _at_most(WIDTH)),
     (r"num_query|latents|query_num|query_tokens", _at_most(8)),
 ]
 
@@ -112,44 +95,70 @@ _HEAD = {"head_dim": WIDTH // HEADS}
 _INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16}
 _INDEXER |= {"indexer_compress_ratio": 4, "output_gate_type": "sigmoid", "ngram_vocab_size_base": 64}
 _DEEPSEEK = {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"], "n_group": 1, "topk_group": 1}
+_DEEPSEEK_V2 = {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_group": 1}
 _VQ = {"num_res_blocks": 1, "base_channels": 32, "channel_multiplier": [1, 1]}
 _TOKENS = {"<image>": 255, "a": 5, "b": 6, "IMGIMGA": 7}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_ROPES = {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}}
+_MROPE = {"text_config": {"rope_parameters": {"mrope_section": [2, 3, 3]}}}
+_MROPE_HALF = {"text_config": {"rope_parameters": {"mrope_section": [1, 1, 2]}}}
+_SWIN = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [2, 2, 4, 4], "window_size": 4, "image_size": 64}
+_SWIN |= {"patch_size": 2}
 # Corrections of the shrunk settings, by model type; a nested dict corrects the settings of a part.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "aria": {"projector_patch_to_query_dict": {16: 8}},
     "bamba": _MAMBA | {"attn_layer_indices": [1]},
+    "blip-2": {"image_token_index": 255},
+    "chameleon": {"vocabulary_map": _TOKENS, "image_token_id": 255, "vq_config": _VQ},
+    "cohere_compass": {"text_config": _ROPES},
+    "cohere_compass_text": _ROPES,
+    "deepseek_ocr2": {"text_config": _DEEPSEEK},
+    "deepseek_v2": _DEEPSEEK_V2,
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "emu3": {"vocabulary_map": _TOKENS, "vq_config": _VQ},
+    "ernie4_5_vl_moe": {"text_config": _HEAD | {"rope_parameters": {"mrope_section": [3, 3, 2]}}},
+    "esm": {"vocab_size": VOCABULARY, "mask_token_id": 32, "pad_token_id": 1},
     "falcon_h1": _MAMBA | {"mamba_d_ssm": 128},
-    "granitemoehybrid": _MAMBA,
-    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
+    "funnel": {"d_inner": INNER},
+    "glm46v": _MROPE,
+    "glm4v": _MROPE,
+    "glm4v_moe": _MROPE_HALF,
+    "glm_ocr": _MROPE,
+    "glmga": _MROPE,
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "1/2", "spatial_target_layers": [0] * 4},
+    "granitemoehybrid": _MAMBA | {"layer_types": ["mamba", "attention"], "layers_block_type": ["mamba", "attention"]},
+    "hrm_text": {"num_hidden_layers": 16},
     "hunyuan_v1_dense": _HEAD,
     "hunyuan_v1_moe": _HEAD,
-    "hunyuan_vl": {"text_config": _HEAD},
-    "ministral": _HEAD,
-    "nemotron": {"num_key_value_heads": 2},
-    "qwen4_exp_text": _INDEXER,
-    "qwen4_exp": {"text_config": _INDEXER},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    "chameleon": {"vocabulary_map": _TOKENS, "image_token_id": 255, "vq_config": _VQ},
-    "emu3": {"vocabulary_map": _TOKENS, "vq_config": _VQ},
-    "deepseek_ocr2": {"text_config": _DEEPSEEK},
-    "granite4_vision": {
-        "deepstack_layer_map": [[0, 0]],
-        "downsample_rate": "1/2",
-        "spatial_target_layers": [0, 0, 1, 1],
-    },
-    "ernie4_5_vl_moe": {"text_config": _HEAD},
-    "reformer": {"is_decoder": True},
-    "esm": {"vocab_size": VOCABULARY, "mask_token_id": 32, "pad_token_id": 1},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
-    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
-    "molmo2": {"adapter_config": {"vision_feature_layers": [-1, -2]}},
+    "hunyuan_vl": {"text_config": _HEAD | {"rope_parameters": {"xdrope_section": [2, 2, 2, 2]}}},
+    "inkling2": {"quantization_config": None},
+    "instructblip": {"image_token_index": 255},
+    "instructblipvideo": {"video_token_index": 255},
     "janus": {"vq_config": _VQ},
-    "funnel": {"d_inner": INNER},
-    "zamba": {
-        "layers_block_type": ["linear_attention", "hybrid"],
-        "attention_head_dim": 32,
-        "attention_hidden_size": 128,
-    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "ministral": _HEAD,
+    "mistral4": {"text_config": {"qk_rope_head_dim": 8, "qk_head_dim": 24}},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [-1, -2]}},
+    "nemotron": {"num_key_value_heads": 2},
+    "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 32},
+    "paddleocr_vl": _MROPE,
+    "qwen2_5_omni": {"enable_audio_output": False, "thinker_config": _MROPE},
+    "qwen2_5_omni_thinker": _MROPE,
+    "qwen2_5_vl": _MROPE,
+    "qwen2_vl": _MROPE,
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 16]},
+    "swin": _SWIN,
+    "swinv2": _SWIN,
+    "unlimited_ocr": {"vision_config": {"sam_config": {"downsample_channels": [64, 64]}}},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4}
+    | {"attention_head_dim": 32, "attention_hidden_size": 128},
+    "zamba2": {"attention_head_dim": 32, "attention_hidden_size": 128},
 }
 
 
@@ -170,7 +179,7 @@ def subjects() -> list[Subject]:
                 name = name if isinstance(name, str) else name[0]
                 if model_type in CONFIG_MAPPING:
                     found.setdefault(model_type, Subject(model_type, kind, name))
-    for model_type in ENCODERS:
+    for model_type in ENCODERS.split():
         if name := modeling_auto.MODEL_MAPPING_NAMES.get(model_type):
             name = name if isinstance(name, str) else name[0]
             found.setdefault(model_type, Subject(model_type, "encoder", name))
@@ -198,31 +207,33 @@ def _shrunk(values: dict[str, Any]) -> dict[str, Any]:
     chosen, length = _layers(values)
     ids = _Ids()
     result: dict[str, Any] = {}
-    for name, value in values.items():
+    for key, value in values.items():
+        name = str(key)
         if name in _DERIVED:
             continue
         if name == "per_layer_config" and value:
             result[name] = {chosen.index(int(i)): _shrunk(each) for i, each in value.items() if int(i) in chosen}
         elif isinstance(value, dict):
-            result[name] = _rope(value) if "rope" in name else _shrunk(value)
+            result[key] = _rope(value) if "rope" in name else _shrunk(value)
         elif isinstance(value, list | tuple):
-            result[name] = _short(name, list(value), chosen, length, ids)
+            result[key] = _short(name, list(value), chosen, length, ids)
         elif isinstance(value, int) and not isinstance(value, bool):
-            result[name] = ids.of(value) if _IS_ID.search(name) else smaller(name, value)
+            result[key] = ids.of(value) if _IS_ID.search(name) else smaller(name, value)
             if chosen and value == length and re.search(r"layers$|depth$", name):
-                result[name] = len(chosen)
+                result[key] = len(chosen)
         else:
-            result[name] = value
-    for name in ("num_key_value_heads", "num_kv_heads"):
-        if name in values and values[name] == values.get("num_attention_heads"):
-            result[name] = result["num_attention_heads"]
+            result[key] = value
+    for name in result:
+        queries = str(name).replace("key_value", "attention")
+        if queries != name and queries in values and values[name] == values[queries]:
+            result[name] = result[queries]
     return result
 
 
-_DERIVED = ("out_features", "out_indices", "stage_names", "id2label", "label2id")  # from other settings
+_DERIVED = ("out_features", "out_indices", "stage_names", "id2label", "label2id", "quantization_config")
 
 
-_IS_ID = re.compile(r"(token|_token_id|_token_index|token_ids|_idx|_index|_id|_ids)$")
+_IS_ID = re.compile(r"((?<!per_)token|_token_id|_token_index|token_ids|_idx|_index|_id|_ids)$")
 
 
 class _Ids:
@@ -322,28 +333,38 @@ def fill(model: Any) -> None:
                 normal(value, value.shape[1] ** -0.5)
             elif isinstance(module, Conv1D) and name == "weight":
                 normal(value, value.shape[0] ** -0.5)
-            elif isinstance(module, nn.Embedding):
+            elif isinstance(module, nn.Embedding) and "Sinusoidal" not in type(module).__name__:
                 normal(value, 1.0)
             elif value.dim() == 3 and "expert" in type(module).__name__.lower():
                 normal(value, min(value.shape[1:]) ** -0.5)
             elif name == "bias":
                 normal(value, 0.1)
-            elif value.dim() >= 2 and value.std() < 0.05:
+            elif value.dim() >= 2 and value.std() < 0.05 and not isinstance(module, nn.Embedding):
                 normal(value, value[0].numel() ** -0.5)
 
 
 def inputs(model: Any) -> Iterator[dict[str, Tensor]]:
     """Inputs to try, one after the other, until the model takes one."""
     taken = inspect.signature(model.forward).parameters
-    ids = torch.randint(10, 180, (1, TOKENS), generator=torch.Generator().manual_seed(2))
+    vocabulary = _setting(model.config.get_text_config(), "vocab_size", VOCABULARY)
+    ids = torch.randint(10, min(180, vocabulary), (1, TOKENS), generator=torch.Generator().manual_seed(2))
     text = {"input_ids": ids} if "input_ids" in taken else {}
     decoder = {"decoder_input_ids": ids[:, :12]} if "decoder_input_ids" in taken else {}
     if text:
         yield {**text, **decoder}
         yield text
+    if text and "bbox" in taken:
+        boxes = torch.arange(4).expand(1, TOKENS, 4).contiguous()
+        yield {**text, **decoder, "bbox": boxes}
+        yield {**text, "bbox": boxes / 4}
     for each in features(model.config, taken):
         yield {**each, **decoder}
         yield {**each, **text, **decoder}
+        token = _setting(model.config, "image_token_id", None) or _setting(model.config, "image_token_index", None)
+        for count in (1, 4, 8, 16, 17) if token is not None and text else ():
+            with_images = torch.cat([torch.full((1, count), token), ids], 1)
+            more = {"qformer_input_ids": ids} if "qformer_input_ids" in taken else {}
+            yield {**each, "input_ids": with_images, **more, **decoder}
 
 
 def features(config: Any, taken: Collection[str]) -> Iterator[dict[str, Tensor]]:
@@ -354,7 +375,7 @@ def features(config: Any, taken: Collection[str]) -> Iterator[dict[str, Tensor]]
 
 def _images(config: Any, taken: Collection[str]) -> Iterator[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(3)
-    name = next((each for each in ("pixel_values", "flattened_patches", "image") if each in taken), None)
+    name = next((each for each in ("pixel_values", "pixel_values_videos") if each in taken), None)
     if name is None:
         return
     size = _setting(config, "image_size", IMAGE)
@@ -364,6 +385,10 @@ def _images(config: Any, taken: Collection[str]) -> Iterator[dict[str, Tensor]]:
     temporal = _setting(config, "temporal_patch_size", 2)
     image = torch.randn(1, 3, size, size, generator=generator)
     sizes = {"image_sizes": torch.tensor([[size, size]])} if "image_sizes" in taken else {}
+    if "spatial_shapes" in taken:
+        flat = torch.randn(1, 16, 3 * patch * patch, generator=generator)
+        mask = torch.ones(1, 16, dtype=torch.long)
+        yield {name: flat, "spatial_shapes": torch.tensor([[4, 4]]), "pixel_attention_mask": mask}
     grids = [each for each in ("image_grid_thw", "grid_thw", "image_grid_hws") if each in taken]
     for grid in grids:
         flat = torch.randn(16, 3 * temporal * patch * patch, generator=generator)
@@ -379,7 +404,7 @@ def _images(config: Any, taken: Collection[str]) -> Iterator[dict[str, Tensor]]:
 
 def _audio(config: Any, taken: Collection[str]) -> Iterator[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(4)
-    bins = _setting(config, "num_mel_bins", 16)
+    bins = _setting(config, "num_mel_bins", None) or _setting(config, "input_feat_per_channel", 16)
     frames = 2 * _setting(config, "max_source_positions", 32)
     if "input_values" in taken:
         yield {"input_values": torch.randn(1, 4000, generator=generator)}

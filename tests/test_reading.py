@@ -88,6 +88,7 @@ def build(kind, **settings):
 
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 WAVLM = VISION | {"conv_dim": [32], "conv_kernel": [10], "conv_stride": [5], "num_conv_pos_embedding_groups": 4}
+SWIN = {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [1], "num_heads": [2], "window_size": 4}
 
 
 @pytest.mark.parametrize(
@@ -95,6 +96,7 @@ WAVLM = VISION | {"conv_dim": [32], "conv_kernel": [10], "conv_stride": [5], "nu
     [
         (transformers.WavLMModel, WAVLM, [f"encoder.layers.0.attention.{x}_proj" for x in ("k", "out", "q", "v")]),
         (transformers.Siglip2VisionModel, VISION, ["embeddings.patch_embedding"]),
+        (transformers.Swinv2Model, SWIN, ["encoder.layers.0.blocks.0.attention.self.continuous_position_bias_mlp.0"]),
         (transformers.BloomForCausalLM, {"hidden_size": 32, "n_layer": 1, "n_head": 4, "vocab_size": 64}, []),
         (transformers.LlamaForCausalLM, SIZES, []),
     ],

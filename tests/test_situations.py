@@ -380,6 +380,17 @@ def test_experts_that_stay_in_float_are_not_taken_for_int8(scheme, tmp_path):
     assert error(tmp_path / "int8", source, transformers.GraniteMoeForCausalLM) < 0.1
 
 
+@pytest.mark.parametrize("moe", ["transformers", "vllm"])
+def test_int8_experts_that_have_no_gate_are_loaded_in_float(moe, tmp_path):
+    """Nemotron-H: Int8Experts computes gated experts only."""
+    settings = NEMOTRON_H | {"layers_block_type": ["mamba", "moe", "attention"], "n_routed_experts": 4}
+    settings |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16}
+    source = saved(tmp_path / "source", transformers.NemotronHForCausalLM, **settings)
+    result = convert(str(source), tmp_path / "int8", format="compressed-tensors", moe=moe)
+    assert len([name for name in result.plan.modules if ".experts." in name]) == 8
+    assert error(tmp_path / "int8", source, transformers.NemotronHForCausalLM) < 0.1
+
+
 @pytest.mark.parametrize("format", ["bitsandbytes", "compressed-tensors"])
 def test_a_linear_weight_that_transformers_splits_stays_in_float(format, tmp_path):
     """Nomic's checkpoints store Wqkv; the model has q_proj, k_proj and v_proj."""

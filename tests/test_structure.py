@@ -6,9 +6,9 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 
 from quantize8 import SourceError
-from quantize8.sources import structure
+from quantize8.sources import open_checkpoint, structure
 from quantize8.sources.base import TensorInfo
-from quantize8.sources.structure import CONV1D, LINEAR, is_skipped, read_structure
+from quantize8.sources.structure import CONV1D, LINEAR, is_skipped, read_structure, structure_of
 
 TINY = {
     "hidden_size": 32,
@@ -186,3 +186,32 @@ def test_what_transformers_skips_is_known_to_be_skipped(module, patterns, skippe
 
     assert is_skipped(module, patterns) is skipped
     assert skipped or should_convert_module(module, patterns)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "module", "why"),
+    [
+        ("unlimited_ocr", "model.projector.layers", "would not rename its scales"),
+        ("nomic_bert", "nomic_bert.encoder.layers.0.attn.Wqkv", "splits it"),
+        ("mamba", "backbone.layers.0.mixer.dt_proj", "code reads its weight"),
+    ],
+)
+def test_why_a_layer_of_a_saved_model_stays_in_float(model_type, module, why, tmp_path):
+    found = structure_of(open_checkpoint(str(saved_as_transformers_does(model_type, tmp_path))))
+    assert why in found.kept[module] and module not in found.linears
+    skipped = found.skip_list(set(found.linears))
+    assert not set(skipped) & set(found.linears)
+
+
+def test_a_router_that_transformers_transposes_is_no_expert(tmp_path):
+    """ERNIE's checkpoints store routers the other way round, and the experts for text and images in one list."""
+    found = structure_of(open_checkpoint(str(saved_as_transformers_does("ernie4_5_vl_moe", tmp_path))))
+    assert found.experts and all(".experts." in name for name in found.experts)
+
+
+def saved_as_transformers_does(model_type, folder):
+    """A tiny model of a type, under the names that checkpoints have."""
+    from benchmarks.architectures_models import build, subjects
+
+    build(next(each for each in subjects() if each.model_type == model_type)).save_pretrained(folder)
+    return folder

@@ -60,7 +60,7 @@ def plan_loading(checkpoint: Checkpoint) -> LoadPlan:
     int8 = {info.name.removesuffix(".weight") for info in checkpoint.tensors.values() if info.is_int8}
     linears = {name for name in (*structure.linears, *structure.kept) if name in int8}
     experts = {*structure.experts, *(name for name in structure.others if name in int8)}
-    int8_experts = bool(experts) and int8 >= experts and not structure.slices
+    int8_experts = bool(experts) and int8 >= experts and not structure.slices and structure.runs_experts
     experts = experts if int8_experts else set()
     state: dict[str, LazyTensor] = {}
     for name in checkpoint.tensors:

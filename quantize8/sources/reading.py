@@ -11,6 +11,7 @@ import ast
 import contextlib
 import inspect
 import operator
+import re
 import textwrap
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
@@ -18,6 +19,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 _DESCRIBE = ("device", "is_cuda", "is_meta", "ndim", "requires_grad", "shape", "size", "dim", "numel")  # no values
+_FIRST = re.compile(r"next\(self\.[\w.]+\.parameters\(\)\)")
 _ANY = "*"  # an element of a list of layers
 _UNKNOWN = object()
 
@@ -46,9 +48,10 @@ def read_by_code(model: Any) -> set[str]:
     found: set[str] = set()
     for name, module in modules.items():
         reader = _Reader(module)
-        for method in (method for key, method in methods[type(module)].items() if key in called):
-            if _source(method).reads:
-                reader.visit(_source(method).tree)
+        for key, method in methods[type(module)].items():
+            source = _source(method)
+            if (source.reads and key in called) or source.counts:
+                reader.visit(source.tree)
         for pattern in (f"{name}.{path}".lstrip(".") for path in reader.found):
             found |= {each for each in modules if each == pattern or (_ANY in pattern and fnmatchcase(each, pattern))}
     return {name for name in found if isinstance(modules[name], nn.Linear)}
@@ -141,7 +144,8 @@ class _Source(NamedTuple):
 
     tree: ast.AST
     names: frozenset[str]  # all names of attributes and functions in it
-    reads: bool  # whether it has a word `weight`
+    reads: bool  # whether it may read a weight
+    counts: bool  # whether it asks for the first parameter of a module, which `_init_weights` may call, too
 
 
 @cache
@@ -150,9 +154,9 @@ def _source(method: Any) -> _Source:
         text = textwrap.dedent(inspect.getsource(inspect.unwrap(method)))
         tree: ast.AST = ast.parse(text)
     except (OSError, SyntaxError, TypeError):  # without source, as in an interactive session
-        return _Source(ast.Module([], []), frozenset(), False)
+        return _Source(ast.Module([], []), frozenset(), False, False)
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    return _Source(tree, frozenset(attributes), ".weight" in text)
+    return _Source(tree, frozenset(attributes), ".weight" in text, _FIRST.search(text) is not None)
 
 
 def _methods(kind: type) -> dict[str, Any]:
@@ -245,6 +249,15 @@ class _Reader(ast.NodeVisitor):
             return
         if node.attr == "weight" and (path := self.path(inner)):
             self.found.add(path)
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        """Record the weight of which `next(self.module.parameters())` is."""
+        called = node.func
+        if isinstance(called, ast.Attribute) and called.attr == "parameters" and (path := self.path(called.value)):
+            with contextlib.suppress(AttributeError, StopIteration):  # a path that is no module, or one without any
+                first, _ = next(self.module.get_submodule(path).named_parameters())
+                self.found.add(f"{path}.{first}".removesuffix(".weight"))
         self.generic_visit(node)
 
     def path(self, node: ast.AST) -> str:

@@ -53,7 +53,9 @@ _OLD_BUFFER = ".rotary_emb.inv_freq"  # which earlier releases of transformers s
 _IN_LAYER = re.compile(r"(.+?)\.\d+\.(.+)")  # a list of layers, and a module of one
 _FURTHER = re.compile(r"(^|\.)mtp")  # a list of layers for multi-token prediction
 READ_BY_CODE = "the model's code reads its weight, and would take int8 codes for it"
+_SCALE = "scale"  # a tensor of a quantized module besides its weight, by any name
 _CONVERTED = "transformers splits it, or joins it with others, while it loads the model"
+_RENAMED = "transformers renames its weight while it loads the model, but would not rename its scales"
 _FOREIGN = "not part of transformers' model"
 FUSED_EXPERTS = "experts in one tensor, which this format cannot hold in int8"
 _MTP = "a layer for multi-token prediction, which vLLM runs and transformers does not load"
@@ -101,6 +103,7 @@ class Structure:
         slices: Matrix or bias of one expert -> its place in a fused tensor of the checkpoint, by name of that tensor.
         fusions: Fused parameter -> the tensors of `experts` that it consists of, if transformers does not join them.
         joinable: Whether transformers joins the matrices that `slices` names while loading.
+        runs_experts: Whether all experts are of a layout that is known, so that they can run in int8.
         replaced: Whether transformers replaces these experts with Linear layers when it loads quantized ones.
         others: The reason, by tensor name, for each floating-point tensor that is not the weight of a Linear module.
         towers: The part of the model, by module name in the checkpoint, of each module that is outside of the language
@@ -125,6 +128,7 @@ class Structure:
     slices: dict[str, dict[str, Slice]] = field(default_factory=dict)
     fusions: dict[str, Fusion] = field(default_factory=dict)
     joinable: bool = True
+    runs_experts: bool = True
     replaced: bool = False
     others: dict[str, str] = field(default_factory=dict)
     towers: dict[str, str] = field(default_factory=dict)
@@ -362,6 +366,7 @@ def _add_linears(structure: Structure, model: Any, targets: Mapping[str, Target]
     known = [name.removesuffix(".weight") for name in model.state_dict()]
     likes = _likes([target.module for target in targets.values()], known)
     head, by_code = model.get_output_embeddings(), read_by_code(model)
+    alone = _renamed_alone(model, {name: target.module for name, target in targets.items() if target.pattern is None})
     tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
     experts = set(structure.experts)
     for name, target in targets.items():
@@ -374,6 +379,8 @@ def _add_linears(structure: Structure, model: Any, targets: Mapping[str, Target]
             structure.kept[name] = _CONVERTED
         elif like is None or like in others:
             structure.kept[name] = others.get(like or "", _FOREIGN)
+        elif name in alone:
+            structure.kept[name] = _RENAMED
         elif like in by_code:
             structure.kept[name] = READ_BY_CODE
         elif not is_skipped(in_model, fixed):
@@ -400,11 +407,15 @@ def _add_experts(
     structure.replaced = bool(kinds) and kinds <= MODULES_TO_PATCH_FOR_QUANTIZATION.keys()
     for name, target in targets.items():
         steps = [type(step).__name__ for step in target.steps]
-        if "MergeModulelist" in steps:  # also in MTP layers, which the model does not have
-            structure.experts.append(name.removesuffix(".weight"))
-            continue
         module, _, parameter = target.name.rpartition(".")
         layout = layouts.get(module)
+        is_matrix = name.endswith(".weight") and len(tensors[name].shape) == 2
+        # of an MTP layer, which the model does not have, only the pattern of the names is known
+        stacks = state[target.name].dim() == 3 if target.name in state else "*" in (target.pattern or "")
+        if target.pattern is not None and is_matrix and stacks:
+            structure.experts.append(name.removesuffix(".weight"))
+            structure.runs_experts &= layout is not None or target.name not in state
+            continue
         found = layout and layout.find(parameter)
         if layout is None or not found or target.name not in state:
             continue
@@ -557,13 +568,19 @@ def _joined(conversions: Sequence[Any]) -> dict[str, list[str]]:
     }
 
 
-def targets_in_model(model: Any, names: Collection[str], conversions: Sequence[Any] | None = None) -> dict[str, Target]:
+def targets_in_model(
+    model: Any,
+    names: Collection[str],
+    conversions: Sequence[Any] | None = None,
+    further: Collection[str] = (),
+) -> dict[str, Target]:
     """Find where transformers loads the tensors of a checkpoint.
 
     Args:
         model: A transformers model.
         names: The names of the tensors.
         conversions: The rules, as of `conversions_of`; None if they are not known yet.
+        further: Names of parameters that the model has besides its own.
 
     Returns:
         The target of each tensor by name, in the order of `names`.
@@ -574,7 +591,7 @@ def targets_in_model(model: Any, names: Collection[str], conversions: Sequence[A
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     made = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    state, prefix = model.state_dict(), model.base_model_prefix
+    state, prefix = {**model.state_dict(), **dict.fromkeys(further, True)}, model.base_model_prefix
     found: dict[str, Target] = {}
     for name in names:
         target, pattern = rename_source_key(name, renamings, converters, prefix, state)
@@ -587,6 +604,13 @@ def targets_in_model(model: Any, names: Collection[str], conversions: Sequence[A
             others = tuple(target.replace(first, other) for other in rest)
             found[name] = Target(target, pattern, others, tuple(made[pattern].operations))
     return found
+
+
+def _renamed_alone(model: Any, to_model: Mapping[str, str]) -> set[str]:
+    """Modules (in the checkpoint) whose weight gets a name in the model that their scale would not get."""
+    scales = {f"{name}.{_SCALE}": f"{inside}.{_SCALE}" for name, inside in to_model.items() if name != inside}
+    targets = targets_in_model(model, scales, further={*scales.values()})
+    return {name.removesuffix(f".{_SCALE}") for name, wanted in scales.items() if targets[name].name != wanted}
 
 
 def _missing(model: Any, targets: Mapping[str, Target]) -> list[str]:
