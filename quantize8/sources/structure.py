@@ -261,16 +261,14 @@ def _from_model(model: Any, tensors: Mapping[str, TensorInfo], weights: list[str
     found = {name: targets[f"{name}.weight"] for name in weights}
     to_model = {name: target.name.removesuffix(".weight") for name, target in found.items()}
     likes = _likes(to_model.values(), [name.removesuffix(".weight") for name in state])
-    converted = {name: state.get(target.name) for name, target in found.items() if target.pattern is not None}
-    of_linears = {name for name in converted if likes.get(to_model[name]) in modules}
     fixed = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or [])]
     by_code, alone = read_by_code(model), _renamed_alone(model, to_model)
     head = model.get_output_embeddings()
     tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
-    # a tensor of experts has three dimensions; of another model, such as one for a further token, this is not known
-    stacked = [name for name, value in converted.items() if value is None or value.dim() == 3]
-    experts = [name for name in stacked if name not in of_linears]
-    structure = Structure({}, dict.fromkeys(of_linears, _CONVERTED), experts=experts)
+    converted = {name for name, target in found.items() if target.pattern is not None}
+    of_linears = {name for name in converted if likes.get(to_model[name]) in modules}
+    experts = [name for name in weights if name in converted - of_linears and _is_stacked(state, found[name])]
+    structure = Structure({}, dict.fromkeys(sorted(of_linears), _CONVERTED), experts=experts)
     for name in weights:
         in_model, like = to_model[name], likes.get(to_model[name])
         if name in converted or (like is not None and like not in modules and like not in others):
@@ -280,17 +278,13 @@ def _from_model(model: Any, tensors: Mapping[str, TensorInfo], weights: list[str
         if like is None or like in others:
             structure.kept[name] = others.get(like or "", _FOREIGN)
             continue
-        if name in alone:
-            structure.kept[name] = _RENAMED
-            continue
-        if like not in by_code and not is_skipped(in_model, fixed):
+        if not (name in alone or like in by_code or is_skipped(in_model, fixed)):
             structure.linears[name] = modules[like]
             continue
         is_head = head is not None and model.get_submodule(like) is head
-        structure.kept[name] = "output head" if is_head else "kept in floating point by transformers"
-        if like in by_code:
-            structure.kept[name] = READ_BY_CODE
-        elif is_head and in_model not in tied:
+        unfit = _RENAMED if name in alone else READ_BY_CODE if like in by_code else ""
+        structure.kept[name] = unfit or ("output head" if is_head else "kept in floating point by transformers")
+        if is_head and not unfit and in_model not in tied:
             structure.output_head = name
     present = {to_model[name] for name in weights if name not in of_linears}
     structure.absent = sorted(name for name in modules if name not in present)
@@ -300,6 +294,15 @@ def _from_model(model: Any, tensors: Mapping[str, TensorInfo], weights: list[str
     structure.wrapped = _wrapped(tensors)
     structure.wrong_shapes = _wrong_shapes(state, targets, tensors)
     return structure
+
+
+def _is_stacked(state: Mapping[str, Any], target: Target) -> bool:
+    """Whether a tensor is joined with others to one of experts, which has three dimensions.
+
+    So is one that belongs to another model, such as that for a further token, of which nothing is known.
+    """
+    value = state.get(target.name)
+    return value is None or value.dim() == 3
 
 
 def _wrapped(names: Collection[str]) -> str:
