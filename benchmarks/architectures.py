@@ -55,7 +55,7 @@ def main() -> None:
     print("\n".join(summary(ordered)))
     write("architectures", {"rows": []})
     about = path.read_text().replace('"rows": []', '"rows": [\n ROWS\n ]')
-    path.write_text(about.replace("ROWS", ",\n ".join(map(json.dumps, ordered))))
+    path.write_text(about.replace("ROWS", ",\n ".join(json.dumps(row, separators=(",", ":")) for row in ordered)))
     page = Path(__file__).parent.parent / "docs" / "architectures.md"
     page.write_text(filled(page.read_text(), ordered))
     print(f"written to {path} and {page}")

@@ -139,7 +139,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "ministral": _HEAD,
-    "mistral4": {"text_config": {"qk_rope_head_dim": 8, "qk_head_dim": 24}},
+    "mistral4": {"head_dim": 32},
     "molmo2": {"adapter_config": {"vision_feature_layer": [-1, -2]}},
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 32},
@@ -158,7 +158,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4}
     | {"attention_head_dim": 32, "attention_hidden_size": 128},
-    "zamba2": {"attention_head_dim": 32, "attention_hidden_size": 128},
+    "zamba2": {"attention_head_dim": 32, "attention_hidden_size": 128, "mamba_headdim": 32},
 }
 
 

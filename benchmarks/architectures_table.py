@@ -67,7 +67,8 @@ def legend(rows: list[Row]) -> list[str]:
     """What the letters mean, with tensors as examples."""
     lines = []
     for reason, letter in reasons(rows).items():
-        names = Counter(re.sub(r".*\*\.", "", each["tensor"]) for row in rows for each in _kept(row, reason))
+        tensors = [name for row in rows for each in _kept(row, reason) for name in each["tensors"]]
+        names = Counter(re.sub(r".*\*\.", "", name) for name in tensors)
         examples = ", ".join(f"`{name}`" for name, _ in names.most_common(MOST_NAMES))
         lines += _wrapped(f"- **{letter}**: {reason} ({examples})")
     return lines
@@ -117,7 +118,7 @@ def _in_float(row: Row, codes: dict[str, str]) -> str:
     shares: Counter[str] = Counter()
     for each in _kept(row):
         shares[codes[each["reason"]]] += each["share"]
-    return ", ".join(f"{letter} {100 * share:.0f}" for letter, share in sorted(shares.items()))
+    return ", ".join(f"{letter} {100 * share:.0f}" for letter, share in sorted(shares.items())) or "-"
 
 
 def _kept(row: Row, reason: str | None = None) -> list[Row]:
@@ -144,4 +145,4 @@ def filled(page: str, rows: list[Row]) -> str:
         lines = parts[name](rows, *([argument] if argument else []))  # type: ignore[operator]
         return "\n\n".join([f"<!-- {match[1]} -->", "\n".join(lines) or "None.", "<!-- end -->"])
 
-    return re.sub(r"<!-- ([^>]*?) -->\n.*?\n<!-- end -->", part, page, flags=re.DOTALL)
+    return re.sub(r"<!-- ([^>]*?) -->\n(?:.*?\n)??<!-- end -->", part, page, flags=re.DOTALL)

@@ -36,11 +36,13 @@ TARGETS: dict[str, dict[str, str]] = {
     "w8a8, moe vllm": {"format": "compressed-tensors"},
 }
 EXPERTS_ALONE = "w8a8, moe vllm"  # for models with experts; transformers cannot open it
+EXPLAINED = ("bitsandbytes", "w8a8")  # of which the results say what stays in floating point
 SAME = 1e-4  # float32 rounding in another order
 BOUND = 0.1  # of the relative error: a few layers of int8 give 0.01 to 0.03
 SPREAD = 2.0  # times the error that the same rounding gives without a loader
 TYPICAL = 0.05  # of the median over positions: a router that decides otherwise at some of them is no wrong weight
 LARGE = 0.01  # the share of the weights above which a float tensor is named
+NAMES = 3  # of these tensors, for each reason
 
 Outputs = dict[str, Tensor]
 
@@ -169,7 +171,9 @@ def _target(case: Case, target: str, options: dict[str, str], out: Path) -> dict
         return {"verdict": "refused", "reason": _reason(error)}
     except Exception as error:
         return {"verdict": "FAILS", "reason": _reason(error)}
-    cell: dict[str, Any] = {"verdict": "ok", "int8": round(plan.int8_weights / plan.weights, 4), "float": kept_of(plan)}
+    cell: dict[str, Any] = {"verdict": "ok", "int8": round(plan.int8_weights / plan.weights, 4)}
+    if target in EXPLAINED:
+        cell["float"] = kept_of(plan)
     loaders: dict[str, Callable[[], Any]] = {"load": lambda: load(out, "cpu", dtype=torch.float32)[0]}
     if target != EXPERTS_ALONE:
         loaders = {"transformers": lambda: case.open(out, dtype="auto"), **loaders}
@@ -179,16 +183,23 @@ def _target(case: Case, target: str, options: dict[str, str], out: Path) -> dict
 
 
 def kept_of(plan: Plan) -> list[dict[str, Any]]:
-    """The float tensors that hold more than LARGE of the weights; those that differ only in numbers are one."""
-    found: dict[tuple[str, str], float] = {}
+    """The float tensors with more than LARGE of the weights, by the reason that the plan gives, with some names.
+
+    Tensors whose names differ only in numbers count as one.
+    """
+    found: dict[str, dict[str, float]] = {}
     for info in plan.checkpoint.tensors.values():
         if info.dtype in FLOATING and info.name.removesuffix(".weight") not in plan.modules:
-            key = re.sub(r"\d+", "*", info.name), reason_of(plan, info.name)
-            found[key] = found.get(key, 0.0) + math.prod(info.shape) / plan.weights
+            name, shares = re.sub(r"\d+", "*", info.name), found.setdefault(reason_of(plan, info.name), {})
+            shares[name] = shares.get(name, 0.0) + math.prod(info.shape) / plan.weights
     return [
-        {"tensor": name, "share": round(share, 4), "reason": reason}
-        for (name, reason), share in found.items()
-        if share > LARGE
+        {
+            "reason": reason,
+            "share": round(sum(large.values()), 4),
+            "tensors": sorted(large, key=large.__getitem__)[-NAMES:],
+        }
+        for reason, shares in found.items()
+        if (large := {name: share for name, share in shares.items() if share > LARGE})
     ]
 
 
