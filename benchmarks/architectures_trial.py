@@ -32,7 +32,7 @@ from quantize8.sources.structure import EXPERT, structure_of
 TARGETS: dict[str, dict[str, str]] = {
     "bitsandbytes": {"format": "bitsandbytes"},
     "w8a8": {"format": "compressed-tensors", "moe": "transformers"},
-    "w8a16": {"format": "compressed-tensors", "scheme": "w8a16"},
+    "w8a16": {"format": "compressed-tensors", "scheme": "w8a16", "moe": "transformers"},
     "w8a8, moe vllm": {"format": "compressed-tensors"},
 }
 EXPERTS_ALONE = "w8a8, moe vllm"  # for models with experts; transformers cannot open it

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -46,7 +48,8 @@ if TYPE_CHECKING:
     from quantize8.conversion.calibration import Calibration
 
 
-NAMED = 0.01  # share of the weights from which a tensor in floating point is reported
+NAMED = 0.01  # share of the weights above which a tensor in floating point, with that of other layers, is reported
+_NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class Plan:
         recipe: Which modules become int8, and the outlier threshold.
         modules: Module that becomes int8 -> LINEAR, CONV1D, EXPERT or PACKED_EXPERT.
         kept: Linear module that is left in floating point -> the reason. Also any other tensor that has more than
-            NAMED of the weights, by its name without ".weight".
+            NAMED of the weights, together with that of the same name in other layers; without ".weight" in its name.
         unloaded: Source tensor that is written, but not loaded by transformers -> the reason.
         closed_to: Loader of the format that cannot open the artifact -> the reason.
         guessed: Why modules were recognized by their names alone; empty if the architecture's code was used.
@@ -324,7 +327,7 @@ def plan_of(
     conv1d = {f"{name}.weight" for name, kind in structure.linears.items() if kind == CONV1D}
     transposed = {name for name in conv1d if (name in checkpoint.decoded) != (name.removesuffix(".weight") in modules)}
     special = {*modules.values()} - {LINEAR, CONV1D}
-    closed_to = output.closed_to(special) if special else {}
+    closed_to = output.closed_to(special, structure) if special else {}
     plan = Plan(
         options, checkpoint, output, recipe, modules, kept, structure.unloaded, closed_to, structure.guessed,
         structure.skip_list(set(modules)), transposed, calibration or {}, text,
@@ -407,8 +410,10 @@ def _choose(
     kept = {name: why for name, why in kept.items() if f"{name}.weight" in tensors}
     if not modules:
         raise SourceError(_nothing(checkpoint, structure, kept, output))
-    sizes = {name: math.prod(info.shape) for name, info in tensors.items() if info.dtype in FLOATING}
-    large = [name for name in structure.others if sizes.get(name, 0) > NAMED * sum(sizes.values())]
+    sizes = Counter[str]()  # by name without numbers: the same tensor of all layers
+    for name, info in tensors.items():
+        sizes[_NUMBER.sub("*", name)] += math.prod(info.shape) if info.dtype in FLOATING else 0
+    large = [name for name in structure.others if sizes[_NUMBER.sub("*", name)] > NAMED * sizes.total()]
     return modules, kept | {name.removesuffix(".weight"): structure.others[name] for name in large}
 
 

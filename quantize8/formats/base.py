@@ -233,7 +233,7 @@ class Format(ABC):
         """Why the artifact of a model with this config.json cannot be compared with its source; empty if it can."""
         return ""
 
-    def closed_to(self, kinds: set[str]) -> dict[str, str]:
+    def closed_to(self, kinds: set[str], structure: Structure) -> dict[str, str]:
         """Which of `loaders` cannot open an artifact with these kinds of int8 modules -> the reason."""
         return {}
 

@@ -230,11 +230,12 @@ class CompressedTensors(Int8Format):
         }
         return {**config, "quantization_config": entry}
 
-    def closed_to(self, kinds: set[str]) -> dict[str, str]:
+    def closed_to(self, kinds: set[str], structure: Structure) -> dict[str, str]:
         """See `Format.closed_to`; transformers 5.23 fuses experts, and reads the weight of an embedding."""
+        joins = structure.joinable and not structure.fusions and self._packs(EXPERT)
         if EMBEDDED in kinds:
             return {"transformers": "it cannot load an int8 embedding"}
-        if kinds & {EXPERT, PACKED_EXPERT} and self.moe == "vllm":
+        if kinds & {EXPERT, PACKED_EXPERT} and not joins:
             return {"transformers": "it needs experts as --moe transformers stores them"}
         return {}
 

@@ -473,7 +473,10 @@ def _add_embedding(structure: Structure, model: Any, targets: Mapping[str, Targe
     from torch import nn
 
     names = {id(module): name for name, module in model.named_modules()}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    try:
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    except (NotImplementedError, AttributeError):  # a model with several embeddings, or none
+        return
     if not isinstance(embedding, nn.Embedding):
         return
     weight = f"{names[id(embedding)]}.weight"
