@@ -221,6 +221,8 @@ def test_towers_stay_in_floating_point_unless_a_recipe_asks(model_type, tmp_path
 
 def test_a_module_of_unknown_layout_has_none():
     class Odd(torch.nn.Module):
+        has_gate = True
+
         def __init__(self, *shape: int) -> None:
             super().__init__()
             self.gate_up_proj = torch.nn.Parameter(torch.empty(shape))

@@ -11,6 +11,7 @@ the model has. Both follow the layout that transformers' class of the experts de
 
 from __future__ import annotations
 
+import inspect
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -117,6 +118,8 @@ def layouts_of(model: Any, joined: Mapping[str, Sequence[str]]) -> dict[str, Lay
     """
     layouts = {}
     for path, module in model.named_modules():
+        if not (_follows_conventions(module) or is_dense(module)):
+            continue
         first = GATED if hasattr(module, GATED) else UNGATED
         shapes = [tuple(getattr(getattr(module, name, None), "shape", ())) for name in (first, DOWN)]
         if all(len(shape) == 3 for shape in shapes) and (found := _layout(path, module, first, shapes, joined)):
@@ -126,7 +129,14 @@ def layouts_of(model: Any, joined: Mapping[str, Sequence[str]]) -> dict[str, Lay
 
 def is_dense(module: Any) -> bool:
     """Whether a module computes each expert on its own block of tokens [E * T, H], as that of Llama 4 does."""
-    return not hasattr(module, "has_gate")
+    if _follows_conventions(module) or not hasattr(module, GATED):
+        return False
+    return list(inspect.signature(module.forward).parameters) == ["hidden_states"]
+
+
+def _follows_conventions(module: Any) -> bool:
+    """Whether the class of a module has transformers' decorator for experts, which sets these attributes."""
+    return hasattr(module, "has_gate") and module.has_gate == hasattr(module, GATED)
 
 
 def _layout(

@@ -341,8 +341,8 @@ def _from_model(model: Any, tensors: Mapping[str, TensorInfo], weights: list[str
     _add_others(structure, model, tensors, targets)
     _add_embedding(structure, model, targets)
     _add_unloaded(structure, state, targets)
-    present = {target.name for target in targets.values()}
-    structure.absent = sorted(name for name in linear_kinds(model) if f"{name}.weight" not in present)
+    present = {targets[f"{name}.weight"].module for name in weights}
+    structure.absent = sorted(name for name in linear_kinds(model) if name not in present)
     read = read_on_loading(model)
     structure.read_on_loading = {name for name in weights if targets[f"{name}.weight"].module in read}
     fused = {fusion.parameter for fusion in structure.fusions.values()}
