@@ -70,7 +70,7 @@ class Model(nn.Module):
 
 
 def test_what_methods_read_is_found_and_nothing_else():
-    names = ("multiplied", "cast", "aliased", "helped", "several.0", "several.1", "indexed.0")
+    names = ("multiplied", "cast", "aliased", "helped", "several.0", "several.1", "indexed.0", "trained")
     expected = {f"layers.{number}.{name}" for number in (0, 1) for name in names}
     assert read_by_code(Model()) == expected
 
@@ -125,3 +125,14 @@ def test_layers_that_an_attention_initializes_count():
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "vocab_size": 64}
     read = read_on_loading(build(transformers.T5EncoderModel, **sizes))
     assert {name.rpartition(".")[2] for name in read} == {"q", "k", "v", "o", "wi", "wo"}
+
+
+def test_out_proj_of_mamba_2_is_read_by_its_fused_kernel(tmp_path):
+    """In Nemotron-H, Bamba, Zamba 2 and others, when adapters are trained."""
+    from helpers.experts import fused
+
+    from quantize8 import convert
+
+    plan = convert(str(fused(tmp_path / "source", "nemotron_h")), tmp_path / "out", dry_run=True).plan
+    assert plan.kept["backbone.layers.0.mixer.out_proj"].startswith("the model's code reads its weight")
+    assert "backbone.layers.0.mixer.in_proj" in plan.modules

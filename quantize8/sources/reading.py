@@ -27,8 +27,9 @@ _UNKNOWN = object()
 def read_by_code(model: Any) -> set[str]:
     """Linear modules whose weight the methods that compute read: to multiply by it, or to cast to its dtype.
 
-    Searched are `forward` and all methods that it may call. Branches for training, for settings that the model does not
-    have, and for a weight that is known to be int8, are left out.
+    Searched are `forward` and all methods that it may call. Branches for settings that the model does not have, and for
+    a weight that is known to be int8, are left out. Branches for training are searched, because adapters are trained on
+    int8 weights: there, Mamba 2's fused kernel reads `out_proj.weight`.
 
     Args:
         model: A transformers model.
@@ -214,14 +215,14 @@ class _Reader(ast.NodeVisitor):
         return _UNKNOWN
 
     def _attribute(self, node: ast.AST) -> Any:
-        """The value of an expression such as self.config.name; a model that computes is not in training."""
+        """The value of an expression such as self.config.name; a model may compute in training or not."""
         if isinstance(node, ast.Name):
             return self.module if node.id == "self" else _UNKNOWN
         if not isinstance(node, ast.Attribute):
             return _UNKNOWN
         owner = self._attribute(node.value)
         if owner is _UNKNOWN or node.attr == "training":
-            return _UNKNOWN if owner is _UNKNOWN else False
+            return _UNKNOWN
         try:
             return getattr(owner, node.attr)
         except Exception:  # a property may raise anything
