@@ -355,14 +355,14 @@ def test_float8_with_scales_that_nothing_explains(tmp_path):
 
 
 def test_mambas_dt_proj_stays_in_float(tmp_path):
-    """Its forward reads the weight directly, and would multiply by int8 codes."""
+    """Its forward reads the weight directly, and would multiply by int8 codes; in training, those of others too."""
     settings = {"vocab_size": 64, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "time_step_rank": 8}
     source = saved(tmp_path / "source", transformers.MambaForCausalLM, **settings, pad_token_id=0)
     result = convert(str(source), tmp_path / "int8")
     assert {name for name in result.plan.kept if name.endswith("dt_proj")} == {
         f"backbone.layers.{layer}.mixer.dt_proj" for layer in (0, 1)
     }
-    assert len(result.plan.modules) == 6
+    assert {name.rpartition(".")[2] for name in result.plan.modules} == {"in_proj"}
     assert error(tmp_path / "int8", source, transformers.MambaForCausalLM) < 0.1
 
 
@@ -421,15 +421,10 @@ def test_a_linear_layer_that_is_named_like_a_router_stays_in_float(tmp_path):
     assert (theirs - expected).norm() < 0.1 * expected.norm()
 
 
-SMALL_MAMBA = {"vocab_size": 64, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "pad_token_id": 0}
-
-
 @pytest.mark.parametrize(
     ("kind", "settings", "kept"),
     [
         (transformers.GPTBigCodeForCausalLM, GPT2, "c_proj"),
-        (transformers.Mamba2ForCausalLM, MAMBA2, "out_proj"),
-        (transformers.FalconMambaForCausalLM, SMALL_MAMBA, "out_proj"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
