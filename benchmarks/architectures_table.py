@@ -110,7 +110,8 @@ def _plain(reason: str) -> str:
 
 
 def _shares(row: Row) -> str:
-    shares = [f"{100 * row['targets'][name]['int8']:.0f}" for name in TARGETS[:2] if "int8" in row["targets"][name]]
+    names = (*TARGETS[:2], "w8a8, moe vllm")
+    shares = [f"{100 * row['targets'][name]['int8']:.0f}" for name in names if "int8" in row["targets"].get(name, {})]
     return " / ".join(dict.fromkeys(shares)) or "-"
 
 
@@ -125,7 +126,14 @@ def _kept(row: Row, reason: str | None = None) -> list[Row]:
     """The large float tensors of w8a8, or of bitsandbytes if a model is refused as w8a8."""
     targets = [row.get("targets", {}).get(name, {}) for name in ("w8a8", "bitsandbytes")]
     found: list[Row] = next((target["float"] for target in targets if "float" in target), [])
-    return [each for each in found if reason in (None, each["reason"])]
+    named = [each | {"reason": _without_names(each["reason"])} for each in found]
+    return [each for each in named if reason in (None, each["reason"])]
+
+
+def _without_names(reason: str) -> str:
+    """A reason without the names of modules and classes of one model."""
+    reason = re.sub(r"^in \S+, outside", "outside", reason)
+    return re.sub(r"^a parameter of \w+$", "a parameter of a module that is no Linear layer", reason)
 
 
 def _letter(number: int) -> str:
