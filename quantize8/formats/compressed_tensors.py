@@ -256,8 +256,8 @@ class CompressedTensors(Int8Format):
         """The config_groups. Loaders take the first group with a matching target, so the narrower come first."""
         named = [name for name, kind in plan.modules.items() if kind == EMBEDDED]
         experts = [kind for kind in plan.modules.values() if kind in (EXPERT, PACKED_EXPERT)]
-        # vLLM's output head is no Linear layer by its class
-        heads = [name for name in plan.modules if name.endswith(HEAD)]
+        # vLLM's output head is no Linear layer by its class, and in a multimodal model it has another name
+        heads = [rf"re:.*{HEAD}$"] if any(name.endswith(HEAD) for name in plan.modules) else []
         groups = [self._group(named, packed=True)] if named else []
         packed = [self._packs(kind) for kind in plan.modules.values() if kind != EMBEDDED]
         if any(packed) and not all(packed):
