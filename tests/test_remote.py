@@ -7,6 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers.adapters import train
+from helpers.experts import fused
 from helpers.making import llama, mixtral, word_tokenizer
 
 from quantize8 import DependencyError, SourceError, convert
@@ -64,6 +66,38 @@ def test_a_stream_of_experts_whose_order_is_not_the_files(hub, tmp_path):
     convert("org/moe", tmp_path / "remote", stream=True, format="bfloat16")
     convert(str(tmp_path / "moe"), tmp_path / "local", format="bfloat16")
     assert same(tmp_path / "remote", tmp_path / "local")
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("model_type", ["gpt_oss", "llama4", "granitemoe"])
+def test_a_stream_of_fused_experts(model_type, workers, hub, tmp_path):
+    """Gate and up projection are parts of the same rows, which are sent once."""
+    hub.models["org/moe"] = fused(tmp_path / "moe", model_type)
+    convert("org/moe", tmp_path / "remote", stream=True, format="compressed-tensors", workers=workers)
+    sent = hub.sent
+    convert(str(tmp_path / "moe"), tmp_path / "local", format="compressed-tensors")
+    assert same(tmp_path / "remote", tmp_path / "local")
+    assert sent < (tmp_path / "moe" / "model.safetensors").stat().st_size + 2 * 10_000
+
+
+def test_a_stream_with_a_head_that_is_untied(hub, tmp_path):
+    """The embedding is read for the head, too."""
+    hub.models["org/tied"] = llama(tmp_path / "tied", tied=True)
+    options = {"format": "compressed-tensors", "recipe": "int8-embeddings"}
+    convert("org/tied", tmp_path / "remote", stream=True, **options)
+    convert(str(tmp_path / "tied"), tmp_path / "local", **options)
+    assert same(tmp_path / "remote", tmp_path / "local")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # which PEFT asks for
+def test_a_stream_with_an_adapter(hub, tmp_path):
+    base = hub.models["org/tiny"]
+    train(base, tmp_path / "lora", target_modules=["q_proj", "down_proj"])
+    convert("org/tiny", tmp_path / "remote", stream=True, adapter=str(tmp_path / "lora"))
+    convert(str(base), tmp_path / "local", adapter=str(tmp_path / "lora"))
+    assert same(tmp_path / "remote", tmp_path / "local")
+    convert(str(base), tmp_path / "plain")
+    assert not same(tmp_path / "plain", tmp_path / "local")
 
 
 def test_a_calibrated_stream_reads_the_weights_again(hub, tmp_path):
