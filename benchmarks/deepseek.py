@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,11 +72,16 @@ CONFIG = {
 def make(folder: Path, layers: int = 61, experts: int = 256) -> None:
     """Write a sparse checkpoint with the first `layers` layers, the MTP layer, and `experts` experts per layer."""
     config = CONFIG | {"num_hidden_layers": layers, "n_routed_experts": experts}
+    write_checkpoint(folder, config, tensors(layers, experts))
+
+
+def write_checkpoint(folder: Path, config: dict[str, Any], tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> None:
+    """Write a sparse checkpoint with tensors given as (name, dtype, shape) in storage order."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     files: list[Header] = [{}]
     size = 0.0
-    for name, dtype, shape in tensors(layers, experts):
+    for name, dtype, shape in tensors:
         nbytes = math.prod(shape) * SIZES[dtype]
         if size + nbytes > SHARD_BYTES:
             files.append({})

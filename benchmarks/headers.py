@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 import tempfile
@@ -20,11 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.deepseek import SIZES, Header, write_sparse
+from benchmarks.deepseek import write_checkpoint
 from quantize8 import convert
 from quantize8.memory import peak_rss
 
-SHARD_BYTES = 4.9e9
 _VISION = {"hidden_size": 1152, "intermediate_size": 4304, "depth": 27, "num_heads": 16, "patch_size": 16}
 CONFIGS: dict[str, dict[str, Any]] = {
     "gpt-oss-120b": {
@@ -120,23 +118,7 @@ def tensors(name: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
 
 def make(folder: Path, name: str) -> Path:
     """Write the sparse checkpoint of a model in CONFIGS."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIGS[name] | {"dtype": "bfloat16"}))
-    files: list[Header] = [{}]
-    size = 0
-    for tensor, dtype, shape in tensors(name):
-        nbytes = math.prod(shape) * SIZES[dtype]
-        if size and size + nbytes > SHARD_BYTES:
-            files.append({})
-            size = 0
-        files[-1][tensor] = (dtype, shape)
-        size += nbytes
-    weight_map = {}
-    for number, header in enumerate(files, 1):
-        file = f"model-{number:05}-of-{len(files):05}.safetensors"
-        write_sparse(folder / file, header)
-        weight_map |= dict.fromkeys(header, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    write_checkpoint(folder, CONFIGS[name] | {"dtype": "bfloat16"}, tensors(name))
     return folder
 
 
@@ -144,10 +126,9 @@ def measure(name: str, target: str, source: Path) -> dict[str, Any]:
     """Plan a conversion in this process."""
     start = time.perf_counter()
     plan = convert(str(source), source.parent / "out", dry_run=True, **TARGETS[target]).plan  # type: ignore[arg-type]
-    kept = {entry: sum(tensor.nbytes for tensor in plan.outputs_of(entry)) for entry in plan.kept}
     reasons: dict[str, int] = {}
     for entry, why in plan.kept.items():
-        reasons[why] = reasons.get(why, 0) + kept[entry]
+        reasons[why] = reasons.get(why, 0) + sum(tensor.nbytes for tensor in plan.outputs_of(entry))
     return {
         "model": name,
         "target": target,
