@@ -6,18 +6,15 @@ CompressedTensorsEmbeddingWNA16Int.apply). So the head needs a copy of the matri
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
-from quantize8.kernels.reference import Array
 from quantize8.sources.base import Checkpoint
-from quantize8.sources.wrapper import Wrapper
+from quantize8.sources.wrapper import Renamed
 
 _TIED = "tie_word_embeddings"
 
 
-class UntiedHead(Wrapper):
+class UntiedHead(Renamed):
     """A checkpoint with a copy of its embedding as the output head.
 
     Args:
@@ -27,10 +24,9 @@ class UntiedHead(Wrapper):
     """
 
     def __init__(self, inner: Checkpoint, embedding: str, head: str) -> None:
-        copy = replace(inner.tensors[embedding], name=head)
-        super().__init__(inner, {**inner.tensors, head: copy})
-        self.decoded |= {head} if embedding in inner.decoded else set()
-        self._stored = {head: embedding}
+        super().__init__(inner, {head: embedding})
+        self.tensors = {**inner.tensors, head: self.tensors[head]}
+        self.decoded |= inner.decoded
 
     @property
     def config(self) -> dict[str, Any]:
@@ -40,15 +36,3 @@ class UntiedHead(Wrapper):
         if isinstance(text, dict) and _TIED in text:
             config["text_config"] = {**text, _TIED: False}
         return config
-
-    def rows(self, name: str, start: int, stop: int) -> Array:
-        """See `Checkpoint.rows`."""
-        return super().rows(self._stored.get(name, name), start, stop)
-
-    def int8_rows(self, name: str, start: int, stop: int) -> tuple[Array, Array]:
-        """See `Checkpoint.int8_rows`."""
-        return super().int8_rows(self._stored.get(name, name), start, stop)
-
-    def blocks(self, name: str, block_bytes: int | None = None, multiple: int = 1) -> Iterator[Array]:
-        """See `Checkpoint.blocks`."""
-        return self.inner.blocks(self._stored.get(name, name), block_bytes, multiple)

@@ -88,10 +88,15 @@ class Renamed(Wrapper):
         infos = (replace(info, name=new.get(info.name, info.name)) for info in inner.tensors.values())
         super().__init__(inner, {info.name: info for info in infos})
         self.names = names
+        self.decoded = frozenset(new.get(name, name) for name in inner.decoded)
 
     def rows(self, name: str, start: int, stop: int) -> Array:
         """See `Checkpoint.rows`."""
         return self.inner.rows(self.names.get(name, name), start, stop)
+
+    def int8_rows(self, name: str, start: int, stop: int) -> tuple[Array, Array]:
+        """See `Checkpoint.int8_rows`."""
+        return self.inner.int8_rows(self.names.get(name, name), start, stop)
 
     def blocks(self, name: str, block_bytes: int | None = None, multiple: int = 1) -> Iterator[Array]:
         """See `Checkpoint.blocks`."""
