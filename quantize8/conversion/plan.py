@@ -316,8 +316,7 @@ def plan_of(
     if structure.slices or structure.fusions:
         arrange = with_separate_experts if output.holds_experts(structure) else with_fused_experts
         checkpoint, structure = arrange(checkpoint, structure)
-    untie = recipe.embeddings and getattr(output, "holds_embeddings", False)
-    if untie and structure.embedding and structure.tied_head:
+    if recipe.embeddings and output.holds_embeddings and structure.embedding and structure.tied_head:
         head = structure.tied_head
         checkpoint = UntiedHead(checkpoint, f"{structure.embedding}.weight", f"{head}.weight")
         structure = replace(structure, output_head=head, kept=structure.kept | {head: "output head"})
@@ -391,7 +390,6 @@ def _choose(
     modules, kept = dict(linears), structure.kept | refused
     if recipe.embeddings and structure.embedding and output.holds_embeddings:
         modules[structure.embedding] = EMBEDDED
-        del structure.others[f"{structure.embedding}.weight"]
     if head is not None and (recipe.output_head or checkpoint.tensors[f"{head}.weight"].is_int8):
         modules[head] = LINEAR
         del kept[head]
@@ -414,7 +412,8 @@ def _choose(
     for name, info in tensors.items():
         sizes[_NUMBER.sub("*", name)] += math.prod(info.shape) if info.dtype in FLOATING else 0
     large = [name for name in structure.others if sizes[_NUMBER.sub("*", name)] > NAMED * sizes.total()]
-    return modules, kept | {name.removesuffix(".weight"): structure.others[name] for name in large}
+    reasons = {name.removesuffix(".weight"): structure.others[name] for name in large}
+    return modules, kept | {name: why for name, why in reasons.items() if name not in modules}
 
 
 def _nothing(checkpoint: Checkpoint, structure: Structure, kept: dict[str, str], output: Int8Format) -> str:

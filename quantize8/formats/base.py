@@ -154,6 +154,7 @@ class Format(ABC):
         is_folder: Whether an artifact is a transformers model folder, with config.json and tokenizer files.
         loaders: Programs that open an artifact, the recommended one first: keys of `artifact.card`'s instructions.
         package: Additional package that transformers needs to open an artifact; empty for none.
+        holds_embeddings: Whether the input embedding can be int8, as kind EMBEDDED.
     """
 
     name: str
@@ -162,6 +163,7 @@ class Format(ABC):
     is_folder: ClassVar[bool] = True
     loaders: ClassVar[tuple[str, ...]] = ("transformers", "quantize8")
     package: ClassVar[str] = ""
+    holds_embeddings: ClassVar[bool] = False
 
     @property
     def title(self) -> str:
@@ -247,8 +249,6 @@ class Int8Format(Format):
 
     options: ClassVar[frozenset[str]] = frozenset({"recipe", "calibrate", "scale"})
     group_size: int | None = None  # weights of a row that share a scale; None for all of them
-
-    holds_embeddings: ClassVar[bool] = False  # in int8, as kind EMBEDDED
 
     @abstractmethod
     def linears(self, structure: Structure) -> tuple[dict[str, str], dict[str, str]]:

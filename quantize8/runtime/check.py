@@ -30,7 +30,7 @@ from quantize8.sources import Checkpoint
 from quantize8.sources.base import READERS, model_dtype
 from quantize8.sources.experts import layouts_of
 from quantize8.sources.native import is_known
-from quantize8.sources.structure import structure_of, with_fused_experts
+from quantize8.sources.structure import as_transformers_loads
 
 TOKENS = 32
 _BLOCK = 2**20  # numbers of a parameter that are compared at a time: 4 MiB in each model
@@ -67,7 +67,7 @@ def check(source: Checkpoint, artifact: Checkpoint) -> Check:
 
 
 def _compare_parameters(source: Checkpoint, artifact: Checkpoint) -> int:
-    source, artifact = (with_fused_experts(one, structure_of(one))[0] for one in (source, artifact))
+    source, artifact = as_transformers_loads(source), as_transformers_loads(artifact)
     model = empty_model(artifact)
     theirs, ours = Weights(empty_model(source), source), Weights(model, artifact)
     if not (theirs.complete and ours.complete):

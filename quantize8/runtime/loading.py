@@ -19,7 +19,7 @@ from quantize8.sources.base import FLOAT_NAMES
 from quantize8.sources.guard import guarded
 from quantize8.sources.native import Native, is_known, native_class
 from quantize8.sources.quantized import QuantizedCheckpoint
-from quantize8.sources.structure import has_separate_experts, structure_of
+from quantize8.sources.structure import as_transformers_loads, structure_of
 from quantize8.sources.tokenizer import check_tokenizer
 
 _ADAPTER = "adapter_config.json"  # makes transformers read more weights, and not through quantize8's safe readers
@@ -85,7 +85,7 @@ def load(
         given = {"dtype": _dtype(dtype, checkpoint.config, device_map), "device_map": device_map}
         is_ours = isinstance(stored, GgufCheckpoint) or (checkpoint.decoded and not is_int8(stored.config))
         threshold = _threshold(stored) if threshold is None else threshold
-        if is_ours or has_separate_experts(checkpoint):
+        if is_ours or as_transformers_loads(checkpoint) is not checkpoint:
             model = _load_decoded(checkpoint, mode, threshold, given)
         else:
             native = _with_int8_entry(native_of(stored), stored, mode, threshold)

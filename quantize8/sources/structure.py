@@ -243,9 +243,11 @@ def read_structure(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo],
     return structure
 
 
-def has_separate_experts(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint has a matrix for each expert where transformers would not join them."""
-    return any(OF_EXPERT.fullmatch(name) for name in checkpoint.tensors) and bool(structure_of(checkpoint).fusions)
+def as_transformers_loads(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with experts as transformers loads them: itself unless it has a matrix for each, unjoined."""
+    if not any(map(OF_EXPERT.fullmatch, checkpoint.tensors)):  # without a model, which takes a while to build
+        return checkpoint
+    return with_fused_experts(checkpoint, structure_of(checkpoint))[0]
 
 
 def is_skipped(module: str, patterns: list[str]) -> bool:
