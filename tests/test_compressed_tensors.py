@@ -10,6 +10,7 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.entrypoints.convert import CompressedTensorsDequantizer
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from helpers.artifacts import check_same_logits
 from helpers.making import llama
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -58,11 +59,7 @@ def test_packed_weights_in_transformers_give_the_logits_of_the_dequantized_model
     source = llama(tmp_path / "source", dtype=torch.float32)
     convert(str(source), tmp_path / "out", format="compressed-tensors", scheme="w8a16")
     convert(str(tmp_path / "out"), tmp_path / "float", format="float32")
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "float").eval()
-    packed, notes = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(notes[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), notes
-    with torch.inference_mode():
-        assert torch.equal(packed.eval()(IDS).logits, plain(IDS).logits)
+    check_same_logits(tmp_path / "out", tmp_path / "float", IDS)
 
 
 def test_w8a8_in_transformers_is_near_the_dequantized_model(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from compressed_tensors.entrypoints.convert import CompressedTensorsDequantizer
+from helpers.artifacts import check_same_logits
 from helpers.making import llama, mixtral, word_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -138,11 +139,7 @@ def test_transformers_computes_the_same(tmp_path):
     entry = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     weights = entry["config_groups"]["group_0"]["weights"]
     assert (weights["strategy"], weights["group_size"], weights["num_bits"]) == ("group", 32, 8)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "float").eval()
-    packed, notes = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(notes[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), notes
-    with torch.inference_mode():
-        assert torch.equal(packed.eval()(IDS).logits, plain(IDS).logits)
+    check_same_logits(tmp_path / "out", tmp_path / "float", IDS)
 
 
 def test_experts_have_groups_too(tmp_path):

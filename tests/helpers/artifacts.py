@@ -30,3 +30,15 @@ def opens(folder: Path) -> bool:
             continue
         return True
     return False
+
+
+def check_same_logits(artifact, plain, ids):
+    """Assert that transformers opens both folders completely, and computes the same logits for ids [1, T] with both."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    expected = AutoModelForCausalLM.from_pretrained(plain).eval()
+    opened, notes = AutoModelForCausalLM.from_pretrained(artifact, output_loading_info=True)
+    assert not any(notes[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), notes
+    with torch.inference_mode():
+        assert torch.equal(opened.eval()(ids).logits, expected(ids).logits)
