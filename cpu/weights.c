@@ -63,7 +63,7 @@ static void add_row(const float *row, const int8_t *codes, int64_t columns, floa
 }
 
 /* Computes codes int8 [N, K] and absmax [N] of a weight [N, K], and adds its column statistics to float32, float64 and
- * int64 [K]. `chosen`: absmax is given. Returns -1 if out of memory. */
+ * int64 [K]. `chosen`: 1 if absmax is given, 2 if the codes are given too. Returns -1 if out of memory. */
 EXPORT int q8_quantize_rows(int dtype, const void *weight, int64_t rows, int64_t columns, int chosen, int8_t *codes,
                             float *absmax, float *column_absmax, double *sum_square, double *sum_error,
                             int64_t *outliers) {
@@ -74,7 +74,7 @@ EXPORT int q8_quantize_rows(int dtype, const void *weight, int64_t rows, int64_t
     const float *row = read_row(dtype, row_of(dtype, weight, n, columns), columns, work + 4 * columns);
     int8_t *code = codes + n * columns;
     if (!chosen) absmax[n] = row_absmax(row, columns);
-    encode_row(row, columns, absmax[n], code);
+    if (chosen < 2) encode_row(row, columns, absmax[n], code);
     add_row(row, code, columns, absmax[n], sums);
     if ((n + 1) % STATS_TILE_ROWS && n + 1 < rows) continue;
     for (int64_t k = 0; k < columns; k++) {

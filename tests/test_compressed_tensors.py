@@ -228,8 +228,11 @@ def bad_format(config, state):
     config["quantization_config"]["config_groups"]["group_0"]["format"] = "mxfp6-pack-quantized"
 
 
+INPUT = {"targets": ["Linear"], "location": "input"}
+
+
 def rotated(config, state):
-    config["quantization_config"]["transform_config"] = {"config_groups": {"u": {}}}
+    config["quantization_config"]["transform_config"] = {"config_groups": {"u": {"type": "hadamard", "apply": [INPUT]}}}
 
 
 def no_weight(config, state):
@@ -258,7 +261,7 @@ def wrong_dtype(config, state):
         (bad_status, "quantization_status = 'frozen'"),
         (bad_groups, "no config_groups"),
         (bad_format, "mxfp6-pack-quantized, which is not read"),
-        (rotated, "transform_config, which is not read"),
+        (rotated, "hadamard transform of input that is not read"),
         (no_weight, "has weight_scale but no weight"),
         (no_shape, "no weight_shape"),
         (wrong_shape, "packs 4800 columns into 12 words"),

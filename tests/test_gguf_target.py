@@ -18,7 +18,7 @@ from quantize8.formats.gguf.settings import llama3_scaling
 from quantize8.formats.gguf.tokenizer import tokenizer_fields
 from quantize8.formats.gguf.writer import carried
 from quantize8.kernels import q8_0
-from quantize8.kernels.reference import quantize_rowwise
+from quantize8.kernels.reference import quantize_rowwise, scale_of
 from quantize8.sources import open_checkpoint
 
 IDS = torch.arange(3, 63)[None]
@@ -347,7 +347,7 @@ def test_codes_are_carried_as_they_are(tmp_path):
     rng = np.random.default_rng(0)
     codes, absmax = rng.integers(-127, 128, (4, 64)).astype(np.int8), np.float32([0, 0.3, 7, 100])
     tensor = gguf.GgufTensor("blk.0.attn_q.weight", "x", (4, 64), "Q8_0", head=4)
-    packed = q8_0.carry_rows(tensor.arrange(codes), tensor.arrange(absmax))
+    packed = q8_0.with_scales(tensor.arrange(codes), scale_of(tensor.arrange(absmax))[:, None])
     np.testing.assert_array_equal(packed.reshape(4, 2, 34)[:, :, 2:].view(np.int8).reshape(4, 64), codes[[0, 2, 1, 3]])
     expected = (absmax / np.float32(127)).astype(np.float16).astype(np.float32)[:, None] * codes
     np.testing.assert_array_equal(q8_0.dequantize_rows(packed), expected[[0, 2, 1, 3]])
@@ -358,7 +358,8 @@ def test_a_whole_file_of_carried_codes(tmp_path, monkeypatch):
         rows = checkpoint.rows(tensor.source, first, last)
         if tensor.dtype == gguf.F32:
             return tensor.arrange(rows.astype(np.float32))
-        return q8_0.carry_rows(*(tensor.arrange(part) for part in quantize_rowwise(rows)))
+        codes, absmax = quantize_rowwise(rows)
+        return q8_0.with_scales(tensor.arrange(codes), scale_of(tensor.arrange(absmax))[:, None])
 
     monkeypatch.setattr(gguf_files, "encoded", carry)
     source = folder_of(tmp_path / "model", config_of("llama"))

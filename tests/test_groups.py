@@ -203,7 +203,7 @@ def test_columns_that_groups_do_not_divide_stay_in_float(tmp_path):
 
 @pytest.mark.parametrize("given", [{"scale": "mse"}, {"calibrate": "text.txt"}])
 def test_what_is_defined_for_rows_alone_is_refused(given, tmp_path):
-    with pytest.raises(OutputError, match=r"^(scale mse|calibrate text.txt): does not go with --group-size; leave"):
+    with pytest.raises(OutputError, match=r"^(scale mse|calibrate text.txt): --format .* --group-size 32 does not"):
         convert(str(wide(tmp_path / "source")), tmp_path / "out", **G32, **given)
 
 

@@ -5,6 +5,7 @@ import pytest
 from gguf import GGMLQuantizationType, quants
 
 from quantize8.kernels import cpu, q8_0
+from quantize8.kernels.reference import scale_of
 from quantize8.kernels.scales import ScaleSearch
 
 
@@ -61,13 +62,13 @@ def test_no_rows(way):
 def test_carried_codes_stay_and_scales_are_rounded_once():
     rng = np.random.default_rng(0)
     codes, absmax = rng.integers(-127, 128, (6, 96)).astype(np.int8), np.float32([0, 1e-9, 3e-6, 0.3, 7, 8.3e6])
-    packed = q8_0.carry_rows(codes, absmax)
+    packed = q8_0.with_scales(codes, scale_of(absmax)[:, None])
     blocks = packed.reshape(6, 3, 34)
     np.testing.assert_array_equal(blocks[:, :, 2:].view(np.int8).reshape(6, 96), codes)
     scales = np.ascontiguousarray(blocks[:, :, :2]).view("<f2")[:, :, 0]
     np.testing.assert_array_equal(scales, np.repeat((absmax / np.float32(127)).astype(np.float16)[:, None], 3, axis=1))
     assert scales[1, 0] == 0 and scales[5, 0] > 60000
-    assert q8_0.first_unfit(q8_0.carry_rows(codes, np.float32([0, 1, 1, 8.4e6, 1, np.nan]))) == 3
+    assert q8_0.first_unfit(q8_0.with_scales(codes, scale_of(np.float32([0, 1, 1, 8.4e6, 1, np.nan]))[:, None])) == 3
 
 
 def test_errors_are_the_same_in_any_company(way):

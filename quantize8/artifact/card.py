@@ -11,6 +11,7 @@ from typing import Any
 
 from quantize8.artifact.manifest import Manifest
 from quantize8.formats.base import Format, make_format
+from quantize8.kernels import GPTQ
 from quantize8.sources.base import CONFIG_NAME
 
 CARD_NAME = "README.md"
@@ -108,6 +109,9 @@ def _rows(folder: Path, manifest: Manifest) -> dict[str, str]:
     if errors:
         rows["recipe"] = f"{manifest.recipe['name']}, threshold {manifest.recipe['threshold']:g}"
         rows["calibration"] = _calibration(manifest.calibration)
+        chosen = sum(record.quantized.rounding == GPTQ for record in manifest.tensors.values() if record.quantized)
+        if chosen:
+            rows["rounding"] = f"{GPTQ} for {chosen} of {len(errors)} weights"
         rows["int8"] = f"{len(errors)} weights; {len(manifest.kept)} left in floating point"
     rows["weights on disk"] = f"{manifest.source_bytes / _MB:,.1f} MB -> {size / _MB:,.1f} MB"
     if errors:
@@ -137,7 +141,8 @@ def _calibration(asked: dict[str, Any]) -> str:
         return "none"
     smooth = "" if asked["smooth"] is None else f", smoothed with alpha {asked['smooth']:g}"
     text = f"{asked['tokens']} tokens of a text with BLAKE3 {asked['text_blake3']}"
-    return f"{text}; outlier columns: {asked['outlier_columns']}{smooth}"
+    columns = f"; outlier columns: {asked['outlier_columns']}" if asked["outlier_columns"] != 0 else ""
+    return f"{text}{columns}{smooth}"
 
 
 def _loaders(manifest: Manifest, output: Format, repo_id: str, causal: bool) -> list[str]:

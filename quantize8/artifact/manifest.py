@@ -19,7 +19,7 @@ from blake3 import blake3
 
 from quantize8 import limits
 from quantize8.errors import ArtifactError, SourceError
-from quantize8.kernels import ABSMAX
+from quantize8.kernels import ABSMAX, NEAREST
 from quantize8.kernels.reference import ColumnStats
 from quantize8.sources.base import contained
 
@@ -44,6 +44,7 @@ class Quantized:
     worst_columns: list[tuple[int, int, float]]  # (input column, its outliers, its largest |w|), most outliers first
     transposed: bool = False  # stored [in, out] in the source (GPT-2's Conv1D)
     scale: str = ABSMAX  # or mse, if scales were searched
+    rounding: str = NEAREST  # or gptq, if codes were chosen by the output's error
 
 
 @dataclass
@@ -82,8 +83,10 @@ class Manifest:
         for record in value["tensors"].values():
             if record["quantized"] is None:
                 del record["quantized"]
-            elif record["quantized"]["scale"] == ABSMAX:
-                del record["quantized"]["scale"]
+                continue
+            for name, usual in (("scale", ABSMAX), ("rounding", NEAREST)):
+                if record["quantized"][name] == usual:
+                    del record["quantized"][name]
         value["tensors"] = dict(sorted(value["tensors"].items()))
         value[_DIGEST] = _digest_of(value)
         return _laid_out(value)
@@ -95,7 +98,13 @@ def digest(data: bytes | memoryview) -> str:
 
 
 def summarize(
-    stats: ColumnStats, absmax: Any, source_dtype: str, source_blake3: str, transposed: bool, scale: str = ABSMAX
+    stats: ColumnStats,
+    absmax: Any,
+    source_dtype: str,
+    source_blake3: str,
+    transposed: bool,
+    scale: str = ABSMAX,
+    rounding: str = NEAREST,
 ) -> Quantized:
     """Summarize the statistics of a quantized weight [N, K].
 
@@ -106,6 +115,7 @@ def summarize(
         source_blake3: Digest of the values as read.
         transposed: Whether the source stores the weight as [in, out].
         scale: How scales were chosen, absmax or mse.
+        rounding: How codes were chosen, nearest or gptq.
 
     Returns:
         The record for the manifest, with the error rounded to its significant digits, but not to 0 unless it is 0.
@@ -122,6 +132,7 @@ def summarize(
         worst_columns=[(int(k), int(stats.outliers[k]), float(stats.absmax[k])) for k in order],
         transposed=transposed,
         scale=scale,
+        rounding=rounding,
     )
 
 

@@ -14,6 +14,9 @@ from quantize8.cli.models import evaluate, inspect, run
 from quantize8.cli.options import Json
 from quantize8.cli.terminal import progress_bar, show
 from quantize8.errors import Quantize8Error
+from quantize8.kernels import ROTATIONS
+
+_ROTATE = "--rotate"
 
 app = typer.Typer(
     help="Quantize LLM checkpoints to int8 with LLM.int8(), inspect their outliers, and run them.",
@@ -69,10 +72,17 @@ def main() -> None:
     """Entry point: run a command. An error that the user can fix becomes one line on stderr and exit code 1."""
     warnings.showwarning = _show_warning
     try:
-        app()
+        app(_with_value(sys.argv[1:]))
     except Quantize8Error as error:
         typer.echo("error: " + " ".join(str(error).split()), err=True)
         sys.exit(1)
+
+
+def _with_value(words: list[str]) -> list[str]:
+    """The arguments with the default size after --rotate where no size follows, which Typer cannot express."""
+    following = [*words[1:], "-"]
+    return [f"{word}={ROTATIONS[0]}" if word == _ROTATE and after.startswith("-") else word
+            for word, after in zip(words, following, strict=False)]  # fmt: skip
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from quantize8.conversion.options import ConvertOptions
 from quantize8.conversion.plan import Plan
 from quantize8.errors import OutputError
 from quantize8.files import flush
+from quantize8.kernels import GPTQ
 from quantize8.kernels.reference import Array
 from quantize8.sources.base import Checkpoint
 from quantize8.sources.smoothing import Factors, SmoothedCheckpoint
@@ -100,14 +101,21 @@ def _measure(plan: Plan, text: str) -> Calibration:
     from quantize8.calibration.calibrate import calibrate
     from quantize8.calibration.smoothing import smooth
 
-    alpha, count = plan.options.smooth, plan.options.column_count
+    alpha, count, chooses = plan.options.smooth, plan.options.column_count, plan.options.rounding == GPTQ
+    if chooses and alpha is None and (count == 0 or "columns" not in plan.format.options):
+        return Calibration({})  # the choice of codes measures what it needs
     weights = [*plan.quantized, *(f"{name}.weight" for name in plan.modules)]
     modules = {name.removesuffix(".weight") for name in weights}
     if alpha is None:
-        return Calibration(calibrate(plan.checkpoint, text, count, modules=modules))
+        return Calibration(_without_exact(calibrate(plan.checkpoint, text, count, modules=modules), chooses))
     smoothed = smooth(plan.checkpoint, calibrate(plan.checkpoint, text, 0), alpha)
-    measured = calibrate(smoothed, text, count, modules=modules)
+    measured = _without_exact(calibrate(smoothed, text, count, modules=modules), chooses)
     return Calibration(measured, smoothed.factors, smoothed.features, smoothed.left)
+
+
+def _without_exact(found: dict[str, Calibrated], chooses: bool) -> dict[str, Calibrated]:
+    """What was found, if codes are chosen without exact columns: the codes of other columns balance their errors."""
+    return {name: replace(each, exact=0) for name, each in found.items()} if chooses else found
 
 
 def _save(found: Calibration, path: Path, decisions: dict[str, Any]) -> None:

@@ -30,13 +30,13 @@ from quantize8.artifact.outliers import OUTLIERS_NAME
 from quantize8.conversion.parts import Part
 from quantize8.conversion.plan import Plan, WorkUnit, recorded_plan
 from quantize8.conversion.result import Conversion
-from quantize8.destinations.base import Destination, Session
+from quantize8.destinations.base import CALIBRATION_NAMES, Destination, Session
 from quantize8.destinations.journal import Heading, Journal, Records
 from quantize8.destinations.local import Staging, WeightFile, weight_files, write_file
 from quantize8.errors import OutputError
 from quantize8.files import flush, write_at
 from quantize8.formats.base import OutTensor, Shard, WeightQuantizer, index
-from quantize8.kernels import MSE
+from quantize8.kernels import GPTQ, MSE
 from quantize8.kernels.cpu import CpuQuantizer
 from quantize8.kernels.devices import resolve
 from quantize8.kernels.reference import as_bytes
@@ -83,7 +83,7 @@ def write(
         return result
     decisions, records = plan.decisions(), Records()
     with destination.open(units, decisions, plan.checkpoint.folder, overwrite, overwrite) as session:
-        plan, heading = _calibrated(plan, session, decisions, start_over=overwrite)
+        plan, heading = _calibrated(plan, session, decisions, overwrite, progress)
         units = [unit for unit in plan.units if unit.shard.file in result.files]
         done, total = 0, sum(unit.read_bytes for unit in units)
         for batch in session.batches(units, heading):
@@ -380,7 +380,11 @@ class _Work:
 
 
 def _calibrated(
-    plan: Plan, session: Session, decisions: dict[str, Any], start_over: bool = False
+    plan: Plan,
+    session: Session,
+    decisions: dict[str, Any],
+    start_over: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[Plan, Heading]:
     """Return the plan with the results of calibration, and the heading of the journals of its weight files.
 
@@ -389,9 +393,13 @@ def _calibrated(
     measured = ""
     if plan.calibration:
         from quantize8.conversion.calibration import calibrated
+        from quantize8.conversion.rounding import rounded
 
-        with session.calibration() as path:
-            plan, measured = calibrated(plan, path, decisions, start_over)
+        with session.calibration() as folder:
+            plan, measured = calibrated(plan, folder / CALIBRATION_NAMES[0], decisions, start_over)
+            if plan.options.rounding == GPTQ:
+                plan, chosen = rounded(plan, folder, decisions, start_over, progress)
+                measured = digest(f"{measured} {chosen}".encode())
     return plan, {"decisions": decisions, "request": plan.options.recorded(), "calibration_blake3": measured}
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from quantize8.errors import OutputError
-from quantize8.files import is_url
+from quantize8.files import TEXT, is_url
 from quantize8.formats import (
+    COMPRESSED_TENSORS,
     DEFAULT_FORMAT,
     DEFAULT_SHARD_SIZE,
     FORMATS,
@@ -25,9 +26,10 @@ from quantize8.formats import (
     MOE_LOADERS,
     SCHEMES,
 )
-from quantize8.kernels import ABSMAX, MSE, SCALES
+from quantize8.kernels import ABSMAX, GPTQ, MSE, NEAREST, ROTATIONS, ROUNDINGS, SCALES
 from quantize8.recipe import DEFAULT_RECIPE
 
+_, BEST = PRESETS = ("llm-int8", "best")
 _AUTO = "auto"
 # Options whose effect a plan already records as its source, format, recipe, calibration or layout
 _RECORDED = {
@@ -39,6 +41,7 @@ _RECORDED = {
     "scheme",
     "moe",
     "group_size",
+    "rotate",
     "recipe",
     "threshold",
     "max_shard_size",
@@ -64,6 +67,8 @@ class ConvertOptions:
         scheme: w8a8 or w8a16, for compressed-tensors; None for w8a8.
         moe: Loader whose layout of experts is written, vllm or transformers, for compressed-tensors; None for vllm.
         group_size: Weights that share a scale, for scheme w8a16; None for one scale per row.
+        rotate: Size of the blocks of input features that a Hadamard matrix rotates, for compressed-tensors; None for no
+            rotation. Where a block does not divide a layer's inputs, the next smaller size is taken.
         threshold: Outlier threshold on |x|, instead of the recipe's; 0 turns off the outlier decomposition.
         calibrate: Text file to calibrate with. It decides which outlier columns are stored, and which errors the
             search for scales weights most.
@@ -71,6 +76,10 @@ class ConvertOptions:
         smooth: SmoothQuant's alpha, between 0 and 1; moves activation outliers into the weights.
         recipe: Name of a shipped recipe, or a .toml file.
         scale: absmax, or mse to search for the scales with the least squared error (`kernels.scales`).
+        rounding: nearest, or gptq to choose codes by the error of a layer's output on the calibration text
+            (`kernels.rounding`).
+        preset: llm-int8, or best for what measured best in the format (docs/accuracy.md): it sets `rounding`, `rotate`,
+            and `calibrate` to the text in this package, where they are not given, and is llm-int8 afterwards.
         max_shard_size: Size of the largest weight file, such as 5GB or 512MiB.
         stream: Read remote weights by byte range instead of downloading them; the artifact is the same.
 
@@ -89,47 +98,67 @@ class ConvertOptions:
     group_size: int | None = _option(
         None, f"For {GROUPED_SCHEME}: weights that share a scale, {', '.join(map(str, GROUP_SIZES))}.  [default: a row]"
     )
+    rotate: int | None = _option(
+        None, f"For compressed-tensors: rotate inputs in blocks of {', '.join(map(str, ROTATIONS))}.", "SIZE"
+    )
     threshold: float | None = _option(None, "Outlier threshold; 0 for none.  [default: the recipe's]")
     calibrate: str | None = _option(None, "Calibration text, which decides the outlier columns.", "FILE")
     outlier_columns: str = _option(_AUTO, "Outlier columns per weight: auto, or a number.")
     smooth: float | None = _option(None, "SmoothQuant's alpha, such as 0.5 (with --calibrate).")
     recipe: str = _option(DEFAULT_RECIPE, "llm-int8, int8, int8-all, int8-embeddings, towers, or a .toml file.")
     scale: str = _option(ABSMAX, "absmax, or mse for scales with the least squared error.")
+    rounding: str = _option(NEAREST, "nearest, or gptq to choose codes with the calibration text.")
+    preset: str = _option(PRESETS[0], "llm-int8, or best: rounding and rotation as measured best for the format.")
     max_shard_size: str = _option(DEFAULT_SHARD_SIZE, "Size of the largest weight file.")
     stream: bool = _option(False, "Read remote weights by byte range, without storing them.")
 
     def __post_init__(self) -> None:
         from quantize8.formats.base import make_format, parse_size
 
+        if self.preset not in PRESETS:
+            raise OutputError(f"preset {self.preset}: unknown; name one of {', '.join(PRESETS)}")
+        if self.preset == BEST:
+            self._take_best()
         given = {name: getattr(self, name) and str(getattr(self, name)) for name in ("adapter", "calibrate")}
         given["outlier_columns"] = str(self.outlier_columns)
         for name, value in {**given, "stream": self.stream or is_url(self.source)}.items():
             object.__setattr__(self, name, value)
         if self.scale not in SCALES:
             raise OutputError(f"scale {self.scale}: unknown; name one of {', '.join(SCALES)}")
-        output = make_format(self.format, self.scheme, self.moe, self.group_size)
-        if self.group_size is not None:
-            self._check_groups()
-        unsupported = f"--format {output.name} does not support it; leave it out"
-        if self.threshold is not None and "threshold" not in output.options:
-            raise OutputError(f"threshold {self.threshold:g}: {unsupported}")
+        if self.rounding not in ROUNDINGS:
+            raise OutputError(f"rounding {self.rounding}: unknown; name one of {', '.join(ROUNDINGS)}")
+        output = make_format(self.format, self.scheme, self.moe, self.group_size, self.rotate)
+        written = f"--format {output.name}"
+        for name, value in (("group-size", self.group_size), ("rotate", self.rotate)):
+            written += "" if value is None else f" --{name} {value}"
+        given = {
+            "threshold": None if self.threshold is None else f"{self.threshold:g}",
+            "scale": None if self.scale == ABSMAX else self.scale,
+            "rounding": None if self.rounding == NEAREST else self.rounding,
+        }
+        for name, text in given.items():
+            if text is not None and name not in output.options:
+                raise OutputError(f"{name} {text}: {written} does not support it; leave it out")
         if self.recipe != DEFAULT_RECIPE and "recipe" not in output.options:
-            raise OutputError(f"recipe {self.recipe}: --format {output.name} does not use recipes; leave it out")
-        searches = self.scale == MSE and "scale" in output.options
-        if self.calibrate is not None and "calibrate" not in output.options and not searches:
-            name = f"--format {output.name}"
-            raise OutputError(f"calibrate {self.calibrate}: {name} does not store outlier columns; leave it out")
-        if self.scale == MSE and not searches:
-            raise OutputError(f"scale {MSE}: {unsupported}")
-        if self.outlier_columns != _AUTO or self.smooth is not None:
+            raise OutputError(f"recipe {self.recipe}: {written} does not use recipes; leave it out")
+        measures = self.scale == MSE or self.rounding == GPTQ
+        if self.calibrate is not None and "columns" not in output.options and not measures:
+            raise OutputError(f"calibrate {self.calibrate}: {written} does not store outlier columns; leave it out")
+        if self.outlier_columns != _AUTO or self.smooth is not None or self.rounding == GPTQ:
             self._check_calibration()
         parse_size(self.max_shard_size)
 
-    def _check_groups(self) -> None:
-        """Refuse what is defined for scales by row alone."""
-        for name, value in (("scale", self.scale if self.scale != ABSMAX else None), ("calibrate", self.calibrate)):
-            if value is not None:
-                raise OutputError(f"{name} {value}: does not go with --group-size; leave one of them out")
+    def _take_best(self) -> None:
+        """Set the options of the preset best where they are not given."""
+        from quantize8.formats.base import make_format
+
+        if "rounding" not in make_format(self.format, self.scheme).options:
+            raise OutputError(f"preset {BEST}: --format {self.format} has no int8 weights; leave it out")
+        best: dict[str, Any] = {"rounding": GPTQ, "calibrate": self.calibrate or str(TEXT), "preset": PRESETS[0]}
+        if self.format == COMPRESSED_TENSORS:
+            best["rotate"] = self.rotate or ROTATIONS[0]
+        for name, value in best.items():
+            object.__setattr__(self, name, value)
 
     def _check_calibration(self) -> None:
         columns, alpha = self.outlier_columns, self.smooth
@@ -141,6 +170,10 @@ class ConvertOptions:
             raise OutputError(f"smooth {alpha:g}: needs calibration; add --calibrate FILE")
         if alpha is not None and not 0 < alpha < 1:
             raise OutputError(f"smooth {alpha:g}: must be between 0 and 1")
+        if alpha is not None and self.rotate is not None:
+            raise OutputError(f"smooth {alpha:g}: does not go with --rotate, which spreads the outliers; leave one out")
+        if self.rounding == GPTQ and self.calibrate is None:
+            raise OutputError(f"rounding {GPTQ}: needs calibration; add --calibrate FILE")
 
     @property
     def column_count(self) -> int | None:

@@ -25,7 +25,7 @@ from quantize8.artifact.outliers import OUTLIERS_NAME, PART_SUFFIX, Calibrated
 from quantize8.conversion.options import ConvertOptions
 from quantize8.errors import OutputError, SourceError
 from quantize8.formats.base import Format, Int8Format, OutTensor, Shard, make_format, place
-from quantize8.kernels import MSE
+from quantize8.kernels import MSE, ROTATIONS, cpu
 from quantize8.kernels.reference import Array
 from quantize8.kernels.scales import ScaleSearch
 from quantize8.optional import require
@@ -46,6 +46,7 @@ from quantize8.sources.untied import UntiedHead
 
 if TYPE_CHECKING:
     from quantize8.conversion.calibration import Calibration
+    from quantize8.conversion.rounding import RoundedWeights
 
 
 NAMED = 0.01  # share of the weights above which a tensor in floating point, with that of other layers, is reported
@@ -106,6 +107,8 @@ class Plan:
         searches: Source tensor -> what the search for its scales minimizes, if they are searched.
         calibrated: Module -> what calibration decided for it.
         outliers: Layout of the file with all outlier columns.
+        rotations: Source tensor -> the blocks of input features by which it is rotated before it becomes int8.
+        rounded: The codes that calibration chose, with their scales.
     """
 
     options: ConvertOptions
@@ -126,6 +129,8 @@ class Plan:
     searches: dict[str, ScaleSearch] = field(default_factory=dict)
     calibrated: dict[str, Calibrated] = field(default_factory=dict)
     outliers: Shard | None = None
+    rotations: dict[str, int] = field(default_factory=dict)
+    rounded: RoundedWeights | None = None
 
     @cached_property
     def main_dtype(self) -> str:
@@ -179,12 +184,12 @@ class Plan:
     @property
     def carries(self) -> bool:
         """Whether the int8 codes of all modules are copied from the source."""
-        return bool(self.modules) and all(self.checkpoint.tensors[f"{name}.weight"].is_int8 for name in self.modules)
+        return bool(self.modules) and all(self.keeps_codes(f"{name}.weight") for name in self.modules)
 
     @property
     def quantized(self) -> list[str]:
         """Source tensors that become int8 and are not int8 already."""
-        return [name for name in self.format.quantizes(self) if not self.checkpoint.tensors[name].is_int8]
+        return [name for name in self.format.quantizes(self) if not self.keeps_codes(name)]
 
     @property
     def weights(self) -> int:
@@ -196,6 +201,10 @@ class Plan:
         """A description of how much of the source is smoothed; empty if nothing is."""
         return self.checkpoint.summary if isinstance(self.checkpoint, SmoothedCheckpoint) else ""
 
+    def keeps_codes(self, source: str) -> bool:
+        """Whether a source tensor is int8, and becomes int8 with the same codes."""
+        return self.checkpoint.tensors[source].is_int8 and source not in self.rotations
+
     def outputs_of(self, kept: str) -> list[OutTensor]:
         """The tensors of the artifact for an entry of `kept`."""
         return self.outputs.get(f"{kept}.weight") or self.outputs.get(kept, [])
@@ -205,7 +214,7 @@ class Plan:
         return info.shape[::-1] if info.name in self.transposed else info.shape
 
     def blocks(self, info: TensorInfo, size: int | None = None, multiple: int = 1) -> Iterator[tuple[int, Array]]:
-        """Read a source tensor in the orientation in which it is written, block by block.
+        """Read a source tensor as it is quantized or written, block by block: transposed or rotated, if it is so.
 
         Args:
             info: The source tensor.
@@ -215,9 +224,10 @@ class Plan:
         Yields:
             The number of the first row, and the rows.
         """
-        transposed, row = info.name in self.transposed, 0
+        transposed, rotation, row = info.name in self.transposed, self.rotations.get(info.name, 0), 0
         for block in self.checkpoint.blocks(info.name, info.nbytes if transposed else size, multiple):
-            yield row, np.ascontiguousarray(block.T) if transposed else block
+            values = np.ascontiguousarray(block.T) if transposed else block
+            yield row, cpu.rotate(values, rotation) if rotation else values
             row += len(block) if block.ndim else 1
 
     def tensors_of(self, source: str) -> list[OutTensor]:
@@ -251,7 +261,7 @@ class Plan:
     def with_calibration(self, found: Calibration) -> Plan:
         """The plan with the results of calibration: smoothing, outlier columns, and what the scale search minimizes."""
         plan = replace(self, checkpoint=found.smoothed(self.checkpoint))
-        if "calibrate" in self.format.options:
+        if "columns" in self.format.options:
             plan = replace(plan, calibrated={name: one for name, one in found.modules.items() if name in self.modules})
             names = [f"{module}.weight" for module in plan.calibrated]
             plan = replace(plan, outliers=place(OUTLIERS_NAME, _outlier_tensors(plan, names)))
@@ -310,7 +320,7 @@ def plan_of(
         SourceError: The source cannot be converted with these options.
         OutputError: The options do not fit the source.
     """
-    output = make_format(options.format, options.scheme, options.moe, options.group_size)
+    output = make_format(options.format, options.scheme, options.moe, options.group_size, options.rotate)
     structure = structure_of(checkpoint)
     structure.require_complete(checkpoint.name)
     if structure.slices or structure.fusions:
@@ -325,11 +335,13 @@ def plan_of(
     # an int8 Conv1D is stored [out, in] in every format, a floating-point one [in, out]
     conv1d = {f"{name}.weight" for name, kind in structure.linears.items() if kind == CONV1D}
     transposed = {name for name in conv1d if (name in checkpoint.decoded) != (name.removesuffix(".weight") in modules)}
-    special = {*modules.values()} - {LINEAR, CONV1D}
-    closed_to = output.closed_to(special, structure) if special else {}
+    rotations = _rotations(modules, output, checkpoint) if isinstance(output, Int8Format) and output.rotate else {}
+    is_special = bool({*modules.values()} - {LINEAR, CONV1D})
+    closed_to = output.closed_to(modules, structure, checkpoint.tensors) if is_special or rotations else {}
     plan = Plan(
         options, checkpoint, output, recipe, modules, kept, structure.unloaded, closed_to, structure.guessed,
         structure.skip_list(set(modules)), transposed, calibration or {}, text,
+        rotations=rotations,
     )  # fmt: skip
     outputs, shards = output.lay_out(plan, options.max_shard_size)
     names = [tensor.name for group in outputs.values() for tensor in group]
@@ -414,6 +426,17 @@ def _choose(
     large = [name for name in structure.others if sizes[_NUMBER.sub("*", name)] > NAMED * sizes.total()]
     reasons = {name.removesuffix(".weight"): structure.others[name] for name in large}
     return modules, kept | {name: why for name, why in reasons.items() if name not in modules}
+
+
+def _rotations(modules: Mapping[str, str], output: Int8Format, checkpoint: Checkpoint) -> dict[str, int]:
+    """See `Plan.rotations`; raises OutputError if nothing can be rotated."""
+    rotations = {}
+    for name, kind in modules.items():
+        if size := output.rotation(name, checkpoint.tensors[f"{name}.weight"].shape[-1], kind):
+            rotations[f"{name}.weight"] = size
+    if not rotations:
+        raise OutputError(f"rotate {output.rotate}: no layer has a multiple of {ROTATIONS[-1]} inputs; leave it out")
+    return rotations
 
 
 def _nothing(checkpoint: Checkpoint, structure: Structure, kept: dict[str, str], output: Int8Format) -> str:

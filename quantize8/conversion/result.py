@@ -84,6 +84,8 @@ class Conversion:
             "format": plan.format.title,
             "recipe": plan.recipe.as_json(),
             "scale": "mse" if plan.searches else "absmax",
+            "rounding": plan.options.rounding,
+            "rotated": dict(sorted(plan.rotations.items())),
             "source_bytes": plan.source_bytes,
             "output_bytes": plan.output_bytes,
             "bits_per_weight": round(8 * plan.output_bytes / max(1, plan.weights), 2),

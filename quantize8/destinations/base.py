@@ -1,7 +1,7 @@
 """The interface of destinations, the places that artifacts are written to.
 
     with destination.open(units, decisions, source, overwrite, start_over) as session:
-        with session.calibration() as path: ...       # the file with the results of calibration
+        with session.calibration() as found: ...      # the folder with the results of calibration
         for batch in session.batches(units, heading):
             with session.staging(batch.units, heading) as staging: ...   # write these weight files
         records, missing = session.collect(units, heading)
@@ -39,11 +39,18 @@ class Batch(NamedTuple):
     records: Records | None = None
 
 
+# The results of calibration: columns, scales and smoothing factors; and codes with their index
+CALIBRATION_NAMES = ("calibration.safetensors", "rounding.codes", "rounding.index")
+
+
 class Session(Protocol):
     """A destination that one process has opened for writing."""
 
     def calibration(self) -> AbstractContextManager[Path]:
-        """Provide the file with the results of calibration, on this machine; a copy stays at the destination."""
+        """Provide the folder on this machine for files of CALIBRATION_NAMES, with those at the destination.
+
+        What is there when the block ends stays at the destination. The folder stays until the session is closed.
+        """
 
     def batches(self, units: Sequence[WorkUnit], heading: Heading) -> Iterable[Batch]:
         """Group weight files into batches that are written together.

@@ -22,7 +22,7 @@ from blake3 import blake3
 
 from quantize8.artifact.manifest import MANIFEST_NAME, Manifest, fits
 from quantize8.artifact.outliers import PART_SUFFIX
-from quantize8.destinations.base import Batch, Build, Destination
+from quantize8.destinations.base import CALIBRATION_NAMES, Batch, Build, Destination
 from quantize8.destinations.journal import SUFFIX, Heading, Journal, Records, agrees, read_heading, records_of
 from quantize8.errors import OutputError
 from quantize8.files import WINDOWS, flush, open_file, read_at, stored_bytes, write_at
@@ -151,7 +151,7 @@ class Staging:
     @contextlib.contextmanager
     def calibration(self) -> Iterator[Path]:
         """See `Session.calibration`."""
-        yield self._calibration
+        yield self.folder
 
     def batches(self, units: Sequence[WorkUnit], heading: Heading) -> list[Batch]:
         """See `Session.batches`: one batch with all weight files."""
@@ -197,7 +197,8 @@ class Staging:
     @property
     def is_empty(self) -> bool:
         """Whether nothing is finished that this process or another could resume from."""
-        return not self._calibration.exists() and not any(journal.entries for journal in self.journals.values())
+        measured = any((self.folder / name).exists() for name in CALIBRATION_NAMES)
+        return not measured and not any(journal.entries for journal in self.journals.values())
 
     def accept(self, decisions: dict[str, Any], start_over: bool) -> None:
         """Check that unfinished work in the staging folder was made with the same decisions.
@@ -219,7 +220,8 @@ class Staging:
             if not start_over:
                 raise OutputError(f"{self.out}: {self.folder.name} {other}")
             journal = own or Journal(path)
-            self._calibration.unlink(missing_ok=True)
+            for part in CALIBRATION_NAMES:
+                (self.folder / part).unlink(missing_ok=True)
             self._remove_files(name)
             if own is None:
                 journal.remove()
@@ -249,10 +251,6 @@ class Staging:
         """Release the weight files to other processes."""
         while self.journals:
             self.journals.popitem()[1].close()
-
-    @property
-    def _calibration(self) -> Path:
-        return self.folder / "calibration.safetensors"
 
     def _remove_files(self, name: str) -> None:
         for path in (self.files / name, self.folder / f"{name}{PART_SUFFIX}"):

@@ -12,14 +12,16 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blake3 import blake3
+
 from quantize8.artifact.manifest import MANIFEST_NAME, Manifest, digest, files_of
 from quantize8.artifact.outliers import PART_SUFFIX
-from quantize8.destinations.base import Batch, Build, Destination
+from quantize8.destinations.base import CALIBRATION_NAMES, Batch, Build, Destination
 from quantize8.destinations.journal import SUFFIX, Heading, Records, agrees, begun, parse, records_of
 from quantize8.destinations.local import LocalFolder, Staging, check_disk, unlike
 from quantize8.errors import OutputError, Quantize8Error
@@ -31,8 +33,8 @@ if TYPE_CHECKING:
     from quantize8.conversion.plan import WorkUnit
 
 PARTIAL = ".partial"  # folder beside the artifact's files for what is removed when the conversion ends
-CALIBRATION = f"{PARTIAL}/calibration.safetensors"
 ENDING = f"{PARTIAL}/{MANIFEST_NAME}"  # early copy of the manifest: lists the small files, if publishing is interrupted
+_CALIBRATION = tuple(f"{PARTIAL}/{name}" for name in CALIBRATION_NAMES)
 _OTHERWISE = "set XDG_CACHE_HOME to a folder on another disk"
 # These stores have no folders, only names with slashes. Asking their drivers for a folder could create a bucket.
 _WITHOUT_FOLDERS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf")
@@ -102,7 +104,8 @@ class ObjectStore(Destination):
         """See `Destination.open`."""
         content = look(self)
         _accept(self, content, decisions, start_over)
-        yield StoreSession(self, content, source, start_over)
+        with ExitStack() as until_closed:
+            yield StoreSession(self, content, source, start_over, until_closed)
 
     def files(self) -> dict[str, int | None]:
         """File name -> size in bytes, including the files in PARTIAL; None for other folders."""
@@ -239,23 +242,27 @@ class Content:
 class StoreSession:
     """See `destinations.base.Session`."""
 
-    def __init__(self, store: ObjectStore, content: Content, source: Path, start_over: bool) -> None:
+    def __init__(
+        self, store: ObjectStore, content: Content, source: Path, start_over: bool, until_closed: ExitStack
+    ) -> None:
         self._store, self._content, self._source, self._start_over = store, content, source, start_over
+        self._until_closed = until_closed
 
     @contextmanager
     def calibration(self) -> Iterator[Path]:
         """See `Session.calibration`."""
-        with _folder(self._store) as folder:
-            path, before = folder / "calibration.safetensors", ""
-            if CALIBRATION in self._content.files:
-                self._store.get(CALIBRATION, path)
-                before = digest(path.read_bytes())
-            try:
-                yield path
-            except OutputError as error:
-                raise OutputError(str(error).replace(str(path), f"{self._store}/{CALIBRATION}")) from None
-            if path.exists() and digest(path.read_bytes()) != before:
-                self._store.put(path, CALIBRATION)
+        folder, before = self._until_closed.enter_context(_folder(self._store)), dict[str, str]()
+        for name in CALIBRATION_NAMES:
+            if f"{PARTIAL}/{name}" in self._content.files:
+                self._store.get(f"{PARTIAL}/{name}", folder / name)
+                before[name] = _digest(folder / name)
+        try:
+            yield folder
+        except OutputError as error:
+            raise OutputError(str(error).replace(str(folder), f"{self._store}/{PARTIAL}")) from None
+        for name in CALIBRATION_NAMES:
+            if (folder / name).exists() and _digest(folder / name) != before.get(name):
+                self._store.put(folder / name, f"{PARTIAL}/{name}")
 
     def batches(self, units: Sequence[WorkUnit], heading: Heading) -> list[Batch]:
         """See `Session.batches`; each weight file is a batch."""
@@ -365,7 +372,7 @@ def _accept(store: ObjectStore, content: Content, decisions: dict[str, Any], sta
     if not start_over:
         raise OutputError(f"{store}: {PARTIAL} {next(iter(others.values()))}")
     parts = (f"{PARTIAL}/{name}{PART_SUFFIX}" for name in others)
-    names = [MANIFEST_NAME, CONFIG_NAME, *content.small, *others, *parts, CALIBRATION]
+    names = [MANIFEST_NAME, CONFIG_NAME, *content.small, *others, *parts, *_CALIBRATION]
     names += [*(f"{PARTIAL}/{name}{SUFFIX}" for name in others), ENDING]
     store.remove([name for name in names if name in content.files or name in content.small])
     content.files = {name: nbytes for name, nbytes in content.files.items() if name not in names}
@@ -375,7 +382,11 @@ def _accept(store: ObjectStore, content: Content, decisions: dict[str, Any], sta
 
 def _is_leftover(name: str) -> bool:
     """Whether a file is removed when the conversion ends."""
-    return name in (CALIBRATION, ENDING) or (name.startswith(f"{PARTIAL}/") and name.endswith((SUFFIX, PART_SUFFIX)))
+    return name in (*_CALIBRATION, ENDING) or (name.startswith(f"{PARTIAL}/") and name.endswith((SUFFIX, PART_SUFFIX)))
+
+
+def _digest(path: Path) -> str:
+    return str(blake3().update_mmap(path).hexdigest())
 
 
 @contextmanager

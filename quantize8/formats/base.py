@@ -11,7 +11,7 @@ import json
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
@@ -30,15 +30,27 @@ from quantize8.formats import (
     MOE_LOADERS,
     SCHEMES,
 )
-from quantize8.kernels import ABSMAX, MSE, cpu
+from quantize8.kernels import ABSMAX, GPTQ, MSE, NEAREST, ROTATIONS, cpu
 from quantize8.kernels.cpu import CpuQuantizer
 from quantize8.kernels.q8_0 import BLOCK, BLOCK_BYTES, Q8_0
-from quantize8.kernels.reference import FLOAT16_MAX, STATS_TILE_ROWS, Array, ColumnStats, as_bytes, dequantize
+from quantize8.kernels.reference import (
+    FLOAT16_MAX,
+    STATS_TILE_ROWS,
+    Array,
+    ColumnStats,
+    absmax_of,
+    as_bytes,
+    dequantize,
+    scale_of,
+    to_float16,
+)
+from quantize8.kernels.scales import ScaleSearch
 from quantize8.sources.base import DTYPES, FLOAT4, FLOATING, TensorInfo
 from quantize8.sources.safetensors import INDEX_NAME, SINGLE_NAME
 
 if TYPE_CHECKING:
     from quantize8.conversion.plan import Plan
+    from quantize8.conversion.rounding import RoundedWeights
     from quantize8.sources.structure import Structure
 
 # The order in which the safetensors library writes tensors: wide dtypes first, so that every tensor is aligned.
@@ -150,7 +162,6 @@ class Format(ABC):
     Attributes:
         name: Its name for `--format`.
         suffix: Suffix of the default name of the output folder.
-        options: Which of convert's options recipe, threshold, calibrate and scale this format supports.
         is_folder: Whether an artifact is a transformers model folder, with config.json and tokenizer files.
         loaders: Programs that open an artifact, the recommended one first: keys of `artifact.card`'s instructions.
         package: Additional package that transformers needs to open an artifact; empty for none.
@@ -159,7 +170,6 @@ class Format(ABC):
 
     name: str
     suffix: str
-    options: ClassVar[frozenset[str]] = frozenset()
     is_folder: ClassVar[bool] = True
     loaders: ClassVar[tuple[str, ...]] = ("transformers", "quantize8")
     package: ClassVar[str] = ""
@@ -169,6 +179,11 @@ class Format(ABC):
     def title(self) -> str:
         """The name, with the variant of the format if it has several."""
         return self.name
+
+    @property
+    def options(self) -> frozenset[str]:
+        """Which of convert's options it supports: recipe, threshold, columns (of outliers), scale and rounding."""
+        return frozenset()
 
     def lay_out(self, plan: Plan, max_shard_size: str) -> Layout:
         """Decide the output tensors and the position of every byte of them, from headers alone.
@@ -219,6 +234,20 @@ class Format(ABC):
             yield Piece(out.name, values, block.nbytes)
         return {}
 
+    def choose_scales(self, plan: Plan, name: str, values: Array, importance: Array) -> tuple[Array, Array]:
+        """Choose the scales of a whole weight, for codes that are chosen by the output's error.
+
+        Args:
+            plan: The plan of the conversion.
+            name: Name of the source tensor.
+            values: The weight as `Plan.blocks` reads it, float32 [N, K].
+            importance: Mean square of each input of the layer, float32 [K].
+
+        Returns:
+            The weight as it is rounded to codes, float32 [N, K], and the scales as loaders read them, float32 [N, G].
+        """
+        raise NotImplementedError(self.name)
+
     @abstractmethod
     def edit_config(self, config: dict[str, Any], plan: Plan) -> dict[str, Any]:
         """Make the artifact's config.json.
@@ -235,8 +264,17 @@ class Format(ABC):
         """Why the artifact of a model with this config.json cannot be compared with its source; empty if it can."""
         return ""
 
-    def closed_to(self, kinds: set[str], structure: Structure) -> dict[str, str]:
-        """Which of `loaders` cannot open an artifact with these kinds of int8 modules -> the reason."""
+    def closed_to(self, modules: Mapping[str, str], structure: Structure, tensors: Collection[str]) -> dict[str, str]:
+        """Which of `loaders` cannot open an artifact.
+
+        Args:
+            modules: Modules that are int8 -> their kind.
+            structure: The modules of the model.
+            tensors: Names of the tensors of the source.
+
+        Returns:
+            Loader -> the reason.
+        """
         return {}
 
     def accepts(self, config: dict[str, Any], recipe: dict[str, Any]) -> bool:
@@ -247,8 +285,13 @@ class Format(ABC):
 class Int8Format(Format):
     """A format that stores int8 codes with one scale per row or group."""
 
-    options: ClassVar[frozenset[str]] = frozenset({"recipe", "calibrate", "scale"})
     group_size: int | None = None  # weights of a row that share a scale; None for all of them
+    rotate: int | None = None  # largest block of input features that is rotated; None for no rotation
+
+    @property
+    def options(self) -> frozenset[str]:
+        """See `Format.options`."""
+        return frozenset({"recipe", "columns", "scale", "rounding"})
 
     @abstractmethod
     def linears(self, structure: Structure) -> tuple[dict[str, str], dict[str, str]]:
@@ -276,6 +319,19 @@ class Int8Format(Format):
     @abstractmethod
     def module_tensors(self, module: str, shape: tuple[int, int], kind: str) -> list[OutTensor]:
         """The output tensors of an int8 module with a weight of shape [N, K]; the codes come first."""
+
+    def rotation(self, module: str, columns: int, kind: str) -> int:
+        """The blocks of input features by which an int8 weight is stored rotated, as its loaders rotate the inputs.
+
+        Args:
+            module: Name of the module.
+            columns: K of its weight.
+            kind: Its kind, as in `linears`.
+
+        Returns:
+            The size of a block, one of ROTATIONS; 0 for no rotation.
+        """
+        return 0
 
     def pack(self, codes: Array, kind: str) -> Array:
         """Convert codes int8 [n, K] to the form in which the first of `module_tensors` stores them."""
@@ -310,12 +366,19 @@ class Int8Format(Format):
         stats, source = ColumnStats.empty(columns), blake3()
         absmax: list[Array] = []
         exact: list[Array] = []
-        search, from_float4 = plan.searches.get(name), info.stored_dtype in FLOAT4
+        search, is_rotated, chosen = plan.searches.get(name), name in plan.rotations, plan.rounded
+        carried, from_float4 = info.is_int8 and not is_rotated, info.stored_dtype in FLOAT4 and not is_rotated
         if search or from_float4:
             quantizer = CpuQuantizer(search, exact=from_float4)
-        blocks = (block for _, block in plan.blocks(info, quantizer.block_bytes, STATS_TILE_ROWS))
-        for values, codes, peaks in _carried(plan, info, stats) if info.is_int8 else quantizer.quantize(blocks, stats):
-            source.update(as_bytes(codes if info.is_int8 else values))
+        if chosen is not None and name in chosen:
+            encoded = _chosen(plan, chosen, info, stats)
+        elif carried:
+            encoded = _carried(plan, info, stats)
+        else:
+            blocks = (block for _, block in plan.blocks(info, quantizer.block_bytes, STATS_TILE_ROWS))
+            encoded = quantizer.quantize(blocks, stats)
+        for values, codes, peaks in encoded:
+            source.update(as_bytes(codes if carried else values))
             if not np.isfinite(peaks).all():
                 raise _unfit(values, peaks, info, sum(map(len, absmax)))
             absmax.append(peaks)
@@ -331,12 +394,26 @@ class Int8Format(Format):
                 yield Piece(tensor.name, array)
         found = summarize(
             stats, scales, info.stored_dtype, source.hexdigest(), name in plan.transposed,
-            MSE if name in plan.searches else ABSMAX,
+            MSE if search else ABSMAX, GPTQ if chosen is not None and name in chosen else NEAREST,
         )  # fmt: skip
         return {weight.name: found}
 
+    def choose_scales(self, plan: Plan, name: str, values: Array, importance: Array) -> tuple[Array, Array]:
+        """See `Format.choose_scales`."""
+        search = ScaleSearch(importance) if name in plan.searches else None
+        _, absmax = cpu.quantize_rowwise(
+            values, None, search, plan.checkpoint.tensors[name].stored_dtype in FLOAT4 and name not in plan.rotations
+        )
+        return to_float16(values).astype(np.float32), scale_of(absmax)[:, None]
 
-def make_format(name: str, scheme: str | None = None, moe: str | None = None, group_size: int | None = None) -> Format:
+
+def make_format(
+    name: str,
+    scheme: str | None = None,
+    moe: str | None = None,
+    group_size: int | None = None,
+    rotate: int | None = None,
+) -> Format:
     """Make the output format for the given options.
 
     Args:
@@ -344,12 +421,14 @@ def make_format(name: str, scheme: str | None = None, moe: str | None = None, gr
         scheme: Scheme of compressed-tensors (`--scheme`); None for its default.
         moe: Loader that experts of compressed-tensors are laid out for (`--moe`); None for its default.
         group_size: Weights that share a scale, in scheme w8a16 (`--group-size`); None for one scale per row.
+        rotate: Largest block of input features that is rotated (`--rotate`); None for no rotation.
 
     Raises:
         OutputError: A value is unknown, or the format does not support one of the options.
     """
     options: dict[str, tuple[object, tuple[object, ...]]] = {
-        "scheme": (scheme, SCHEMES), "moe": (moe, MOE_LOADERS), "group_size": (group_size, GROUP_SIZES)
+        "scheme": (scheme, SCHEMES), "moe": (moe, MOE_LOADERS), "group_size": (group_size, GROUP_SIZES),
+        "rotate": (rotate, ROTATIONS),
     }  # fmt: skip
     for option, (value, known) in options.items():
         written = f"{option.replace('_', '-')} {value}"
@@ -363,7 +442,8 @@ def make_format(name: str, scheme: str | None = None, moe: str | None = None, gr
         from quantize8.formats.compressed_tensors import CompressedTensors
 
         given: dict[str, Any] = {option: value for option, (value, _) in options.items() if value is not None}
-        return CompressedTensors(suffix=(scheme or SCHEMES[0]) + (f"-g{group_size}" if group_size else ""), **given)
+        suffix = (scheme or SCHEMES[0]) + (f"-g{group_size}" if group_size else "") + ("-rotated" if rotate else "")
+        return CompressedTensors(suffix=suffix, **given)
     if name == DEFAULT_FORMAT:
         from quantize8.formats.bitsandbytes import BitsAndBytes
 
@@ -497,6 +577,17 @@ def _carried(plan: Plan, info: TensorInfo, stats: ColumnStats) -> Iterator[tuple
         if difference.any():
             errors += np.square(difference).sum(axis=0, dtype=np.float64)
         stats.sum_error[:] = errors
+        yield block, codes, absmax
+
+
+def _chosen(
+    plan: Plan, chosen: RoundedWeights, info: TensorInfo, stats: ColumnStats
+) -> Iterator[tuple[Array, Array, Array]]:
+    """Yield blocks [n, K] of a weight whose codes were chosen by calibration, codes int8 [n, K] and absmax [n]."""
+    for first_row, block in plan.blocks(info, None, STATS_TILE_ROWS):
+        codes, scales = chosen.rows(info.name, first_row, first_row + len(block))
+        absmax = absmax_of(scales[:, 0])
+        cpu.column_stats(block, codes, absmax, stats)
         yield block, codes, absmax
 
 

@@ -32,8 +32,12 @@ class BitsAndBytes(Int8Format):
 
     name: str = BITSANDBYTES
     suffix: str = "int8"
-    options: ClassVar[frozenset[str]] = Int8Format.options | {"threshold"}
     package: ClassVar[str] = "bitsandbytes"
+
+    @property
+    def options(self) -> frozenset[str]:
+        """See `Format.options`."""
+        return super().options | {"threshold"}
 
     def linears(self, structure: Structure) -> tuple[dict[str, str], dict[str, str]]:
         """See `Int8Format.linears`."""

@@ -6,7 +6,10 @@ then be by group, in the model's dtype, to which its loaders would convert them 
 stored separately, as in checkpoints. transformers fuses experts into one tensor, and can only do that with
 packed ones.
 
-Reading: int, float and packed weights with one scale per tensor, row, group or block; and 4-bit floats.
+A rotated artifact (`Format.rotation`) has the codes of W H, where H is block-diagonal with Hadamard matrices, and a
+`transform_config` that tells loaders to multiply the input of the layer by H.
+
+Reading: int, float and packed weights with one scale per tensor, row, group or block, rotated or not; and 4-bit floats.
 The layout is that of the package's compressors (compressed-tensors 0.20: `naive_quantized`, `pack_quantized`, `nvfp4`
 and `mxfp4`).
 A module has `weight` (int8 or float8), or `weight_packed` (int32 words of 4-bit or 8-bit numbers, lowest bits first,
@@ -20,9 +23,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -40,13 +43,13 @@ from quantize8.formats.base import (
     check_finite,
     in_float,
 )
-from quantize8.formats.encoding import Encoding, GroupwiseInt8, RowwiseInt8, absmax_of, require, unpack_int32
+from quantize8.formats.encoding import Encoding, GroupwiseInt8, RowwiseInt8, require, unpack_int32
 from quantize8.formats.float4 import E8M0_TYPES, PACKED_TYPE, Float4
-from quantize8.kernels import groups
-from quantize8.kernels.reference import STATS_TILE_ROWS, Array, ColumnStats, as_bytes, scale_of
+from quantize8.kernels import GPTQ, NEAREST, ROTATIONS, cpu, groups
+from quantize8.kernels.reference import STATS_TILE_ROWS, Array, ColumnStats, absmax_of, as_bytes, scale_of
 from quantize8.sources.base import DTYPES, FLOAT4, FLOATING, MXFP4, NVFP4, Checkpoint, TensorInfo
 from quantize8.sources.experts import GATED
-from quantize8.sources.structure import CONV1D, EMBEDDED, EXPERT, FUSED_EXPERTS, HEAD, PACKED_EXPERT, Structure
+from quantize8.sources.structure import CONV1D, EMBEDDED, EXPERT, FUSED_EXPERTS, HEAD, LINEAR, PACKED_EXPERT, Structure
 from quantize8.sources.wrapper import Renamed
 
 if TYPE_CHECKING:
@@ -73,6 +76,10 @@ _THEIRS = re.compile(rf"(?P<expert>.*\.experts\.\d+)\.(?P<part>{'|'.join(_IN_VLL
 _EXPERTS = re.compile(r"(?P<layer>.*\.experts)\.\d+\.")
 _GATE = ".shared_expert_gate"  # of Qwen's shared expert, N = 1; vLLM builds it without quantization
 _ROUTER = ".gate"  # of models with experts, by its usual name
+# A key that no loader knows. transformers 5.23 ignores a transform_config, but lets compressed-tensors check the groups
+# by its own classes, which refuse the key. vLLM looks up the keys of a group one by one.
+_GUARD = "requires_transform_config"
+_LAYER = re.compile(r".*?(?=\w+\.\d+\.)")  # what is before `layers.0.` in a module's name
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,7 @@ class CompressedTensors(Int8Format):
         scheme: w8a8 or w8a16.
         moe: The loader that the experts of a mixture-of-experts model are stored for.
         group_size: Weights of a row that share a scale, in w8a16; None for all of a row.
+        rotate: Largest block of input features that a Hadamard matrix rotates; None for no rotation.
     """
 
     name: str = COMPRESSED_TENSORS
@@ -90,14 +98,22 @@ class CompressedTensors(Int8Format):
     scheme: Scheme = "w8a8"
     moe: MoeLoader = "vllm"
     group_size: int | None = None
+    rotate: int | None = None
     loaders: ClassVar[tuple[str, ...]] = ("vllm", "transformers", "quantize8")
     package: ClassVar[str] = "compressed-tensors"
     holds_embeddings: ClassVar[bool] = True
 
     @property
+    def options(self) -> frozenset[str]:
+        """See `Format.options`; outlier columns and searched scales are defined for scales by row alone."""
+        refused = {"columns", "scale"} if self.group_size else {"columns"} if self.rotate else set()
+        return super().options - refused
+
+    @property
     def title(self) -> str:
         """See `Format.title`."""
-        return f"{self.name} {self.scheme}" + (f", groups of {self.group_size}" if self.group_size else "")
+        grouped = f", groups of {self.group_size}" if self.group_size else ""
+        return f"{self.name} {self.scheme}{grouped}{', rotated' if self.rotate else ''}"
 
     def linears(self, structure: Structure) -> tuple[dict[str, str], dict[str, str]]:
         """See `Int8Format.linears`."""
@@ -122,6 +138,12 @@ class CompressedTensors(Int8Format):
     def holds_experts(self, structure: Structure) -> bool:
         """See `Format.holds_experts`; for transformers, it must join them again, or replace the fused experts."""
         return self.moe == "vllm" or structure.replaced or (structure.joinable and not structure.fusions)
+
+    def rotation(self, module: str, columns: int, kind: str) -> int:
+        """See `Int8Format.rotation`; vLLM rotates the inputs of Linear layers, but not of experts or of the head."""
+        if self.rotate is None or kind != LINEAR or module.endswith(HEAD):
+            return 0
+        return next((size for size in ROTATIONS if size <= self.rotate and columns % size == 0), 0)
 
     def misfits(self, modules: Mapping[str, str], structure: Structure) -> Mapping[str, str]:
         """See `Int8Format.misfits`: modules that loaders fuse with one that stays in floating point."""
@@ -190,7 +212,7 @@ class CompressedTensors(Int8Format):
             codes, scales = self._groups(plan, info, first_row, values, DTYPES[scale.dtype])
             if not (fit := np.isfinite(scales.astype(np.float32)).all(axis=1)).all():
                 raise cannot_hold(info, first_row + int(np.argmin(fit)), f"a scale in {scale.dtype}")
-            measured.source.update(as_bytes(codes if info.is_int8 else block))
+            measured.source.update(as_bytes(codes if plan.keeps_codes(name) else block))
             measured.add(values, groups.row_errors(values, codes, scales))
             parts.append(scales)
             yield Piece(weight.name, self.pack(codes, plan.modules[module]), block.nbytes)
@@ -198,16 +220,41 @@ class CompressedTensors(Int8Format):
         for tensor in shape:
             yield Piece(tensor.name, np.array((rows, columns), np.int64))
         stats, peaks = measured.complete()
-        found = summarize(stats, peaks, info.stored_dtype, measured.source.hexdigest(), False)
+        found = summarize(
+            stats,
+            peaks,
+            info.stored_dtype,
+            measured.source.hexdigest(),
+            False,
+            rounding=GPTQ if plan.rounded is not None and name in plan.rounded else NEAREST,
+        )
         return {weight.name: found}
+
+    def choose_scales(self, plan: Plan, name: str, values: Array, importance: Array) -> tuple[Array, Array]:
+        """See `Format.choose_scales`."""
+        if self.group_size is None:
+            return super().choose_scales(plan, name, values, importance)
+        dtype = DTYPES[next(each.dtype for each in plan.outputs[name] if each.name.endswith(SCALE))]
+        _, scales = groups.quantize_rows(
+            values,
+            self.group_size,
+            dtype,
+            plan.checkpoint.tensors[name].stored_dtype in FLOAT4 and name not in plan.rotations,
+        )
+        return values, scales.astype(np.float32)
 
     def _groups(
         self, plan: Plan, info: TensorInfo, first_row: int, values: Array, dtype: np.dtype[Any]
     ) -> tuple[Array, Array]:
         """Codes int8 [n, K] and scales [n, G] of rows float32 [n, K]; codes of an int8 source are kept."""
         assert self.group_size is not None
-        if not info.is_int8:
-            return groups.quantize_rows(values, self.group_size, dtype, info.stored_dtype in FLOAT4)
+        if plan.rounded is not None and info.name in plan.rounded:
+            codes, scales = plan.rounded.rows(info.name, first_row, first_row + len(values))
+            return codes, scales.astype(dtype)
+        if not plan.keeps_codes(info.name):
+            return groups.quantize_rows(
+                values, self.group_size, dtype, info.stored_dtype in FLOAT4 and info.name not in plan.rotations
+            )
         codes, absmax = plan.checkpoint.int8_rows(info.name, first_row, first_row + len(values))
         return codes, groups.carry_rows(absmax, values.shape[1] // self.group_size, dtype)
 
@@ -228,16 +275,24 @@ class CompressedTensors(Int8Format):
             "kv_cache_scheme": None,
             "config_groups": config_groups,
         }
+        if plan.rotations:
+            entry["transform_config"] = _transform_config(plan)
         return {**config, "quantization_config": entry}
 
-    def closed_to(self, kinds: set[str], structure: Structure) -> dict[str, str]:
+    def closed_to(self, modules: Mapping[str, str], structure: Structure, tensors: Collection[str]) -> dict[str, str]:
         """See `Format.closed_to`; transformers 5.23 fuses experts, and reads the weight of an embedding."""
+        kinds, closed = {*modules.values()}, {}
         joins = structure.joinable and not structure.fusions and self._packs(EXPERT)
-        if EMBEDDED in kinds:
-            return {"transformers": "it cannot load an int8 embedding"}
-        if kinds & {EXPERT, PACKED_EXPERT} and not joins:
-            return {"transformers": "it needs experts as --moe transformers stores them"}
-        return {}
+        if self.rotate is not None:
+            closed["transformers"] = "it does not rotate inputs"
+            biased = next((name for name in modules if f"{name}.bias" in tensors), "")
+            if biased:  # vllm 0.32, compressed_tensors/transform/linear.py: assert bias is None
+                closed["vllm"] = f"it cannot rotate the inputs of layers with a bias, such as {biased}"
+        elif EMBEDDED in kinds:
+            closed["transformers"] = "it cannot load an int8 embedding"
+        elif kinds & {EXPERT, PACKED_EXPERT} and not joins:
+            closed["transformers"] = "it needs experts as --moe transformers stores them"
+        return closed
 
     def accepts(self, config: dict[str, Any], recipe: dict[str, Any]) -> bool:
         """See `Format.accepts`."""
@@ -276,7 +331,43 @@ class CompressedTensors(Int8Format):
             "weights": {**shared, **grouped, "dynamic": False},
             "input_activations": None if packed else {**shared, "strategy": "token", "dynamic": True},
             "output_activations": None,
+            **({_GUARD: True} if self.rotate else {}),
         }
+
+
+def _transform_config(plan: Plan) -> dict[str, Any]:
+    """The transform_config of a plan with rotations: a scheme for each size of blocks."""
+    by_size: dict[int, list[str]] = {}
+    for name, size in plan.rotations.items():
+        by_size.setdefault(size, []).append(name.removesuffix(".weight"))
+    linears = {*plan.modules, *in_float(plan)}
+    return {"config_groups": {f"rotate_{size}": _transform(size, names, linears) for size, names in by_size.items()}}
+
+
+def _transform(size: int, names: list[str], linears: set[str]) -> dict[str, Any]:
+    """The scheme that rotates the inputs of some modules in blocks.
+
+    The same layer has other names in vLLM if the model takes images too. Therefore targets have the end of a name, from
+    `layers.` on, with any number of the layer. Of the other modules, those that match are named as exceptions.
+    """
+    ends = {re.escape(_LAYER.sub("", name, count=1)) for name in names}
+    patterns = sorted({".*" + re.sub(r"\d+", r"\\d+", end) + "$" for end in ends})
+    matching = re.compile("|".join(patterns))
+    modules = {
+        "targets": [f"re:{pattern}" for pattern in patterns],
+        "ignore": sorted(name for name in linears - {*names} if matching.match(name)),
+    }
+    return {
+        "type": "hadamard",  # Sylvester's construction, divided by the square root of the size
+        "apply": [
+            {**modules, "location": "weight_input", "inverse": True},
+            {**modules, "location": "input", "inverse": False},
+        ],
+        "randomize": False,
+        "requires_grad": False,
+        "head_dim": size,
+        "precision": "torch.float32",
+    }
 
 
 @dataclass
@@ -293,6 +384,11 @@ class _Scaled(Encoding):
 
     def rows(self, start: int, stop: int) -> Array:
         """See `Encoding.rows`."""
+        values = self.scaled(start, stop)
+        return cpu.rotate(values, self.rotation) if self.rotation else values
+
+    def scaled(self, start: int, stop: int) -> Array:
+        """Rows start..stop as stored, float32 [n, K]: rotated if the weight is."""
         down, across = self.block
         groups = np.arange(self.shape[1]) // across
         if (order := self.part(_ORDER)) is not None and order.min(initial=0) >= 0:  # all -1 if unused
@@ -383,18 +479,17 @@ def find(stored: Checkpoint, entry: dict[str, Any]) -> dict[str, Encoding]:
     """
     where = str(stored.folder)
     require(entry, {"quantization_status": ("compressed",)}, where)
-    for name in ("sparsity_config", "transform_config"):
-        asked = entry.get(name) or {}
-        if not isinstance(asked, dict) or asked.get("format", "dense") != "dense" or asked.get("config_groups"):
-            raise SourceError(f"{where}: is compressed with a {name}, which is not read; use the original checkpoint")
-    arguments = _weight_arguments(entry, where)
+    sparse = entry.get("sparsity_config") or {}
+    if not isinstance(sparse, dict) or sparse.get("format", "dense") != "dense":
+        raise SourceError(f"{where}: is compressed with a sparsity_config, which is not read; use the original one")
+    arguments, rotations = _weight_arguments(entry, where), _rotations(entry, where)
     for info in stored.tensors.values():
         module, _, part = info.name.rpartition(".")
         if part in (PACKED, _GLOBAL) and f"{module}.{SCALE}" not in stored.tensors:
             where = f"{stored.folder / info.file}: {info.name}"
             raise SourceError(f"{where} has no {SCALE} beside it; fetch the checkpoint again")
     modules = [name.removesuffix(f".{SCALE}") for name in stored.tensors if name.endswith(f".{SCALE}")]
-    return {name: _module(stored, name, arguments) for name in modules}
+    return {name: _module(stored, name, arguments, rotations) for name in modules}
 
 
 def unused(name: str) -> bool:
@@ -423,7 +518,49 @@ def _weight_arguments(entry: dict[str, Any], where: str) -> list[dict[str, Any]]
     return arguments
 
 
-def _module(stored: Checkpoint, module: str, arguments: list[dict[str, Any]]) -> Encoding:
+def _rotations(entry: dict[str, Any], where: str) -> list[_Rotation]:
+    """What a transform_config does to inputs at run time. What it did to weights alone is part of them already."""
+    asked = entry.get("transform_config") or {}
+    groups = asked.get("config_groups") or {} if isinstance(asked, dict) else None
+    found = []
+    try:
+        schemes: Any = groups.values()  # type: ignore[union-attr]
+        for scheme in schemes:
+            for each in scheme["apply"]:
+                if each["location"] in ("weight_input", "weight_output"):
+                    continue
+                plain = scheme["type"] == "hadamard" and not scheme.get("randomize") and each["location"] == "input"
+                if not plain or scheme.get("head_dim") not in ROTATIONS:
+                    raise SourceError(
+                        f"{where}: its transform_config has a {scheme['type']} transform of {each['location']} that is "
+                        f"not read (only hadamard in blocks of {', '.join(map(str, ROTATIONS))}); use the original "
+                        "checkpoint"
+                    )
+                found.append(_Rotation(scheme["head_dim"], [*each["targets"]], [*each.get("ignore", [])]))
+    except (KeyError, TypeError, AttributeError):
+        raise SourceError(f"{where}: its transform_config is not valid; fetch config.json again") from None
+    return found
+
+
+class _Rotation(NamedTuple):
+    """A rotation of the inputs of some Linear layers, in blocks of `size` features."""
+
+    size: int
+    targets: list[str]  # names of modules, "re:" and a pattern, or "Linear" for all
+    ignore: list[str]
+
+    def applies(self, module: str) -> bool:
+        """Whether the inputs of a Linear layer are rotated."""
+        return _is_match(module, self.targets) and not _is_match(module, self.ignore)
+
+
+def _is_match(module: str, targets: list[str]) -> bool:
+    """Whether targets name a Linear layer, as compressed-tensors matches them."""
+    patterns = [target.removeprefix("re:") for target in targets if target.startswith("re:")]
+    return module in targets or "Linear" in targets or any(re.match(pattern, module) for pattern in patterns)
+
+
+def _module(stored: Checkpoint, module: str, arguments: list[dict[str, Any]], rotations: list[_Rotation]) -> Encoding:
     names = tuple(f"{module}.{part}" for part in (SCALE, SHAPE, _ZERO, _ORDER))
     values = next((name for name in (f"{module}.{PACKED}", f"{module}.weight") if name in stored.tensors), None)
     if values is None:
@@ -431,10 +568,14 @@ def _module(stored: Checkpoint, module: str, arguments: list[dict[str, Any]]) ->
         raise SourceError(f"{file}: {module} has {SCALE} but no weight; fetch the folder again")
     tensors = (values, *(name for name in names if name in stored.tensors))
     info = stored.tensors[values]
-    if values.endswith(PACKED) and info.dtype == PACKED_TYPE:
-        return _float4(stored, module)
+    found = [each.size for each in rotations if each.applies(module)]
+    rotation = found[0] if found else 0
     rows, columns = (*info.shape, 0, 0)[:2]
-    encoding = _Scaled(stored, module, tensors, (rows, columns))
+    encoding = _Scaled(stored, module, tensors, (rows, columns), rotation)
+    if values.endswith(PACKED) and info.dtype == PACKED_TYPE:
+        if rotation:
+            raise encoding.refuse("has 4-bit floats that are rotated, which is not read")
+        return _float4(stored, module)
     packed = values.endswith(PACKED)
     if len(info.shape) != 2 or info.dtype not in (("I32",) if packed else _VALUES):
         raise encoding.refuse(f"stores its weight as {info.dtype} {list(info.shape)}, which is not read")
@@ -442,15 +583,20 @@ def _module(stored: Checkpoint, module: str, arguments: list[dict[str, Any]]) ->
         _read_packed_shape(encoding, arguments)
     _read_blocks(encoding, arguments)
     _check_parts(encoding)
+    if len(found) > 1:
+        raise encoding.refuse("has two rotations of its input, which is not read")
+    if rotation and encoding.shape[1] % rotation:
+        raise encoding.refuse(f"has {encoding.shape[1]} columns, which blocks of {rotation} do not divide")
     zero = names[2] in tensors and bool(encoding.zero_points().any())  # type: ignore[union-attr]
     encoding.release()
     if zero or not (encoding.bits == 8 or info.dtype == "I8"):
         return encoding
     down, across = encoding.block
+    known: dict[str, Any] = {"rotation": rotation, "bits": encoding.bits, "block": encoding.block}
     if encoding.block in ((1, encoding.shape[1]), encoding.shape):
-        return _RowwiseInt8(stored, module, tensors, encoding.shape, bits=encoding.bits, block=encoding.block)
+        return _RowwiseInt8(stored, module, tensors, encoding.shape, **known)
     if down == 1 and encoding.shape[1] % across == 0 and names[3] not in tensors:
-        return _GroupwiseInt8(stored, module, tensors, encoding.shape, bits=encoding.bits, block=encoding.block)
+        return _GroupwiseInt8(stored, module, tensors, encoding.shape, **known)
     return encoding
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from quantize8.errors import SourceError
-from quantize8.kernels.reference import INT8_MAX, Array, dequantize, quantize_rowwise, scale_of
+from quantize8.kernels.reference import INT8_MAX, Array, dequantize, quantize_rowwise
 from quantize8.sources.base import Checkpoint
 
 
@@ -23,6 +23,8 @@ class Encoding(ABC):
         module: The name of the module that the weight belongs to.
         tensors: The full names of the tensors, the one with the values first.
         shape: The shape [N, K] of the weight; of fused experts [E, K, N].
+        rotation: Size of the blocks of input features that are rotated in the stored values, but not in `rows`; 0 for
+            none.
         dtype: The dtype in which `rows` returns it.
     """
 
@@ -30,6 +32,7 @@ class Encoding(ABC):
     module: str
     tensors: tuple[str, ...]
     shape: tuple[int, ...]
+    rotation: int = 0
     dtype: ClassVar[str] = "F32"
     _whole: threading.local = field(default_factory=threading.local, init=False, repr=False, compare=False)
 
@@ -104,25 +107,6 @@ class GroupwiseInt8(Encoding):
     @abstractmethod
     def scales(self, start: int, stop: int) -> Array:
         """The scales of those rows, float32 [n, G]."""
-
-
-def absmax_of(scale: Array) -> Array:
-    """Compute the absmax whose 127th part is `scale`, recovering the float16 number that it was if it was one.
-
-    127 * scale alone may differ from that number in the last bit, and then a weight that is converted to another format
-    and back would change.
-
-    Args:
-        scale: The stored scales, of any floating-point dtype and shape.
-
-    Returns:
-        absmax, float32, in the shape of `scale`.
-    """
-    scale = scale.astype(np.float32)
-    with np.errstate(over="ignore"):
-        near = (scale * np.float32(INT8_MAX)).astype(np.float16).astype(np.float32)
-    absmax: Array = np.where(scale_of(near) == scale, near, scale * np.float32(INT8_MAX))
-    return absmax
 
 
 def unpack_int32(packed: Array, bits: int) -> Array:

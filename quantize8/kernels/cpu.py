@@ -100,6 +100,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 # enum dtype of cpu/quantize8.h
 _DTYPES = {np.dtype(np.float32): 0, np.dtype(ml_dtypes.bfloat16): 1, np.dtype(np.float16): 2}
 _CLIPS = np.array(CLIPS, np.float32)
+_CODES_GIVEN = 2  # what is given to q8_quantize_rows: 0 nothing, 1 absmax, 2 the codes too
 
 
 def quantize_rowwise(
@@ -137,6 +138,24 @@ def quantize_rowwise(
         check(kernels.q8_quantize_rows(*given, search is not None or exact, *outputs))
     stats.rows += rows
     return codes, absmax
+
+
+def column_stats(weight: Array, codes: Array, absmax: Array, stats: ColumnStats) -> None:
+    """`reference.column_stats` of rows whose codes are given.
+
+    Args:
+        weight: float16, bfloat16 or float32 [N, K].
+        codes: int8 [N, K].
+        absmax: float32 [N].
+        stats: The statistics to which these rows are added; its rows so far must be a multiple of 64.
+    """
+    rows, columns = weight.shape
+    if weight.size:
+        weight = np.ascontiguousarray(weight)
+        given = (_DTYPES[weight.dtype], pointer(weight), rows, columns, _CODES_GIVEN)
+        sums = (stats.absmax, stats.sum_square, stats.sum_error, stats.outliers)
+        check(library().q8_quantize_rows(*given, *(pointer(array) for array in (codes, absmax, *sums))))
+    stats.rows += rows
 
 
 def exact_scales(values: Array, dtype: np.dtype[Any]) -> Array:

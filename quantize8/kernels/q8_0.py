@@ -77,23 +77,22 @@ def codes_of(packed: Array) -> Array:
     return codes
 
 
-def carry_rows(codes: Array, absmax: Array) -> Array:
-    """Store row-wise int8 as Q8_0 without changing the codes: each block gets its row's scale, rounded to float16.
+def with_scales(codes: Array, scales: Array) -> Array:
+    """Store codes and scales that were chosen elsewhere as Q8_0; the scales are rounded to float16.
 
     Args:
         codes: int8 [N, K], K a multiple of 32.
-        absmax: float32 [N], 127 times the scale of the row.
+        scales: float32 [N, K / 32]; or [N, 1], one scale for all blocks of a row.
 
     Returns:
-        uint8 [N, K // 32 * 34]. A row with an absmax beyond 127 * 65504 has scales that are not finite, which
-        `first_unfit` finds. A row with an absmax below 3.8e-6 has the scales 0 and is read as zeros, as it would be by
-        llama.cpp's rule.
+        uint8 [N, K // 32 * 34]. A scale beyond 65504 is not finite, which `first_unfit` finds. A scale below 3e-8
+        becomes 0, so that the block is read as zeros, as it would be by llama.cpp's rule.
     """
     rows, columns = codes.shape
     packed = np.empty((rows, columns // BLOCK, BLOCK_BYTES), np.uint8)
     codes_of(packed)[:] = codes.reshape(rows, columns // BLOCK, BLOCK)
     with np.errstate(all="ignore"):
-        _put_scales(packed, np.broadcast_to(scale_of(absmax)[:, None], packed.shape[:2]))
+        _put_scales(packed, np.broadcast_to(scales, packed.shape[:2]))
     return packed.reshape(rows, columns // BLOCK * BLOCK_BYTES)
 
 
@@ -108,7 +107,7 @@ def dequantize_rows(packed: Array) -> Array:
 
 def first_unfit(packed: Array) -> int | None:
     """The first row of uint8 [N, K // 32 * 34] that has a NaN or infinite scale; None if all scales are finite."""
-    fit = np.isfinite(_scales(packed)).all(axis=1)
+    fit = np.isfinite(scales_of(packed)).all(axis=1)
     return None if fit.all() else int(np.argmin(fit))
 
 
@@ -120,14 +119,14 @@ def row_errors(values: Array, packed: Array, scales: Array | None = None) -> tup
 
     Args:
         values: Contiguous float32 [N, K].
-        packed: uint8 [N, K // 32 * 34], as `quantize_rows` or `carry_rows` makes it.
+        packed: uint8 [N, K // 32 * 34], as `quantize_rows` or `with_scales` makes it.
         scales: Contiguous float32 [N, K // 32], instead of those in `packed`.
 
     Returns:
         Two arrays float64 [N]: squares of the values, and of the errors.
     """
     squares, errors = np.zeros((len(values), BLOCK)), np.zeros((len(values), BLOCK))
-    scales, blocks = _scales(packed) if scales is None else scales, values.shape[1] // BLOCK
+    scales, blocks = scales_of(packed) if scales is None else scales, values.shape[1] // BLOCK
     cpu.library().q8_0_add_squares(
         *map(pointer, (values, packed, scales)), len(values), blocks, pointer(squares), pointer(errors)
     )
@@ -192,7 +191,7 @@ def _candidates(blocks: Array) -> tuple[Array, Array, Array]:
     return scales, _inverses(scales), scales.astype(_SCALE).astype(np.float32)
 
 
-def _scales(packed: Array) -> Array:
+def scales_of(packed: Array) -> Array:
     """The scales float32 [N, K // 32] of blocks uint8 [N, K // 32 * 34]."""
     blocks = packed.reshape(len(packed), packed.shape[1] // BLOCK_BYTES, BLOCK_BYTES)
     scales: Array = np.ascontiguousarray(blocks[:, :, :_SCALE_BYTES]).view(_SCALE)[:, :, 0].astype(np.float32)

@@ -280,6 +280,25 @@ def scale_of(absmax: Array) -> Array:
     return scale
 
 
+def absmax_of(scale: Array) -> Array:
+    """Compute the absmax whose 127th part is `scale`, recovering the float16 number that it was if it was one.
+
+    127 * scale alone may differ from that number in the last bit, and then a weight that is converted to another format
+    and back would change.
+
+    Args:
+        scale: The stored scales, of any floating-point dtype and shape.
+
+    Returns:
+        absmax, float32, in the shape of `scale`.
+    """
+    scale = scale.astype(np.float32)
+    with np.errstate(over="ignore"):
+        near = (scale * np.float32(INT8_MAX)).astype(np.float16).astype(np.float32)
+    absmax: Array = np.where(scale_of(near) == scale, near, scale * np.float32(INT8_MAX))
+    return absmax
+
+
 def exact_scales(values: Array, dtype: np.dtype[Any]) -> Array:
     """The scales that lose nothing: powers of two of which all values of a row are multiples, at most 127 times.
 

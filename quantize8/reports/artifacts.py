@@ -11,10 +11,13 @@ from rich.text import Text
 from quantize8.commands.verify import Verification
 from quantize8.conversion.forecast import Forecast
 from quantize8.conversion.result import Conversion
+from quantize8.files import TEXT
 from quantize8.formats.base import Int8Format
+from quantize8.kernels import GPTQ
 from quantize8.reports.tables import duration, size, table
 
 if TYPE_CHECKING:
+    from quantize8.conversion.plan import Plan
     from quantize8.runtime.check import Check
     from quantize8.sources import Checkpoint
 
@@ -33,10 +36,16 @@ def conversion(result: Conversion) -> RenderableType:
     share, density = plan.int8_weights / max(1, plan.weights), f"{numbers['bits_per_weight']} bits per weight"
     layers = f"{len(plan.modules)} layers, {share:.1%} of the weights; {density}"
     rows.add_row(*(("int8", layers) if plan.modules else ("weights", density)))
+    if plan.rotations:
+        sizes = " or ".join(map(str, sorted({*plan.rotations.values()}, reverse=True)))
+        rows.add_row("rotated", f"the inputs of {len(plan.rotations)} layers, in blocks of {sizes}")
+    if plan.rounded is not None:
+        chosen = sum(name in plan.rounded for name in plan.quantized)
+        rows.add_row("rounding", f"{GPTQ}: {chosen} of {len(plan.quantized)} weights{_text(plan)}; others to nearest")
     if plan.smoothed:
         rows.add_row("smoothed", plan.smoothed)
     if result.to_calibrate:
-        rows.add_row("outliers", "columns are chosen from the text when the conversion runs, not in this plan")
+        rows.add_row("calibration", "is made from the text when the conversion runs, not in this plan")
     if plan.outliers is not None:
         wide = sum(len(found.columns) for found in plan.calibrated.values())
         exact = sum(found.exact for found in plan.calibrated.values())
@@ -70,6 +79,11 @@ def conversion(result: Conversion) -> RenderableType:
 def verification(result: Verification) -> RenderableType:
     """Make the line that summarizes a verification."""
     return Text(f"{result.artifact}: {result.tensors} tensors, {result.files} files, {size(result.nbytes)}: all good")
+
+
+def _text(plan: Plan) -> str:
+    """Which text chose the codes, if the user named none."""
+    return ", by the text in this package" if plan.options.calibrate == str(TEXT) else ""
 
 
 def _percent(share: float) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,13 +83,15 @@ def _compare_parameters(source: Checkpoint, artifact: Checkpoint) -> int:
     }
 
     def compare(name: str) -> None:
-        fault = _row_fault if _is_int8(artifact, ours.stored_as(name)) else _float_fault
+        stored, fault = ours.stored_as(name), _float_fault
+        if _is_int8(artifact, stored):
+            fault = partial(_row_fault, artifact.tensors[stored[0]].rotation)
         pairs = _pairs(ours, theirs, name, shapes[name])
         if name in turned:
             pairs = ((actual.mT, expected.mT) for actual, expected in pairs)
         wrong = sum(fault(*pair) if pair[0].shape == pair[1].shape else len(pair[1]) for pair in pairs)
         if wrong:
-            kind = "rows are off by more than int8 rounding" if fault is _row_fault else "numbers are different"
+            kind = "numbers are different" if fault is _float_fault else "rows are off by more than int8 rounding"
             raise ArtifactError(
                 f"{artifact.folder}: {name} differs from the source ({wrong:,} {kind}); convert the source again"
             )
@@ -122,9 +125,13 @@ def _float_fault(actual: Tensor, expected: Tensor) -> int:
     return actual.numel() - int(((actual - expected).abs_() <= bound).sum())
 
 
-def _row_fault(actual: Tensor, expected: Tensor) -> int:
-    """The count of int8 rows [..., K] that differ from the source's by more than rounding to int8."""
-    bound = expected.abs().amax(-1).mul_(_ROW_ERROR).add_(_FLOOR)
+def _row_fault(rotation: int, actual: Tensor, expected: Tensor) -> int:
+    """The count of int8 rows [..., K] that differ from the source's by more than rounding to int8.
+
+    No element of a block of features becomes larger by a rotation than the norm of the block.
+    """
+    peaks = expected.unflatten(-1, (-1, rotation)).norm(dim=-1).amax(-1) if rotation else expected.abs().amax(-1)
+    bound = peaks.mul_(_ROW_ERROR).add_(_FLOOR)
     error = (actual - expected).square_().mean(-1).sqrt_()
     return error.numel() - int((error <= bound).sum())
 

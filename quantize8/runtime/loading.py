@@ -145,7 +145,10 @@ def _load_decoded(checkpoint: Checkpoint, mode: OutlierMode, threshold: float, g
     native, plan = native_of(checkpoint), plan_loading(checkpoint)
     if any(tensor.dtype == "I8" for tensor in plan.state.values()):
         native.settings.quantization_config = _entry(threshold, plan.skip_modules, mode, plan.int8_experts)
-    return _built(native, checkpoint.folder, None, state_dict=plan.state, **given).eval()
+    model = _built(native, checkpoint.folder, None, state_dict=plan.state, **given).eval()
+    for name, rotation in plan.rotations.items():
+        model.get_submodule(name).rotation = rotation
+    return model
 
 
 def _built(native: Native, where: Path, source: Path | None, **given: Any) -> Any:

@@ -48,6 +48,7 @@ class LoadPlan:
     state: dict[str, LazyTensor]  # tensors by name
     skip_modules: list[str]  # Linear modules that are not int8
     int8_experts: bool  # whether experts are int8
+    rotations: dict[str, int]  # module in the model -> the blocks of input features by which its weight is rotated
 
 
 def plan_loading(checkpoint: Checkpoint) -> LoadPlan:
@@ -57,10 +58,11 @@ def plan_loading(checkpoint: Checkpoint) -> LoadPlan:
     decoded if it is quantized in another way.
     """
     checkpoint, structure = with_fused_experts(checkpoint, structure_of(checkpoint))
-    int8 = {info.name.removesuffix(".weight") for info in checkpoint.tensors.values() if info.is_int8}
+    infos = checkpoint.tensors.values()
+    int8 = {info.name.removesuffix(".weight"): info.rotation for info in infos if info.is_int8 or info.rotation}
     linears = {name for name in (*structure.linears, *structure.kept) if name in int8}
     experts = {*structure.experts, *(name for name in structure.others if name in int8)}
-    int8_experts = bool(experts) and int8 >= experts and not structure.slices and structure.runs_experts
+    int8_experts = bool(experts) and int8.keys() >= experts and not structure.slices and structure.runs_experts
     experts = experts if int8_experts else set()
     state: dict[str, LazyTensor] = {}
     for name in checkpoint.tensors:
@@ -73,7 +75,8 @@ def plan_loading(checkpoint: Checkpoint) -> LoadPlan:
                 state[f"{module}.{LAYOUT}"] = LazyTensor(lambda: np.zeros((), np.uint8), "U8")
         else:
             state[name] = LazyTensor(_rows(checkpoint, name), checkpoint.tensors[name].dtype)
-    return LoadPlan(state, structure.skip_list(linears), int8_experts)
+    rotations = {structure.model_names.get(name, name): int8[name] for name in linears if int8[name]}
+    return LoadPlan(state, structure.skip_list(linears), int8_experts, rotations)
 
 
 def _int8(checkpoint: Checkpoint, name: str, part: int) -> Callable[[], Array]:

@@ -418,4 +418,4 @@ def _check_shape(adapter: Adapter, key: str, expected: tuple[int, ...]) -> None:
 def _changed(info: TensorInfo, adapter: Adapter, change: Change) -> TensorInfo:
     """A tensor as it is read after a change; in floating point it is written in the dtype that it has in the base."""
     dtype = "F32" if change.adds else adapter.weights.tensors[change.replacement].dtype
-    return replace(info, dtype=dtype, is_int8=False, float_dtype=info.float_dtype or info.dtype)
+    return replace(info, dtype=dtype, is_int8=False, rotation=0, float_dtype=info.float_dtype or info.dtype)

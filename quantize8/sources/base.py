@@ -89,6 +89,8 @@ class TensorInfo:
         file: The file that contains it, relative to the model folder.
         stored_dtype: The dtype in which its values are stored, a name of DTYPES or FLOAT4; `dtype` by default.
         is_int8: Whether it is stored as int8 codes with one scale per row; `Checkpoint.int8_rows` returns these.
+        rotation: Size of the blocks of input features by which it is stored rotated, as such codes, while `rows` undoes
+            the rotation; 0 if it is not. `is_int8` is false then: without the rotation the codes mean nothing.
         float_dtype: The dtype in which it is written if it stays in floating point; empty for `dtype`. Formats decide
             that of a tensor in `Checkpoint.decoded`.
         nbytes: Size of the values in `dtype`, in bytes.
@@ -103,6 +105,7 @@ class TensorInfo:
     file: str
     stored_dtype: str = ""
     is_int8: bool = False
+    rotation: int = 0
     float_dtype: str = ""
     nbytes: int = field(init=False)
 
@@ -202,7 +205,7 @@ class Checkpoint(ABC):
         return stamps
 
     def int8_rows(self, name: str, start: int, stop: int) -> tuple[Array, Array]:
-        """Read a range of rows of a weight that is stored as int8 (`TensorInfo.is_int8`).
+        """Read a range of rows of a weight that is stored as int8 (`TensorInfo.is_int8`, or `rotation`).
 
         Args:
             name: Name of the weight.

@@ -290,7 +290,7 @@ class FusedExperts(Wrapper):
             whole = (len(parts), *(shape[::-1] if fusion.transposed else shape))
             # of parts with several dtypes, those that are changed as they are read are in float32
             lead = max((part for expert in parts for part in expert), key=lambda part: DTYPES[part.dtype].itemsize)
-            self.tensors[name] = replace(lead, name=name, shape=whole, is_int8=is_int8)
+            self.tensors[name] = replace(lead, name=name, shape=whole, is_int8=is_int8, rotation=0)
         joined = {name for name, fusion in fusions.items() if fusion.parts[0][0] in inner.decoded}
         self.decoded = inner.decoded & set(self.tensors) | joined
 

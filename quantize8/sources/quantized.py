@@ -57,7 +57,8 @@ class QuantizedCheckpoint(Wrapper):
                 self.tensors[info.name] = info
             elif name is not None and name not in self.tensors:
                 encoding = self.encodings[name]
-                how = (encoding.stored_dtype, isinstance(encoding, RowwiseInt8))
+                rowwise, turned = isinstance(encoding, RowwiseInt8), encoding.rotation
+                how = (encoding.stored_dtype, rowwise and not turned, turned if rowwise else 0)
                 self.tensors[name] = TensorInfo(name, encoding.dtype, encoding.shape, info.file, *how)
 
     @property

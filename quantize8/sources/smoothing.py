@@ -50,7 +50,7 @@ class SmoothedCheckpoint(Wrapper):
 
     def __init__(self, inner: Checkpoint, factors: Mapping[str, Factors], features: int = 0, left: int = 0) -> None:
         # the codes of a multiplied weight differ from those of the source
-        changed = {name: replace(inner.tensors[name], is_int8=False) for name in factors}
+        changed = {name: replace(inner.tensors[name], is_int8=False, rotation=0) for name in factors}
         super().__init__(inner, {**inner.tensors, **changed})
         self.factors = factors
         self.features, self.left = features, left

@@ -34,9 +34,9 @@ from quantize8.formats.base import (
 from quantize8.formats.gguf.architectures import MULTIMODAL, Field, GgufTensor, architecture, settings, tensors_of
 from quantize8.formats.gguf.header import Header as GgufHeader
 from quantize8.formats.gguf.reader import GgufCheckpoint
-from quantize8.kernels import ABSMAX, MSE, q8_0
+from quantize8.kernels import ABSMAX, GPTQ, MSE, NEAREST, q8_0
 from quantize8.kernels.q8_0 import Q8_0
-from quantize8.kernels.reference import STATS_TILE_ROWS, Array, ColumnStats, as_bytes
+from quantize8.kernels.reference import STATS_TILE_ROWS, Array, ColumnStats, as_bytes, scale_of
 from quantize8.kernels.scales import ScaleSearch
 from quantize8.sources.base import FLOAT4, TensorInfo, architecture_of
 
@@ -63,9 +63,13 @@ class Gguf(Format):
 
     name: str = GGUF
     suffix: str = GGUF
-    options: ClassVar[frozenset[str]] = frozenset({"scale"})
     is_folder: ClassVar[bool] = False
     loaders: ClassVar[tuple[str, ...]] = ("llama.cpp", "quantize8")
+
+    @property
+    def options(self) -> frozenset[str]:
+        """See `Format.options`."""
+        return frozenset({"scale", "rounding"})
 
     def lay_out(self, plan: Plan, max_shard_size: str) -> Layout:
         """See `Format.lay_out`; makes a single file of any size."""
@@ -99,16 +103,29 @@ class Gguf(Format):
             yield Piece(tensors[0].name, tensors[0].values)
             return {}
         info, search = plan.checkpoint.tensors[name], plan.searches.get(name)
+        chosen = plan.rounded if plan.rounded is not None and name in plan.rounded else None
         encodings = [_Encoding(tensor, info, search) for tensor in tensors]
         multiple = math.lcm(STATS_TILE_ROWS, *(tensor.multiple for tensor in tensors))
         for first_row, block in plan.blocks(info, None, multiple):
             check_finite(block, info, first_row)
             codes = None
-            if info.is_int8 and tensors[0].dtype == Q8_0:
-                codes = plan.checkpoint.int8_rows(name, first_row, first_row + len(block))
+            if chosen is not None:
+                codes = chosen.rows(name, first_row, first_row + len(block))
+            elif info.is_int8 and tensors[0].dtype == Q8_0:
+                carried, absmax = plan.checkpoint.int8_rows(name, first_row, first_row + len(block))
+                codes = carried, scale_of(absmax)[:, None]
             for i, each in enumerate(encodings):
                 yield Piece(each.tensor.name, each.encode(block, codes, first_row), 0 if i else block.nbytes)
-        return {each.tensor.name: each.complete() for each in encodings if each.tensor.dtype == Q8_0}
+        rounding = NEAREST if chosen is None else GPTQ
+        return {each.tensor.name: each.complete(rounding) for each in encodings if each.is_int8}
+
+    def choose_scales(self, plan: Plan, name: str, values: Array, importance: Array) -> tuple[Array, Array]:
+        """See `Format.choose_scales`."""
+        search = ScaleSearch(importance) if name in plan.searches else None
+        packed = q8_0.quantize_rows(
+            np.ascontiguousarray(values), search, plan.checkpoint.tensors[name].stored_dtype in FLOAT4
+        )
+        return values, q8_0.scales_of(packed)
 
     def incomparable(self, config: dict[str, Any]) -> str:
         """See `Format.incomparable`."""
@@ -133,21 +150,26 @@ class _Encoding:
         self.tensor, self._info, self._search = tensor, info, search
         self._measured = Measured(ColumnStats.empty(info.shape[-1]))
 
+    @property
+    def is_int8(self) -> bool:
+        """Whether the tensor is Q8_0."""
+        return self.tensor.dtype == Q8_0
+
     def encode(self, block: Array, codes: tuple[Array, Array] | None, first_row: int) -> Array:
         """The data of the tensor that a block of rows of its source becomes.
 
         Args:
             block: The rows, as read.
-            codes: Their codes and absmax, if the source is int8.
+            codes: Their codes int8 [n, K] and scales float32 [n, G], if the source is int8, or calibration chose them.
             first_row: Index of the first of them.
         """
         chosen = self.tensor.choose(block)
         self._measured.source.update(as_bytes(chosen))
         values = np.ascontiguousarray(self.tensor.arrange(chosen), np.float32)
-        if self.tensor.dtype != Q8_0:
+        if not self.is_int8:
             return values + np.float32(self.tensor.offset) if self.tensor.offset else values
         if codes is not None:
-            data = q8_0.carry_rows(*(self.tensor.arrange(self.tensor.choose(part)) for part in codes))
+            data = q8_0.with_scales(*(self.tensor.arrange(self.tensor.choose(part)) for part in codes))
         else:
             data = q8_0.quantize_rows(values, self._search, self._info.stored_dtype in FLOAT4)
         if (row := q8_0.first_unfit(data)) is not None:
@@ -156,11 +178,11 @@ class _Encoding:
         self._measured.add(values, q8_0.row_errors(values, data))
         return data
 
-    def complete(self) -> Quantized:
-        """The statistics of all rows, with Q8_0's error."""
+    def complete(self, rounding: str) -> Quantized:
+        """The statistics of all rows, with Q8_0's error and how the codes were chosen."""
         stats, peaks = self._measured.complete()
         scale, digest = ABSMAX if self._search is None else MSE, self._measured.source.hexdigest()
-        return summarize(stats, peaks, self._info.stored_dtype, digest, False, scale)
+        return summarize(stats, peaks, self._info.stored_dtype, digest, False, scale, rounding)
 
 
 def carried(source: GgufHeader) -> list[Field]:
