@@ -63,7 +63,7 @@ def find_compiler() -> list[str] | None:
 
 def compile_unit(unit: str, out: Path, compiler: list[str]) -> None:
     """Compile the library of a unit; raises CalledProcessError with the output of the compiler."""
-    sources = [SOURCES / name for name in ("weights.c", "ggml.c", "linear.c", "threads.c")]
+    sources = [SOURCES / name for name in ("weights.c", "ggml.c", "linear.c", "rounding.c", "threads.c")]
     if unit == "generic":
         sources.append(SOURCES / "detect.c")
     define = f"-DUNIT_{unit.upper().replace('-', '_')}"

@@ -94,6 +94,9 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "q8_0_encode": (None, (c_void_p, c_void_p, c_int64, c_void_p)),
     "q8_0_search": (None, (c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p)),
     "q8_0_add_squares": (None, (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
+    "q8_accumulate": (c_int, (c_void_p, c_void_p, c_int64, c_int64, c_int)),
+    "q8_factor": (c_int, (c_void_p, c_int64, c_int)),
+    "q8_round_codes": (c_int, (*(c_void_p,) * 4, c_int64, c_int64, c_int64, c_int, c_void_p)),
     "q8_ggml_halves": (c_int, (c_int, c_void_p, c_int64, c_void_p)),
     "q8_set_openmp": (None, (c_void_p,)),
 }  # fmt: skip

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantize8.kernels import cpu, reference
+from quantize8.kernels import cpu, reference, rounding
 from quantize8.kernels.packed import _DTYPES, _MODES, PackedWeight, _second_digits
 
 HERE = Path(__file__).parent
@@ -35,25 +35,24 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module", params=UNITS)
-def driver(request, tmp_path_factory) -> tuple[str, list[str]]:
+def unit(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def driver(unit, tmp_path_factory) -> tuple[str, list[str]]:
     """A unit, and the command that runs a program with this unit compiled in."""
-    path = tmp_path_factory.mktemp("arm") / request.param
+    return unit, compiled(unit, "driver.c", tmp_path_factory.mktemp("arm") / unit)
+
+
+def compiled(unit: str, source: str, path: Path) -> list[str]:
     compiler = [GCC] if GCC else [sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-musl"]
-    define = f"-DUNIT_{request.param.upper().replace('-', '_')}"
+    define = f"-DUNIT_{unit.upper().replace('-', '_')}"
     flags = ["-std=gnu11", "-O2", "-ffp-contract=off", "-static", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
-    command = [
-        *compiler,
-        *flags,
-        define,
-        *UNITS[request.param],
-        str(HERE / "driver.c"),
-        "-o",
-        str(path),
-        "-lm",
-        "-lpthread",
-    ]
+    flags += ["-Wno-unused-function"] if source != "driver.c" else []  # which has all kernels
+    command = [*compiler, *flags, define, *UNITS[unit], str(HERE / source), "-o", str(path), "-lm", "-lpthread"]
     subprocess.run(command, check=True, capture_output=True)
-    return request.param, [*EMULATOR, *(["-cpu", "max"] if EMULATOR else []), str(path)]
+    return [*EMULATOR, *(["-cpu", "max"] if EMULATOR else []), str(path)]
 
 
 def numpy_of(x: torch.Tensor) -> np.ndarray:
@@ -117,3 +116,35 @@ def test_an_arm_unit_computes_what_this_machines_does(shape, mode, dtype, driver
         torch.testing.assert_close(y, expected, rtol=1e-2 if dtype != torch.float32 else 1e-4, atol=1e-4)
     else:
         assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("shape", [(150, 1, 3, 1), (300, 130, 70, 2)], ids=str)
+def test_an_arm_unit_chooses_the_same_codes(shape, unit, tmp_path):
+    tokens, columns, rows, groups = shape
+    random = np.random.default_rng(columns)
+    x = random.normal(size=(tokens, columns)) @ random.normal(size=(columns, columns)) / columns**0.5
+    x = x.astype(ml_dtypes.bfloat16).astype(np.float32)
+    weight = random.standard_t(3, (rows, columns)).astype(np.float32)
+    scales = np.abs(weight.reshape(rows, groups, -1)).max(axis=2) / np.float32(127)
+    order = random.permutation(columns).astype(np.int64)
+    parts = [np.array(shape, np.int64), x, weight, scales, order]
+    (tmp_path / "case").write_bytes(b"".join(np.ascontiguousarray(part).tobytes() for part in parts))
+    command = compiled(unit, "rounding.c", tmp_path / "rounding")
+    subprocess.run([*command, str(tmp_path / "case"), str(tmp_path / "result")], check=True, timeout=60)
+
+    result, size = (tmp_path / "result").read_bytes(), columns * columns
+    gram = np.frombuffer(result, np.float64, size).reshape(columns, columns)
+    factor = np.frombuffer(result, np.float32, size, 8 * size).reshape(columns, columns)
+    codes = np.frombuffer(result, np.int8, weight.size, 12 * size).reshape(weight.shape)
+    np.testing.assert_array_equal(np.triu(gram), np.triu(rounding.defined_gram(x)))
+    damped = np.triu(gram) + np.triu(gram, 1).T + np.eye(columns)
+    expected = np.zeros(damped.shape)
+    for k in reversed(range(columns)):
+        expected[k, k] = np.sqrt(damped[k, k])
+        expected[:k, k] = damped[:k, k] / expected[k, k]
+        damped[:k, :k] -= np.outer(expected[:k, k], expected[:k, k])
+    roots = expected.diagonal().copy()
+    expected /= roots
+    np.fill_diagonal(expected, roots)
+    np.testing.assert_array_equal(factor, expected.astype(np.float32))
+    np.testing.assert_array_equal(codes, rounding.defined_codes(weight, scales, order, factor))
