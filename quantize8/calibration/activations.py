@@ -9,11 +9,12 @@ the attention or of the feed-forward block.
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,8 +25,10 @@ from quantize8.calibration.columns import choose_columns
 from quantize8.calibration.expected import (
     THRESHOLDS,
     InputError,
+    WeightError,
     input_errors,
     relative_error,
+    rounding_share,
     static_errors,
     weight_error,
     without,
@@ -33,11 +36,15 @@ from quantize8.calibration.expected import (
 from quantize8.calibration.features import LayerInput, affected, emergent_features, feature_map
 from quantize8.calibration.outliers import (
     ActivationReport,
+    Choice,
     LayerThreshold,
     LinearReport,
+    Rotated,
     StaticColumns,
     ThresholdReport,
 )
+from quantize8.kernels import cpu
+from quantize8.kernels.reference import DEFAULT_THRESHOLD, rotation_of
 from quantize8.runtime.linear import Int8Linear
 
 # Called with a layer's name, the layer, its input float32 [T, K] and its output float32 [T, N], both on the CPU. The
@@ -131,6 +138,17 @@ class _Input:
     version: int
     energy: Tensor  # float64 [K], sum of x^2
     errors: list[InputError]
+    size: int  # of the blocks of features that can be rotated; 0 for none
+
+    @cached_property
+    def turned(self) -> Tensor:
+        """The input rotated, float32 [T, K]."""
+        return torch.from_numpy(cpu.rotate(self.values.numpy(), self.size))
+
+    @cached_property
+    def shares(self) -> tuple[float | None, float | None]:
+        """`rounding_share` of the input, and of the input rotated."""
+        return rounding_share(self.values), rounding_share(self.turned) if self.size else None
 
 
 @dataclass
@@ -185,7 +203,7 @@ class _Recorder:
         magnitudes, known = x.abs(), self._input(x)
         over, peaks = magnitudes >= self._threshold, magnitudes.amax(0)
         later = magnitudes[1:].amax(0) if len(x) > 1 else torch.zeros_like(peaks)
-        rounding_error, errors, static = _output_errors(known, module, y)
+        found = _output_errors(known, module, y)
         width: Any = module.nf if isinstance(module, Conv1D) else module.out_features
         self.linears.append(
             LinearReport(
@@ -199,12 +217,14 @@ class _Recorder:
                 rms=math.sqrt(float(known.energy.sum()) / x.numel()),
                 columns=over.any(0).nonzero().flatten().tolist(),
                 positions=float(over.any(1).double().mean()),
-                weight_error=rounding_error,
+                weight_error=found.weight,
                 thresholds=[
                     LayerThreshold(entry.threshold, entry.columns, entry.positions, 2 * width * entry.columns, error)
-                    for entry, error in zip(known.errors, errors, strict=True)
+                    for entry, error in zip(known.errors, found.thresholds, strict=True)
                 ],
-                static=static,
+                static=found.static,
+                rotated=Rotated(known.size, float(known.turned.abs().max())) if known.size and y is not None else None,
+                choices=found.choices,
             )
         )
 
@@ -213,24 +233,30 @@ class _Recorder:
         if last is None or (last.values.data_ptr(), last.values.shape, last.version) != (
             x.data_ptr(), x.shape, x._version,
         ):  # fmt: skip
-            self._last = last = _Input(x, x._version, x.square().sum(0).double(), input_errors(x))
+            size = rotation_of(x.shape[1])
+            self._last = last = _Input(x, x._version, x.square().sum(0).double(), input_errors(x), size)
         return last
 
 
-def _output_errors(
-    known: _Input, module: Any, y: Tensor | None
-) -> tuple[float | None, list[float | None], StaticColumns | None]:
-    """Expected relative errors of a layer's output: from the weight alone, at each threshold, with stored columns.
+@dataclass
+class _OutputErrors:
+    """Expected relative errors of a layer's output; None or empty where they cannot be computed."""
 
-    All are None without y, and where the weight cannot be quantized to int8.
-    """
-    nothing: list[float | None] = [None] * len(known.errors)
+    thresholds: list[float | None]  # at each threshold
+    weight: float | None = None  # from the weight alone
+    static: StaticColumns | None = None  # with stored columns
+    choices: list[Choice] = field(default_factory=list)
+
+
+def _output_errors(known: _Input, module: Any, y: Tensor | None) -> _OutputErrors:
+    """The expected errors of a layer; nothing without y, and where the weight cannot be quantized to int8."""
+    nothing = _OutputErrors([None] * len(known.errors))
     if y is None:
-        return None, nothing, None
+        return nothing
     weight = dense_weight(module)
     rounded = weight_error(weight)
     if not rounded.squares.isfinite().all():
-        return None, nothing, None
+        return nothing
     product = y if module.bias is None else y - module.bias.cpu()
     y_energy = float(torch.linalg.vector_norm(product, dtype=torch.float64)) ** 2
     squares: list[Tensor | float] = [0.0, *(entry.squares for entry in known.errors)]
@@ -238,7 +264,33 @@ def _output_errors(
     columns, exact = choose_columns(known.values, rounded)
     left = without(rounded, columns[:exact])
     error = relative_error(static_errors(known.values, columns), known.energy, left, y_energy)
-    return errors[0], [*errors[1:]], StaticColumns(len(columns), 2 * len(weight) * exact, error)
+    static = StaticColumns(len(columns), 2 * len(weight) * exact, error)
+    return _OutputErrors([*errors[1:]], errors[0], static, _choices(known, weight, rounded, y_energy, static))
+
+
+def _choices(
+    known: _Input, weight: Tensor, rounded: WeightError, y_energy: float, static: StaticColumns
+) -> list[Choice]:
+    """The ways to convert a layer, and what each leaves of error."""
+    published = next(entry.squares for entry in known.errors if entry.threshold == DEFAULT_THRESHOLD)
+    ways: list[tuple[str, Tensor, Tensor, WeightError, float | None]] = [
+        (f"--threshold {DEFAULT_THRESHOLD:g}", published, known.energy, rounded, 1.0),
+        ("--calibrate FILE --rounding gptq", published, known.energy, rounded, known.shares[0]),
+    ]
+    if known.size:
+        turned = known.turned
+        plain, energy = static_errors(turned, torch.zeros(0, dtype=torch.long)), turned.square().sum(0).double()
+        turned_weight = weight_error(torch.from_numpy(cpu.rotate(weight.contiguous().numpy(), known.size)))
+        ways += [
+            ("--rotate", plain, energy, turned_weight, 1.0),
+            ("--rotate --calibrate FILE --rounding gptq", plain, energy, turned_weight, known.shares[1]),
+        ]
+    found = [Choice("--calibrate FILE", static.error, static.bytes)]
+    for options, of_input, energy, of_weight, share in ways:
+        if share is not None:
+            left = WeightError(of_weight.energy, of_weight.squares * share)
+            found.append(Choice(options, relative_error(of_input, energy, left, y_energy)))
+    return found
 
 
 def _holds_experts(module: nn.Module) -> bool:
@@ -258,6 +310,14 @@ def _sum_up(report: ActivationReport) -> None:
         bytes=sum(entry.bytes for entry in static),
         error=sum(entry.error for entry in static) / len(static),
     )
+    by_options: dict[str, list[Choice]] = defaultdict(list)
+    for choice in (choice for entry in judged for choice in entry.choices):
+        by_options[choice.options].append(choice)
+    report.choices = [  # those that every layer has
+        Choice(options, sum(each.error for each in found) / len(found), sum(each.bytes for each in found))
+        for options, found in by_options.items()
+        if len(found) == len(judged)
+    ]
     for i, threshold in enumerate(THRESHOLDS):
         layers = [entry.thresholds[i] for entry in judged]
         errors = [layer.error or 0.0 for layer in layers]

@@ -1,6 +1,8 @@
-"""Advice for convert: the cheapest threshold with an expected error within a budget, or calibration, and the reason."""
+"""Advice for convert: the cheapest threshold with an expected error within a budget, and the best conversion of all."""
 
 from __future__ import annotations
+
+import shlex
 
 from quantize8.calibration.outliers import ActivationReport, Advice, ThresholdReport
 from quantize8.kernels.reference import DEFAULT_THRESHOLD
@@ -43,6 +45,20 @@ def recommend(report: ActivationReport, budget: float = DEFAULT_BUDGET) -> Advic
         reason += f"; the paper's {DEFAULT_THRESHOLD:g} has {_figures(published)}"
     met = bool(within) or (static is not None and calibrates and static.error <= budget)
     return Advice(budget, chosen.threshold, met, reason, calibrates)
+
+
+def best_command(report: ActivationReport, model: str, text: str) -> str:
+    """The command line of the conversion with the least expected error of all choices.
+
+    Args:
+        report: Outliers of a model; its `choices` must not be empty.
+        model: The model, as the user named it.
+        text: The text, which becomes the calibration text.
+    """
+    best = min(report.choices, key=lambda choice: choice.error)
+    options = [text if word == "FILE" else word for word in best.options.split()]
+    where = ["--format", "compressed-tensors"] if "--rotate" in options else []
+    return shlex.join(["quantize8", "convert", model, *where, *options])
 
 
 def _figures(report: ThresholdReport) -> str:

@@ -28,6 +28,29 @@ class StaticColumns:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """A way to convert, with its effect on one layer or on all together.
+
+    Attributes:
+        options: The options of convert.
+        error: Expected relative error of the output with the activations in int8; for all layers, the mean.
+        bytes: What it adds to the weights, in bytes.
+    """
+
+    options: str
+    error: float
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """The input [T, K] of a layer, rotated in blocks of `size` features."""
+
+    size: int
+    max: float  # largest |x|
+
+
+@dataclass(frozen=True)
 class LinearReport:
     """Outliers in the input [T, K] of one Linear layer."""
 
@@ -44,6 +67,8 @@ class LinearReport:
     weight_error: float | None  # expected error with int8 weights and exact activations; None as in LayerThreshold
     thresholds: list[LayerThreshold]
     static: StaticColumns | None = None  # None for the output head
+    rotated: Rotated | None = None  # None if no block divides K, or for the output head
+    choices: list[Choice] = field(default_factory=list)  # none for the output head
 
 
 @dataclass(frozen=True)
@@ -67,6 +92,7 @@ class Advice:
     met: bool  # whether the expected error is within the budget
     reason: str
     calibrate: bool = False  # whether calibration is recommended instead of a threshold
+    command: str = ""  # the conversion with the least expected error, of all choices
 
 
 @dataclass
@@ -84,4 +110,5 @@ class ActivationReport:
     weight_error: float = 0.0  # mean over all layers but the output head
     thresholds: list[ThresholdReport] = field(default_factory=list)  # over the same layers
     static: StaticColumns | None = None  # over the same layers
+    choices: list[Choice] = field(default_factory=list)  # over the same layers
     advice: Advice | None = None

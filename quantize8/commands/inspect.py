@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
 
 from quantize8.artifact.manifest import MANIFEST_NAME, read_manifest, summarize
-from quantize8.calibration.advice import DEFAULT_BUDGET, recommend
+from quantize8.calibration.advice import DEFAULT_BUDGET, best_command, recommend
 from quantize8.calibration.outliers import ActivationReport
 from quantize8.calibration.text import read_text
 from quantize8.errors import SourceError
@@ -82,7 +82,9 @@ def inspect(
     checkpoint = open_checkpoint(model, revision=revision, token=token)
     if content is not None:
         report = _inspect_text(checkpoint, model, content, threshold, layer, tokens)
-        report.advice = recommend(report, budget) if report.thresholds else None
+        if report.thresholds:
+            command = best_command(report, model, str(text))
+            report.advice = replace(recommend(report, budget), command=command)
         return report
     errors = _known_errors(checkpoint.folder) if checkpoint.decoded else {}
     checkpoint, modules = _linear_modules(checkpoint)

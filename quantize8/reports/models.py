@@ -43,19 +43,21 @@ def weights(reports: list[WeightReport]) -> RenderableType:
 def activations(report: ActivationReport) -> RenderableType:
     """Outliers in the input of each Linear layer, the emergent features, and the effect of each threshold."""
     rows = table(
-        ("module", "left"), ("outliers", "right"), ("max |x|", "right"), ("column", "right"), ("excl. pos 0", "right"),
-        ("positions", "right"), (listed("outlier columns"), "left"), one_line=True,
+        ("module", "left"), ("outliers", "right"), ("max |x|", "right"), ("rotated", "right"), ("column", "right"),
+        ("excl. pos 0", "right"), ("positions", "right"), (listed("outlier columns"), "left"), one_line=True,
     )  # fmt: skip
     for entry in report.linears:
         shown = ", ".join(map(str, entry.columns[:_SHOWN_COLUMNS])) + (
             " ..." if len(entry.columns) > _SHOWN_COLUMNS else ""
         )
         count = f"{len(entry.columns)} of {entry.in_features}"
+        rotated = "" if entry.rotated is None else f"{entry.rotated.max:.1f}"
         rows.add_row(
-            entry.module, count, f"{entry.max:.1f}", str(entry.max_column), f"{entry.max_after_first:.1f}",
+            entry.module, count, f"{entry.max:.1f}", rotated, str(entry.max_column), f"{entry.max_after_first:.1f}",
             f"{entry.positions:.1%}", listed(shown),
         )  # fmt: skip
-    notes = ["excl. pos 0: max |x| without the first position", "", _emergent(report)]
+    notes = ["rotated: max |x| after a rotation in blocks; excl. pos 0: max |x| without the first position"]
+    notes += ["", _emergent(report)]
     if report.emergent:
         notes.append(
             f"at least one of them: in {report.layers_affected:.0%} of the layer inputs, "
@@ -67,6 +69,7 @@ def activations(report: ActivationReport) -> RenderableType:
     if report.advice:
         what = "--calibrate" if report.advice.calibrate else f"threshold {report.advice.threshold:g}"
         parts += [Text(), Text(f"advice: {what}: {report.advice.reason}")]
+        parts += [Text(), _choices(report), Text(), Text(f"least error: {report.advice.command}")]
     return Group(*parts)
 
 
@@ -144,6 +147,15 @@ def demo(result: Demo) -> RenderableType:
     rows.add_row("decode tokens/s", f"{source.decode_tokens_per_s:.1f}", f"{int8.decode_tokens_per_s:.1f}")
     rows.add_row("greedy continuation", source.text.strip(), int8.text.strip())
     return Group(rows, Text(_emergent(result.outliers)))
+
+
+def _choices(report: ActivationReport) -> RenderableType:
+    """The ways to convert, with what each costs and where it opens."""
+    rows = table(("convert with", "left"), ("error", "right"), ("adds", "right"), ("opens in", "left"))
+    for choice in sorted(report.choices, key=lambda choice: -choice.error):
+        where = "quantize8; vLLM on GPUs" if "--rotate" in choice.options else "every loader"
+        rows.add_row(choice.options, f"{choice.error:.4f}", size(choice.bytes) if choice.bytes else "", where)
+    return rows
 
 
 def _thresholds(report: ActivationReport) -> Table:
