@@ -14,7 +14,7 @@
  * not depend on the other tokens, except in mode dynamic, where an outlier of one token corrects its column for all of
  * them, as in LLM.int8().
  */
-#include "vectors.h"
+#include "rotate.h"
 
 #define DECODE_TOKENS 16
 #define NO_LIMIT 0x80000000u          /* above the bits of every magnitude */
@@ -827,4 +827,11 @@ EXPORT void q8_pack(const int8_t *codes, int64_t rows, int64_t columns, int64_t 
 EXPORT void q8_unpack(const int8_t *tiles, int64_t rows, int64_t columns, int64_t steps, int threads, int8_t *codes) {
   struct packing it = {codes, (int8_t *)tiles, rows, columns, 0, steps, NULL};
   run_parallel(ceil_div(rows, BLOCK_N), threads, unpack_block, &it);
+}
+
+/* ---- the rotation of a weight ---- */
+
+/* reference.rotate of values [R, K], in place. */
+EXPORT void q8_rotate(float *values, int64_t rows, int64_t columns, int32_t size) {
+  for (int64_t n = 0; n < rows; n++) rotate_row(values + n * columns, columns, size);
 }
