@@ -180,7 +180,8 @@ def rotate(values: Array, size: int) -> Array:
             pairs = rotated.reshape(rows, columns // (2 * h), 2, h)
             first, second = pairs[:, :, 0], pairs[:, :, 1]
             rotated = np.stack((first + second, first - second), axis=2)
-    return rotated.reshape(rows, columns) * np.float32(1 / math.sqrt(size))
+    result: Array = rotated.reshape(rows, columns) * np.float32(1 / math.sqrt(size))
+    return result
 
 
 def quantize_activations(
