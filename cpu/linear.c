@@ -14,7 +14,7 @@
  * not depend on the other tokens, except in mode dynamic, where an outlier of one token corrects its column for all of
  * them, as in LLM.int8().
  */
-#include "vectors.h"
+#include "rotate.h"
 
 #define DECODE_TOKENS 16
 #define NO_LIMIT 0x80000000u          /* above the bits of every magnitude */
@@ -40,6 +40,7 @@ struct q8_linear {
   int64_t tokens, columns, outputs, wide_count, exact;
   float threshold;             /* mode dynamic; 0: nothing is an outlier */
   int32_t dtype, mode, threads;
+  int32_t rotation;            /* of x: in blocks of so many columns, which divide K; then mode is DYNAMIC; 0: none */
 };
 
 /* The state of a call. */
@@ -85,10 +86,11 @@ static void encode(const float *values, int64_t steps, float inverse, code_t *co
 /* Allocates room for a token's float32 values, in whole steps. */
 static float *token_room(int64_t columns) { return malloc((size_t)(ceil_div(columns, STEP_K) + 1) * STEP_K * 4); }
 
-/* Reads a token into `room` as float32, padded with zeros to whole steps. */
+/* Reads a token into `room` as float32, rotated, padded with zeros to whole steps. */
 static float *read_token(const struct q8_linear *in, int64_t token, float *room) {
   const float *row = read_row(in->dtype, row_of(in->dtype, in->x, token, in->columns), in->columns, room);
   if (row != room) memcpy(room, row, (size_t)in->columns * 4);
+  if (in->rotation) rotate_row(room, in->columns, in->rotation);
   memset(room + in->columns, 0, (size_t)(ceil_div(in->columns, STEP_K) * STEP_K - in->columns) * 4);
   return room;
 }
@@ -617,7 +619,7 @@ static struct call call_of(const struct q8_linear *in) {
   call.steps = ceil_div(in->columns, STEP_K) + ceil_div(in->exact, STEP_K);
   call.high_steps = ceil_div(in->wide_count, STEP_K);
   call.blocks = ceil_div(in->outputs, BLOCK_N);
-  call.limit = in->threshold > 0 ? as_bits(in->threshold) : NO_LIMIT;
+  call.limit = in->threshold > 0 && !in->rotation ? as_bits(in->threshold) : NO_LIMIT;
   return call;
 }
 
@@ -827,4 +829,11 @@ EXPORT void q8_pack(const int8_t *codes, int64_t rows, int64_t columns, int64_t 
 EXPORT void q8_unpack(const int8_t *tiles, int64_t rows, int64_t columns, int64_t steps, int threads, int8_t *codes) {
   struct packing it = {codes, (int8_t *)tiles, rows, columns, 0, steps, NULL};
   run_parallel(ceil_div(rows, BLOCK_N), threads, unpack_block, &it);
+}
+
+/* ---- the rotation of a weight ---- */
+
+/* reference.rotate of values [R, K], in place. */
+EXPORT void q8_rotate(float *values, int64_t rows, int64_t columns, int32_t size) {
+  for (int64_t n = 0; n < rows; n++) rotate_row(values + n * columns, columns, size);
 }

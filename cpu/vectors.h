@@ -46,6 +46,30 @@ INLINE floats fma_(floats a, floats b, floats c) {
 #endif
 }
 
+/* Lane i of the result is lane i ^ distance, a power of two below LANES. */
+INLINE floats swapped(floats values, int distance) {
+#if defined(__AVX512F__)
+  switch (distance) {
+    case 1: return (floats)_mm512_permute_ps((__m512)values, 0xB1);
+    case 2: return (floats)_mm512_permute_ps((__m512)values, 0x4E);
+    case 4: return (floats)_mm512_shuffle_f32x4((__m512)values, (__m512)values, 0xB1);
+    default: return (floats)_mm512_shuffle_f32x4((__m512)values, (__m512)values, 0x4E);
+  }
+#elif defined(__AVX2__)
+  switch (distance) {
+    case 1: return (floats)_mm256_permute_ps((__m256)values, 0xB1);
+    case 2: return (floats)_mm256_permute_ps((__m256)values, 0x4E);
+    default: return (floats)_mm256_permute2f128_ps((__m256)values, (__m256)values, 1);
+  }
+#elif defined(__ARM_NEON)
+  return (floats)(distance == 1 ? vrev64q_f32((float32x4_t)values)
+                                : vextq_f32((float32x4_t)values, (float32x4_t)values, 2));
+#else
+  return distance == 1 ? (floats){values[1], values[0], values[3], values[2]}
+                       : (floats){values[2], values[3], values[0], values[1]};
+#endif
+}
+
 /* In each lane: total += the dot product of the four bytes of `factors`, 0 to 127, and four signed bytes of `words`. */
 INLINE ints add_dots(ints total, int32_t factors, ints words) {
 #if defined(UNIT_AMX) || defined(UNIT_AVX512VNNI)

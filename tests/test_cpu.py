@@ -288,3 +288,19 @@ def test_nan_stays_visible_and_in_its_row():
     assert product[4].isnan().all() and not product[9, 3:].isfinite().any()
     rest = [row for row in range(30) if row not in (4, 9)]
     assert product[rest].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", reference.ROTATIONS)
+@pytest.mark.parametrize("rows", [0, 1, 9])
+def test_rotated_rows_equal_the_reference_in_every_bit(rows, size, dtype):
+    for blocks in (1, 3, 5):
+        weight = hostile(rows, blocks * size, dtype)
+        if rows > 7:
+            weight[4] = np.ldexp(1.0, np.random.default_rng(0).integers(-149, -130, weight.shape[1]))  # subnormal
+            weight[5, 3], weight[6, 5], weight[7, 6], weight[7, 9] = np.nan, np.inf, np.inf, -np.inf
+        with np.errstate(invalid="ignore"):
+            values = weight.astype(np.float32)
+        before, rotated = weight.tobytes(), cpu.rotate(weight, size)
+        assert rotated.dtype == np.float32 and weight.tobytes() == before
+        np.testing.assert_array_equal(rotated, reference.rotate(values, size))

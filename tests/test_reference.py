@@ -248,3 +248,41 @@ def test_linear_takes_16_bit_activations_up_to_sixteen_tokens():
     np.testing.assert_array_equal(
         reference.linear(x, weight, bias, 6.0), reference.mixed_matmul(x, weight, bias, 6.0, "dynamic")
     )
+
+
+def test_the_largest_block_that_divides_the_columns_is_rotated():
+    sizes = {2048: 256, 1536: 256, 576: 64, 64: 64, 48: 16, 80: 16, 100: 0, 1: 0}
+    assert {columns: reference.rotation_of(columns) for columns in sizes} == sizes
+
+
+@pytest.mark.parametrize("size", reference.ROTATIONS)
+def test_rotation_multiplies_blocks_by_the_hadamard_matrix_of_sylvester(size):
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.kron([[1, 1], [1, -1]], matrix)
+    values = np.random.default_rng(size).integers(-99, 100, (3, 3 * size)).astype(np.float32)  # their sums are exact
+    rotated = reference.rotate(values, size)
+    assert rotated.dtype == np.float32
+    expected = values.reshape(3, 3, size) @ matrix / np.sqrt(size)
+    assert np.array_equal(rotated.reshape(3, 3, size), expected)
+    assert np.array_equal(reference.rotate(rotated, size), values)  # its own inverse
+
+
+def test_rotation_rounds_each_stage_in_order():
+    """1 is lost beside 2^24 in the first stage; had the second come first, it would not be."""
+    row = np.zeros((1, 16), np.float32)
+    row[0, :3] = 2.0**24, 1, -(2.0**24)
+    assert reference.rotate(row, 16)[0, :4].tolist() == [0, -0.25, 2.0**23, 2.0**23]
+
+
+def test_what_is_not_finite_fills_its_block_and_no_other():
+    values = np.ones((4, 48), np.float32)
+    values[0, 17], values[1, 18], values[2, 16:18], values[3, 20] = np.nan, -np.inf, np.inf, 3e38
+    values[3, 21] = 3e38  # their sum is beyond float32
+    rotated = reference.rotate(values, 16)
+    assert np.array_equal(rotated[:, :16], reference.rotate(values[:, :16], 16)) and np.isfinite(rotated[:, 32:]).all()
+    assert np.isnan(rotated[0, 16:32]).all() and np.isinf(rotated[1, 16:32]).all()
+    assert np.isnan(rotated[2, 17:32:2]).all() and np.isinf(rotated[2, 16:32:2]).all()
+    assert np.isinf(rotated[3, 16:32:2]).all() and (rotated[3, 17:32:2] != np.inf).all()
+    assert not reference.rotate(np.zeros((1, 16), np.float32), 16).any()
+    assert reference.rotate(values[:0], 16).shape == (0, 48)

@@ -77,16 +77,28 @@ def streamed_with_text(checkpoint: Checkpoint, text: str, tokens: int) -> Iterat
     from quantize8.runtime.streaming import streamed
 
     with streamed(checkpoint) as model:
-        with quiet():
-            tokenizer = find_tokenizer(checkpoint)
-        if tokenizer is None:
-            raise SourceError(f"{checkpoint.name}: has no tokenizer, which is needed to read text; add its files")
-        if model.config.is_encoder_decoder:
-            raise SourceError(
-                f"{checkpoint.name}: is an encoder-decoder, which needs two texts; use a decoder or an encoder"
-            )
-        limit = min(tokens, getattr(model.config, "max_position_embeddings", None) or tokens)
-        with quiet():
-            ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=limit)["input_ids"][0]
-        model.config.use_cache = False  # there is one pass only, so keys and values are not used again
-        yield model, ids
+        yield model, first_ids(checkpoint, model, text, min(tokens, context_of(model) or tokens))
+
+
+def context_of(model: Any) -> int | None:
+    """The largest number of tokens that a model takes at once; None if its settings do not say it."""
+    return getattr(model.config, "max_position_embeddings", None) or None
+
+
+def first_ids(checkpoint: Checkpoint, model: Any, text: str, tokens: int) -> Any:
+    """The ids int64 [T] of the first tokens of a text, for a model that makes one pass and so keeps no keys and values.
+
+    Raises:
+        SourceError: The model has no tokenizer, or is an encoder-decoder.
+    """
+    with quiet():
+        tokenizer = find_tokenizer(checkpoint)
+    if tokenizer is None:
+        raise SourceError(f"{checkpoint.name}: has no tokenizer, which is needed to read text; add its files")
+    if model.config.is_encoder_decoder:
+        raise SourceError(
+            f"{checkpoint.name}: is an encoder-decoder, which needs two texts; use a decoder or an encoder"
+        )
+    model.config.use_cache = False
+    with quiet():
+        return tokenizer(text, return_tensors="pt", truncation=True, max_length=tokens)["input_ids"][0]

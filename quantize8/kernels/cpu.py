@@ -90,6 +90,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "q8_exact_scales": (None, (c_void_p, c_int64, c_int64, c_float, c_float, c_void_p)),
     "q8_all_finite": (c_int, (c_int, c_void_p, c_int64)),
     "q8_add_low_rank": (c_int, (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_float)),
+    "q8_rotate": (None, (c_void_p, c_int64, c_int64, c_int32)),
     "q8_0_peaks": (None, (c_void_p, c_int64, c_void_p)),
     "q8_0_encode": (None, (c_void_p, c_void_p, c_int64, c_void_p)),
     "q8_0_search": (None, (c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p)),
@@ -212,6 +213,24 @@ def add_low_rank(rows: Array, left: Array, right: Array, scaling: float) -> Arra
     left, right = np.ascontiguousarray(left, np.float32), np.ascontiguousarray(right, np.float32)
     sizes = (*result.shape, left.shape[1])
     check(library().q8_add_low_rank(pointer(result), pointer(left), pointer(right), *sizes, scaling))
+    return result
+
+
+def rotate(values: Array, size: int) -> Array:
+    """`reference.rotate`.
+
+    Args:
+        values: float16, bfloat16 or float32 [R, K]; not changed.
+        size: One of `reference.ROTATIONS` that divides K.
+
+    Returns:
+        float32 [R, K].
+
+    Raises:
+        DependencyError: The kernels are not compiled for this machine.
+    """
+    result: Array = np.array(values, np.float32, order="C")
+    library().q8_rotate(pointer(result), *result.shape, size)
     return result
 
 

@@ -16,6 +16,7 @@ the error of rounding to its output type. Arrays are NumPy arrays; bfloat16 is `
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -37,6 +38,9 @@ STATS_TILE_ROWS = 64  # columns are summed in float32 over tiles of 64 rows, and
 TOKEN_SIGMAS = 8  # mode hybrid multiplies an element beyond 8 times the RMS of its token in 16-bit
 LEAST_SQUARES = 2.0**-100  # smaller sums of squares have lost digits to underflow, so no element counts as an outlier
 _LANES = 64  # partial sums in which the squares of a token are added up
+# Features in a block of a rotation, the preferred first: the larger a block, the more features share an outlier. Powers
+# of 4, so that 1 / sqrt(size) is an exact power of two.
+ROTATIONS = (256, 64, 16)
 DECODE_TOKENS = 16  # up to this M the time goes into reading the weight, so activations stay unquantized (no error)
 
 
@@ -144,6 +148,39 @@ def add_low_rank(rows: Array, left: Array, right: Array, scaling: float) -> Arra
     for rank in range(left.shape[1]):
         total += left[:, rank, None] * right[rank]
     result: Array = rows + np.float32(scaling) * total
+    return result
+
+
+def rotation_of(columns: int) -> int:
+    """The size of the blocks in which a weight with K input features is rotated: 256, 64 or 16; 0 if none divides K."""
+    return next((size for size in ROTATIONS if columns % size == 0), 0)
+
+
+def rotate(values: Array, size: int) -> Array:
+    """Multiply each block of adjacent features by a Hadamard matrix (QuaRot, arXiv:2404.00456, section 3).
+
+    H is the orthogonal matrix of Sylvester's construction, symmetric and its own inverse. Rotating both the input and
+    the weight of a layer leaves x W^T = (x H) (W H)^T as it was, but spreads an outlier over the features of its block.
+
+    Stages follow one another for h = 1, 2, 4, ... < size: the elements a and b of a block that are h apart become
+    a + b and a - b, each rounded to float32. Then all are multiplied by 1 / sqrt(size).
+
+    Args:
+        values: float32 [R, K].
+        size: Features in a block, one of ROTATIONS that divides K.
+
+    Returns:
+        float32 [R, K]. NaN makes all elements of its block NaN, and one infinity makes them infinite; two become NaN
+        where they cancel.
+    """
+    rows, columns = values.shape
+    rotated: Array = values
+    with np.errstate(over="ignore", invalid="ignore"):
+        for h in (2**stage for stage in range(size.bit_length() - 1)):
+            pairs = rotated.reshape(rows, columns // (2 * h), 2, h)
+            first, second = pairs[:, :, 0], pairs[:, :, 1]
+            rotated = np.stack((first + second, first - second), axis=2)
+    result: Array = rotated.reshape(rows, columns) * np.float32(1 / math.sqrt(size))
     return result
 
 

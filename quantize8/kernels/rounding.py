@@ -133,6 +133,13 @@ def round_codes(weight: Array, scales: Array, order: Array, factor: Array, threa
     return codes
 
 
+def nearest_codes(weight: Array, scales: Array) -> Array:
+    """The nearest codes int8 [N, K], as `round_codes` rounds: weight float32 [N, K], scales float32 [N, G]."""
+    with np.errstate(all="ignore"):
+        inverses = _spread(scales, np.arange(weight.shape[1]))[1]
+        return _codes(weight, inverses).astype(np.int8)
+
+
 def defined_codes(weight: Array, scales: Array, order: Array, factor: Array) -> Array:
     """The definition of `round_codes`."""
     with np.errstate(all="ignore"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from quantize8.errors import SourceError, first_line
 from quantize8.kernels.reference import Array
+from quantize8.runtime.double import as_written
 from quantize8.runtime.loading import native_of, quiet
 from quantize8.runtime.state import LazyTensor, to_torch
 from quantize8.sources import Checkpoint
@@ -29,8 +30,8 @@ from quantize8.sources.structure import CONV1D, linear_kinds, structure_of, targ
 
 
 @contextmanager
-def streamed(checkpoint: Checkpoint) -> Iterator[Any]:
-    """The transformers model of a checkpoint in float32 on the CPU, for any number of forward passes.
+def streamed(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, narrow: Collection[str] = ()) -> Iterator[Any]:
+    """The transformers model of a checkpoint on the CPU, for any number of forward passes.
 
     Memory holds the buffers, and the weights of the unit that is computing: a decoder layer, or the embedding.
     Quantized weights are dequantized, and the model computes in floating point. `model.device` is meta, but inputs
@@ -42,6 +43,9 @@ def streamed(checkpoint: Checkpoint) -> Iterator[Any]:
 
     Args:
         checkpoint: The checkpoint.
+        dtype: The dtype in which the model computes: float32, or float64 within `in_double`.
+        narrow: Parameters that are left in float32, for a caller who converts them when they are used. They can be
+            added while the context lasts. A model that is loaded whole is in `dtype` altogether.
 
     Yields:
         The model in eval mode.
@@ -54,14 +58,16 @@ def streamed(checkpoint: Checkpoint) -> Iterator[Any]:
         structure = structure_of(checkpoint)
         structure.require_complete(checkpoint.name)
         checkpoint, _ = with_fused_experts(checkpoint, structure)
-        model = empty_model(checkpoint)
-        weights = Weights(model, checkpoint)
+        model = empty_model(checkpoint, dtype)
+        with as_written():
+            weights = Weights(model, checkpoint)
         if not weights.complete:
-            yield whole_model(checkpoint)
+            yield whole_model(checkpoint, dtype)
             return
+        _convert_buffers(model, dtype)
         hooks = []
         for module, parameters in _units(model):
-            unit = _Unit(weights, parameters)
+            unit = _Unit(weights, parameters, dtype, narrow)
             hooks.append(module.register_forward_pre_hook(unit.read))
             hooks.append(module.register_forward_hook(unit.drop, always_call=True))
     try:
@@ -71,14 +77,14 @@ def streamed(checkpoint: Checkpoint) -> Iterator[Any]:
             hook.remove()
 
 
-def empty_model(checkpoint: Checkpoint) -> Any:
+def empty_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
     """The model with its parameters on the meta device and its buffers initialized; SourceError if that fails."""
     from accelerate import init_empty_weights
 
     native = native_of(checkpoint)
     try:
         with init_empty_weights(include_buffers=False), guarded():
-            return native.build(dtype=torch.float32).eval()
+            return native.build(dtype=dtype).eval()
     except Exception as error:  # a config.json with wrong settings can cause errors of any kind
         raise SourceError(
             f"{checkpoint.folder}: transformers cannot build {native.kind.__name__} from its config "
@@ -86,10 +92,10 @@ def empty_model(checkpoint: Checkpoint) -> Any:
         ) from None
 
 
-def whole_model(checkpoint: Checkpoint) -> Any:
-    """The model with all its weights, dequantized, in float32."""
+def whole_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
+    """The model with all its weights, dequantized."""
     state = {name: LazyTensor(partial(_rows, checkpoint, name), "F32") for name in checkpoint.tensors}
-    given = {"state_dict": state, "dtype": torch.float32, "device_map": "cpu"}
+    given = {"state_dict": state, "dtype": dtype, "device_map": "cpu"}
     native = native_of(checkpoint)
     with guarded():
         return native.kind.from_pretrained(None, config=native.settings, **native.arguments, **given).eval()
@@ -106,7 +112,7 @@ def _read(checkpoint: Checkpoint, name: str) -> Tensor:
     if info.dtype not in FLOATING or not info.shape:
         value = to_torch(checkpoint.rows(name, 0, info.shape[0] if info.shape else 1), info.dtype)
         return value.float() if value.is_floating_point() else value
-    values, start = torch.empty(info.shape), 0
+    values, start = torch.empty(info.shape, dtype=torch.float32), 0
     for block in checkpoint.blocks(name):
         values[start : start + len(block)] = to_torch(block, info.dtype)
         start += len(block)
@@ -231,8 +237,14 @@ class _Unit:
     Each parameter is given as (owner, name in the owner, name in the model).
     """
 
-    def __init__(self, weights: Weights, parameters: list[tuple[nn.Module, str, str]]) -> None:
-        self._weights = weights
+    def __init__(
+        self,
+        weights: Weights,
+        parameters: list[tuple[nn.Module, str, str]],
+        dtype: torch.dtype,
+        narrow: Collection[str],
+    ) -> None:
+        self._weights, self._dtype, self._narrow = weights, dtype, narrow
         self._parameters = [  # each with the parameter without values that replaces it
             (owner, last, name, owner._parameters[last]) for owner, last, name in parameters
         ]
@@ -241,11 +253,21 @@ class _Unit:
         if any(isinstance(value, Tensor) and value.is_meta for value in inputs):  # torch would compute with noise
             raise ValueError("a streamed model takes its inputs on the CPU, not on model.device")
         for owner, last, name, _empty in self._parameters:
-            owner._parameters[last] = nn.Parameter(self._weights.read(name), requires_grad=False)
+            with as_written():
+                value = self._weights.read(name)
+                value = value if name in self._narrow or not value.is_floating_point() else value.to(self._dtype)
+            owner._parameters[last] = nn.Parameter(value, requires_grad=False)
 
     def drop(self, *_: Any) -> None:
         for owner, last, _name, empty in self._parameters:
             owner._parameters[last] = empty
+
+
+def _convert_buffers(model: Any, dtype: torch.dtype) -> None:
+    for module in model.modules():
+        for last, value in module._buffers.items():
+            if value is not None and value.is_floating_point():
+                module._buffers[last] = value.to(dtype)
 
 
 def _units(model: Any) -> list[tuple[nn.Module, list[tuple[nn.Module, str, str]]]]:

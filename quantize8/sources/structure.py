@@ -404,7 +404,7 @@ def _add_experts(
     """Add the experts that the checkpoint stores in one tensor, or one by one."""
     from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
-    layouts, state = layouts_of(model, _joined(conversions)), model.state_dict()
+    layouts, state = layouts_of(model, joined_by(conversions)), model.state_dict()
     kinds = {type(model.get_submodule(path)).__name__ for path in layouts}
     structure.replaced = bool(kinds) and kinds <= MODULES_TO_PATCH_FOR_QUANTIZATION.keys()
     for name, target in targets.items():
@@ -563,7 +563,7 @@ def conversions_of(model: Any) -> list[Any]:
     return list(get_model_conversion_mapping(model))
 
 
-def _joined(conversions: Sequence[Any]) -> dict[str, list[str]]:
+def joined_by(conversions: Sequence[Any]) -> dict[str, list[str]]:
     """What transformers joins while loading: the end of a parameter's name -> the patterns of what it is made of."""
     return {
         entry.target_patterns[0].replace("\\", ""): entry.source_patterns
