@@ -36,19 +36,16 @@ def _on_cpu(
     bias: Tensor | None,
     threshold: float,
     mode: LayerMode,
-    outlier_columns: Tensor | None = None,
-    outlier_weight: Tensor | None = None,
-    rotation: int = 0,
+    *stored: Any,
 ) -> Tensor:
     from quantize8.kernels import bitsandbytes, cpu
     from quantize8.kernels.packed import PackedWeight
 
-    if mode == "bitsandbytes" and not rotation:
+    weight = Int8Weight(codes, absmax, *stored)
+    if mode == "bitsandbytes" and not weight.rotation:
         return bitsandbytes.linear(x, PackedWeight(codes, absmax), absmax, bias, threshold)
     with torch.autocast("cpu", enabled=False):  # as in bitsandbytes.linear: it would round products to 16-bit
-        return cpu.linear(
-            x, Int8Weight(codes, absmax, outlier_columns, outlier_weight, rotation), bias, threshold, mode
-        )
+        return cpu.linear(x, Int8Weight(codes, absmax, *stored), bias, threshold, mode)
 
 
 def _on_gpu(
@@ -58,13 +55,11 @@ def _on_gpu(
     bias: Tensor | None,
     threshold: float,
     mode: LayerMode,
-    outlier_columns: Tensor | None = None,
-    outlier_weight: Tensor | None = None,
-    rotation: int = 0,
+    *stored: Any,
 ) -> Tensor:
     from quantize8.kernels import gpu
 
-    return gpu.linear(x, Int8Weight(codes, absmax, outlier_columns, outlier_weight, rotation), bias, threshold, mode)
+    return gpu.linear(x, Int8Weight(codes, absmax, *stored), bias, threshold, mode)
 
 
 def _rotate_on_cpu(values: Tensor, size: int) -> Tensor:
