@@ -4,12 +4,29 @@
 // Equal to quantize_activations of quantize8/kernels/reference.py: an element with |x| >= threshold gets code 0, is left
 // out of its token's absmax, and adds its column to the list. Columns are marked in a bit mask, where order does not
 // matter. The block that ends last turns the mask into an ascending list, so the list is the same on every run.
+//
+// With ROTATION, elements are rotated in blocks of that size as they are read, in both passes, and nothing is an outlier.
 #include "quantize8.cuh"
+#if ROTATION
+#include "rotate.cuh"
+#endif
 
 constexpr int WARPS = THREADS / 32;
 
+// Elements k..k+7 of a row as floats, rotated; zeros from `columns` on.
+__device__ __forceinline__ void read_vector(const FLOAT* row, int k, int columns, float (&v)[VECTOR]) {
+#if ROTATION
+#pragma unroll
+  for (int i = 0; i < VECTOR; ++i) v[i] = 0.f;
+  if (k < columns) load_vector(row + k, VECTOR, v);
+  rotate_vector(v);
+#else
+  load_vector(row + k, columns - k, v);
+#endif
+}
+
 // grid (tokens), THREADS threads. mask [ceil(columns / 32) + 1] must be zero before the call; its last word counts
-// blocks. If mask is null, nothing is an outlier. outliers [columns] and count [1] receive the list.
+// blocks. If mask is null, as it is with ROTATION, nothing is an outlier. outliers [columns] and count [1] receive the list.
 extern "C" __global__ void __launch_bounds__(THREADS)
 quantize_activations(const FLOAT* __restrict__ x, int8_t* __restrict__ codes, float* __restrict__ scale, uint32_t* mask,
                      int* outliers, int* count, float threshold, int columns) {
@@ -18,13 +35,15 @@ quantize_activations(const FLOAT* __restrict__ x, int8_t* __restrict__ codes, fl
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int64_t token = blockIdx.x;
   const FLOAT* source = x + token * columns;
+  // With ROTATION all lanes of a warp exchange elements, so those past the end of the row take part.
+  const int past_end = ROTATION ? lane * VECTOR : 0;
 
   uint32_t peak = 0;
 #pragma unroll 2
-  for (int k = threadIdx.x * VECTOR; k < columns; k += THREADS * VECTOR) {
+  for (int k = threadIdx.x * VECTOR; k - past_end < columns; k += THREADS * VECTOR) {
     float v[VECTOR];
     uint32_t marks = 0;
-    load_vector(source + k, columns - k, v);
+    read_vector(source, k, columns, v);
 #pragma unroll
     for (int i = 0; i < VECTOR; ++i) {
       const bool outlier = mask && fabsf(v[i]) >= threshold;  // false for NaN, which makes the scale of its token NaN
@@ -41,10 +60,11 @@ quantize_activations(const FLOAT* __restrict__ x, int8_t* __restrict__ codes, fl
   const float inverse = inverse_of(peak);
   if (threadIdx.x == 0) scale[token] = scale_of(__uint_as_float(peak));
 #pragma unroll 2
-  for (int k = threadIdx.x * VECTOR; k < columns; k += THREADS * VECTOR) {
+  for (int k = threadIdx.x * VECTOR; k - past_end < columns; k += THREADS * VECTOR) {
     float v[VECTOR];
     int8_t q[VECTOR];
-    load_vector(source + k, columns - k, v);
+    read_vector(source, k, columns, v);
+    if (ROTATION && k >= columns) continue;
 #pragma unroll
     for (int i = 0; i < VECTOR; ++i) q[i] = mask && fabsf(v[i]) >= threshold ? (int8_t)0 : code_of(v[i], inverse);
     store_codes(codes + token * columns + k, columns - k, q);

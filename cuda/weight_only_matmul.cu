@@ -4,7 +4,7 @@
 // straight to registers, 16 bytes per lane. On tensor cores, its rows are the 16-row operand and the tokens are the
 // 8-column operand. A sum over k may use any order of k, as long as both operands use the same one: lane t of a quad
 // holds 16 adjacent k, for four products. The fallback uses ordinary cores and supports any K, float, and GPUs before
-// sm_80.
+// sm_80. For a rotated weight it reads x as rotate.cu leaves it, in float.
 #include "quantize8.cuh"
 
 constexpr int WARPS = THREADS / 32;
@@ -101,9 +101,15 @@ weight_only_matmul(const FLOAT* __restrict__ x, const int8_t* __restrict__ codes
   }
 }
 #else
+#if ROTATED
+using Input = float;
+#else
+using Input = FLOAT;
+#endif
+
 // grid (ceil(N / WARPS)), THREADS threads. One warp per row of the weight, for up to MAX_TOKENS tokens.
 extern "C" __global__ void __launch_bounds__(THREADS)
-weight_only_matmul(const FLOAT* __restrict__ x, const int8_t* __restrict__ codes, const float* __restrict__ absmax,
+weight_only_matmul(const Input* __restrict__ x, const int8_t* __restrict__ codes, const float* __restrict__ absmax,
                    const FLOAT* __restrict__ bias, FLOAT* __restrict__ y, int M, int N, int K) {
   const int lane = threadIdx.x & 31, n = blockIdx.x * WARPS + (threadIdx.x >> 5);
   if (n >= N) return;

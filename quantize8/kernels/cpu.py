@@ -73,7 +73,7 @@ class LinearCall(Structure):
         *((name, c_void_p) for name in ("wide", "apart", "apart_sums")),
         *((name, c_int64) for name in ("tokens", "columns", "outputs", "wide_count", "exact")),
         ("threshold", c_float),
-        *((name, c_int32) for name in ("dtype", "mode", "threads")),
+        *((name, c_int32) for name in ("dtype", "mode", "threads", "rotation")),
     )
 
 
@@ -254,19 +254,23 @@ class CpuQuantizer:
             yield (block, *quantize_rowwise(block, stats, self.search, self.exact))
 
 
-def quantize_activations(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor]:
+def quantize_activations(x: Tensor, threshold: float = 0.0, rotation: int = 0) -> tuple[Tensor, Tensor]:
     """`reference.quantize_activations` on torch tensors, without columns known beforehand.
 
     Args:
         x: float16, bfloat16 or float32 [M, K].
         threshold: Elements with |x| >= threshold get the code 0; 0 turns this off.
+        rotation: Size of the blocks in which x is rotated first, without a threshold then; 0 for none.
 
     Returns:
         Codes int8 [M, K], and scale float32 [M].
+
+    Raises:
+        WeightError: The rotation does not fit K.
     """
     from quantize8.kernels.packed import encode
 
-    return encode(x, threshold)
+    return encode(x, threshold, rotation)
 
 
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -286,7 +290,7 @@ def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None, threshold: float,
         weight: The quantized weight [N, K].
         bias: [N] or None.
         threshold: Outlier threshold of mode "dynamic"; 0 for none.
-        mode: "dynamic", "static" or "hybrid".
+        mode: "dynamic", "static" or "hybrid"; not used for a rotated weight.
 
     Returns:
         [M, N] in x's dtype.
@@ -299,10 +303,11 @@ def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None, threshold: float,
 
     from quantize8.kernels.packed import PackedWeight
 
-    columns, exact = fixed_columns(weight, mode), weight.outlier_weight
+    columns, exact = None if weight.rotation else fixed_columns(weight, mode), weight.outlier_weight
     if columns is not None and weight.outlier_columns is None:  # hybrid without calibration
         columns, exact = torch.zeros(0, dtype=torch.int32), torch.zeros(len(weight.codes), 0, dtype=torch.float16)
-    return PackedWeight(weight.codes, weight.absmax, None, columns, exact).linear(x, bias, threshold, mode)
+    packed = PackedWeight(weight.codes, weight.absmax, None, columns, exact, weight.rotation)
+    return packed.linear(x, bias, threshold, mode)
 
 
 @cache

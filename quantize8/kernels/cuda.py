@@ -7,13 +7,14 @@ command line. `launch.Gpu` runs a kernel on the GPU; tests run the same `Kernel`
 from __future__ import annotations
 
 import ctypes
+import math
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
-from quantize8.kernels.reference import DECODE_TOKENS, INT8_MAX, OUTLIER_SIGMAS
+from quantize8.kernels.reference import DECODE_TOKENS, INT8_MAX, OUTLIER_SIGMAS, ROTATIONS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,9 +125,20 @@ def dequantize(number: str) -> Kernel:
 
 
 @cache
-def quantize_activations(number: str, columns: int) -> Kernel:
-    """The kernel that computes codes, scales and the list of outlier columns of activations."""
-    return Kernel("quantize_activations.cu", "quantize_activations", number, threads=256, aligned=columns % VECTOR == 0)
+def quantize_activations(number: str, columns: int, rotation: int = 0) -> Kernel:
+    """The kernel that computes codes, scales and the list of outlier columns of activations, or rotates them first."""
+    file, aligned = "quantize_activations.cu", columns % VECTOR == 0
+    return Kernel(file, "quantize_activations", number, 256, _rotation(rotation), aligned=aligned)
+
+
+@cache
+def rotate(number: str, rotation: int) -> Kernel:
+    """The kernel that rotates activations."""
+    return Kernel("rotate.cu", "rotate", number, 256, _rotation(rotation))
+
+
+def _rotation(size: int) -> tuple[tuple[str, int], ...]:
+    return (("ROTATION", size), ("ROTATION_ROOT", math.isqrt(size))) if size else (("ROTATION", 0),)
 
 
 @cache
@@ -138,9 +150,9 @@ def weight_only(number: str, tokens: int) -> Kernel:
 
 
 @cache
-def weight_only_any(number: str, columns: int) -> Kernel:
-    """The decode product for any K, number type and GPU."""
-    defines = (("MAX_TOKENS", DECODE_TOKENS),)
+def weight_only_any(number: str, columns: int, rotated: bool = False) -> Kernel:
+    """The decode product for any K, number type and GPU; also for activations that `rotate` has left in float32."""
+    defines = (("MAX_TOKENS", DECODE_TOKENS), ("ROTATED", int(rotated)))
     return Kernel("weight_only_matmul.cu", "weight_only_matmul", number, 256, defines, aligned=columns % VECTOR == 0)
 
 
@@ -170,6 +182,10 @@ def all_kernels() -> Iterator[Kernel]:
             yield quantize_rowwise(number, columns, stats=True)
             yield quantize_activations(number, columns)
             yield weight_only_any(number, columns)
+        yield weight_only_any(number, VECTOR, rotated=True)
+        for size in ROTATIONS:
+            yield quantize_activations(number, VECTOR, size)
+            yield rotate(number, size)
     for number in ("half", "bfloat16"):
         yield weight_only(number, 8)
         yield weight_only(number, DECODE_TOKENS)

@@ -2,7 +2,8 @@
 
 The functions only launch kernels and, except for `DeviceStats.read_into`, never read a result back, so all of them can
 be captured in a CUDA graph. A linear layer takes one launch at decode, and at prefill two after a bit mask is cleared:
-activations with their outlier list, then the product with everything else.
+activations with their outlier list, then the product with everything else. A rotated layer takes two at decode: the
+rotation, then the product; at prefill the activations are rotated as they are quantized.
 Arguments are torch tensors on one GPU. A DependencyError is raised where kernels cannot run on it.
 """
 
@@ -28,6 +29,7 @@ from quantize8.kernels.reference import (
     ColumnStats,
     Int8Weight,
     LayerMode,
+    check_rotation,
     fixed_columns,
 )
 
@@ -127,26 +129,49 @@ def dequantize(codes: Tensor, absmax: Tensor, dtype: torch.dtype = torch.float32
     return weight
 
 
-def quantize_activations(x: Tensor, threshold: float) -> Activations:
+def quantize_activations(x: Tensor, threshold: float, rotation: int = 0) -> Activations:
     """`reference.quantize_activations` with a list of the outlier columns instead of a mask.
 
     Args:
         x: float16, bfloat16 or float32 [M, K].
         threshold: Elements with |x| >= threshold are outliers; with 0 there are none, and no list.
+        rotation: Size of the blocks in which x is rotated first, without outliers then; 0 for none.
     """
     x = _dense(x)
     tokens, columns = x.shape
     codes = x.new_empty(x.shape, dtype=torch.int8)
     scale = x.new_empty(tokens, dtype=torch.float32)
     mask = outliers = count = None
-    if threshold > 0:
+    if threshold > 0 and not rotation:
         mask = x.new_zeros(ceil_div(columns, 32) + 1, dtype=torch.int32)
         outliers, count = x.new_empty(columns, dtype=torch.int32), x.new_empty(1, dtype=torch.int32)
-    kernel = kernels.quantize_activations(kernels.number_of(x), columns)
+    kernel = kernels.quantize_activations(kernels.number_of(x), columns, rotation)
     arguments = [x, codes, scale, mask, outliers, count, float(threshold), columns]
     if tokens:
         gpu_of(x.device.index).launch(kernel, (tokens, 1), arguments)
     return Activations(codes, scale, outliers, count)
+
+
+def rotate(x: Tensor, size: int) -> Tensor:
+    """`reference.rotate`.
+
+    Args:
+        x: float16, bfloat16 or float32 [M, K].
+        size: One of `reference.ROTATIONS` that divides K.
+
+    Returns:
+        float32 [M, K].
+
+    Raises:
+        WeightError: The size does not fit K.
+    """
+    x = _dense(x)
+    check_rotation(size, x.shape[1])
+    rotated = x.new_empty(x.shape, dtype=torch.float32)
+    if x.numel():
+        kernel = kernels.rotate(kernels.number_of(x), size)
+        gpu_of(x.device.index).launch(kernel, (len(x), 1), [x, rotated, x.shape[1]])
+    return rotated
 
 
 def mixed_matmul(
@@ -159,7 +184,7 @@ def mixed_matmul(
         weight: The quantized weight [N, K].
         bias: [N] or None.
         threshold: Outlier threshold of mode "dynamic"; 0 for none.
-        mode: "dynamic" or "static".
+        mode: "dynamic" or "static"; not used for a rotated weight.
 
     Returns:
         [M, N] in x's dtype.
@@ -167,7 +192,7 @@ def mixed_matmul(
     Raises:
         ValueError: The mode is "static" and the weight has no stored columns.
     """
-    if mode == "static":
+    if mode == "static" and not weight.rotation:
         return _static_matmul(x, weight, bias)
     x = _dense(x)
     (tokens, columns), rows = x.shape, len(weight.codes)
@@ -175,7 +200,7 @@ def mixed_matmul(
     if not y.numel():
         return y
     gpu = gpu_of(x.device.index)
-    quantized = quantize_activations(x, threshold)
+    quantized = quantize_activations(x, threshold, weight.rotation)
     codes = _dense(weight.codes)
     operands = [quantized.codes, quantized.scale, codes, weight.absmax, _like(bias, x)]
     rest = [x, quantized.outliers, quantized.count, y, tokens, rows, columns]
@@ -239,13 +264,16 @@ def _weight_only(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
     y = x.new_empty((tokens, rows))
     if not y.numel():
         return y
-    gpu, number = gpu_of(x.device.index), kernels.number_of(x)
-    if _on_tensor_cores(x, columns, gpu.capability):
+    gpu, number, bias = gpu_of(x.device.index), kernels.number_of(x), _like(bias, x)
+    if weight.rotation:
+        x, kernel = rotate(x, weight.rotation), kernels.weight_only_any(number, columns, rotated=True)
+        rows_of_a_block = kernel.threads // WARP
+    elif _on_tensor_cores(x, columns, gpu.capability):
         kernel, rows_of_a_block = kernels.weight_only(number, tokens), 16
     else:
         kernel = kernels.weight_only_any(number, columns)
         rows_of_a_block = kernel.threads // WARP
-    arguments = [x, _dense(weight.codes), weight.absmax, _like(bias, x), y, tokens, rows, columns]
+    arguments = [x, _dense(weight.codes), weight.absmax, bias, y, tokens, rows, columns]
     gpu.launch(kernel, (ceil_div(rows, rows_of_a_block), 1), arguments)
     return y
 
@@ -272,6 +300,8 @@ def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None, threshold: float,
 
 
 def _with_kernel(mode: LayerMode, weight: Int8Weight) -> GpuMode:
+    if weight.rotation:
+        return "dynamic"  # a rotated weight has no outliers in any mode
     if mode == "dynamic" or mode == "static":
         return mode
     if mode == "hybrid" and weight.outlier_columns is not None and len(weight.outlier_columns):

@@ -1,7 +1,8 @@
 """A linear layer on the CPU: a weight in the order in which the int8 unit reads it, and one call of cpu/linear.c.
 
 At prefill each token becomes one row of int8 codes. The residual of the outlier columns is added in float32, or in
-modes static and hybrid in integers. At decode (M <= 16) activations keep their precision. See cpu/linear.c for details.
+modes static and hybrid in integers. At decode (M <= 16) activations keep their precision. For a rotated weight, each
+token is rotated as it is read. See cpu/linear.c for details.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from quantize8.errors import WeightError
 from quantize8.kernels import cpu
 from quantize8.kernels.cpu import BLOCK_N, GROUP_K, LARGEST_K, STEP_BYTES, STEP_K, LinearCall, Unit
-from quantize8.kernels.reference import INT8_MAX, LayerMode
+from quantize8.kernels.reference import INT8_MAX, LayerMode, check_rotation
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum dtype of cpu/quantize8.h
 _MODES = {"dynamic": 0, "static": 1, "hybrid": 2}  # enum mode of cpu/linear.c
@@ -27,7 +28,7 @@ class PackedWeight:
     """An int8 weight [N, K] with its scales, in the layout of the CPU's int8 units.
 
     With outlier columns (`wide` and `exact`) it multiplies in the modes static and hybrid only, without them in mode
-    dynamic only.
+    dynamic only. If it is rotated, no mode has outliers.
 
     Args:
         codes: int8 [N, K].
@@ -35,9 +36,11 @@ class PackedWeight:
         unit: The unit that multiplies; None for the best one.
         wide: int [J], the outlier_columns of an Int8Weight.
         exact: float16 [N, E], the outlier_weight of an Int8Weight.
+        rotation: Size of the blocks in which the codes are rotated; 0 for none. Then `wide` and `exact` are None.
 
     Raises:
-        WeightError: int32 sums cannot hold K products, or an outlier column is not in 0 to K - 1.
+        WeightError: int32 sums cannot hold K products, an outlier column is not in 0 to K - 1, or the rotation does not
+            fit K.
     """
 
     def __init__(
@@ -47,7 +50,9 @@ class PackedWeight:
         unit: Unit | None = None,
         wide: Tensor | None = None,
         exact: Tensor | None = None,
+        rotation: int = 0,
     ) -> None:
+        check_rotation(rotation, codes.shape[1])
         if codes.shape[1] > LARGEST_K:
             raise WeightError(
                 f"a layer with {codes.shape[1]} input features: int32 sums hold at most {LARGEST_K}; keep it in float"
@@ -67,7 +72,8 @@ class PackedWeight:
             second = _second_digits(codes, absmax, wide[: exact.shape[1]], exact)
             self.tiles, self.code_sums = self._pack(codes, second)
             self.static = StaticColumns(wide, exact.shape[1], *self._pack(codes[:, wide]))
-        self._call = _call_of(self.parts, self.shape, self.static)
+        self.rotation = rotation
+        self._call = _call_of(self.parts, self.shape, self.static, rotation)
 
     def _pack(self, *parts: Tensor) -> tuple[Tensor, Tensor]:
         """Pack matrices of codes int8 [N, K_i] side by side, each padded to whole steps of K.
@@ -164,14 +170,30 @@ class StaticColumns:
         self.wide, self.exact, self.tiles, self.code_sums = wide.contiguous(), exact, tiles, sums
 
 
-def encode(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Codes int8 [M, K] of x [M, K] and their scale float32 [M]; elements with |x| >= threshold > 0 get the code 0."""
-    codes, _, scale, _ = _encode(_library(cpu.chosen()), LinearCall(columns=x.shape[1]), x, threshold, "dynamic")
+def encode(x: Tensor, threshold: float, rotation: int = 0) -> tuple[Tensor, Tensor]:
+    """`cpu.quantize_activations`, whose arguments and errors it shares."""
+    check_rotation(rotation, x.shape[1])
+    call = LinearCall(columns=x.shape[1], rotation=rotation)
+    codes, _, scale, _ = _encode(_library(cpu.chosen()), call, x, threshold, "dynamic")
     return codes, scale
 
 
+def rotate(values: Tensor, size: int) -> Tensor:
+    """`reference.rotate` of values [R, K] in any floating-point dtype: float32 [R, K]."""
+    check_rotation(size, values.shape[1])
+    rotated = values.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    _library(cpu.chosen()).q8_rotate(rotated.data_ptr(), *rotated.shape, size)
+    return rotated
+
+
 def linear(
-    x: Tensor, parts: list[Tensor], bias: Tensor | None, out_features: int, threshold: float, mode: str
+    x: Tensor,
+    parts: list[Tensor],
+    bias: Tensor | None,
+    out_features: int,
+    threshold: float,
+    mode: str,
+    rotation: int = 0,
 ) -> Tensor:
     """`PackedWeight.linear` for a weight that is given by its `parts`.
 
@@ -182,6 +204,7 @@ def linear(
         out_features: N.
         threshold: Outlier threshold of mode "dynamic"; 0 for none.
         mode: As in `PackedWeight.linear`.
+        rotation: The `rotation` of the PackedWeight.
 
     Returns:
         [M, N] in x's dtype.
@@ -190,17 +213,17 @@ def linear(
     if len(parts) > 3:
         wide, exact, tiles, sums = parts[3:]
         static = StaticColumns(wide, len(exact), tiles, sums)
-    return _linear(
-        _library(cpu.chosen()), _call_of(parts, (out_features, x.shape[1]), static), x, bias, threshold, mode
-    )
+    call = _call_of(parts, (out_features, x.shape[1]), static, rotation)
+    return _linear(_library(cpu.chosen()), call, x, bias, threshold, mode)
 
 
-def _call_of(parts: list[Tensor], shape: tuple[int, int], static: StaticColumns | None) -> LinearCall:
+def _call_of(parts: list[Tensor], shape: tuple[int, int], static: StaticColumns | None, rotation: int) -> LinearCall:
     """The fields of a LinearCall that are the same for every call with a weight [N, K]."""
     tiles, scale, sums = parts[:3]
     call = LinearCall(
         weight=tiles.data_ptr(), scale=scale.data_ptr(), code_sums=sums.data_ptr(), outputs=shape[0], columns=shape[1]
     )
+    call.rotation = rotation
     if static is not None:
         call.wide, call.wide_count, call.exact = static.wide.data_ptr(), len(static.wide), static.exact
         call.apart, call.apart_sums = static.tiles.data_ptr(), static.code_sums.data_ptr()
@@ -232,7 +255,8 @@ def _encode(
 
 def _set_input(call: LinearCall, x: Tensor, threshold: float, mode: str) -> None:
     call.x, call.tokens, call.dtype = x.data_ptr(), x.shape[0], _DTYPES[x.dtype]
-    call.threshold, call.mode, call.threads = threshold, _MODES[mode], _threads()
+    call.threshold, call.threads = threshold, _threads()
+    call.mode = _MODES["dynamic" if call.rotation else mode]
 
 
 def _library(unit: Unit) -> Any:

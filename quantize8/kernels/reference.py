@@ -8,6 +8,7 @@ one per row of the weight (section 3.1). The few feature columns with magnitudes
     activation:  the same per token, except that outlier elements count as 0
     product:     y = (q_x q_w^T) * s_x * s_w + r[:, O] w[:, O]^T + bias,        s = absmax / 127
                  where O are the outlier columns, and r = x - q_x s_x is the residual that int8 did not capture
+    rotated:     the same with x H and w H in place of x and w (see `rotate`), and no outlier columns
 
 Codes and scales are defined exactly (integers, and float32 operations that each round once), so a kernel must reproduce
 them bit for bit. Products are computed here in float64 from the quantized operands; a kernel may differ from them by
@@ -23,6 +24,8 @@ from typing import Any, Literal, get_args
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
+
+from quantize8.errors import WeightError
 
 Array = NDArray[Any]
 OutlierMode = Literal["hybrid", "dynamic", "bitsandbytes"]  # that users can choose; the last: kernels/bitsandbytes.py
@@ -67,12 +70,22 @@ class ColumnStats:
 
 @dataclass(frozen=True)
 class Int8Weight:
-    """A quantized weight [N, K]; the fields are either all NumPy arrays or all torch tensors."""
+    """A quantized weight [N, K]; the fields are either all NumPy arrays or all torch tensors.
+
+    Raises:
+        WeightError: The rotation does not fit K, or there are outlier columns beside it.
+    """
 
     codes: Any  # int8 [N, K]
     absmax: Any  # float32 [N], largest magnitude of the row; scale = absmax / 127
     outlier_columns: Any = None  # int32 [J]: outlier columns that calibration chose, the most important first
     outlier_weight: Any = None  # float16 [N, E], E <= J: the exact weights of the first E of those columns
+    rotation: int = 0  # size of the blocks in which the codes, and so the activations, are rotated; 0: they are not
+
+    def __post_init__(self) -> None:
+        check_rotation(self.rotation, self.codes.shape[1])
+        if self.rotation and self.outlier_columns is not None:
+            raise WeightError("a rotated weight cannot have outlier columns: no column is one feature; convert again")
 
 
 def quantize_rowwise(weight: Array, absmax: Array | None = None) -> tuple[Array, Array]:
@@ -184,8 +197,15 @@ def rotate(values: Array, size: int) -> Array:
     return result
 
 
+def check_rotation(size: int, columns: int) -> None:
+    """Raise WeightError unless a weight with K input features can be rotated in blocks of this size; 0 always fits."""
+    if size and (size not in ROTATIONS or columns % size):
+        sizes = ", ".join(map(str, ROTATIONS))
+        raise WeightError(f"a rotation in blocks of {size}: must be one of {sizes} and divide {columns} input features")
+
+
 def quantize_activations(
-    x: Array, threshold: float, columns: Array | None = None, hybrid: bool = False
+    x: Array, threshold: float, columns: Array | None = None, hybrid: bool = False, rotation: int = 0
 ) -> tuple[Array, Array, Array]:
     """Quantize activations token by token with absmax scales, leaving out the outlier elements (paper, section 3.2).
 
@@ -194,12 +214,16 @@ def quantize_activations(
         threshold: Elements with |x| >= threshold are outliers; 0 turns this off. Not used where `columns` is given.
         columns: int [J], outlier columns that are known beforehand: all of their elements are outliers.
         hybrid: With `columns`, elements of other columns that `token_outliers` finds are outliers too.
+        rotation: Size of the blocks in which x, as float32, is rotated first. Then no element is an outlier, whatever
+            the other arguments.
 
     Returns:
         Codes int8 [M, K], 0 at outlier elements; scale float32 [M]; outliers bool [M, K]. A row with NaN has the scale
-        NaN, so that its product is NaN.
+        NaN, so that its product is NaN. A rotated row with infinity has the scale infinity or NaN, and codes 0.
     """
     values = x.astype(np.float32)
+    if rotation:
+        values, threshold, columns = rotate(values, rotation), 0.0, None
     if columns is not None:
         outliers = np.zeros(values.shape, np.bool_)
         outliers[:, columns] = True
@@ -256,7 +280,8 @@ def mixed_matmul(
         threshold: Outlier threshold of mode "dynamic"; 0 for plain int8.
         mode: "dynamic": a column with one outlier element is corrected for every token (LLM.int8() as published).
             "static": the columns stored with the weight are corrected, and no others. "hybrid": those columns, and the
-            elements that are outliers of their token, so that a token's result does not depend on its neighbors.
+            elements that are outliers of their token, so that a token's result does not depend on its neighbors. A
+            rotated weight has no outliers in any mode.
 
     Returns:
         float64 [M, N], exact up to the rounding of float64.
@@ -264,6 +289,8 @@ def mixed_matmul(
     Raises:
         ValueError: The mode is "static" and the weight has no stored columns.
     """
+    if weight.rotation:
+        x, threshold, mode = rotate(x.astype(np.float32), weight.rotation), 0.0, "dynamic"
     codes, scale, outliers = quantize_activations(x, threshold, fixed_columns(weight, mode), mode == "hybrid")
     columns = np.flatnonzero(outliers.any(axis=0))
     residual = x.astype(np.float64) - codes * scale[:, None].astype(np.float64)
@@ -276,7 +303,12 @@ def mixed_matmul(
 
 
 def weight_only_matmul(x: Array, weight: Int8Weight, bias: Array | None) -> Array:
-    """The decode product: x [M, K], not quantized, times the dequantized weight [N, K], plus bias: float64 [M, N]."""
+    """The decode product: x [M, K], not quantized, times the dequantized weight [N, K], plus bias: float64 [M, N].
+
+    For a rotated weight x is rotated as well, in float32, and still not quantized.
+    """
+    if weight.rotation:
+        x = rotate(x.astype(np.float32), weight.rotation)
     product: Array = x.astype(np.float64) @ _float_weight(weight).T
     return product if bias is None else product + bias.astype(np.float64)
 
@@ -399,7 +431,7 @@ def as_bytes(values: Array) -> memoryview[int]:
 
 
 def _float_weight(weight: Int8Weight) -> Array:
-    """The dequantized weight float64 [N, K], in which the stored exact columns replace those of the codes."""
+    """The weight float64 [N, K] that the codes represent, with stored exact columns in place of theirs."""
     values: Array = weight.codes.astype(np.float64) * scale_of(weight.absmax)[:, None].astype(np.float64)
     if weight.outlier_columns is not None:
         values[:, weight.outlier_columns[: weight.outlier_weight.shape[1]]] = weight.outlier_weight

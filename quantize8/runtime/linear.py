@@ -12,8 +12,15 @@ from torch import Tensor, nn
 from quantize8.errors import WeightError
 from quantize8.kernels import bitsandbytes
 from quantize8.kernels.devices import default_mode
-from quantize8.kernels.operator import linear, packed_linear
-from quantize8.kernels.reference import DECODE_TOKENS, DEFAULT_THRESHOLD, INT8_MAX, STATIC_MODES, LayerMode
+from quantize8.kernels.operator import linear, packed_linear, rotate
+from quantize8.kernels.reference import (
+    DECODE_TOKENS,
+    DEFAULT_THRESHOLD,
+    INT8_MAX,
+    STATIC_MODES,
+    LayerMode,
+    check_rotation,
+)
 from quantize8.runtime.weight import Int8Weight
 
 if TYPE_CHECKING:
@@ -45,6 +52,9 @@ class Int8Linear(nn.Linear):
         outlier_columns: int32 [J] or None, the outlier columns of modes static and hybrid. Not part of a state_dict.
         outlier_weight: float16 [N, E] or None, exact weights of the first E of them. Not part of a state_dict. In mode
             static a layer without stored columns has no outliers.
+        rotation: Size of the blocks in which the codes and the input are rotated, one of `reference.ROTATIONS` that
+            divides K; 0 for none. A rotated layer has no outliers, whatever its threshold and mode. Not part of a
+            state_dict.
     """
 
     def __init__(
@@ -59,6 +69,7 @@ class Int8Linear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.threshold, self.chosen_mode = threshold, mode
+        self.rotation = 0
         self.transposed = False  # whether it replaces a Conv1D, which is stored [K, N] in floating point
         self._packed: PackedWeight | None = None
         codes = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
@@ -73,19 +84,22 @@ class Int8Linear(nn.Linear):
         self.register_buffer("outlier_weight", None, persistent=False)
 
     @classmethod
-    def from_float(cls, source: nn.Linear, threshold: float = DEFAULT_THRESHOLD) -> Int8Linear:
+    def from_float(cls, source: nn.Linear, threshold: float = DEFAULT_THRESHOLD, rotation: int = 0) -> Int8Linear:
         """Quantize a floating-point layer on its device, in mode dynamic.
 
         Args:
             source: The layer; it is not changed.
             threshold: Outlier threshold; 0 for none.
+            rotation: Size of the blocks to rotate in, such as `reference.rotation_of(K)`; 0 for none.
 
         Raises:
-            WeightError: A row of the weight holds NaN, infinity or a |w| beyond float16.
+            WeightError: A row of the weight holds NaN, infinity or a |w| beyond float16, or the rotation does not fit.
         """
-        codes, absmax = checked_quantize(source.weight.detach())
+        check_rotation(rotation, source.in_features)
+        weight = source.weight.detach()
+        codes, absmax = checked_quantize(rotate(weight, rotation) if rotation else weight)
         layer = cls(source.in_features, source.out_features, source.bias is not None, threshold)
-        layer.weight.data, layer.SCB.data = codes, absmax
+        layer.weight.data, layer.SCB.data, layer.rotation = codes, absmax, rotation
         layer.weight_format = layer.weight_format.to(codes.device)
         if source.bias is not None:
             layer.bias = nn.Parameter(source.bias.detach().clone(), requires_grad=False)
@@ -93,7 +107,12 @@ class Int8Linear(nn.Linear):
 
     @property
     def mode(self) -> LayerMode:
-        """The outlier mode that the layer computes in: `chosen_mode`, or the default for the layer's device."""
+        """The outlier mode that the layer computes in: `chosen_mode`, or the default for the layer's device.
+
+        A rotated layer has no outliers, which is mode dynamic without a threshold.
+        """
+        if self.rotation:
+            return "dynamic"
         return self.chosen_mode or default_mode(self.SCB.device.type)
 
     @mode.setter
@@ -141,9 +160,10 @@ class Int8Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Compute the layer for x [..., K]: [..., N] in x's dtype. On a GPU this only launches kernels."""
         flat = x.reshape(-1, self.in_features)
-        # In these modes a result must not depend on a token's neighbors or on the batch: sequences that are short
-        # enough for the decode path take it in a batch of any size, a few sequences at a time.
-        if self.mode in STATIC_MODES and x.dim() > 2 and x.shape[-2] <= DECODE_TOKENS < len(flat):
+        # In these modes, and rotated, a result must not depend on a token's neighbors or on the batch: sequences that
+        # are short enough for the decode path take it in a batch of any size, a few sequences at a time.
+        alone = self.rotation or self.mode in STATIC_MODES
+        if alone and x.dim() > 2 and x.shape[-2] <= DECODE_TOKENS < len(flat):
             product = torch.cat([self._product(tokens) for tokens in flat.split(DECODE_TOKENS)])
         else:
             product = self._product(flat)
@@ -156,9 +176,11 @@ class Int8Linear(nn.Linear):
             if self._packed is not None:
                 self.unpack()
             columns = self._static_columns() if self.mode in STATIC_MODES else (None, None)
-            product = linear(x, self._stored(), self.SCB, self.bias, self.threshold, self.mode, *columns)
+            how = (self.threshold, self.mode, *columns, self._checked_rotation())
+            product = linear(x, self._stored(), self.SCB, self.bias, *how)
         elif torch.compiler.is_compiling():
-            product = packed_linear(x, self.pack().parts, self.bias, self.out_features, self.threshold, self.mode)
+            how = (self.threshold, self.mode, self.rotation)
+            product = packed_linear(x, self.pack().parts, self.bias, self.out_features, *how)
         elif self.mode == "bitsandbytes":
             product = bitsandbytes.linear(x, self.pack(), self.SCB, self.bias, self.threshold)
         else:
@@ -174,20 +196,30 @@ class Int8Linear(nn.Linear):
             weight = torch.zeros(self.out_features, 0, dtype=torch.float16, device=device)
         return columns, weight
 
+    def _checked_rotation(self) -> int:
+        """`rotation`; WeightError if there are outlier columns, too: they are columns of the weight before it."""
+        if self.rotation and self.outlier_columns is not None:
+            raise WeightError(
+                f"Int8Linear weight {[self.out_features, self.in_features]}: has both a rotation and outlier columns; "
+                "convert the model again, with only one of them"
+            )
+        return self.rotation
+
     def pack(self) -> PackedWeight:
         """Move the weight into the layout of the CPU's int8 units; `weight` then keeps its shape but has no values."""
-        packed = self._packed
-        if packed is not None and (packed.static is not None) == (self.mode in STATIC_MODES):
+        packed, rotation = self._packed, self._checked_rotation()
+        if packed is not None and (packed.static is not None, packed.rotation) == (self.mode in STATIC_MODES, rotation):
             return packed
         from quantize8.kernels.packed import PackedWeight
 
         if packed is not None:
-            self.unpack()  # it was packed for another mode
+            self.unpack()  # it was packed for another mode or rotation
 
         with _PACKING, torch.inference_mode(False):  # training may follow, and cannot use tensors of inference mode
             if self._packed is None:
-                codes, columns = self._stored().data, self._static_columns() if self.mode in STATIC_MODES else ()
-                self._packed = PackedWeight(codes, self.SCB.data, None, *columns)
+                codes, static = self._stored().data, self.mode in STATIC_MODES
+                columns = self._static_columns() if static else (None, None)
+                self._packed = PackedWeight(codes, self.SCB.data, None, columns[0], columns[1], rotation)
                 self._stored().data = codes.new_zeros(()).expand(codes.shape)
             return self._packed
 
@@ -203,8 +235,9 @@ class Int8Linear(nn.Linear):
         return self._stored().data if self._packed is None else self._packed.codes()
 
     def dequantize(self) -> Tensor:
-        """The float32 weight [N, K] that the codes represent."""
-        return self.codes().float() * (self.SCB / INT8_MAX)[:, None]
+        """The float32 weight [N, K] that the codes represent, rotated back if they are rotated."""
+        weight = self.codes().float() * (self.SCB / INT8_MAX)[:, None]
+        return rotate(weight, self.rotation) if self.rotation else weight
 
     def _packs_for(self, x: Tensor) -> bool:
         """Whether the packed weight can be used: on a CPU, without gradients.
@@ -225,7 +258,8 @@ class Int8Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         """The layer's description in print(model)."""
-        return f"{super().extra_repr()}, int8, threshold={self.threshold}, mode={self.mode}"
+        outliers = f"threshold={self.threshold}, mode={self.mode}"
+        return f"{super().extra_repr()}, int8, {f'rotation={self.rotation}' if self.rotation else outliers}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
         """Move and cast as nn.Module does, but keep SCB in float32, as model.half() must not round scales."""
