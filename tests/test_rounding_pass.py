@@ -222,7 +222,7 @@ def test_errors(tmp_path):
         rounded(llama(tmp_path / "plain"))
     with pytest.raises(SourceError, match="encoder-decoder"):
         rounded(word_tokenizer(t5(tmp_path / "t5")[0]))
-    with pytest.raises(SourceError, match="input of model.layers.0.mlp.down_proj NaN or infinite"):
+    with pytest.raises(SourceError, match="down_proj NaN or infinite"):
         source = word_tokenizer(llama(tmp_path / "infinite", edit=infinite))
         rounded(source, wants=lambda name: "down_proj" in name)
     rounded(word_tokenizer(llama(tmp_path / "large", edit=spoil)))  # large, but finite
