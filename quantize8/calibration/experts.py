@@ -94,7 +94,7 @@ class RoundedExperts(SeparateExperts):
         with as_written():
             turned = values.t() if self.layout.projections[name].transposed else values
             weight: Array = np.array(turned.float().numpy(), order="C")
-            for part in self._parts[f"{self._path}.{name}"][expert]:
+            for part in self._parts.get(f"{self._path}.{name}", {}).get(expert, []):
                 if part.name in self._wanted:
                     weight[part.rows] = self._replace(part.name, np.ascontiguousarray(weight[part.rows]), inputs)
             whole = torch.from_numpy(weight).to(inputs.dtype)

@@ -193,14 +193,11 @@ class _Pass:
                     stack.callback(module.register_forward_pre_hook(_stop, prepend=True).remove)
             layouts, parts = experts_of(model, self._checkpoint, self._structure)
             for path, layout in layouts.items():
-                matrices = {f"{path}.{name}": parts.get(f"{path}.{name}", {}) for name in layout.projections}
-                names = {part.name for each in matrices.values() for pieces in each.values() for part in pieces}
-                if names & self._wanted.keys():
-                    module = model.get_submodule(path)
-                    rounded = RoundedExperts(path, module, layout, matrices, self._wanted, self.replace)
-                    module.forward = rounded.forward
-                    stack.callback(delattr, module, "forward")
-                    self.narrow |= matrices.keys()
+                module = model.get_submodule(path)  # also without a wanted matrix: their own code may lack float64
+                rounded = RoundedExperts(path, module, layout, parts, self._wanted, self.replace)
+                module.forward = rounded.forward
+                stack.callback(delattr, module, "forward")
+                self.narrow |= {f"{path}.{name}" for name in layout.projections}
             yield
 
     def replace(self, name: str, weight: Array, x: Tensor) -> Array:

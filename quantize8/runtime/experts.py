@@ -29,6 +29,7 @@ class SeparateExperts(nn.Module):
         self._source: Any
         # For its activation function, and for dequantizing; set in this way it is not a submodule of the model
         self.__dict__["_source"] = source
+        self._is_dense = is_dense(source)
         if hasattr(source, _NORM):
             self.add_module(_NORM, getattr(source, _NORM))
 
@@ -71,7 +72,7 @@ class SeparateExperts(nn.Module):
         inner: Tensor = self.project(self.first, expert, inputs)
         if self.first != GATED:
             inner = source.act_fn(inner)
-        elif is_dense(source):
+        elif self._is_dense:
             gate, up = inner.chunk(2, dim=-1)
             inner = up * source.act_fn(gate)
         else:
