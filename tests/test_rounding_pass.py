@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from quantize8 import SourceError
 from quantize8.calibration import rounding as module
 from quantize8.calibration.activations import linear_layers
-from quantize8.calibration.rounding import LEAST_TOKENS, choose_codes
+from quantize8.calibration.rounding import LEAST_TOKENS, choose_codes, rounded_inputs
 from quantize8.kernels import cpu, reference
 from quantize8.kernels.reference import INT8_MAX
 from quantize8.kernels.rounding import defined_codes, defined_factor, defined_gram, nearest_codes
@@ -94,7 +94,7 @@ def plainly(source: Path, size: int, context: int) -> dict[str, tuple[np.ndarray
                     h = torch.from_numpy(reference.rotate(np.eye(size, dtype=np.float32), size)).double()
                     x = (x.reshape(-1, size) @ h).reshape(x.shape)
                     weight = reference.rotate(weight, size)
-                x = x.float().bfloat16().float().numpy()
+                x = rounded_inputs(x)
                 scales = row_scales(weight)
                 codes = defined_codes(weight, scales, *defined_factor(defined_gram(x)))
                 values = codes * scales
@@ -119,6 +119,24 @@ def test_a_pass_gives_what_a_run_of_the_whole_model_for_each_layer_gives(kind, s
         int((nearest_codes(*_weight(rounding, name)) != codes).sum()) for name, (codes, _) in expected.items()
     )
     assert nearest > 100
+
+
+def test_inputs_are_rounded_to_bfloat16_numbers_and_no_closer_than_a_sixteenth_of_the_mean():
+    x = torch.randn(700, 90, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 10 ** torch.arange(
+        -45, 45
+    )
+    x[3] *= 1000
+    x[:, 7] = 0
+    values = torch.from_numpy(rounded_inputs(x))
+    assert torch.equal(values, values.bfloat16().float())
+    mean = x.abs().mean(0)
+    inside = (mean > 1e-35) & (mean < 1e35)
+    error = (values.double() - x).abs()[:, inside]
+    assert (error <= torch.maximum(mean[inside] / 32, x.abs()[:, inside] * 2**-8)).all()
+    steps = 2 ** torch.floor(torch.log2(mean[inside]) - 4)
+    near = x.abs()[:, inside] < 200 * steps
+    assert ((values[:, inside] / steps) % 1 == 0)[near].all()
+    assert not np.isfinite(rounded_inputs(torch.tensor([[1.0, torch.nan, torch.inf]] * 2))).all(0)[1:].any()
 
 
 def _weight(rounding, name):
@@ -159,7 +177,7 @@ def test_a_run_that_was_interrupted_continues_with_the_same_codes(tmp_path):
     assert not rest.earlier.keys() & rest.kept.keys() and again == report
 
 
-@pytest.mark.parametrize("make", [*FUSED, mixtral, qwen3_moe], ids=str)
+@pytest.mark.parametrize("make", [*FUSED, mixtral, qwen3_moe], ids=lambda value: getattr(value, "__name__", str(value)))
 def test_each_expert_has_codes_under_its_own_name(make, tmp_path):
     source = word_tokenizer(make(tmp_path / "source") if callable(make) else fused(tmp_path / "source", make))
     checkpoint = open_checkpoint(str(source))
@@ -199,7 +217,8 @@ def test_the_second_projection_of_an_expert_is_rounded_for_what_the_first_ones_g
                 x = torch.nn.functional.silu(x @ dense["w1"].T) * (x @ dense["w3"].T)
             name = f"model.layers.0.block_sparse_moe.experts.{expert}.{part}.weight"
             weight, scales = _weight(rounding, name)
-            gram = defined_gram(x.float().bfloat16().float().numpy())
+            with as_written():
+                gram = defined_gram(rounded_inputs(x))
             codes = defined_codes(weight, scales, *defined_factor(gram))
             np.testing.assert_array_equal(rounding.kept[name][0], codes)
             dense[part] = torch.from_numpy(codes * scales).double()
