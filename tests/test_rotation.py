@@ -12,9 +12,10 @@ from helpers.making import SIZES, llama, mixtral, saved
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen2ForCausalLM
 
-from quantize8 import OutputError, SourceError, convert, load, verify
+from quantize8 import OutputError, SourceError, WeightError, convert, load, verify
 from quantize8.kernels import cpu, reference
 from quantize8.runtime.linear import Int8Linear
+from quantize8.runtime.training import requantize
 from quantize8.sources import open_checkpoint
 
 IDS = torch.arange(2, 42)[None]
@@ -255,3 +256,24 @@ def test_cpu_and_reference_rotate_alike():
     values = np.random.default_rng(0).standard_normal((3, 512)).astype(np.float32)
     for size in (256, 64, 16):
         np.testing.assert_array_equal(cpu.rotate(values, size), reference.rotate(values, size))
+
+
+def test_a_rotated_model_is_not_saved_in_a_format_without_rotation(source, tmp_path):
+    convert(str(source), tmp_path / "out", **ROTATED)
+    model, _ = load(tmp_path / "out", "cpu", dtype="float32")
+    with pytest.raises(WeightError, match=r"q_proj: is rotated, and a model is saved in the bitsandbytes format"):
+        model.save_pretrained(tmp_path / "saved")
+    expected = model(IDS).logits
+    plain = model.dequantize(torch.float32)
+    assert (plain(IDS).logits - expected).norm() / expected.norm() < 0.05
+
+
+def test_what_is_added_to_a_rotated_layer_is_rotated():
+    """A merged weight is in the basis of the source, and its codes are in that of the layer."""
+    torch.manual_seed(0)
+    layer = Int8Linear.from_float(torch.nn.Linear(256, 40), threshold=0, rotation=256)
+    merged = layer.dequantize() + torch.randn(40, 2) @ torch.randn(2, 256) * 0.01
+    requantize(layer, merged)
+    assert (layer.dequantize() - merged).norm() / merged.norm() < 0.02
+    x = torch.randn(3, 256)
+    torch.testing.assert_close(layer(x), x @ layer.dequantize().t() + layer.bias, rtol=1e-4, atol=1e-4)

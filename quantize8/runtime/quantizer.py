@@ -164,7 +164,16 @@ class Int8Quantizer(HfQuantizer):
         """The tensors that save_pretrained writes: the bitsandbytes format, or the weights that are trained.
 
         Experts are dequantized, as the format has no int8 experts.
+
+        Raises:
+            WeightError: A layer is rotated, which the format cannot say.
         """
+        for name, module in model.named_modules():
+            if isinstance(module, Int8Linear) and module.rotation:
+                raise WeightError(
+                    f"{name}: is rotated, and a model is saved in the bitsandbytes format, which is not; copy the "
+                    "artifact instead, or call dequantize() first"
+                )
         state: dict[str, Tensor] = model.state_dict()
         for name, module in model.named_modules():
             if isinstance(module, Int8Experts):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from quantize8.errors import SourceError, WeightError
 from quantize8.kernels import cpu
 from quantize8.kernels.devices import default_mode
-from quantize8.kernels.operator import linear
+from quantize8.kernels.operator import linear, rotate
 from quantize8.kernels.reference import DEFAULT_THRESHOLD, INT8_MAX, LayerMode
 from quantize8.runtime.linear import Int8Linear, checked_quantize, quantize
 
@@ -252,6 +252,8 @@ def requantize(layer: Int8Linear, weight: Tensor) -> None:
     if stored is not None and exact is not None:
         added = (weight - layer.dequantize())[:, stored]
         weight = weight.index_copy(1, stored, exact.float() + added)
+    if layer.rotation:
+        weight = rotate(weight, layer.rotation)
     nearest, absmax = checked_quantize(weight)
     codes = dithered_codes(weight, absmax)
     if stored is not None:
