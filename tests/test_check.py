@@ -167,6 +167,22 @@ def test_a_fault_is_found_and_named(fault, whole, tmp_path):
     assert any(name in str(caught.value) for name in changed) and "\n" not in str(caught.value)
 
 
+def test_chosen_codes_may_be_farther_off(whole, tmp_path):
+    source = str(whole[0])
+
+    def by_one(codes):
+        steps = 2 * torch.randint(2, codes.shape, generator=torch.Generator().manual_seed(0)) - 1
+        return (codes + steps).clamp(-127, 127).to(torch.int8)
+
+    near = spoiled(whole[1], tmp_path / "near", lambda s: codes(s, UP, by_one))
+    assert check(open_checkpoint(source), open_checkpoint(str(near)), "gptq").error < 0.1
+    with pytest.raises(ArtifactError, match=UP):
+        check(open_checkpoint(source), open_checkpoint(str(near)))
+    swapped = spoiled(whole[1], tmp_path / "swapped", FAULTS["two rows swapped"])
+    with pytest.raises(ArtifactError, match=UP):
+        check(open_checkpoint(source), open_checkpoint(str(swapped)), "gptq")
+
+
 def test_a_transposed_conv1d_is_found(tmp_path):
     source = saved(tmp_path / "source", transformers.GPT2LMHeadModel, **GPT2)
     convert(str(source), tmp_path / "int8")

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from quantize8.artifact.manifest import CHECK_FAILED
+from quantize8.artifact.manifest import CHECK_FAILED, Manifest
 from quantize8.conversion import driver
 from quantize8.conversion.driver import Progress, make_quantizers
 from quantize8.conversion.options import ConvertOptions, options_of, takes_options
@@ -21,6 +21,7 @@ from quantize8.conversion.result import Conversion
 from quantize8.destinations.base import destination_of
 from quantize8.destinations.local import LocalFolder
 from quantize8.errors import ArtifactError, OutputError, Quantize8Error
+from quantize8.kernels import GPTQ, NEAREST
 from quantize8.optional import problem, require
 from quantize8.runtime.comparison import Check
 from quantize8.sources import open_checkpoint
@@ -152,6 +153,12 @@ def _refuse(
         raise OutputError(f"push-to-hub {push_to_hub}: needs files on this machine, not at {store}; leave one out")
 
 
+def _rounding(manifest: Manifest) -> str:
+    """How the codes of an artifact were chosen, nearest or gptq."""
+    found = {record.quantized.rounding for record in manifest.tensors.values() if record.quantized is not None}
+    return GPTQ if GPTQ in found else NEAREST
+
+
 def _check_artifact(result: Conversion, check: bool | None, seconds: float) -> None:
     """Check a complete artifact on this machine if requested, or if that takes less time than converting (`seconds`).
 
@@ -170,7 +177,7 @@ def _check_artifact(result: Conversion, check: bool | None, seconds: float) -> N
     from quantize8.runtime.check import check as compare
 
     try:
-        result.check = compare(source, open_checkpoint(str(out)))
+        result.check = compare(source, open_checkpoint(str(out)), _rounding(result.manifest))
     except Quantize8Error as error:
         (out / CHECK_FAILED).write_text(f"{error}\n", encoding="utf-8")
         raise ArtifactError(str(error)) from None
