@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import json
 import random
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from benchmarks.cpu import write
-from benchmarks.emulations import decode, exact, int8_layers
+from benchmarks.cpu import RESULTS, write
+from benchmarks.emulations import decode, int8_layers
 from quantize8 import convert, load
 from quantize8.calibration.scoring import Pairs, compare
+from quantize8.commands.evaluate import interval
 from quantize8.demo import MODEL, find_model
 from quantize8.files import TEXT
 from quantize8.runtime.loading import find_tokenizer, quiet
@@ -38,6 +40,7 @@ from quantize8.sources import open_checkpoint
 
 TOKENS, CONTEXT = 2048, 1024  # scored in two windows; the text after them is for calibration
 ROUNDS, TIMED_TOKENS = 15, 512
+BASE = "plain int8, no outliers"  # the times are relative to its
 ALPHA = 0.5  # for smoothing: SmoothQuant's default
 Wrap = Callable[[Any], contextlib.AbstractContextManager[None]]
 
@@ -59,34 +62,41 @@ class Variant:
 def variants() -> list[Variant]:
     """All variants; bitsandbytes is first, and the others are compared with it."""
     plain: dict[str, Any] = {}
-    auto, mse = {"calibrate": True}, {"calibrate": True, "scale": "mse"}
+    auto, gptq = {"calibrate": True}, {"calibrate": True, "rounding": "gptq"}
+    mse, none, smooth = {"scale": "mse"}, {"outlier_columns": 0}, {"smooth": ALPHA}
+    rotated: dict[str, Any] = {"format": "compressed-tensors", "rotate": 256}
+    down = partial(decode, only="down_proj")
     rows = [
         Variant("bitsandbytes, threshold 6", plain, None),
-        Variant("bitsandbytes, a calibrated artifact", auto, None),
+        Variant("bitsandbytes, gptq", {**gptq, **none}, None),
         Variant("plain int8, no outliers", plain, threshold=0.0),
-        Variant(f"plain int8, smoothing {ALPHA:g}", {**auto, "outlier_columns": 0, "smooth": ALPHA}, threshold=0.0),
-        *(Variant(f"dynamic, threshold {t:g}", plain, threshold=t) for t in (6.0, 3.0)),
-        *(Variant(f"static, {n} columns", {**auto, "outlier_columns": n}, "static") for n in (4, 8, 16, 32, 64)),
+        Variant("plain int8, gptq", {**gptq, **none}, threshold=0.0),
+        Variant(f"plain int8, smoothing {ALPHA:g}", {**auto, **none, **smooth}, threshold=0.0),
+        Variant("dynamic, threshold 6", plain, threshold=6.0),
+        Variant("dynamic, threshold 6, gptq", {**gptq, **none}, threshold=6.0),
+        Variant("dynamic, threshold 3", plain, threshold=3.0),
+        *(Variant(f"static, {n} columns", {**auto, "outlier_columns": n}, "static") for n in (8, 64)),
         Variant("static, auto", auto, "static"),
-        Variant("static, auto, scale mse", mse, "static"),
-        Variant(f"static, auto, smoothing {ALPHA:g}", {**auto, "smooth": ALPHA}, "static"),
-        *(Variant(f"static, auto, top {k} exact", auto, "static", wrap=partial(exact, top=k)) for k in (1, 8)),
-        Variant("static, auto, down_proj in 16-bit", auto, "static", wrap=partial(decode, only="down_proj")),
+        Variant("static, auto, gptq", gptq, "static"),
+        Variant("static, auto, down_proj in 16-bit", auto, "static", wrap=down),
         Variant("hybrid, no columns", plain, "hybrid"),
-        *(Variant(f"hybrid, {n} columns", {**auto, "outlier_columns": n}, "hybrid") for n in (8, 16)),
         Variant("hybrid, auto", auto, "hybrid"),
-        Variant("hybrid, auto, scale mse", mse, "hybrid"),
-        Variant(f"hybrid, auto, smoothing {ALPHA:g}", {**auto, "smooth": ALPHA}, "hybrid"),
-        Variant("weights only, plain", plain, "dynamic", wrap=decode),
-        Variant(
-            "weights only, scale mse", {"scale": "mse", "calibrate": True, "outlier_columns": 0}, "static", wrap=decode
-        ),
-        *(
-            Variant(f"weights only, {n} columns", {**auto, "outlier_columns": n}, "static", wrap=decode)
-            for n in (8, 16)
-        ),
+        Variant("hybrid, auto, scale mse", {**auto, **mse}, "hybrid"),
+        Variant("hybrid, auto, gptq", gptq, "hybrid"),
+        Variant(f"hybrid, auto, smoothing {ALPHA:g}", {**auto, **smooth}, "hybrid"),
+        Variant("rotated", rotated),
+        Variant("rotated, scale mse", {**rotated, **auto, **mse}),
+        Variant("rotated, gptq", {**rotated, **gptq}),
+        Variant("rotated, gptq, scale mse", {**rotated, **gptq, **mse}),
+        Variant("rotated, gptq, down_proj in 16-bit", {**rotated, **gptq}, wrap=down),
+        Variant("weights only, plain", plain, wrap=decode),
+        Variant("weights only, scale mse", {**auto, **mse, **none}, wrap=decode),
+        Variant("weights only, gptq", {**gptq, **none}, wrap=decode),
+        Variant("weights only, gptq, scale mse", {**gptq, **mse, **none}, wrap=decode),
         Variant("weights only, auto", auto, "static", wrap=decode),
-        Variant("weights only, auto, scale mse", mse, "static", wrap=decode),
+        Variant("weights only, auto, gptq", gptq, "static", wrap=decode),
+        Variant("weights only, rotated", rotated, wrap=decode),
+        Variant("weights only, rotated, gptq", {**rotated, **gptq}, wrap=decode),
     ]
     return rows
 
@@ -97,61 +107,49 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="a checkpoint; SmolLM2-135M-Instruct if left out")
     parser.add_argument("--name", default=MODEL)
     parser.add_argument("--only", default="", help="names of variants, with semicolons between; all if left out")
+    parser.add_argument("--text", type=Path, default=TEXT, help="the text to score")
+    parser.add_argument("--calibrate", type=Path, default=None, help="the rest of the scored text if left out")
+    parser.add_argument(
+        "--part", choices=["both", "scores", "times"], default="both", help="times: add them to a table"
+    )
     arguments = parser.parse_args()
     source = arguments.model or find_model()
     names = [name.strip() for name in arguments.only.split(";") if name.strip()]
     chosen = [variant for variant in variants() if not names or variant.name in names]
+    result = f"quality-{arguments.name}".lower()
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(source, Path(folder), chosen)
+        work = Work(source, Path(folder), arguments.text, arguments.calibrate)
+        if arguments.part == "times":
+            found = json.loads((RESULTS / f"{result}.json").read_text())
+        else:
+            found = {"model": arguments.name, **scores(work, chosen)}
+        if arguments.part != "scores":
+            add_costs(work, [variant for variant in chosen if variant.name in found["rows"]], found["rows"])
     print(table(found["rows"]))
-    print(f"written to {write(f'quality-{arguments.name}'.lower(), {'model': arguments.name, **found})}")
+    print(f"written to {write(result, found)}")
 
 
-def measure(source: str, folder: Path, chosen: list[Variant]) -> dict[str, Any]:
-    """The figures of each variant, by name."""
-    if source.endswith(".gguf"):  # the same numbers, faster to read repeatedly
-        source = str(convert(source, folder / "source", format="float16").out)
-    ids, calibration = texts(source, folder)
-    reference, _ = load(source, "cpu", dtype="float32")
-    makers = Artifacts(source, folder, calibration)
-    rows: dict[str, dict[str, Any]] = {}
-    layers: dict[str, dict[str, nn.Module]] = {}
-    blocks = _sampled(reference.config.num_hidden_layers)
-    for variant in chosen:
-        model = makers.load(variant)
-        with variant.wrap(model) if variant.wrap else contextlib.nullcontext(), torch.inference_mode():
-            rows[variant.name] = figures(compare(model, reference, ids, CONTEXT))
-        rows[variant.name]["bytes"] = makers.size(variant)
-        print(variant.name, rows[variant.name], flush=True)
-        if variant.wrap is None:
-            layers[variant.name] = {
-                name: copy.deepcopy(layer) for name, layer in int8_layers(model).items() if name.split(".")[2] in blocks
-            }
-        del model
-    inputs = _inputs(reference, ids[:TIMED_TOKENS], set().union(*layers.values()))
-    for name, cost in costs(layers, inputs).items():
-        rows[name]["cost"] = cost
-    base = next(iter(rows.values()))["kl"]
-    for row in rows.values():
-        row["ratio"] = round(row["kl"] / base, 3)
-    return {"tokens": len(ids), "context": CONTEXT, "rows": rows}
+class Work:
+    """The source, the tokens to score, and artifacts by the options they were made with; each is made only once.
 
+    Args:
+        source: A checkpoint.
+        folder: An empty folder for the artifacts.
+        text: The text to score.
+        calibration: The text to calibrate with; None for the part of `text` after the scored tokens.
+    """
 
-def texts(source: str, folder: Path) -> tuple[Tensor, Path]:
-    """Token ids to score, and a file with the text after them."""
-    with quiet():
-        tokenizer = find_tokenizer(open_checkpoint(source))
-        encoded = tokenizer(TEXT.read_text(), return_offsets_mapping=True, return_tensors="pt")
-    rest = TEXT.read_text()[int(encoded["offset_mapping"][0, TOKENS - 1, 1]) :]
-    path = folder / "calibration.txt"
-    path.write_text(rest)
-    return encoded["input_ids"][0, :TOKENS], path
-
-
-class Artifacts:
-    """Artifacts by the options they were made with; each is made only once."""
-
-    def __init__(self, source: str, folder: Path, calibration: Path) -> None:
+    def __init__(self, source: str, folder: Path, text: Path = TEXT, calibration: Path | None = None) -> None:
+        if source.endswith(".gguf"):  # the same numbers, faster to read repeatedly
+            source = str(convert(source, folder / "source", format="float16").out)
+        with quiet():
+            tokenizer = find_tokenizer(open_checkpoint(source))
+            encoded = tokenizer(text.read_text(), return_offsets_mapping=True, return_tensors="pt")
+        if calibration is None:
+            calibration = folder / "calibration.txt"
+            calibration.write_text(text.read_text()[int(encoded["offset_mapping"][0, TOKENS - 1, 1]) :])
+        self.ids = encoded["input_ids"][0, :TOKENS]
+        self.reference = load(source, "cpu", dtype="float32")[0]
         self._source, self._folder, self._calibration = source, folder, calibration
         self._made: dict[str, Path] = {}
 
@@ -173,14 +171,57 @@ class Artifacts:
         key = repr(sorted(made.items()))
         if key not in self._made:
             options = {**made, "calibrate": self._calibration} if made.get("calibrate") else made
-            self._made[key] = convert(self._source, self._folder / str(len(self._made)), **options).out
+            out = self._folder / str(len(self._made))
+            self._made[key] = convert(self._source, out, check=False, **options).out
         return self._made[key]
 
 
+def scores(work: Work, chosen: list[Variant]) -> dict[str, Any]:
+    """The figures of each variant, by name, without times."""
+    rows: dict[str, dict[str, Any]] = {}
+    for variant in chosen:
+        model = work.load(variant)
+        with variant.wrap(model) if variant.wrap else contextlib.nullcontext(), torch.inference_mode():
+            rows[variant.name] = figures(compare(model, work.reference, work.ids, CONTEXT))
+        rows[variant.name]["bytes"] = work.size(variant)
+        print(variant.name, rows[variant.name], flush=True)
+        del model
+    base = next(iter(rows.values()))["kl"]
+    for row in rows.values():
+        row["ratio"] = round(row["kl"] / base, 3)
+    return {"tokens": len(work.ids), "context": CONTEXT, "rows": rows}
+
+
+def add_costs(work: Work, chosen: list[Variant], rows: dict[str, dict[str, Any]]) -> None:
+    """Measure the times, and put them into the rows. Codes to nearest take as long as chosen ones."""
+    blocks = _sampled(work.reference.config.num_hidden_layers)
+    layers: dict[str, dict[str, nn.Module]] = {}
+    same: dict[str, str] = {}  # name of a variant -> the one whose time it has
+    for variant in chosen:
+        if variant.wrap is None:
+            made = {key: value for key, value in variant.made.items() if key not in ("rounding", "scale")}
+            if not {"smooth", "outlier_columns"} & made.keys() and (made.get("rotate") or variant.mode is None):
+                made.pop("calibrate", None)
+            like = replace(variant, made=made, name="")
+            same[variant.name] = repr(like)
+            if repr(like) not in layers:
+                found = int8_layers(work.load(like))
+                layers[repr(like)] = {
+                    name: copy.deepcopy(layer) for name, layer in found.items() if name.split(".")[2] in blocks
+                }
+    inputs = _inputs(work.reference, work.ids[:TIMED_TOKENS], set().union(*layers.values()))
+    found_costs = costs(layers, inputs, same.get(BASE, ""))
+    for name, like_name in same.items():
+        if like_name in found_costs:
+            rows[name]["cost"] = found_costs[like_name]
+
+
 def figures(pairs: Pairs) -> dict[str, Any]:
-    """KL divergence in nats per token, top-1 agreement, and perplexities."""
+    """KL divergence in nats per token with half its 95% interval, top-1 agreement, and perplexities."""
+    found = interval(pairs.kl)
     return {
         "kl": round(float(pairs.kl.mean()), 6),
+        "within": None if found.high is None else round(found.high - found.value, 6),
         "median": round(float(np.median(pairs.kl)), 8),
         "p99": round(float(np.quantile(pairs.kl, 0.99)), 5),
         "top1": round(float(pairs.same_top1.mean()), 4),
@@ -190,9 +231,8 @@ def figures(pairs: Pairs) -> dict[str, Any]:
     }
 
 
-def costs(layers: dict[str, dict[str, nn.Module]], inputs: dict[str, Tensor]) -> dict[str, float]:
-    """Time of each variant's layers relative to plain int8."""
-    base = "plain int8, no outliers"
+def costs(layers: dict[str, dict[str, nn.Module]], inputs: dict[str, Tensor], base: str) -> dict[str, float]:
+    """Time of each variant's layers relative to those of `base`."""
     if base not in layers:
         return {}
     least = dict.fromkeys(layers, 0.0)
@@ -219,9 +259,10 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     ]
     for name, row in rows.items():
         cost = f"{row['cost']:.2f}" if "cost" in row else ""
-        more = f"{row['bytes'] / smallest - 1:+.1%}" if row["bytes"] != smallest else ""
+        more = f"{row['bytes'] / smallest - 1:+.1%}" if row["bytes"] > 1.0005 * smallest else ""
+        within = f" ± {row['within']:.5f}" if row.get("within") is not None else ""
         lines.append(
-            f"| {name} | {row['kl']:.5f} | {row['ratio']:.2f} | {row['p99']:.3f} | {row['top1']:.1%} | "
+            f"| {name} | {row['kl']:.5f}{within} | {row['ratio']:.2f} | {row['p99']:.3f} | {row['top1']:.1%} | "
             f"{row['perplexity']:.3f} | {cost} | {more} |"
         )
     return "\n".join(lines)
