@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -33,6 +34,7 @@ def run(device: torch.device, small: bool = False) -> Iterator[dict[str, Any]]:
         ("quantize_rowwise and column_stats", check_rowwise),
         ("dequantize", check_dequantize),
         ("quantize_activations and the outlier list", check_activations),
+        ("rotation", check_rotation),
         ("weight_only_matmul", check_decode),
         ("mixed_matmul, every tile", check_prefill),
         ("fallbacks", check_fallbacks),
@@ -153,6 +155,26 @@ def check_activations(device: torch.device, small: bool) -> str | None:
                 return f"outlier list of {dtype} [{tokens}, {columns}]"
             if not np.array_equal(numpy(ours.codes), codes) or not np.array_equal(numpy(ours.scale), scale):
                 return f"codes or scales of {dtype} [{tokens}, {columns}]"
+    return None
+
+
+def check_rotation(device: torch.device, small: bool) -> str | None:
+    cases = ((3, 48, 16), (2, 2112, 64), (3, 768, 256), (17, 576, 64), (2048, 4096, 256), (300, 14336, 256))
+    for dtype in DTYPES:
+        for tokens, columns, size in shapes(cases, small):
+            x = tokens_of(tokens, columns, dtype, 3)
+            codes, scale, _ = reference.quantize_activations(numpy(x), 0.0, rotation=size)
+            ours = gpu.quantize_activations(x.to(device), 0.0, size)
+            if not np.array_equal(numpy(ours.codes), codes) or not np.array_equal(numpy(ours.scale), scale):
+                return f"codes or scales of {dtype} [{tokens}, {columns}] in blocks of {size}"
+            rotated = numpy(gpu.rotate(x.to(device), size))
+            if not np.array_equal(rotated, reference.rotate(numpy(x).astype(np.float32), size)):
+                return f"{dtype} [{tokens}, {columns}] in blocks of {size}"
+            there, here = (replace(layer, rotation=size) for layer in layer_of(40, columns, device))
+            exact = reference.linear(numpy(x), here, None, 0.0)
+            error = error_over_rounding(gpu.linear(x.to(device), there, None, 0.0), exact)
+            if not error <= ROUNDING:
+                return f"product of {dtype} [{tokens}, {columns}] in blocks of {size}: {error:.3f} of rounding"
     return None
 
 

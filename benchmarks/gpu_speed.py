@@ -9,6 +9,7 @@ that they come from memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn import functional
 from benchmarks.stack import Stack
 from benchmarks.timing import CACHE_BYTES, eager_time, graph_time
 from quantize8.kernels import gpu
-from quantize8.kernels.reference import DECODE_TOKENS, Int8Weight
+from quantize8.kernels.reference import DECODE_TOKENS, Int8Weight, rotation_of
 
 QUANTIZE_SHAPES = ((4096, 4096), (14336, 4096), (28672, 8192), (128256, 4096))
 LINEAR_SHAPES = ((4096, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336))
@@ -70,15 +71,17 @@ def linears(
             floats = _weights(out_features, in_features, dtype, device)
             more = _weights(out_features, in_features, dtype, device)  # int8 has half the bytes, so twice the layers
             layers = [Int8Weight(*gpu.quantize_rowwise(weight)) for weight in floats + more]
+            rotated = [replace(layer, rotation=rotation_of(in_features)) for layer in layers]  # codes do not matter
             peers = [_peer(weight) for weight in floats] if dtype == torch.float16 and _bitsandbytes() else []
             for m in tokens:
                 x = _tokens(m, in_features, 0, dtype, device)
                 cublas = graph_time([_call(functional.linear, x, weight) for weight in floats])
+                in_blocks = graph_time([_call(gpu.linear, x, layer, None, 0.0) for layer in rotated])
                 for outliers in OUTLIERS if m > DECODE_TOKENS or peers else (0,):
                     x = _tokens(m, in_features, outliers, dtype, device)
                     row = {"N": out_features, "K": in_features, "M": m, "outliers": outliers, "dtype": str(dtype)}
                     row |= {"us": 1e6 * graph_time([_call(gpu.linear, x, layer, None, 6.0) for layer in layers])}
-                    row |= {"cublas_us": 1e6 * cublas}
+                    row |= {"cublas_us": 1e6 * cublas, "rotated_us": 1e6 * in_blocks}
                     if peers:
                         row |= {"bitsandbytes_us": 1e6 * eager_time([_call(peer, x) for peer in peers])}
                     yield row

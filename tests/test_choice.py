@@ -202,7 +202,7 @@ def test_arguments_are_packed_as_the_driver_reads_them():
 def test_the_command_line_shows_a_warning_in_one_line(capsys, monkeypatch):
     from quantize8 import cli
 
-    monkeypatch.setattr(cli, "app", lambda: warnings.warn("no GPU\nhere", DeviceWarning, stacklevel=1))
+    monkeypatch.setattr(cli, "app", lambda arguments: warnings.warn("no GPU\nhere", DeviceWarning, stacklevel=1))
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     with warnings.catch_warnings():
         warnings.simplefilter("always")

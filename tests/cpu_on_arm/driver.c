@@ -2,8 +2,8 @@
  *
  *     driver CASE RESULT
  *
- * CASE: int64 {rows of x, out features, in features, wide columns, exact columns, dtype, mode, threads}, float32
- * threshold; then codes int8 [N, K], absmax / 127 float32 [N / 32, 32], x [M, K], codes of x int8 [M, K], wide int64 [J],
+ * CASE: int64 {rows of x, out features, in features, wide columns, exact columns, dtype, mode, threads,
+ * rotation}, float32 threshold; then codes int8 [N, K], absmax / 127 float32 [N / 32, 32], x [M, K], codes of x int8 [M, K], wide int64 [J],
  * codes of wide columns int8 [N, J], second digits int8 [N, E], a weight float32 [N, K].
  * RESULT: out [M, N], sums int32 [M, N] of the codes, codes int8 [N, K] and absmax float32 [N] of the weight, and the
  * units that the processor has, int32.
@@ -26,7 +26,7 @@ int main(int count, char **names) {
   if (count != 3) return 2;
   FILE *file = fopen(names[1], "rb");
   if (!file) return 2;
-  int64_t *n = take(file, 8 * 8), M = n[0], N = n[1], K = n[2], J = n[3], E = n[4];
+  int64_t *n = take(file, 9 * 8), M = n[0], N = n[1], K = n[2], J = n[3], E = n[4];
   float threshold = *(float *)take(file, 4);
   int64_t blocks = ceil_div(N, BLOCK_N), bytes = n[5] == FLOAT32 ? 4 : 2;
   int8_t *codes = take(file, (size_t)(N * K));
@@ -54,7 +54,7 @@ int main(int count, char **names) {
   char *out = calloc((size_t)(M * N * bytes + 1), 1);
   int32_t *products = calloc((size_t)(M * N + 1), 4);
   struct q8_linear call = {x, out, tiles, scale, sums[0], NULL, wide, apart, sums[2], M, K, N, J, E,
-                           threshold, (int32_t)n[5], (int32_t)n[6], (int32_t)n[7]};
+                           threshold, (int32_t)n[5], (int32_t)n[6], (int32_t)n[7], (int32_t)n[8]};
   if (q8_linear(&call) || q8_multiply(x_codes, M, K, plain, sums[1], N, (int)n[7], products)) return 4;
 
   float *absmax = malloc((size_t)N * 4 + 4), *peaks = calloc((size_t)K, 4);

@@ -103,6 +103,15 @@ def main(what: str) -> None:
         x = [floats(tokens, columns, at=4), codes(tokens, columns), scales(tokens)]
         launch(kernels.quantize_activations("half", columns), (tokens, 1), [*x, *lists, 6.0, columns])
 
+    for tokens, columns, rotation in ((3, 16, 16), (2, 2112, 64), (2, 256, 256)):
+        x = floats(tokens, columns, at=4)
+        rest = [codes(tokens, columns), scales(tokens), None, None, None, 0.0, columns]
+        launch(kernels.quantize_activations("half", columns, rotation), (tokens, 1), [x, *rest])
+        rotated = np.zeros((tokens, columns), np.float32)
+        launch(kernels.rotate("half", rotation), (tokens, 1), [x, rotated, columns])
+        operands = [rotated, codes(9, columns), scales(9), floats(9), floats(tokens, 9)]
+        launch(kernels.weight_only_any("half", columns, rotated=True), (2, 1), [*operands, tokens, 9, columns])
+
     for tokens, rows, columns in ((1, 21, 2064), (11, 5, 16), (3, 9, 37)):
         operands = [floats(tokens, columns), codes(rows, columns), scales(rows), floats(rows), floats(tokens, rows)]
         sizes = [tokens, rows, columns]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cuda_on_cpu.emulation import ORDERS, EmulatedGpu
 
-from quantize8.errors import DeviceWarning
+from quantize8.errors import DeviceWarning, WeightError
 from quantize8.kernels import cuda as kernels
 from quantize8.kernels import gpu, reference
 from quantize8.kernels.reference import ColumnStats, Int8Weight
@@ -191,6 +191,47 @@ def test_activations_that_are_not_numbers(on, dtype):
             assert found.outliers[: found.count.item()].tolist() == np.flatnonzero(mask.any(0)).tolist()
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "columns", "rotation"),
+    [(3, 16, 16), (4, 2064, 16), (2, 64, 64), (3, 2112, 64), (2, 256, 256), (3, 8448, 256), (1, 32768, 256)],
+)
+def test_rotation_bit_for_bit(on, dtype, tokens, columns, rotation, order):
+    """Also rows that end within a warp, where lanes past the end must take part in the exchange."""
+    emulated = on(order=order)
+    x = activations_of(tokens, columns, dtype, 5)
+    expected_codes, expected_scale, _ = reference.quantize_activations(numpy(x), 6.0, rotation=rotation)
+    found = gpu.quantize_activations(x, 6.0, rotation)
+    np.testing.assert_array_equal(found.codes.numpy(), expected_codes)
+    np.testing.assert_array_equal(found.scale.numpy(), expected_scale)
+    assert found.outliers is None
+    expected = reference.rotate(numpy(x).astype(np.float32), rotation)
+    np.testing.assert_array_equal(gpu.rotate(x, rotation).numpy(), expected)
+    assert emulated.launched == ["quantize_activations", "rotate"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rotation", reference.ROTATIONS)
+def test_rotated_activations_that_are_not_numbers_spoil_their_token_alone(on, dtype, bad, rotation):
+    on()
+    x = activations_of(4, 2 * rotation, dtype, 3)
+    x[2, rotation + 3] = bad
+    expected_codes, expected_scale, _ = reference.quantize_activations(numpy(x), 0.0, rotation=rotation)
+    found = gpu.quantize_activations(x, 0.0, rotation)
+    np.testing.assert_array_equal(found.codes.numpy(), expected_codes)
+    np.testing.assert_array_equal(found.scale.numpy(), expected_scale)
+    rotated = gpu.rotate(x, rotation)
+    np.testing.assert_array_equal(rotated.numpy(), reference.rotate(numpy(x).astype(np.float32), rotation))
+    assert rotated.isfinite().all(1).tolist() == [True, True, False, True]
+
+
+def test_a_rotation_must_fit():
+    with pytest.raises(WeightError, match=r"a rotation in blocks of 64: .* divide 96 input features"):
+        gpu.rotate(torch.zeros(1, 96), 64)
+
+
 def error_over_rounding(y: torch.Tensor, exact: np.ndarray) -> float:
     """Distance from the exact result, over that of the exact result rounded to y's dtype."""
     rounded = torch.from_numpy(exact).to(y.dtype).double().numpy()
@@ -276,6 +317,42 @@ def test_weight_only_matmul(on, capability, dtype, out_features, in_features, to
         y = gpu.weight_only_matmul(x, weight, bias)
         assert error_over_rounding(y, exact) <= 1.05
     assert emulated.launched == ["weight_only_matmul"] * 2
+
+
+ROTATED = [  # capability, dtype, out features, in features, rotation
+    (AMPERE, torch.float16, 40, 64, 16),
+    (AMPERE, torch.bfloat16, 67, 1088, 64),
+    (HOPPER, torch.bfloat16, 259, 768, 256),
+    (TURING, torch.float16, 33, 256, 256),
+    (AMPERE, torch.float32, 21, 320, 64),
+]
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17, 70])
+@pytest.mark.parametrize("case", ROTATED, ids=lambda case: f"sm{case[0][0]}-{case[1]}-{case[-1]}")
+def test_a_rotated_layer_at_decode_and_prefill(on, case, tokens):
+    capability, dtype, out_features, in_features, rotation = case
+    emulated = on(capability, order=tokens % 4, processors=1)
+    x, plain = activations_of(tokens, in_features, dtype, 3), layer_of(out_features, in_features)
+    weight = Int8Weight(plain.codes, plain.absmax, rotation=rotation)
+    in_numpy = Int8Weight(plain.codes.numpy(), plain.absmax.numpy(), rotation=rotation)
+    for bias in (None, torch.randn(out_features).to(dtype)):
+        exact = reference.linear(numpy(x), in_numpy, None if bias is None else numpy(bias), 6.0)
+        y = gpu.linear(x, weight, bias, 6.0, "hybrid")  # a rotated weight has only one mode, and no warning
+        limit = 1.05 if dtype != torch.float32 else 2  # the sum of few terms varies more than its bound
+        assert y.dtype == dtype and error_over_rounding(y, exact) <= limit
+    second = "mixed_epilogue" if capability < AMPERE or dtype == torch.float32 else "mixed_matmul"
+    paths = ["rotate", "weight_only_matmul"] if tokens <= 16 else ["quantize_activations", second]
+    assert emulated.launched == paths * 2
+
+
+def test_a_rotated_token_does_not_depend_on_the_others(on):
+    on()
+    plain = layer_of(40, 128)
+    weight, x = Int8Weight(plain.codes, plain.absmax, rotation=64), activations_of(40, 128, torch.float16, 3)
+    every = gpu.linear(x, weight, None, 0.0)
+    x[20:] *= 7
+    assert torch.equal(gpu.linear(x, weight, None, 0.0)[:20], every[:20])
 
 
 @pytest.mark.parametrize("tokens", [0, 16, 17])

@@ -58,6 +58,19 @@ def test_a_layer_launches_and_waits_for_nothing(monkeypatch, capability, tokens)
     assert not others - (library_matmul if capability < (8, 0) else set()), others
 
 
+@pytest.mark.parametrize("tokens", [1, 17])
+def test_a_rotated_layer_launches_twice_and_waits_for_nothing(monkeypatch, tokens):
+    emulated = EmulatedGpu()
+    monkeypatch.setattr(gpu, "gpu_of", lambda index: emulated)
+    weight = Int8Weight(torch.ones(24, 64, dtype=torch.int8), torch.ones(24), rotation=64)
+    x, bias = torch.randn(tokens, 64).half(), torch.zeros(24).half()
+    with Watch() as watch:
+        gpu.linear(x, weight, bias, 6.0)
+    decode, prefill = ["rotate", "weight_only_matmul"], ["quantize_activations", "mixed_matmul"]
+    assert emulated.launched == (decode if tokens == 1 else prefill)
+    assert not set(watch.operations) - {"new_empty", "empty"}
+
+
 def test_the_watch_sees_waiting():
     with Watch(), pytest.raises(AssertionError, match="reads a result"):
         torch.ones(3).nonzero()

@@ -43,6 +43,21 @@ ACTIVATIONS = [
     ("quantize8.cuh", "magnitude(inverse) >= INFINITE ? 0.f : inverse", "inverse", "a token too small for an inverse"),
     ("quantize_activations.cu", ">= threshold;", "> threshold;", "an element at the threshold"),
 ]  # fmt: skip
+ROTATED = [
+    ("rotate.cuh", "__fadd_rn(a, -b)", "__fadd_rn(b, -a)", "a difference the wrong way round"),
+    ("rotate.cuh", "is_second ? -v[i] : v[i]", "-v[i]", "differences in both lanes"),
+    ("rotate.cuh", "h < ROTATION / VECTOR", "h <= ROTATION / VECTOR", "two blocks mixed"),
+    ("rotate.cuh", "h < VECTOR; h <<= 1", "h < VECTOR / 2; h <<= 1", "a stage left out"),
+    ("rotate.cuh", "threadIdx.x & h;", "threadIdx.x & 1;", "the sign of another stage"),
+    ("rotate.cuh", "__fmul_rn(v[i], 1.f / ROTATION_ROOT)", "__fmul_rn(v[i], 1.f / ROTATION)", "another factor"),
+    ("quantize_activations.cu", "ROTATION ? lane * VECTOR : 0", "0", "lanes past the end that take no part"),
+    ("quantize_activations.cu", "if (ROTATION && k >= columns) continue;\n", "", "codes past the end of a row"),
+    ("quantize_activations.cu", "  rotate_vector(v);\n", "", "no rotation"),
+    ("rotate.cu", "k - lane * VECTOR < columns", "k < columns", "lanes past the end that take no part"),
+    ("rotate.cu", "    if (k >= columns) continue;\n", "", "elements past the end of a row"),
+    ("rotate.cu", "rotated + row + k + 4", "rotated + row + k", "half of a vector written twice"),
+    ("weight_only_matmul.cu", "using Input = float;", "using Input = FLOAT;", "rotated activations of another type"),
+]  # fmt: skip
 DECODE = [
     ("weight_only_matmul.cu", "[2 * quad + (i & 1)] = sums[m][i];\n  __syncthreads();",
      "[2 * quad + (i & 1)] = sums[m][i];", "partial sums read early"),
@@ -86,6 +101,13 @@ def check_activations(on) -> None:
     test_kernels.test_activations_that_are_not_numbers(on, torch.bfloat16)
 
 
+def check_rotated(on) -> None:
+    for rotation in (16, 64, 256):
+        for order in (2, 3):
+            test_kernels.test_rotation_bit_for_bit(on, torch.float16, 3, 9 * rotation, rotation, order)
+    test_kernels.test_a_rotated_layer_at_decode_and_prefill(on, test_kernels.ROTATED[1], 16)
+
+
 def check_decode(on) -> None:
     test_kernels.test_weight_only_matmul(on, (8, 0), torch.float16, 21, 2064, 9)
     test_kernels.test_weight_only_matmul(on, (8, 0), torch.float16, 21, 2064, 11)
@@ -123,6 +145,7 @@ def passes_in_a_child(check: Callable[[], None]) -> bool:
 PLANTED = [
     *((check_rowwise, *bug) for bug in ROWWISE),
     *((check_activations, *bug) for bug in ACTIVATIONS),
+    *((check_rotated, *bug) for bug in ROTATED),
     *((check_decode, *bug) for bug in DECODE),
     *((check_prefill, *bug) for bug in PREFILL),
     *((check_hopper, *bug) for bug in HOPPER),
@@ -149,7 +172,9 @@ def test_a_planted_bug_is_caught(monkeypatch, tmp_path, check, file, right, wron
     assert not passes_in_a_child(lambda: check(on)), what
 
 
-@pytest.mark.parametrize("check", [check_rowwise, check_activations, check_decode, check_prefill, check_hopper])
+@pytest.mark.parametrize(
+    "check", [check_rowwise, check_activations, check_rotated, check_decode, check_prefill, check_hopper]
+)
 def test_the_checks_pass_on_the_kernels_as_they_are(monkeypatch, check):
     def on(capability=(8, 0), order=0, processors=4) -> EmulatedGpu:
         emulated = EmulatedGpu(capability, order, processors)
