@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from quantize8.errors import SourceError, first_line
 from quantize8.kernels.reference import Array
+from quantize8.memory import giving_back
 from quantize8.runtime.double import as_written
 from quantize8.runtime.loading import native_of, quiet
 from quantize8.runtime.state import LazyTensor, to_torch
@@ -71,7 +72,8 @@ def streamed(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, narrow:
             hooks.append(module.register_forward_pre_hook(unit.read))
             hooks.append(module.register_forward_hook(unit.drop, always_call=True))
     try:
-        yield model
+        with giving_back():
+            yield model
     finally:
         for hook in hooks:
             hook.remove()
