@@ -243,7 +243,7 @@ def test_a_dry_run_does_not_calibrate_and_says_so(sound, tmp_path, monkeypatch):
     console = Console(width=160)
     with console.capture() as shown:
         console.print(reports.conversion(result))
-    assert "columns are chosen from the text when the conversion runs, not in this plan" in shown.get()
+    assert "is made from the text when the conversion runs, not in this plan" in shown.get()
 
 
 def test_the_plan_knows_the_size_of_both_files(sound, tmp_path):

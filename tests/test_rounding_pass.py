@@ -51,7 +51,7 @@ class Rows:
     def stored(self, name):
         return self.earlier.get(name)
 
-    def keep(self, name, codes, scales):
+    def keep(self, name, codes, scales, is_nearest):
         assert codes.dtype == np.int8 and name not in self.kept
         self.kept[name] = codes, scales
 

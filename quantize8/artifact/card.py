@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize8.artifact.manifest import Manifest
+from quantize8.artifact.outliers import OUTLIERS_NAME
 from quantize8.formats.base import Format, make_format
 from quantize8.kernels import GPTQ
 from quantize8.sources.base import CONFIG_NAME
@@ -108,7 +109,7 @@ def _rows(folder: Path, manifest: Manifest) -> dict[str, str]:
         rows["scheme"] = scheme
     if errors:
         rows["recipe"] = f"{manifest.recipe['name']}, threshold {manifest.recipe['threshold']:g}"
-        rows["calibration"] = _calibration(manifest.calibration)
+        rows["calibration"] = _calibration(manifest.calibration, OUTLIERS_NAME in manifest.headers)
         chosen = sum(record.quantized.rounding == GPTQ for record in manifest.tensors.values() if record.quantized)
         if chosen:
             rows["rounding"] = f"{GPTQ} for {chosen} of {len(errors)} weights"
@@ -136,12 +137,12 @@ def _adapter(manifest: Manifest) -> dict[str, str]:
     return {"adapter": f"{source['adapter']}, merged; its weights have the BLAKE3 {source['adapter_blake3']}"}
 
 
-def _calibration(asked: dict[str, Any]) -> str:
+def _calibration(asked: dict[str, Any], has_columns: bool) -> str:
     if not asked:
         return "none"
     smooth = "" if asked["smooth"] is None else f", smoothed with alpha {asked['smooth']:g}"
-    text = f"{asked['tokens']} tokens of a text with BLAKE3 {asked['text_blake3']}"
-    columns = f"; outlier columns: {asked['outlier_columns']}" if asked["outlier_columns"] != 0 else ""
+    text = f"{asked.get('rounding_tokens', asked['tokens'])} tokens of a text with BLAKE3 {asked['text_blake3']}"
+    columns = f"; outlier columns: {asked['outlier_columns']}" if has_columns and asked["outlier_columns"] != 0 else ""
     return f"{text}{columns}{smooth}"
 
 

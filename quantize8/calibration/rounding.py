@@ -68,8 +68,8 @@ class Rounding(Protocol):
     def stored(self, name: str) -> tuple[Array, Array] | None:
         """Codes int8 [N, K] and scales float32 [N, G] that an earlier run kept; None if there are none."""
 
-    def keep(self, name: str, codes: Array, scales: Array) -> None:
-        """Take the codes int8 [N, K] and scales float32 [N, G] of a weight."""
+    def keep(self, name: str, codes: Array, scales: Array, is_nearest: bool) -> None:
+        """Take the codes int8 [N, K] and scales float32 [N, G] of a weight, and whether they are to nearest."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ class _Pass:
                 codes = nearest_codes(weight, scales)
             else:
                 codes = round_codes(weight, scales, *known.carried, torch.get_num_threads())
-            self._rounding.keep(name, codes, scales)
+            self._rounding.keep(name, codes, scales, known.carried is None)
         else:
             codes, scales = kept
         self._note(name, x.numel() < LEAST_TOKENS * x.shape[-1])
@@ -228,7 +228,7 @@ class _Pass:
             if self._rounding.stored(name) is None:
                 weight = _rotated(self._read(name), self._rounding.rotation(name))
                 weight, scales = self._rounding.scales(name, weight, np.ones(weight.shape[1], np.float32))
-                self._rounding.keep(name, nearest_codes(weight, scales), scales)
+                self._rounding.keep(name, nearest_codes(weight, scales), scales, is_nearest=True)
             self._note(name, is_nearest=True)
 
     def _keep_embedding_narrow(self, model: Any, stack: ExitStack) -> None:

@@ -13,7 +13,7 @@ from blake3 import blake3
 
 from quantize8.artifact.card import CARD_NAME
 from quantize8.artifact.manifest import MANIFEST_NAME, Manifest, TensorRecord, check_inside, digest, read_manifest
-from quantize8.artifact.outliers import open_outliers, read_outliers
+from quantize8.artifact.outliers import OUTLIERS_NAME, open_outliers, read_outliers
 from quantize8.destinations.base import path_of
 from quantize8.errors import ArtifactError, OutputError, SourceError
 from quantize8.formats.base import Format, make_format
@@ -68,7 +68,7 @@ def verify(artifact: str | Path) -> Verification:
 def _check_folder(folder: Path, manifest: Manifest, output: Format) -> int:
     """Compare the tensors of a safetensors folder with their records, and config.json with the format."""
     stored = open_safetensors(folder, {"id": folder.name}, folder.name)
-    beside = open_outliers(folder) if manifest.calibration else None
+    beside = open_outliers(folder) if OUTLIERS_NAME in manifest.headers else None
     apart = {} if beside is None else beside.tensors
     if stored is None or {*stored.tensors, *apart} != set(manifest.tensors):
         raise ArtifactError(f"{folder}: its weight files do not contain the tensors that {MANIFEST_NAME} lists")

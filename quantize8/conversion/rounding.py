@@ -26,7 +26,7 @@ from quantize8.errors import OutputError
 from quantize8.kernels.reference import Array, as_bytes
 
 _, CODES_NAME, INDEX_NAME = CALIBRATION_NAMES
-_CODES, _SCALES = "codes", "scales"
+_CODES, _NEAREST, _SCALES = "codes", "nearest", "scales"  # a weight has codes, or those to nearest, and scales
 _COMPLETE = ""  # the name under which the index says that the choice is complete
 _RETRY_SECONDS = 1.0  # until the process that makes the choice is asked again whether it is done
 
@@ -46,10 +46,12 @@ class RoundedWeights:
     Attributes:
         path: The file.
         places: Source tensor -> where its codes are.
+        nearest: The source tensors that were rounded to nearest, because the text gives their layers too few inputs.
     """
 
     path: Path
     places: dict[str, _Place]
+    nearest: frozenset[str] = frozenset()
 
     def __contains__(self, name: str) -> bool:
         return name in self.places
@@ -92,7 +94,8 @@ def rounded(
     try:
         if not choice.is_complete:
             choice.make(progress)
-        found = RoundedWeights(folder / CODES_NAME, dict(choice.places))
+        nearest = frozenset(name for name, records in choice.entries.items() if _NEAREST in records)
+        found = RoundedWeights(folder / CODES_NAME, dict(choice.places), nearest)
         content = "".join(record.blake3 for records in choice.entries.values() for record in records.values())
         return replace(plan, rounded=found), digest(content.encode())
     finally:
@@ -165,10 +168,10 @@ class _Choice:
             return None
         return RoundedWeights(self.folder / CODES_NAME, self.places).rows(name, 0, self.places[name].codes[0])
 
-    def keep(self, name: str, codes: Array, scales: Array) -> None:
+    def keep(self, name: str, codes: Array, scales: Array, is_nearest: bool) -> None:
         """See `calibration.rounding.Rounding`."""
         place, records = _Place(self._file.seek(0, os.SEEK_END), codes.shape, scales.shape), Records()
-        for kind, dtype, values in ((_CODES, "I8", codes), (_SCALES, "F32", scales)):
+        for kind, dtype, values in ((_NEAREST if is_nearest else _CODES, "I8", codes), (_SCALES, "F32", scales)):
             data = as_bytes(np.ascontiguousarray(values))
             self._file.write(data)
             records[kind] = TensorRecord(CODES_NAME, dtype, values.shape, digest(data))
@@ -189,10 +192,10 @@ class _Choice:
         self._file.seek(0)
         for name, records in self._index.entries.items():
             if name != _COMPLETE:
-                place = _Place(self._file.tell(), records[_CODES].shape, records[_SCALES].shape)  # type: ignore[arg-type]
+                stored = [records[_NEAREST if _NEAREST in records else _CODES], records[_SCALES]]
+                place = _Place(self._file.tell(), *(record.shape for record in stored))  # type: ignore[arg-type]
                 sizes = (_nbytes(place) - _scale_bytes(place), _scale_bytes(place))
-                parts = [self._file.read(nbytes) for nbytes in sizes]
-                if [digest(part) for part in parts] != [records[kind].blake3 for kind in (_CODES, _SCALES)]:
+                if [digest(self._file.read(nbytes)) for nbytes in sizes] != [record.blake3 for record in stored]:
                     break
                 self.places[name] = place
             valid[name] = records

@@ -18,6 +18,7 @@ from quantize8.reports.tables import duration, size, table
 
 if TYPE_CHECKING:
     from quantize8.conversion.plan import Plan
+    from quantize8.conversion.rounding import RoundedWeights
     from quantize8.runtime.check import Check
     from quantize8.sources import Checkpoint
 
@@ -40,8 +41,10 @@ def conversion(result: Conversion) -> RenderableType:
         sizes = " or ".join(map(str, sorted({*plan.rotations.values()}, reverse=True)))
         rows.add_row("rotated", f"the inputs of {len(plan.rotations)} layers, in blocks of {sizes}")
     if plan.rounded is not None:
-        chosen = sum(name in plan.rounded for name in plan.quantized)
-        rows.add_row("rounding", f"{GPTQ}: {chosen} of {len(plan.quantized)} weights{_text(plan)}; others to nearest")
+        chosen = sum(plan.rounding_of(name) == GPTQ for name in plan.quantized)
+        rows.add_row(
+            "rounding", f"{GPTQ}: {chosen} of {len(plan.quantized)} weights{_text(plan)}{_nearest(plan.rounded)}"
+        )
     if plan.smoothed:
         rows.add_row("smoothed", plan.smoothed)
     if result.to_calibrate:
@@ -84,6 +87,14 @@ def verification(result: Verification) -> RenderableType:
 def _text(plan: Plan) -> str:
     """Which text chose the codes, if the user named none."""
     return ", by the text in this package" if plan.options.calibrate == str(TEXT) else ""
+
+
+def _nearest(rounded: RoundedWeights) -> str:
+    """Which weights the text could not decide about."""
+    if not rounded.nearest:
+        return ""
+    more = f" and {len(rounded.nearest) - 1} more" if len(rounded.nearest) > 1 else ""
+    return f"; {min(rounded.nearest)}{more} to nearest, as the text hardly reaches them"
 
 
 def _percent(share: float) -> str:
