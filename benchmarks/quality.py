@@ -41,6 +41,8 @@ from quantize8.sources import open_checkpoint
 TOKENS, CONTEXT = 2048, 1024  # scored in two windows; the text after them is for calibration
 ROUNDS, TIMED_TOKENS = 15, 512
 BASE = "plain int8, no outliers"  # the times are relative to its
+BASES = ("bitsandbytes, threshold 6", "dynamic, threshold 6")  # of the ratios; the first computes in float16, which
+# overflows in some models
 ALPHA = 0.5  # for smoothing: SmoothQuant's default
 Wrap = Callable[[Any], contextlib.AbstractContextManager[None]]
 
@@ -186,7 +188,7 @@ def scores(work: Work, chosen: list[Variant]) -> dict[str, Any]:
         rows[variant.name]["bytes"] = work.size(variant)
         print(variant.name, rows[variant.name], flush=True)
         del model
-    base = next(iter(rows.values()))["kl"]
+    base = next(rows[name] for name in (*BASES, *rows) if name in rows)["kl"]
     for row in rows.values():
         row["ratio"] = round(row["kl"] / base, 3)
     return {"tokens": len(work.ids), "context": CONTEXT, "rows": rows}

@@ -25,7 +25,7 @@ from quantize8.artifact.outliers import OUTLIERS_NAME, PART_SUFFIX, Calibrated
 from quantize8.conversion.options import ConvertOptions
 from quantize8.errors import OutputError, SourceError
 from quantize8.formats.base import Format, Int8Format, OutTensor, Shard, make_format, place
-from quantize8.kernels import GPTQ, MSE, NEAREST, ROTATIONS, cpu
+from quantize8.kernels import MSE, ROTATIONS, cpu
 from quantize8.kernels.reference import Array
 from quantize8.kernels.scales import ScaleSearch
 from quantize8.optional import require
@@ -204,11 +204,6 @@ class Plan:
     def keeps_codes(self, source: str) -> bool:
         """Whether a source tensor is int8, and becomes int8 with the same codes."""
         return self.checkpoint.tensors[source].is_int8 and source not in self.rotations
-
-    def rounding_of(self, source: str) -> str:
-        """How the codes of a source tensor are chosen: gptq or nearest."""
-        found = self.rounded
-        return GPTQ if found is not None and source in found and source not in found.nearest else NEAREST
 
     def outputs_of(self, kept: str) -> list[OutTensor]:
         """The tensors of the artifact for an entry of `kept`."""

@@ -23,6 +23,7 @@ from quantize8.conversion.plan import Plan
 from quantize8.destinations.base import CALIBRATION_NAMES
 from quantize8.destinations.journal import Journal, Records
 from quantize8.errors import OutputError
+from quantize8.kernels import GPTQ, NEAREST
 from quantize8.kernels.reference import Array, as_bytes
 
 _, CODES_NAME, INDEX_NAME = CALIBRATION_NAMES
@@ -55,6 +56,10 @@ class RoundedWeights:
 
     def __contains__(self, name: str) -> bool:
         return name in self.places
+
+    def rounding_of(self, name: str) -> str:
+        """How the codes of a source tensor were chosen, gptq or nearest."""
+        return GPTQ if name in self and name not in self.nearest else NEAREST
 
     def rows(self, name: str, start: int, stop: int) -> tuple[Array, Array]:
         """Rows start..stop of a weight: codes int8 [n, K], and scales float32 [n, G]."""

@@ -30,7 +30,7 @@ from quantize8.formats import (
     MOE_LOADERS,
     SCHEMES,
 )
-from quantize8.kernels import ABSMAX, MSE, ROTATIONS, cpu
+from quantize8.kernels import ABSMAX, MSE, NEAREST, ROTATIONS, cpu
 from quantize8.kernels.cpu import CpuQuantizer
 from quantize8.kernels.q8_0 import BLOCK, BLOCK_BYTES, Q8_0
 from quantize8.kernels.reference import (
@@ -394,7 +394,7 @@ class Int8Format(Format):
                 yield Piece(tensor.name, array)
         found = summarize(
             stats, scales, info.stored_dtype, source.hexdigest(), name in plan.transposed,
-            MSE if search else ABSMAX, plan.rounding_of(name),
+            MSE if search else ABSMAX, NEAREST if chosen is None else chosen.rounding_of(name),
         )  # fmt: skip
         return {weight.name: found}
 

@@ -45,7 +45,7 @@ from quantize8.formats.base import (
 )
 from quantize8.formats.encoding import Encoding, GroupwiseInt8, RowwiseInt8, require, unpack_int32
 from quantize8.formats.float4 import E8M0_TYPES, PACKED_TYPE, Float4
-from quantize8.kernels import ROTATIONS, cpu, groups
+from quantize8.kernels import NEAREST, ROTATIONS, cpu, groups
 from quantize8.kernels.reference import STATS_TILE_ROWS, Array, ColumnStats, absmax_of, as_bytes, scale_of
 from quantize8.sources.base import DTYPES, FLOAT4, FLOATING, MXFP4, NVFP4, Checkpoint, TensorInfo
 from quantize8.sources.experts import GATED
@@ -226,7 +226,7 @@ class CompressedTensors(Int8Format):
             info.stored_dtype,
             measured.source.hexdigest(),
             False,
-            rounding=plan.rounding_of(name),
+            rounding=NEAREST if plan.rounded is None else plan.rounded.rounding_of(name),
         )
         return {weight.name: found}
 

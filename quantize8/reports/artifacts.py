@@ -41,10 +41,7 @@ def conversion(result: Conversion) -> RenderableType:
         sizes = " or ".join(map(str, sorted({*plan.rotations.values()}, reverse=True)))
         rows.add_row("rotated", f"the inputs of {len(plan.rotations)} layers, in blocks of {sizes}")
     if plan.rounded is not None:
-        chosen = sum(plan.rounding_of(name) == GPTQ for name in plan.quantized)
-        rows.add_row(
-            "rounding", f"{GPTQ}: {chosen} of {len(plan.quantized)} weights{_text(plan)}{_nearest(plan.rounded)}"
-        )
+        rows.add_row("rounding", _rounding(plan, plan.rounded))
     if plan.smoothed:
         rows.add_row("smoothed", plan.smoothed)
     if result.to_calibrate:
@@ -84,17 +81,15 @@ def verification(result: Verification) -> RenderableType:
     return Text(f"{result.artifact}: {result.tensors} tensors, {result.files} files, {size(result.nbytes)}: all good")
 
 
-def _text(plan: Plan) -> str:
-    """Which text chose the codes, if the user named none."""
-    return ", by the text in this package" if plan.options.calibrate == str(TEXT) else ""
-
-
-def _nearest(rounded: RoundedWeights) -> str:
-    """Which weights the text could not decide about."""
+def _rounding(plan: Plan, rounded: RoundedWeights) -> str:
+    """How many codes calibration chose, with which text if the user named none, and which weights it left out."""
+    chosen = sum(rounded.rounding_of(name) == GPTQ for name in plan.quantized)
+    text = ", by the text in this package" if plan.options.calibrate == str(TEXT) else ""
+    counts = f"{GPTQ}: {chosen} of {len(plan.quantized)} weights{text}"
     if not rounded.nearest:
-        return ""
+        return counts
     more = f" and {len(rounded.nearest) - 1} more" if len(rounded.nearest) > 1 else ""
-    return f"; {min(rounded.nearest)}{more} to nearest, as the text hardly reaches them"
+    return f"{counts}; {min(rounded.nearest)}{more} to nearest, as the text hardly reaches them"
 
 
 def _percent(share: float) -> str:
