@@ -284,7 +284,10 @@ def test_experts_that_the_text_hardly_reaches_are_to_nearest_and_said(folder, tm
 def test_a_plan_does_not_choose(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(choosing, "choose_codes", lambda *_, **__: pytest.fail("chosen"))
     result = plan(str(folder / "source"), **{key: value for key, value in options(folder).items() if key != "check"})
-    assert result.to_calibrate and "the time and memory of --calibrate" in shown(reports.conversion(result))
+    assert result.to_calibrate and "codes first" in shown(reports.conversion(result))
+    cost = result.as_json()["forecast"]["rounding"]
+    assert 0 < cost["seconds"] < 60 and 1e7 < cost["memory"] < 8e9
+    assert cost["disk"] == 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96)
     assert not list(tmp_path.iterdir())
 
 

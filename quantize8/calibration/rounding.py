@@ -16,11 +16,12 @@ rotations of positions decide nothing from values that could be so close, except
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from quantize8.calibration.experts import RoundedExperts, experts_of
 from quantize8.calibration.text import context_of, first_ids
 from quantize8.errors import SourceError
 from quantize8.kernels import cpu
-from quantize8.kernels.reference import Array
+from quantize8.kernels.reference import INT8_MAX, Array
 from quantize8.kernels.rounding import MOST_INPUT, accumulate, factor, nearest_codes, round_codes
 from quantize8.runtime.double import as_written, in_double
 from quantize8.runtime.streaming import streamed
@@ -45,6 +46,36 @@ WINDOW = 512  # tokens that a model reads at once: attention in float64 needs me
 LEAST_TOKENS = 64
 _STEP_BITS = 4  # log2 of a feature's mean magnitude in steps, rounded down
 _BFLOAT16_BITS = 8  # significant bits of a bfloat16 number
+
+
+class Rates(NamedTuple):
+    """Multiplications per second: of a product in float64, a Gram matrix, a factor, and the choice of codes."""
+
+    product: float
+    gram: float
+    factor: float
+    codes: float
+
+
+def sample_rates(size: int = 1024) -> Rates:
+    """Measure the parts of the choice on a layer [size, size] of random numbers, with as many tokens."""
+    threads, random = torch.get_num_threads(), np.random.default_rng(0)
+    x = torch.from_numpy(random.standard_normal((size, size)))
+    values, weight = rounded_inputs(x), random.standard_normal((size, size), np.float32)
+    scales = np.abs(weight).max(axis=1, keepdims=True) / np.float32(INT8_MAX)
+    gram, found = np.zeros((size, size)), []
+
+    def timed(make: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = make()
+        found.append(size**3 / (time.perf_counter() - start))
+        return result
+
+    timed(lambda: x @ x.t())
+    timed(lambda: accumulate(gram, values, threads))
+    order, carried = timed(lambda: factor(gram, threads))
+    timed(lambda: round_codes(weight, scales, order, carried, threads))
+    return Rates(*found)
 
 
 class Rounding(Protocol):

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING
 
 from quantize8.conversion.driver import Writer, places
 from quantize8.conversion.options import ConvertOptions
@@ -28,7 +29,11 @@ from quantize8.destinations.local import LocalFolder, WeightFile
 from quantize8.errors import OutputError
 from quantize8.files import WINDOWS, write_at
 from quantize8.formats.base import Shard, WeightQuantizer
+from quantize8.kernels import GPTQ
 from quantize8.memory import peak_rss
+
+if TYPE_CHECKING:
+    from quantize8.conversion.rounding import RoundingCost
 
 MACHINES = (1, 8, 64)
 _SECONDS = 0.5  # for each kind of tensor; a model has two to eight kinds
@@ -63,6 +68,7 @@ class Forecast:
     download: int  # bytes to download from the hub first; times do not include the download
     rates: dict[str, float]  # kind of tensor -> decoded source bytes per second, all threads together
     disk_rate: float  # bytes written per second, including the sync to disk
+    rounding: RoundingCost | None = None  # of choosing codes, which one machine does before all others begin
 
 
 def look_ahead(
@@ -160,7 +166,16 @@ def forecast(
         download=0 if stored else plan.source_bytes,
         rates=rates,
         disk_rate=disk_rate,
+        rounding=_rounding_cost(plan),
     )
+
+
+def _rounding_cost(plan: Plan) -> RoundingCost | None:
+    if plan.options.rounding != GPTQ:
+        return None
+    from quantize8.conversion.rounding import cost_of
+
+    return cost_of(plan)
 
 
 def _kinds(plan: Plan, units: Sequence[WorkUnit]) -> dict[str, list[str]]:

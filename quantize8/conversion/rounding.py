@@ -9,8 +9,11 @@ same.
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,10 +28,12 @@ from quantize8.destinations.journal import Journal, Records
 from quantize8.errors import OutputError
 from quantize8.kernels import GPTQ, NEAREST
 from quantize8.kernels.reference import Array, as_bytes
+from quantize8.memory import peak_rss
 
 _, CODES_NAME, INDEX_NAME = CALIBRATION_NAMES
 _CODES, _NEAREST, _SCALES = "codes", "nearest", "scales"  # a weight has codes, or those to nearest, and scales
 _COMPLETE = ""  # the name under which the index says that the choice is complete
+_RESIDUALS, _PRODUCTS = 4, 2.5  # copies of the residual stream, and of the widest activations, that are alive at once
 _RETRY_SECONDS = 1.0  # until the process that makes the choice is asked again whether it is done
 
 
@@ -70,6 +75,44 @@ class RoundedWeights:
             file.seek(offset + rows * columns + 4 * start * groups)
             scales = np.fromfile(file, np.float32, (stop - start) * groups)
         return codes.reshape(-1, columns), scales.reshape(-1, groups)
+
+
+@dataclass(frozen=True)
+class RoundingCost:
+    """What the choice of codes needs before the weight files are written."""
+
+    seconds: float
+    memory: int  # bytes: peak memory of the process
+    disk: int  # bytes of the file, until the conversion ends
+
+
+def cost_of(plan: Plan) -> RoundingCost:
+    """Predict the cost of choosing a plan's codes, from a layer that is made up and measured.
+
+    The time is that of the weights' products, Gram matrices, factors and codes. Each weight is assumed to have an input
+    of its own, although some share one. The memory is that of the largest decoder layer in float32, the activations of
+    the text between its parts in float64, and the largest Gram matrix.
+    """
+    from quantize8.calibration.rounding import ROUNDING_TOKENS, sample_rates
+
+    shapes = {name: plan.shape_of(plan.checkpoint.tensors[name]) for name in plan.quantized}
+    matrices = [shape for shape in shapes.values() if len(shape) == 2]
+    layers: Counter[str] = Counter()
+    for name, shape in shapes.items():
+        layers[re.split(r"(?<=\.\d)\.|(?<=\.\d\d)\.|(?<=\.\d\d\d)\.", name, maxsplit=1)[0]] += math.prod(shape)
+    rates, most = sample_rates(), max((columns for _, columns in matrices), default=0)
+    seconds = sum(
+        ROUNDING_TOKENS * rows * columns / rates.product
+        + ROUNDING_TOKENS * columns**2 / rates.gram
+        + columns**3 / rates.factor
+        + rows * columns**2 / rates.codes
+        for rows, columns in matrices
+    )
+    widths = sorted(columns for _, columns in matrices)
+    usual = widths[len(widths) // 2] if widths else 0
+    activations = 8 * ROUNDING_TOKENS * (_RESIDUALS * usual + _PRODUCTS * most)
+    memory = peak_rss() + 4 * max(layers.values(), default=0) + activations + 8 * most**2
+    return RoundingCost(seconds, int(memory), sum(math.prod(shape) for shape in matrices))
 
 
 def rounded(

@@ -150,7 +150,11 @@ def _forecast(found: Forecast, to_calibrate: bool) -> list[RenderableType]:
     for kind, rate in sorted(found.rates.items()):
         needs.add_row("measured", f"{kind}: {size(rate)}/s")
     needs.add_row("", f"disk: {size(found.disk_rate)}/s")
-    if to_calibrate:
+    if found.rounding is not None:
+        cost = found.rounding
+        most = f"up to {duration(cost.seconds)}, {size(cost.memory)} of memory and {size(cost.disk)} of disk"
+        needs.add_row("codes first", most)
+    elif to_calibrate:
         needs.add_row("not included", "the time and memory of --calibrate")
     return [shares, Text(), needs]
 
