@@ -1,19 +1,21 @@
 """Activation statistics: planted outliers are found where they are, and predicted errors are near measured ones."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
 import torch
-from helpers.making import llama, mixtral, qwen3_moe
+from helpers.making import llama, mixtral, qwen3_moe, word_tokenizer
 
-from quantize8 import load
+from quantize8 import Int8Linear, load
 from quantize8.calibration.activations import activations, dense_weight, watch
-from quantize8.calibration.advice import recommend
+from quantize8.calibration.advice import best_command, recommend
 from quantize8.calibration.expected import (
     THRESHOLDS,
     input_errors,
     relative_error,
+    rounding_share,
     static_errors,
     weight_error,
     without,
@@ -26,8 +28,8 @@ from quantize8.calibration.features import (
     emergent_features,
     feature_map,
 )
-from quantize8.calibration.outliers import ActivationReport, StaticColumns, ThresholdReport
-from quantize8.kernels import cpu, reference
+from quantize8.calibration.outliers import ActivationReport, Choice, StaticColumns, ThresholdReport
+from quantize8.kernels import cpu, reference, rounding
 from quantize8.reports import as_json
 from quantize8.runtime.streaming import streamed
 from quantize8.sources import open_checkpoint
@@ -329,3 +331,116 @@ def test_the_expected_error_with_stored_columns_is_near_the_measured_one():
         measured = np.linalg.norm(reference.mixed_matmul(x, layer, None, 6.0, "static") - y) / np.linalg.norm(y)
         assert 0.9 < expected / measured < 1.1
     assert not squares[columns].any()
+
+
+def correlated(tokens: int, columns: int) -> torch.Tensor:
+    """Inputs of which few directions have most of the energy, with two outlier features."""
+    random = torch.Generator().manual_seed(7)
+    few = torch.randn(tokens, 6, generator=random) @ torch.randn(6, columns, generator=random)
+    x = few + 0.3 * torch.randn(tokens, columns, generator=random)
+    x[:, [5, 40]] *= 30
+    return x
+
+
+def test_the_share_of_chosen_codes_is_near_the_measured_one():
+    """Codes are chosen by the first half of the positions, and both errors measured on the second."""
+    x, weight = correlated(2048, 64), np.random.default_rng(0).standard_normal((96, 64)).astype(np.float32)
+    scales = (np.abs(weight).max(axis=1, keepdims=True) / np.float32(127)).astype(np.float32)
+    gram = np.zeros((64, 64))
+    rounding.accumulate(gram, x[:1024].bfloat16().float().numpy())
+    chosen = rounding.round_codes(weight, scales, *rounding.factor(gram))
+    nearest = rounding.nearest_codes(weight, scales)
+    errors = [np.square(x[1024:].numpy() @ (weight - codes * scales).T).sum() for codes in (chosen, nearest)]
+    share = rounding_share(x)
+    assert share < 0.5 and share == pytest.approx(errors[0] / errors[1], rel=0.25)
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_too_few_positions_have_no_share(tokens):
+    assert rounding_share(torch.ones(tokens, 16)) is None
+
+
+@pytest.fixture(scope="module")
+def chosen_report(tmp_path_factory):
+    """The report of a Llama with an outlier feature, and the model."""
+
+    def edit(state):
+        for name, value in state.items():
+            if "layernorm" in name:
+                value[11] = 60
+
+    source = llama(tmp_path_factory.mktemp("choices") / "source", hidden=64, dtype=torch.float32, edit=edit)
+    ids = torch.randint(0, 64, (100,), generator=torch.Generator().manual_seed(3))
+    checkpoint = open_checkpoint(str(source))
+    with streamed(checkpoint) as model:
+        return activations(model, ids, 6.0), source, ids
+
+
+def test_the_largest_input_before_and_after_rotation(chosen_report):
+    report, source, ids = chosen_report
+    seen = {}
+    with (
+        streamed(open_checkpoint(str(source))) as model,
+        watch(model, lambda name, module, x, y: seen.update({name: x.numpy()})),
+        torch.no_grad(),
+    ):
+        model(ids[None])
+    rotated = {entry.module: entry for entry in report.linears if entry.rotated is not None}
+    assert len(rotated) == 14  # all but the head
+    for name, entry in rotated.items():
+        size = 64 if seen[name].shape[1] == 64 else 16
+        turned = np.abs(reference.rotate(seen[name], size)).max()
+        assert entry.rotated.size == size and entry.rotated.max == pytest.approx(turned, rel=1e-6)
+        assert entry.max == pytest.approx(np.abs(seen[name]).max(), rel=1e-6)
+    spread = rotated["model.layers.1.mlp.up_proj"]
+    assert spread.rotated.max < spread.max / 3
+
+
+def test_the_expected_errors_of_choices_are_near_the_measured_ones(chosen_report):
+    report, source, ids = chosen_report
+    names = [choice.options for choice in report.choices]
+    assert names == [
+        "--calibrate FILE",
+        "--threshold 6",
+        "--calibrate FILE --rounding gptq",
+        "--rotate",
+        "--rotate --calibrate FILE --rounding gptq",
+    ]
+    measured = {"--rotate": [], "--threshold 6": []}
+
+    def note(name, module, x, y):
+        if y is None:
+            return
+        for options, found in measured.items():
+            rotation = reference.rotation_of(x.shape[1]) if options == "--rotate" else 0
+            layer = Int8Linear.from_float(module, 6.0, rotation)
+            layer.mode = "dynamic"
+            found.append(float((layer(x) - y).norm() / y.norm()))
+
+    with streamed(open_checkpoint(str(source))) as model, watch(model, note), torch.no_grad():
+        model(ids[None])
+    for choice in report.choices:
+        if choice.options in measured:
+            assert choice.error == pytest.approx(np.mean(measured[choice.options]), rel=0.1)
+            assert choice.bytes == 0
+    assert report.choices[0].bytes > 0
+
+
+def test_the_best_command_can_be_run(chosen_report, monkeypatch, tmp_path, capsys):
+    from quantize8 import cli
+
+    report, source, _ = chosen_report
+    word_tokenizer(source)
+    text = tmp_path / "a text.txt"
+    text.write_text(" ".join(f"w{i * 7 % 60}" for i in range(200)))
+    for choice in report.choices:
+        one = ActivationReport(**{**vars(report), "choices": [choice, Choice("worse", choice.error + 1)]})
+        command = best_command(one, str(source), str(text))
+        assert f"'{text}'" in command or "FILE" not in choice.options
+        monkeypatch.setattr("sys.argv", [*shlex.split(command), "--dry-run", "--json"])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code, capsys.readouterr().err
+        found = json.loads(capsys.readouterr().out)
+        assert found["rounding"] == ("gptq" if "gptq" in command else "nearest")
+        assert ("--rotate" in command) == ("rotated" in found["format"])
