@@ -146,14 +146,6 @@ class Stop(Exception):
     pass
 
 
-def stop_after(count: int):
-    def progress(done: int, total: int) -> None:
-        if done == count:
-            raise Stop
-
-    return progress
-
-
 @pytest.mark.parametrize("damage", ["none", "codes", "index", "cut", "all"])
 @pytest.mark.parametrize("name", ["bitsandbytes", "rotated"])
 def test_a_stopped_choice_continues_after_the_last_sound_weight(name, damage, folder, tmp_path, monkeypatch):
@@ -279,6 +271,17 @@ def test_experts_that_the_text_hardly_reaches_are_to_nearest_and_said(folder, tm
     assert f"{min(nearest)} and {len(nearest) - 1} more to nearest, as the text hardly reaches them" in page
     again = convert(str(source), tmp_path / "again", **given)
     assert again.plan.rounded.nearest == result.plan.rounded.nearest
+
+
+def test_progress_is_in_bytes_of_the_source_and_twice_complete(folder, tmp_path):
+    """The choice of codes has a pass of its own, before the weights are written."""
+    calls = []
+    convert(str(folder / "source"), tmp_path / "out", **options(folder), progress=lambda *call: calls.append(call))
+    totals = [total for _, total in calls]
+    assert calls[13][0] == totals[13] == 2 * 4 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96)  # of 14 weights in float32
+    assert calls[-1][0] == totals[-1] > totals[0] and [done for done, _ in calls[:14]] == sorted(
+        {done for done, _ in calls[:14]}
+    )
 
 
 def test_a_plan_does_not_choose(folder, tmp_path, monkeypatch):

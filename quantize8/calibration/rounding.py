@@ -17,7 +17,7 @@ rotations of positions decide nothing from values that could be so close, except
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -133,7 +133,7 @@ def choose_codes(
         text: The calibration text.
         rounding: Decides about the weights, and takes the codes.
         tokens: Number of tokens of the text to use, from its start.
-        progress: Called with the numbers of finished and of all weights.
+        progress: Called with the source bytes of the finished and of all weights.
 
     Raises:
         SourceError: The model cannot run, has no tokenizer, is an encoder-decoder, or computes NaN or infinity.
@@ -300,7 +300,10 @@ class _Pass:
         if is_nearest:
             self.nearest.append(name)
         if self._progress is not None:
-            self._progress(len(self.done), len(self._wanted))
+            self._progress(self._nbytes(self.done), self._nbytes(self._wanted))
+
+    def _nbytes(self, names: Iterable[str]) -> int:
+        return sum(self._separate.tensors[name].nbytes for name in names)
 
     def _read(self, name: str) -> Array:
         """A weight float32 [N, K], from the checkpoint."""

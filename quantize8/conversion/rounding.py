@@ -129,7 +129,7 @@ def rounded(
         folder: The folder of the file and its index.
         decisions: The decisions of the plan; codes of other decisions are refused.
         start_over: Replace such codes instead of refusing them.
-        progress: Called with the number of weights that are done, and their total.
+        progress: Called with the source bytes of the weights that are done, and of all.
 
     Returns:
         The plan with the codes, and a digest of all of them.
