@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import checkpoints, convert, cpu, linear_cpu, model_cpu, quality, training
+from benchmarks import checkpoints, convert, cpu, linear_cpu, model_cpu, quality, rotation_cpu, training
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -117,18 +117,43 @@ def test_quality_is_measured_of_every_kind_of_variant(tmp_path, monkeypatch):
     checkpoints.add_tokenizer(source)
     for name, value in {"TOKENS": 48, "CONTEXT": 24, "ROUNDS": 1, "TIMED_TOKENS": 20}.items():
         monkeypatch.setattr(quality, name, value)
-    names = ["bitsandbytes, threshold 6", "plain int8, no outliers", "static, 8 columns", "static, auto, top 1 exact"]
-    names += ["weights only, 8 columns", "hybrid, 8 columns"]
+    names = ["bitsandbytes, threshold 6", "plain int8, no outliers", "static, 8 columns", "hybrid, auto"]
+    names += ["rotated, gptq", "weights only, auto", "weights only, rotated, gptq"]
     chosen = [variant for variant in quality.variants() if variant.name in names]
     (tmp_path / "work").mkdir()
-    found = quality.measure(str(source), tmp_path / "work", chosen)
+    work = quality.Work(str(source), tmp_path / "work")
+    found = quality.scores(work, chosen)
     rows = found["rows"]
+    quality.add_costs(work, chosen, rows)
     assert set(rows) == set(names) and found["tokens"] == 48
     assert all(row["scored"] == 46 and row["kl"] >= 0 for row in rows.values())
-    assert rows["plain int8, no outliers"]["cost"] == 1 and "cost" not in rows["weights only, 8 columns"]
-    assert rows["weights only, 8 columns"]["median"] != rows["static, 8 columns"]["median"]  # the same artifact
+    assert rows["bitsandbytes, threshold 6"]["ratio"] == 1
+    assert rows["plain int8, no outliers"]["cost"] == 1 and "cost" not in rows["weights only, auto"]
+    assert rows["rotated, gptq"]["cost"] > 0
+    assert rows["weights only, auto"]["median"] != rows["hybrid, auto"]["median"]  # the same artifact
     assert rows["static, 8 columns"]["bytes"] > rows["plain int8, no outliers"]["bytes"]
     assert quality.table(rows).count("\n") == 1 + len(names)
+
+
+def test_rotation_is_timed_beside_plain_int8():
+    row = rotation_cpu.measure(256, 20, rounds=2)
+    assert set(row["seconds"]) == {"plain", "hybrid", "columns", "rotated"} and min(row["seconds"].values()) > 0
+    assert re.fullmatch(
+        r"\| random weights, K = N = 256, 20 tokens \| [\d.]+ \| [\d.]+ \| [\d.]+ \|", rotation_cpu.line(row)
+    )
+
+
+def test_the_page_on_accuracy_shows_the_times_of_rotation():
+    page = (ROOT / "docs" / "accuracy.md").read_text()
+    units = [json.loads((RESULTS / f"rotation-cpu-{unit}.json").read_text())["rows"] for unit in ("avx512vnni", "avx2")]
+    for ours, avx2 in zip(*units, strict=True):
+        times, slower = ours["seconds"], avx2["seconds"]
+        hybrid, columns, rotated = (times[name] / times["plain"] for name in ("hybrid", "columns", "rotated"))
+        what = f"random weights, K = N = {ours['size']}, {ours['tokens']} token{'s' * (ours['tokens'] > 1)}"
+        line = (
+            f"| {what} | {rotated:.2f} ({slower['rotated'] / slower['plain']:.2f}) | {hybrid:.2f} / {columns:.2f} | | |"
+        )
+        assert line in page
 
 
 @pytest.mark.parametrize("result", sorted(RESULTS.glob("quality-*.json")), ids=lambda path: path.stem)
