@@ -163,7 +163,8 @@ def test_only_what_is_wanted_is_rounded_and_the_head_can_be(tmp_path):
     rounding = Rows(checkpoint, wants=lambda name: "lm_head" in name or "layers.1.mlp.up" in name)
     choose_codes(checkpoint, TEXT, rounding, 384, lambda *counts: seen.append(counts))
     assert set(rounding.kept) == {"lm_head.weight", "model.layers.1.mlp.up_proj.weight"}
-    assert seen == [(1, 2), (2, 2)]
+    up, head = 2 * 48 * 32, 2 * 64 * 32  # bytes in float16
+    assert seen == [(up, up + head), (up + head, up + head)]
 
 
 def test_a_run_that_was_interrupted_continues_with_the_same_codes(tmp_path):
