@@ -253,7 +253,6 @@ def test_experts_that_the_text_hardly_reaches_are_to_nearest_and_said(folder, tm
     state = load_file(path)
     routers = [name for name in state if name.endswith("gate.weight")]
     for name in routers:  # expert 3 is never among the two that a token is sent to
-        state[name][3] = -100 * state[name][:3].abs().sum(0)
         state[name][3] = 0
         state[name][:3] = state[name][:3].abs()
     for name in state:

@@ -60,11 +60,12 @@ def calibration_entry(options: ConvertOptions, text: str) -> dict[str, Any]:
         text: The calibration text.
     """
     from quantize8.calibration.calibrate import DEFAULT_TOKENS
-    from quantize8.calibration.rounding import ROUNDING_TOKENS
 
     columns = "auto" if options.column_count is None else options.column_count
     asked: dict[str, Any] = {"outlier_columns": columns, "smooth": options.smooth}
     if options.rounding == GPTQ:
+        from quantize8.calibration.rounding import ROUNDING_TOKENS
+
         asked["rounding_tokens"] = ROUNDING_TOKENS
     return {"text_blake3": digest(text.encode()), "tokens": DEFAULT_TOKENS, **asked}
 

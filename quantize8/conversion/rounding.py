@@ -34,6 +34,7 @@ _, CODES_NAME, INDEX_NAME = CALIBRATION_NAMES
 _CODES, _NEAREST, _SCALES = "codes", "nearest", "scales"  # a weight has codes, or those to nearest, and scales
 _COMPLETE = ""  # the name under which the index says that the choice is complete
 _RESIDUALS, _PRODUCTS = 4, 2.5  # copies of the residual stream, and of the widest activations, that are alive at once
+_LAYER = re.compile(r".*?\.\d+(?=\.)")  # what the names of a decoder layer's tensors begin with
 _RETRY_SECONDS = 1.0  # until the process that makes the choice is asked again whether it is done
 
 
@@ -99,7 +100,8 @@ def cost_of(plan: Plan) -> RoundingCost:
     matrices = [shape for shape in shapes.values() if len(shape) == 2]
     layers: Counter[str] = Counter()
     for name, shape in shapes.items():
-        layers[re.split(r"(?<=\.\d)\.|(?<=\.\d\d)\.|(?<=\.\d\d\d)\.", name, maxsplit=1)[0]] += math.prod(shape)
+        layer = _LAYER.match(name)
+        layers[layer[0] if layer else name] += math.prod(shape)
     rates, most = sample_rates(), max((columns for _, columns in matrices), default=0)
     seconds = sum(
         ROUNDING_TOKENS * rows * columns / rates.product
